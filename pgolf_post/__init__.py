@@ -1,0 +1,1 @@
+"""pgolf-post: checkpoint-centric post-training for Parameter Golf."""

@@ -1,0 +1,233 @@
+"""The checkpoint folder: the only state there is. Load strictly, save atomically, name by content.
+
+    checkpoints/<run>/step_004988-warmdown_start/
+        weights.safetensors    raw weights          config.json  what rebuilds the model, runtime graph state included
+        ema.safetensors        float32 EMA          meta.json    written last: where it came from, what it measured
+        training.safetensors   optimizer state      derived/     what later stages made of it
+
+One folder can hold two *views*, raw and EMA. A view's id is sha256(its tensors ‖ config), so that nothing derived from
+one view is ever mistaken for the other's, and a flipped bit is found on loading. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
+from pgolf_post.families import build_module, check_finite, check_tensors
+from pgolf_post.settings import canonical_json
+from pgolf_post.storage import atomic_folder, atomic_symlink, read_json, write_json
+
+FORMAT_VERSION = 1
+CHECKPOINT_ROOT = Path("checkpoints")
+MAKE_ONE = "pgolf-post demo   (or: python -m trainer trainer/recipes/tiny_cpu.toml)"
+
+ViewName = Literal["raw", "ema"]
+VIEW_FILES: dict[ViewName, str] = {"raw": "weights.safetensors", "ema": "ema.safetensors"}
+TRAINING_FILE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class View:
+    """One set of weights of a checkpoint, verified and on the CPU."""
+
+    checkpoint: Checkpoint
+    name: ViewName
+    id: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint.path} ({self.name} weights, id {self.id[:12]})"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder, its JSON read, its tensors not yet."""
+
+    path: Path
+    config: dict[str, Any]  # {format_version, family, model, graph, tokenizer, data}
+    meta: dict[str, Any]  # {format_version, id, kind, phase, step, views: {name: {id, metric?}}, parents, …}
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read a folder's JSON. Raises NotFoundError, or DamagedFileError if the folder is incomplete."""
+        path = path.resolve() if path.is_symlink() else path
+        if not path.is_dir():
+            raise NotFoundError(f"no checkpoint folder at {path}", hint=MAKE_ONE)
+        if not (path / "meta.json").is_file():
+            raise DamagedFileError(
+                f"{path} is not a complete checkpoint: it has no meta.json, which is written last",
+                hint="pgolf-post checkpoint list",
+            )
+        checkpoint = cls(path, read_json(path / "config.json"), read_json(path / "meta.json"))
+        for name, found in (("config.json", checkpoint.config), ("meta.json", checkpoint.meta)):
+            if found.get("format_version") != FORMAT_VERSION:
+                version = found.get("format_version")
+                raise DamagedFileError(f"{path / name}: format_version {version!r}, this program reads {FORMAT_VERSION}")
+        return checkpoint
+
+    def view_name(self, weights: ViewName | None) -> ViewName:
+        """The asked-for view, or by default EMA where the folder has it, else raw. Raises NotFoundError."""
+        views = list(self.meta["views"])
+        if weights is None:
+            return "ema" if "ema" in views else "raw"
+        if weights not in views:
+            raise NotFoundError(f"{self.path} has no {weights!r} weights; it has {', '.join(views)}")
+        return weights
+
+    def view_id(self, weights: ViewName | None = None) -> str:
+        """The recorded id of a view, without reading its tensors."""
+        return str(self.meta["views"][self.view_name(weights)]["id"])
+
+    def load(self, weights: ViewName | None = None) -> View:
+        """Read and verify one view. Raises DamagedFileError (bytes), MismatchError (config), NumericsError (NaN)."""
+        name = self.view_name(weights)
+        path = self.path / VIEW_FILES[name]
+        tensors = read_tensors(path)
+        check_tensors(build_module(self.config), tensors, str(path))
+        recorded, found = self.view_id(name), view_id(tensors, self.config)
+        if recorded != found:
+            raise DamagedFileError(
+                f"{path} or its config.json changed after it was saved: recorded id {recorded[:12]}, found {found[:12]}",
+                hint="use another checkpoint of the run: pgolf-post checkpoint list",
+            )
+        for tensor_name, tensor in tensors.items():
+            check_finite(tensor_name, tensor, str(path))
+        return View(self, name, found, tensors)
+
+    def derived(self, stage: str, derived_id: str) -> Path:
+        """Where a stage's result with this id lives."""
+        return self.path / "derived" / stage / derived_id[:12]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises NotFoundError, or DamagedFileError if the file is truncated or malformed."""
+    if not path.is_file():
+        raise NotFoundError(f"no such file: {path}")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}", hint="pgolf-post checkpoint list") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; I/O failures surface as OSError so that atomic_folder reports them."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """sha256(tensors ‖ config): the id that everything derived from a view starts from."""
+    return hashlib.sha256(tensors_sha256(tensors).encode() + canonical_json(config)).hexdigest()
+
+
+def save_checkpoint(
+    path: Path,
+    config: Mapping[str, Any],
+    views: Mapping[ViewName, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    training: Mapping[str, Tensor] | None = None,
+) -> Checkpoint:
+    """Write a complete folder in one atomic step; `meta` needs at least kind, phase, step, parents.
+
+    Raises PgolfError if the folder exists or cannot be written, MismatchError if tensors and config disagree.
+    """
+    config = {"format_version": FORMAT_VERSION, **config}
+    module = build_module(config)
+    for name, tensors in views.items():
+        check_tensors(module, tensors, f"{path.name}: {name}")
+    view_meta: dict[str, dict[str, Any]] = {}
+    with atomic_folder(path) as building:
+        for name, tensors in views.items():
+            write_tensors(building / VIEW_FILES[name], tensors)
+            view_meta[name] = {"id": view_id(tensors, config), "metric": (metrics or {}).get(name)}
+        if training is not None:
+            write_tensors(building / TRAINING_FILE, training)
+        write_json(building / "config.json", config)
+        first_id = next(iter(view_meta.values()))["id"]
+        identity = {"format_version": FORMAT_VERSION, "id": first_id, "created_unix": round(time.time(), 3)}
+        write_json(building / "meta.json", {**identity, **meta, "views": view_meta})
+    return Checkpoint.open(path)
+
+
+def point_latest(root: Path, checkpoint: Checkpoint) -> None:
+    """Make `<root>/latest` a link to this checkpoint."""
+    atomic_symlink(root / "latest", checkpoint.path)
+
+
+def list_checkpoints(root: Path = CHECKPOINT_ROOT) -> list[Checkpoint]:
+    """Every complete checkpoint folder under `root`, oldest first. Incomplete and foreign folders are passed over."""
+    found = []
+    for meta_path in root.glob("*/*/meta.json"):
+        if meta_path.parent.parent.is_symlink() or meta_path.parent.name.startswith("."):
+            continue
+        try:
+            found.append(Checkpoint.open(meta_path.parent))
+        except PgolfError:
+            continue
+    return sorted(found, key=lambda checkpoint: float(checkpoint.meta.get("created_unix", 0)))
+
+
+def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
+    """The newest complete final checkpoint of a training run under `root`. Raises NotFoundError saying how to make one."""
+    finals = [c for c in list_checkpoints(root) if c.meta.get("kind") == "raw" and c.meta.get("phase") == "final"]
+    if not finals:
+        raise NotFoundError(f"no final checkpoint of a training run under {root}/", hint=MAKE_ONE)
+    return finals[-1]
+
+
+def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The training checkpoints beside this one (same run), in step order, itself included."""
+    siblings = []
+    for meta_path in checkpoint.path.parent.glob("step_*/meta.json"):
+        sibling = Checkpoint.open(meta_path.parent)
+        if sibling.meta.get("kind") == "raw":
+            siblings.append(sibling)
+    return sorted(siblings, key=lambda sibling: int(sibling.meta["step"]))
+
+
+def require_same_config(checkpoints: list[Checkpoint]) -> None:
+    """Raise MismatchError naming every config key in which the checkpoints differ from the last one."""
+    reference = _flatten(checkpoints[-1].config)
+    for other in checkpoints[:-1]:
+        flat = _flatten(other.config)
+        keys = [key for key in sorted(reference.keys() | flat.keys()) if reference.get(key) != flat.get(key)]
+        if keys:
+            differences = ", ".join(f"{key}: {flat.get(key)!r} / {reference.get(key)!r}" for key in keys)
+            raise MismatchError(f"{other.path.name} and {checkpoints[-1].path.name} differ in config: {differences}")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,76 @@
+"""The command line: one module per command, in pipeline order, each a thin wrapper around one stage.
+
+`pgolf-post --help` must answer at once, so nothing here imports torch, numpy or a stage: the table below holds every
+command's name, module and one-line help, and a command's module is imported only when that command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from pgolf_post.errors import PgolfError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module in pgolf_post.cli, one-line help), in pipeline order
+    "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
+    "data": ("data", "Build, download or check a data folder (tokenizer + token shards)."),
+    "show": ("show", "What is at this path, where it came from, what can be done next."),
+    "checkpoint": ("checkpoint", "Verify or list checkpoints."),
+    "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
+    "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
+    "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
+    "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
+    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command's module only when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"pgolf_post.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands, in pipeline order"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="pgolf-post")
+def cli() -> None:
+    """Post-training for Parameter Golf: everything after the training run, from its checkpoints, in seconds.
+
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification or audit failed.
+    """
+
+
+def run_command(command: click.Command) -> None:
+    """Run a command as a process: a foreseen failure becomes one clear line, the next command and its exit code."""
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was left half-written", err=True)
+        sys.exit(130)
+    except PgolfError as error:
+        click.echo(f"error: {error}", err=True)
+        if error.hint:
+            click.echo(f"next: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Entry point of `pgolf-post`."""
+    run_command(cli)

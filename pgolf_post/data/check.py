@@ -1,0 +1,221 @@
+"""Checking a data folder: every statement of its manifest, recomputed from the files.
+
+The rows that matter most are about bytes, because bits per byte divides by them. The byte table is compared with a
+decoder that knows nothing of it, and a validation split of the challenge is compared with the 151.08 MB that the
+challenge's 50,000 validation documents have under every tokenizer: two published mistakes are recognised by their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgolf_post.data.counts import SplitCounts, count_split, sidecar_bytes
+from pgolf_post.data.folder import DataFolder, Split, check_token_ids
+from pgolf_post.data.shards import read_shard
+from pgolf_post.data.tokenizer import BOS_ID
+from pgolf_post.errors import PgolfError
+from pgolf_post.progress import progress_bar
+from pgolf_post.storage import sha256_file
+
+# The challenge's validation splits: (vocabulary, tokens scored) -> what it is. Scorers drop the last, incomplete
+# window, so the files have up to SCORED_WINDOW tokens more than the counts that runs report.
+CHALLENGE_SPLITS = {
+    (1024, 62_021_632): "SP1024",
+    (4096, 45_508_608): "SP4096",
+    (8192, 40_540_160): "SP8192",
+    (8192, 47_851_520): "SP8192 CaseOps",
+}
+SCORED_WINDOW = 2048
+CHALLENGE_BYTES = (151_070_000, 151_090_000)
+KNOWN_MISTAKES = {  # bytes -> what went wrong
+    176_330_000: "the leading space of each piece was counted twice",
+    164_590_000: "CaseOps' case sentinels were counted as text",
+}
+MISTAKE_TOLERANCE_BYTES = 30_000
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One thing that was checked, and the numbers that show it."""
+
+    name: str
+    passed: bool
+    evidence: str
+
+
+def check(folder: DataFolder, sample_documents: int = 64) -> list[CheckRow]:
+    """Recompute what the folder's manifest states. Never raises for damage: a failed row says what is wrong."""
+    steps = list(_steps(folder, sample_documents))
+    rows: list[CheckRow] = []
+    with progress_bar(f"checking {folder.name}", len(steps)) as advance:
+        for name, step in steps:
+            rows.append(_row(name, step))
+            advance(note=name)
+    return rows
+
+
+Step = Callable[[], tuple[bool, str]]
+
+
+def _row(name: str, step: Step) -> CheckRow:
+    """Run one step; an error that it foresees is a failure with its message as evidence."""
+    try:
+        return CheckRow(name, *step())
+    except PgolfError as error:
+        return CheckRow(name, False, str(error))
+
+
+def _steps(folder: DataFolder, sample_documents: int) -> Iterator[tuple[str, Step]]:
+    yield "tokenizer: sha256, vocabulary", lambda: _check_tokenizer(folder)
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        if folder.manifest["splits"].get(split, {}).get("shards"):
+            checks = SplitChecks(folder, split, sample_documents)
+            yield f"{split}: sha256", checks.hashes
+            yield f"{split}: headers, lengths", checks.lengths
+            yield f"{split}: token ids", checks.token_ids
+            yield f"{split}: documents open with BOS", checks.documents
+            yield f"{split}: byte table = decoder", checks.byte_table
+            if checks.sidecars:
+                yield f"{split}: byte sidecar", checks.byte_sidecar
+            yield f"{split}: bytes of text", checks.num_bytes
+
+
+def _check_tokenizer(folder: DataFolder) -> tuple[bool, str]:
+    """The model file is the recorded one, and has the recorded vocabulary and BOS."""
+    stated = folder.manifest["tokenizer"]
+    found = sha256_file(folder.path / stated["file"])
+    if found != stated["sha256"]:
+        return False, f"{stated['file']}: sha256 {found[:12]}…, the manifest states {stated['sha256'][:12]}…"
+    vocab_size, bos_id = folder.tokenizer.vocab_size(), folder.tokenizer.bos_id()
+    passed = vocab_size == folder.vocab_size and bos_id == BOS_ID
+    return passed, f"sha256 {found[:12]}…, {vocab_size} pieces (stated {folder.vocab_size}), BOS {bos_id}"
+
+
+class SplitChecks:
+    """The checks of one split; each returns (passed, evidence) or raises PgolfError."""
+
+    def __init__(self, folder: DataFolder, split: Split, sample_documents: int) -> None:
+        self.folder, self.sample_documents = folder, sample_documents
+        self.stated: Mapping[str, Any] = folder.manifest["splits"][split]
+        self.shards: Sequence[Mapping[str, Any]] = self.stated["shards"]
+        self.sidecars: Sequence[Mapping[str, Any]] = self.stated.get("byte_sidecars", [])
+        self.tokenizer_normalises = bool(folder.manifest["splits"].get("val", {}).get("byte_sidecars"))
+        self.is_val = split == "val"
+
+    def _paths(self, entries: Sequence[Mapping[str, Any]]) -> list[Path]:
+        return [self.folder.path / entry["file"] for entry in entries]
+
+    def _counts(self) -> SplitCounts:
+        return count_split(self._paths(self.shards), self.folder.byte_table)
+
+    def hashes(self) -> tuple[bool, str]:
+        """Every file has the bytes that were recorded."""
+        entries = [*self.shards, *self.sidecars]
+        bad = [entry["file"] for entry in entries if sha256_file(self.folder.path / entry["file"]) != entry["sha256"]]
+        if bad:
+            return False, f"{len(bad)} of {len(entries)} files are not those recorded: {', '.join(bad)}"
+        return True, f"{len(entries)} of {len(entries)} files match"
+
+    def lengths(self) -> tuple[bool, str]:
+        """Headers are right and token counts are as stated, per file and in all."""
+        for entry in [*self.shards, *self.sidecars]:
+            found = len(read_shard(self.folder.path / entry["file"]))
+            if found != entry["num_tokens"]:
+                return False, f"{entry['file']}: {found} tokens, stated {entry['num_tokens']}"
+        total = sum(int(entry["num_tokens"]) for entry in self.shards)
+        return total == self.stated["num_tokens"], f"{total:,} tokens, stated {self.stated['num_tokens']:,}"
+
+    def token_ids(self) -> tuple[bool, str]:
+        """Every id is a piece of the vocabulary."""
+        largest = 0
+        for path in self._paths(self.shards):
+            tokens = read_shard(path)
+            check_token_ids(tokens, self.folder.vocab_size, path)
+            largest = max(largest, int(tokens.max(initial=0)))
+        return True, f"largest id {largest}, vocabulary {self.folder.vocab_size}"
+
+    def documents(self) -> tuple[bool, str]:
+        """The split opens with BOS and has one per document."""
+        first = int(read_shard(self._paths(self.shards)[0])[:1].sum())
+        found, stated = self._counts().num_documents, self.stated["num_documents"]
+        return first == BOS_ID and found == stated, f"first token {first}, {found:,} BOS, {stated:,} documents stated"
+
+    def byte_table(self) -> tuple[bool, str]:
+        """For sampled documents, the table's bytes are those of the text that the tokenizer decodes."""
+        decoded_bytes = num_documents = 0
+        for tokens in sample_documents(self._paths(self.shards), self.sample_documents):
+            check_token_ids(tokens, self.folder.vocab_size, self.folder.path)
+            by_table = int(self.folder.byte_table.count(tokens[:-1], tokens[1:]).sum())
+            decoded = len(self.folder.tokenizer.decode(tokens[1:].tolist()).encode("utf-8"))
+            if by_table != decoded:
+                return False, f"a document of {len(tokens)} tokens: table {by_table} bytes, decoded {decoded} bytes"
+            decoded_bytes += decoded
+            num_documents += 1
+        if num_documents == 0:
+            return True, "not compared: no document lies whole within one shard"
+        return True, f"{num_documents} documents, {decoded_bytes:,} bytes, equal in each"
+
+    def byte_sidecar(self) -> tuple[bool, str]:
+        """One entry per token, 0 for BOS, and the sum of the stated bytes."""
+        for shard, sidecar in zip(self._paths(self.shards), self._paths(self.sidecars), strict=False):
+            tokens, entries = read_shard(shard), read_shard(sidecar)
+            if len(tokens) != len(entries):
+                return False, f"{sidecar.name}: {len(entries)} entries for {len(tokens)} tokens"
+            if int(entries[tokens == BOS_ID].sum(dtype=np.int64)) != 0:
+                return False, f"{sidecar.name}: BOS tokens stand for bytes, expected 0"
+        total = sidecar_bytes(self._paths(self.sidecars))
+        passed = total == self.stated["num_bytes"] and len(self.shards) == len(self.sidecars)
+        return passed, f"{total:,} bytes, stated {self.stated['num_bytes']:,}"
+
+    def num_bytes(self) -> tuple[bool, str]:
+        """What a score divides by is the stated number, and the challenge's for the challenge's split."""
+        counts, stated = self._counts(), int(self.stated["num_bytes"])
+        counted = sidecar_bytes(self._paths(self.sidecars)) if self.sidecars else counts.table_bytes
+        ratio = f"{counted / max(counts.num_tokens, 1):.3f} bytes/token"
+        if counted != stated and not self.is_val and self.tokenizer_normalises:
+            return True, f"{stated:,} of original text, {counted:,} of normalised text, {ratio}; not scored"
+        if counted != stated:
+            return False, f"{counted:,} counted, stated {stated:,}"
+        verdict = challenge_verdict(self.folder.vocab_size, counts.num_tokens, counted) if self.is_val else None
+        if verdict is None:
+            return True, f"{counted:,}, {ratio}"
+        return verdict[0], f"{ratio}; {verdict[1]}"
+
+
+def sample_documents(paths: Sequence[Path], count: int) -> Iterator[np.ndarray]:  # each (tokens with BOS,)
+    """About `count` whole documents, spread evenly over each shard (whose last document may go on in the next)."""
+    per_shard = max(1, -(-count // max(len(paths), 1)))
+    for path in paths:
+        tokens = read_shard(path)
+        edges = np.flatnonzero(tokens == BOS_ID)
+        if path == paths[-1]:
+            edges = np.append(edges, len(tokens))
+        num_whole = max(len(edges) - 1, 0)
+        for index in np.unique(np.linspace(0, num_whole - 1, min(per_shard, num_whole)).astype(int)):
+            yield np.asarray(tokens[edges[index] : edges[index + 1]])
+
+
+def challenge_verdict(vocab_size: int, num_tokens: int, num_bytes: int) -> tuple[bool, str] | None:
+    """(passed, evidence) for a validation split of the challenge, None for any other split."""
+    for (known_vocab, known_tokens), name in CHALLENGE_SPLITS.items():
+        if vocab_size == known_vocab and known_tokens <= num_tokens <= known_tokens + SCORED_WINDOW:
+            low, high = CHALLENGE_BYTES
+            expected = f"{name} validation has {low / 1e6:.2f} to {high / 1e6:.2f} MB"
+            if low <= num_bytes <= high:
+                return True, f"{num_bytes:,}; {expected}"
+            return False, f"{num_bytes:,}; {expected}{_known_mistake(num_bytes)}"
+    return None
+
+
+def _known_mistake(num_bytes: int) -> str:
+    """What is known to lead to this number, as the end of a sentence; empty if nothing is."""
+    for wrong_bytes, reason in KNOWN_MISTAKES.items():
+        if abs(num_bytes - wrong_bytes) <= MISTAKE_TOLERANCE_BYTES:
+            return f"; this number means that {reason}"
+    return ""

@@ -1,0 +1,233 @@
+"""The challenge's published data as a data folder: shards and tokenizer from the Hugging Face hub.
+
+A published export has `manifest.json` (datasets: name, path, tokenizer_name, stats; tokenizers: name, model_path),
+`datasets/fineweb10B_<variant>/fineweb_{train,val}_%06d.bin` and `tokenizers/…`, all below one folder of a dataset
+repository (openai/parameter-golf, data/README.md; participants publish other vocabularies in the same layout).
+Train shards are a prefix of one frozen shuffle, 100M tokens or about 200 MB each; validation always comes whole.
+
+Files are fetched straight into the folder, and our manifest is written last: without it the folder is not a data
+folder, and running the command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pgolf_post.data.counts import count_split, sidecar_bytes
+from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder, Split
+from pgolf_post.data.hub import RemoteFile, Repository
+from pgolf_post.data.shards import read_shard
+from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
+from pgolf_post.progress import say
+from pgolf_post.settings import Settings
+from pgolf_post.storage import atomic_file, read_json, sha256_file, write_json
+
+TOKENIZER_NAME = "tokenizer.model"
+CHALLENGE_REPOSITORY = "willdepueoai/parameter-golf"
+CASEOPS_VARIANT = "sp8192_lossless_caps_caseops_v1_reserved"
+# Where each variant is published; the challenge's own repository has only the first.
+REPOSITORIES = {
+    "sp1024": CHALLENGE_REPOSITORY,
+    "sp4096": "kevclark/parameter-golf",
+    "sp8192": "kevclark/parameter-golf",
+    CASEOPS_VARIANT: "romeerp/parameter-golf-caseops-v1",
+}
+
+
+class DownloadSettings(Settings):
+    """What to download. `repository` is by default the one known to publish the variant."""
+
+    variant: str = Field("sp1024", pattern=r"^[A-Za-z0-9_]+$")
+    train_shards: int = Field(1, ge=0)
+    repository: str | None = None
+    revision: str = "main"
+    subfolder: str = "datasets"
+    endpoint: str = "https://huggingface.co"
+
+    @property
+    def source_repository(self) -> str:
+        return self.repository or REPOSITORIES.get(self.variant, CHALLENGE_REPOSITORY)
+
+
+def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> DataFolder:
+    """Fetch a variant into the data folder `out`, or what is missing of it, and open it.
+
+    Raises NotFoundError for what is not published, DamagedFileError for bytes that are not as published, MismatchError
+    for tokens that the tokenizer does not have, PgolfError if `out` holds other data (unless `force`).
+    """
+    remote = Repository.open(settings.endpoint, settings.source_repository, settings.revision)
+    source = {
+        "made_by": "pgolf-post data download",
+        "repository": remote.repository,
+        "revision": remote.commit,
+        "variant": settings.variant,
+    }
+    _make_way(out, source, force)
+    export = Export.open(remote, settings)
+    remote.fetch(export.tokenizer, out / TOKENIZER_NAME)
+    for file in export.val + export.val_bytes + export.train:
+        remote.fetch(file, out / file.name)
+        read_shard(out / file.name)  # a wrong header is worth knowing before the next 200 MB
+    manifest = _manifest(out, export, source)
+    with atomic_file(out / MANIFEST_NAME) as temporary:
+        write_json(temporary, manifest)
+    return DataFolder.open(out)
+
+
+class Export:
+    """The files of one variant in a published export. Open it with `Export.open`."""
+
+    def __init__(self, tokenizer: RemoteFile, files: Sequence[RemoteFile], train_shards: int) -> None:
+        self.tokenizer = tokenizer
+        self.val = _numbered(files, "fineweb_val_")
+        self.val_bytes = _numbered(files, "fineweb_val_bytes_")
+        self.all_train = _numbered(files, "fineweb_train_")
+        self.train = self.all_train[:train_shards]
+
+    @classmethod
+    def open(cls, remote: Repository, settings: DownloadSettings) -> Export:
+        """Find a variant's files by the export's manifest. Raises NotFoundError, SettingsError, DamagedFileError."""
+        root = settings.subfolder.strip("/")
+        manifest = _remote_manifest(remote, _join(root, MANIFEST_NAME))
+        dataset = _dataset_entry(manifest, settings, remote)
+        model_path = _tokenizer_path(manifest, dataset, remote)
+        folder = _join(root, str(dataset.get("path") or f"datasets/{dataset['name']}"))
+        export = cls(remote.file(_join(root, model_path)), remote.files(folder), settings.train_shards)
+        export._refuse_incomplete(dataset, settings, remote)
+        return export
+
+    def _refuse_incomplete(self, dataset: dict[str, Any], settings: DownloadSettings, remote: Repository) -> None:
+        """Compare the listed files with what was asked for and with what the manifest promises."""
+        expected_val = int((dataset.get("stats") or {}).get("files_val", len(self.val)))
+        if not self.val or len(self.val) != expected_val:
+            raise DamagedFileError(
+                f"{remote.repository} lists {len(self.val)} validation shards of {dataset['name']}, its manifest "
+                f"promises {expected_val}; a score needs all of them",
+                hint="--revision names another commit, --repository another publisher",
+            )
+        if len(self.train) < settings.train_shards:
+            raise SettingsError(
+                f"train_shards = {settings.train_shards}, but {remote.repository} has {len(self.all_train)} of "
+                f"{dataset['name']}",
+                hint=f"--train-shards {len(self.all_train)}",
+            )
+
+
+def _numbered(files: Sequence[RemoteFile], prefix: str) -> list[RemoteFile]:
+    """Files named prefix + six digits + .bin, which must count up from 0 without a gap."""
+    found = [file for file in files if re.fullmatch(re.escape(prefix) + r"\d{6}\.bin", file.name)]
+    for number, file in enumerate(found):
+        if file.name != f"{prefix}{number:06d}.bin":
+            raise DamagedFileError(f"the published export has no {prefix}{number:06d}.bin before {file.path}")
+    return found
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def _remote_manifest(remote: Repository, path: str) -> dict[str, Any]:
+    """The export's own manifest, which is not kept."""
+    with tempfile.TemporaryDirectory(prefix="pgolf-post-") as folder:
+        local = Path(folder) / MANIFEST_NAME
+        remote.fetch(remote.file(path), local)
+        return read_json(local)
+
+
+def _dataset_entry(manifest: dict[str, Any], settings: DownloadSettings, remote: Repository) -> dict[str, Any]:
+    """The variant's entry among `datasets`. Raises NotFoundError naming those that there are."""
+    entries = [entry for entry in manifest.get("datasets", []) if isinstance(entry, dict) and "name" in entry]
+    for entry in entries:
+        if entry["name"] == f"fineweb10B_{settings.variant}":
+            return entry
+    variants = [str(entry["name"]).removeprefix("fineweb10B_") for entry in entries]
+    known = REPOSITORIES.get(settings.variant, remote.repository)
+    raise NotFoundError(
+        f"{remote.repository} does not publish variant {settings.variant!r}; it has: {', '.join(variants) or 'none'}",
+        hint=f"--repository {known}" if known != remote.repository else "--repository OWNER/NAME of who publishes it",
+    )
+
+
+def _tokenizer_path(manifest: dict[str, Any], dataset: dict[str, Any], remote: Repository) -> str:
+    """The path of the dataset's sentencepiece model. Raises NotFoundError if it names none."""
+    name = dataset.get("tokenizer_name")
+    for entry in manifest.get("tokenizers", []):
+        if entry.get("name") == name and str(entry.get("model_path", "")).endswith(".model"):
+            return str(entry["model_path"])
+    raise NotFoundError(
+        f"{remote.repository}: {dataset['name']} has tokenizer {name!r}, for which no sentencepiece .model is published"
+    )
+
+
+def _make_way(out: Path, source: dict[str, Any], force: bool) -> None:
+    """Let `out` be a new folder, an interrupted download, or this very data; anything else only with `force`."""
+    if out.exists() and not out.is_dir():
+        raise PgolfError(f"{out} is a file, not a folder", hint="--out names another")
+    manifest_path = out / MANIFEST_NAME
+    if not manifest_path.is_file():
+        return
+    present = read_json(manifest_path).get("source", {})
+    differing = [key for key, value in source.items() if present.get(key) != value]
+    if not differing:
+        return
+    if not force:
+        key = differing[0]
+        raise PgolfError(
+            f"{out} holds other data: its {key} is {present.get(key)!r}, this would be {source[key]!r}",
+            hint="--out names another folder, --force replaces the files of this one",
+        )
+    manifest_path.unlink()  # from here until the new manifest the folder is not a data folder
+
+
+def _manifest(out: Path, export: Export, source: dict[str, Any]) -> dict[str, Any]:
+    """Our manifest for the files in `out`, all counted from the tokens themselves."""
+    tokenizer = load_tokenizer(out / TOKENIZER_NAME)
+    if tokenizer.bos_id() != BOS_ID:
+        raise MismatchError(
+            f"{export.tokenizer.path}: BOS id {tokenizer.bos_id()}, shards open documents with {BOS_ID}"
+        )
+    table = ByteTable.from_tokenizer(tokenizer)
+    say("counting documents and bytes")
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": source["variant"],
+        "tokenizer": {
+            "file": TOKENIZER_NAME,
+            "sha256": sha256_file(out / TOKENIZER_NAME),
+            "vocab_size": tokenizer.vocab_size(),
+        },
+        "splits": {
+            "train": _split_entry(out, "train", export.train, [], table),
+            "val": _split_entry(out, "val", export.val, export.val_bytes, table),
+        },
+        "source": {**source, "val_bytes_from": "byte sidecar" if export.val_bytes else "byte table"},
+    }
+
+
+def _split_entry(
+    out: Path, split: Split, shards: Sequence[RemoteFile], sidecars: Sequence[RemoteFile], table: ByteTable
+) -> dict[str, Any]:
+    """A split's entry: documents by their BOS, bytes by the sidecars where there are any, else by the byte table."""
+    counts = count_split([out / shard.name for shard in shards], table)
+    byte_sidecars = [_file_entry(out / file.name) for file in sidecars]
+    held = sum(item["num_tokens"] for item in byte_sidecars)
+    if sidecars and held != counts.num_tokens:
+        raise MismatchError(f"{out}: the {split} shards have {counts.num_tokens} tokens, their byte sidecars {held}")
+    return {
+        "num_tokens": counts.num_tokens,
+        "num_documents": counts.num_documents,
+        "num_bytes": sidecar_bytes([out / file.name for file in sidecars]) if sidecars else counts.table_bytes,
+        "shards": [_file_entry(out / shard.name) for shard in shards],
+        "byte_sidecars": byte_sidecars,
+    }
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "sha256": sha256_file(path), "num_tokens": len(read_shard(path))}

@@ -1,0 +1,132 @@
+"""One data folder: which files, which tokenizer, which tokens. Everything else asks this class.
+
+The manifest is the folder's identity: checkpoints record its sha256, so that a score can say which text it was
+measured on. Opening checks that each file is there and has the recorded size; `pgolf-post data check` checks the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pgolf_post.data.shards import read_shard
+from pgolf_post.data.tokenizer import ByteTable, load_tokenizer
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
+from pgolf_post.settings import canonical_json
+from pgolf_post.storage import read_json
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """An opened data folder. `manifest` is {format_version, name, tokenizer: {file, sha256, vocab_size},
+    splits: {train|val: {num_tokens, num_documents, num_bytes, shards: [{file, sha256, num_tokens}],
+    byte_sidecars: [{file, sha256, num_tokens}]}}, source: {…}}."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> DataFolder:
+        """Read and check the manifest against the files' presence and length. Raises NotFoundError, DamagedFileError."""
+        manifest_path = path / MANIFEST_NAME
+        if not manifest_path.is_file():
+            raise NotFoundError(
+                f"{path} is not a data folder: it has no {MANIFEST_NAME}",
+                hint=f"pgolf-post data build --stdlib --out {path}   (or: pgolf-post data download --out {path})",
+            )
+        manifest = read_json(manifest_path)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise DamagedFileError(
+                f"{manifest_path}: format_version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+            )
+        folder = cls(path, manifest)
+        missing = [name for name in folder._file_names() if not (path / name).is_file()]
+        if missing:
+            raise DamagedFileError(f"{path}: files named by the manifest are missing: {', '.join(missing)}")
+        return folder
+
+    def _file_names(self) -> Iterator[str]:
+        yield self.manifest["tokenizer"]["file"]
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"] + split.get("byte_sidecars", []):
+                yield shard["file"]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest["tokenizer"]["vocab_size"])
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return str(self.manifest["tokenizer"]["sha256"])
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.manifest)).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path / self.manifest["tokenizer"]["file"])
+
+    @cached_property
+    def byte_table(self) -> ByteTable:
+        return ByteTable.from_tokenizer(self.tokenizer)
+
+    def shard_paths(self, split: Split) -> list[Path]:
+        """The split's shards in order. Raises NotFoundError if the folder has none."""
+        shards = self.manifest["splits"].get(split, {}).get("shards", [])
+        if not shards:
+            raise NotFoundError(f"{self.path} has no {split!r} shards", hint="pgolf-post data build --help")
+        return [self.path / shard["file"] for shard in shards]
+
+    def tokens(self, split: Split, max_tokens: int | None = None) -> np.ndarray:  # (n,) uint16
+        """The first `max_tokens` tokens of a split (all by default), across shards, ids checked against the vocabulary.
+
+        Raises MismatchError for a token id that the vocabulary does not have.
+        """
+        pieces: list[np.ndarray] = []
+        remaining = max_tokens
+        for path in self.shard_paths(split):
+            shard = read_shard(path)
+            piece = shard if remaining is None else shard[:remaining]
+            check_token_ids(piece, self.vocab_size, path)
+            pieces.append(np.asarray(piece))
+            if remaining is not None:
+                remaining -= len(piece)
+                if remaining <= 0:
+                    break
+        return np.concatenate(pieces)
+
+    def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64; entry 0 has no context
+        """Bytes of text for each of the split's first len(tokens) tokens: the sidecar where there is one, else the table."""
+        sidecars = self.manifest["splits"][split].get("byte_sidecars", [])
+        if sidecars:
+            counts = np.concatenate([read_shard(self.path / sidecar["file"]) for sidecar in sidecars])
+            return counts[: len(tokens)].astype(np.int64)
+        previous = np.concatenate([tokens[:1], tokens[:-1]])
+        return self.byte_table.count(previous, tokens)
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, where: Path) -> None:
+    """Raise MismatchError naming the first token id that is not below `vocab_size`."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        position = int(np.argmax(tokens >= vocab_size))
+        raise MismatchError(
+            f"{where}: token id {int(tokens[position])} at position {position}, but the vocabulary has {vocab_size} pieces "
+            f"(ids 0..{vocab_size - 1}); the shard and the tokenizer do not belong together",
+            hint="pgolf-post data check " + str(where.parent),
+        )

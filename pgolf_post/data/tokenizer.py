@@ -1,0 +1,71 @@
+"""The sentencepiece tokenizer, and how many bytes of text each of its tokens stands for.
+
+Bits per byte divides by bytes of the original text, so the byte table *is* the metric's denominator. The rule is the
+challenge's: control, unknown and unused pieces count 0; a byte-fallback piece counts 1; any other piece counts its
+UTF-8 length without the leading U+2581, plus 1 for the space which that mark stands for, unless the previous token is
+a boundary (control) token. A U+2581 inside a piece also stands for one space and counts 1: the challenge's tokenizers
+have no such piece, tokenizers for indented text do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgolf_post.errors import DamagedFileError, NotFoundError
+
+BOS_ID = 1  # every document in a shard starts with this token
+SPACE_MARK = "\u2581"
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a sentencepiece .model. Raises NotFoundError, or DamagedFileError if sentencepiece refuses the file."""
+    import sentencepiece
+
+    if not path.is_file():
+        raise NotFoundError(f"no such tokenizer: {path}")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, ValueError) as error:
+        raise DamagedFileError(f"{path} is not a sentencepiece model: {error}") from None
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Bytes of text per token id. Arrays have shape (vocab_size,)."""
+
+    piece_bytes: np.ndarray  # int64, without the leading space
+    has_leading_space: np.ndarray  # bool
+    is_boundary: np.ndarray  # bool: control, unknown, unused
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> ByteTable:
+        """Read the table off a sentencepiece processor."""
+        vocab_size = tokenizer.vocab_size()
+        piece_bytes = np.zeros(vocab_size, dtype=np.int64)
+        has_leading_space = np.zeros(vocab_size, dtype=bool)
+        is_boundary = np.zeros(vocab_size, dtype=bool)
+        for token in range(vocab_size):
+            if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+                is_boundary[token] = True
+            elif tokenizer.is_byte(token):
+                piece_bytes[token] = 1
+            else:
+                piece = tokenizer.id_to_piece(token)
+                has_leading_space[token] = piece.startswith(SPACE_MARK)
+                text = piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ")
+                piece_bytes[token] = len(text.encode("utf-8"))
+        return cls(piece_bytes, has_leading_space, is_boundary)
+
+    def count(
+        self,
+        previous: np.ndarray,  # (n,) the token before each target
+        targets: np.ndarray,  # (n,)
+    ) -> np.ndarray:  # (n,) int64 bytes of text each target stands for
+        """Bytes per target token, in its context."""
+        space = self.has_leading_space[targets] & ~self.is_boundary[previous]
+        counts: np.ndarray = self.piece_bytes[targets] + space
+        return counts

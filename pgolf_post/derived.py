@@ -1,0 +1,63 @@
+"""Content-addressed results: change a knob, get a new folder; same knobs, a cache hit, said aloud.
+
+A derived id is sha256(parent ids ‖ canonical stage settings ‖ stage version). Parents are ids of tensors actually used,
+never paths, so a cache entry cannot outlive or outrun what it was made from. A folder holds the payload, config.json
+(what made it) and meta.json (written last, with the payload's sha256, so that damage is found and recomputed, aloud).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.errors import DamagedFileError, PgolfError
+from pgolf_post.progress import say
+from pgolf_post.settings import canonical_json
+from pgolf_post.storage import atomic_folder, read_json, sha256_file, write_json
+
+
+def derived_id(stage: str, version: int, parents: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """The id of a stage's result."""
+    identity = {"stage": stage, "version": version, "parents": list(parents), "settings": dict(settings)}
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def verified_meta(folder: Path, payload: str) -> dict[str, Any]:
+    """A derived folder's meta.json, its payload checked by sha256. Raises DamagedFileError, NotFoundError."""
+    meta = read_json(folder / "meta.json")
+    path = folder / payload
+    if not path.is_file() or sha256_file(path) != meta.get("payload_sha256"):
+        raise DamagedFileError(f"{path} does not match the sha256 recorded in meta.json")
+    return meta
+
+
+def load_or_make(
+    folder: Path,
+    payload: str,
+    config: Mapping[str, Any],
+    make: Callable[[Path], Mapping[str, Any]],
+    fresh: bool = False,
+) -> tuple[dict[str, Any], bool]:  # meta, whether it was cached
+    """Return the folder's meta if its payload is intact, else run `make(building)` and store what it reports.
+
+    `make` writes `payload` into the folder it is given and returns JSON facts for meta.json.
+    """
+    what = f"{folder.parent.name} {folder.name}"
+    if (folder / "meta.json").is_file() and not fresh:
+        try:
+            meta = verified_meta(folder, payload)
+            say(f"{what}: cached")
+            return meta, True
+        except PgolfError as error:
+            say(f"{what}: {error}; recomputing")
+    started = time.perf_counter()
+    with atomic_folder(folder, replace=True) as building:
+        facts = make(building)
+        write_json(building / "config.json", config)
+        seconds = round(time.perf_counter() - started, 3)
+        recorded = {"payload_sha256": sha256_file(building / payload), "seconds": seconds, **facts}
+        write_json(building / "meta.json", recorded)
+    return read_json(folder / "meta.json"), False

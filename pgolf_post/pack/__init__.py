@@ -1,0 +1,1 @@
+"""Packing: symbols → the smallest bytes, counted honestly, decoded by the decoder that ships."""

@@ -1,0 +1,55 @@
+"""Codecs: bytes in, fewer bytes out. One file and one row of `CODECS` each.
+
+Only compression lives here. Decompression lives once, in `pack/decode.py`, which ships with a submission and therefore
+imports nothing from this package; a codec's `id` is its branch in `decode.inflate`. Ids are written into artifacts:
+they are never reused or renumbered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pgolf_post.errors import SettingsError
+from pgolf_post.pack.codecs import brotli, lzma, none, zlib
+
+BEST = "best"  # every codec is tried on every unit, the smallest stream is kept
+
+
+class Codec(NamedTuple):
+    """One way to compress a unit."""
+
+    id: int
+    compress: Callable[[bytes], bytes]
+
+
+CODECS: dict[str, Codec] = {
+    # name: Codec(id in the file, compress)
+    "none": Codec(0, none.compress),
+    "brotli": Codec(1, brotli.compress),
+    "lzma": Codec(2, lzma.compress),
+    "zlib": Codec(3, zlib.compress),
+}
+
+
+def check_codec(name: str) -> str:
+    """Return `name` if it names a codec or is "best". Raises SettingsError naming the valid ones."""
+    if name not in CODECS and name != BEST:
+        raise SettingsError(f"unknown codec {name!r}; valid codecs: {', '.join(CODECS)}, {BEST}")
+    return name
+
+
+def compress(raw: bytes, name: str) -> tuple[int, bytes]:
+    """(codec id, stream) of `raw`. Of equally small streams "best" keeps the lowest id. Raises SettingsError."""
+    check_codec(name)
+    tried = CODECS.values() if name == BEST else [CODECS[name]]
+    streams = [(codec.id, codec.compress(raw)) for codec in tried]
+    return min(streams, key=lambda stream: (len(stream[1]), stream[0]))
+
+
+def codec_name(codec_id: int) -> str:
+    """The name of a codec id found in a file. Raises SettingsError for an id that no codec has."""
+    for name, codec in CODECS.items():
+        if codec.id == codec_id:
+            return name
+    raise SettingsError(f"unknown codec id {codec_id}; valid ids: {', '.join(str(c.id) for c in CODECS.values())}")

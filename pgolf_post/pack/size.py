@@ -1,0 +1,133 @@
+"""Counting against the budget: the real files, to the byte.
+
+A submission is its code plus its compressed weights, and the limit is decimal: 16,000,000 bytes pass, 16,000,001 do
+not. So nothing is estimated and nothing is left out silently: sizes are read from the files on disk, every file of a
+code folder counts, and a code file that is missing is an error, because counting it as 0 bytes would pass a submission
+that is over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.pack.container import ArtifactFacts
+
+BUDGET_BYTES = 16_000_000
+SKIPPED_FOLDERS = {"__pycache__"}  # written by Python while it runs, not part of a submission
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """One counted file."""
+
+    path: Path
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """What was counted, file by file, and how it compares with the budget."""
+
+    artifact: FileBytes
+    code: tuple[FileBytes, ...]
+    budget_bytes: int
+
+    @property
+    def artifact_bytes(self) -> int:
+        return self.artifact.num_bytes
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.code)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.artifact_bytes + self.code_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes left under the budget; negative when over it."""
+        return self.budget_bytes - self.total_bytes
+
+    @property
+    def over(self) -> bool:
+        return self.headroom_bytes < 0
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """One row of an artifact's byte table; the rows add up to the artifact's size."""
+
+    role: str
+    codec: str
+    stored_bytes: int
+    num_weights: int  # for the last two rows: scales, passthrough values
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per weight; None for a row without weights."""
+        return 8 * self.stored_bytes / self.num_weights if self.num_weights else None
+
+
+def count(artifact: Path, code: Sequence[Path] = (), budget_bytes: int = BUDGET_BYTES) -> SizeReport:
+    """Count one artifact (any file) and the code: files, and all files of folders; a file named twice counts once.
+
+    Raises NotFoundError for anything that is not there, SettingsError for a negative budget.
+    """
+    if budget_bytes < 0:
+        raise SettingsError(f"budget of {budget_bytes:,} bytes: it cannot be negative")
+    if not artifact.is_file():
+        raise NotFoundError(f"no such artifact file: {artifact}", hint="pgolf-post requant writes one")
+    counted = {_identity(artifact)}
+    files = []
+    for path in _code_files(code):
+        if _identity(path) not in counted:
+            counted.add(_identity(path))
+            files.append(FileBytes(path, path.stat().st_size))
+    return SizeReport(FileBytes(artifact, artifact.stat().st_size), tuple(files), budget_bytes)
+
+
+def _identity(path: Path) -> str:
+    """Where a path leads without following links: a link beside its target is a second file of the submission."""
+    return os.path.abspath(path)  # noqa: PTH100 (Path.resolve follows links)
+
+
+def _code_files(code: Iterable[Path]) -> Iterator[Path]:
+    for path in code:
+        if path.is_dir():
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
+        else:
+            raise NotFoundError(f"no such code file: {path}; a missing file is never counted as 0 bytes")
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files of a folder in name order. Raises NotFoundError if there are none or one cannot be counted."""
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        files += [Path(parent) / name for name in names]
+        files += [Path(parent) / name for name in folders if (Path(parent) / name).is_symlink()]
+    for path in files:
+        if not path.is_file():
+            raise NotFoundError(f"{path} is a link or special file that cannot be counted", hint="name its target")
+    if not files:
+        raise NotFoundError(f"code folder {folder} holds no files; it is not counted as 0 bytes")
+    return sorted(files)
+
+
+def _refuse(error: OSError) -> None:
+    raise NotFoundError(f"cannot list code folder: {error}") from error
+
+
+def role_table(facts: ArtifactFacts) -> list[RoleBytes]:
+    """Stored bytes per role of one of our artifacts (`container.read_facts`), in file order."""
+    names = {"manifest": "(manifest)", "scales": "(row scales)", "passthrough": "(passthrough)"}
+    return [
+        RoleBytes(unit.role or names[unit.kind], unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units
+    ]

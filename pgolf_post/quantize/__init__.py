@@ -1,0 +1,1 @@
+"""Quantization: real weights → integer symbols and scales. One method is one file."""

@@ -1,0 +1,86 @@
+"""Plain scoring: the text cut into windows of seq_len tokens, each scored once from an empty context.
+
+Window i reads tokens [iL, iL+L) and predicts [iL+1, iL+L+1); every target is scored exactly once. `tail="drop"` leaves
+out the last partial window, as the challenge does; `tail="score"` scores it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError
+from pgolf_post.progress import progress_bar
+from pgolf_post.score.bpb import Score, per_document
+from pgolf_post.settings import Settings
+
+BATCH_TOKENS = 16384
+
+
+class PlainProtocol(Settings):
+    """What exactly was scored; part of every score's identity."""
+
+    protocol: Literal["plain"] = "plain"
+    split: Literal["train", "val"] = "val"
+    seq_len: int = Field(ge=1)
+    max_tokens: int | None = Field(None, ge=2, description="score only the first max_tokens tokens")
+    tail: Literal["drop", "score"] = "drop"
+
+
+def windows(num_tokens: int, seq_len: int, tail: str) -> list[tuple[int, int]]:  # [(start, length)]
+    """Input windows of a text of `num_tokens` tokens."""
+    full = (num_tokens - 1) // seq_len
+    spans = [(i * seq_len, seq_len) for i in range(full)]
+    rest = num_tokens - 1 - full * seq_len
+    return [*spans, (full * seq_len, rest)] if tail == "score" and rest else spans
+
+
+def _batches(tokens: np.ndarray, spans: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Stack windows of equal length: (inputs, targets), each (batch, length) int64."""
+    start = 0
+    while start < len(spans):
+        length = spans[start][1]
+        stop = min(len(spans), start + max(1, BATCH_TOKENS // length))
+        stop = next((i for i in range(start, stop) if spans[i][1] != length), stop)
+        rows = np.stack([tokens[offset : offset + length + 1] for offset, _ in spans[start:stop]]).astype(np.int64)
+        batch = torch.from_numpy(rows)
+        yield batch[:, :-1], batch[:, 1:]
+        start = stop
+
+
+@torch.no_grad()
+def score_plain(
+    module: Any,  # a LanguageModel
+    tokens: np.ndarray,  # (n,) uint16
+    token_bytes: np.ndarray,  # (n,) int64 bytes of text per token
+    protocol: PlainProtocol,
+    description: str = "scoring",
+) -> Score:
+    """Score a text in float32. Raises MismatchError if it is shorter than one window."""
+    spans = windows(len(tokens), protocol.seq_len, protocol.tail)
+    if not spans:
+        raise MismatchError(f"{len(tokens)} tokens are fewer than one window of {protocol.seq_len} + 1")
+    started = time.perf_counter()
+    device = next(module.parameters()).device
+    pieces: list[np.ndarray] = []
+    with progress_bar(description, len(spans)) as advance:
+        for inputs, targets in _batches(tokens, spans):
+            logits = module.logits(module.hidden(inputs.to(device)))
+            nats = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+            pieces.append(nats.double().cpu().numpy())
+            advance(len(inputs))
+    return per_document(tokens, np.concatenate(pieces), token_bytes, time.perf_counter() - started)
+
+
+def score_folder(module: nn.Module, data: DataFolder, protocol: PlainProtocol, description: str = "scoring") -> Score:
+    """Score a data folder's split with a module whose vocabulary matches it."""
+    tokens = data.tokens(protocol.split, protocol.max_tokens)
+    return score_plain(module, tokens, data.token_bytes(protocol.split, tokens), protocol, description)

@@ -1,0 +1,97 @@
+"""Strict, frozen settings: one class per stage, read from TOML, overridden by `--set a.b=value`.
+
+An unknown key is the most expensive typo in this field (a knob that never acted is reported as a null result), so
+nothing here passes silently: an unknown key names the valid ones, a bad value names the key, the value and the limit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pgolf_post.errors import NotFoundError, SettingsError
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys are refused, instances are immutable, floats are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse_settings(cls: type[S], tree: Mapping[str, Any], source: str) -> S:
+    """Validate `tree` (nested plain values) as `cls`. Raises SettingsError listing every offending key at once."""
+    try:
+        return cls.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors()]
+        raise SettingsError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    """One pydantic problem as one line: dotted key, what is wrong, and the valid keys if the key is unknown."""
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location) or "(whole)"
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_model_at(cls, location[:-1]).model_fields)
+        close = difflib.get_close_matches(location[-1], valid, n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"unknown key {dotted!r}{guess}; valid keys here: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"key {dotted!r} is required"
+    return f"{dotted} = {problem['input']!r}: {problem['msg']}"
+
+
+def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
+    """The settings class that holds the key at `location` (walks nested classes, stops where it cannot)."""
+    for part in location:
+        field = cls.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        cls = annotation
+    return cls
+
+
+def read_settings(path: Path, cls: type[S], overrides: Iterable[str] = ()) -> S:
+    """Read a TOML file as `cls`, after applying `key.path=value` overrides. Raises SettingsError, NotFoundError."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"no such settings file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_settings(cls, tree, str(path))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in a nested dict. The value is read as TOML, or as a bare string if it is not TOML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override!r}: expected key=value, for example --set optim.matrix_lr=0.02")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise SettingsError(f"--set {override!r}: {parent!r} is a value, not a table")
+        node = child
+    try:
+        node[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        node[leaf] = text.strip()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte string of a JSON value: sorted keys, no spaces, no NaN. What every id is hashed from."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

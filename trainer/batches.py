@@ -1,0 +1,64 @@
+"""Which tokens a step sees: a pure function of the seed and the step, so that a resumed run sees what it would have.
+
+The training split is cut into non-overlapping windows of seq_len tokens (each with its next token), and every epoch
+visits all of them in an order drawn from (seed, epoch) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_post.data import DataFolder, read_shard
+from pgolf_post.data.folder import check_token_ids
+from pgolf_post.errors import MismatchError
+
+
+class WindowSampler:
+    """Windows of a data folder's training split in the order of a seed."""
+
+    def __init__(self, data: DataFolder, seq_len: int, seed: int) -> None:
+        self.seq_len, self.seed = seq_len, seed
+        self.shards = []
+        for path in data.shard_paths("train"):
+            shard = read_shard(path)
+            check_token_ids(shard, data.vocab_size, path)
+            self.shards.append(shard)
+        counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
+        self.first_window = np.concatenate([[0], np.cumsum(counts)])
+        if self.num_windows == 0:
+            raise MismatchError(f"{data.path}: no training shard holds a window of {seq_len} + 1 tokens")
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.first_window[-1])
+
+    def _window_at(self, position: int) -> int:
+        """The window visited `position` windows into the run."""
+        epoch, index = divmod(position, self.num_windows)
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(key=(self.seed, epoch)))
+            self._epoch, self._order = epoch, generator.permutation(self.num_windows)
+        return int(self._order[index])
+
+    def _tokens(self, window: int) -> np.ndarray:  # (seq_len + 1,) int64
+        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        offset = (window - int(self.first_window[shard])) * self.seq_len
+        return self.shards[shard][offset : offset + self.seq_len + 1].astype(np.int64)
+
+    def step_batches(
+        self,
+        step: int,
+        windows_per_step: int,
+        windows_per_batch: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # (inputs, targets), each (windows_per_batch, seq_len) int64
+        """The micro-batches of optimizer step `step` (counted from 0)."""
+        for start in range(0, windows_per_step, windows_per_batch):
+            positions = range(step * windows_per_step + start, step * windows_per_step + start + windows_per_batch)
+            rows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
+            yield rows[:, :-1], rows[:, 1:]

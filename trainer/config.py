@@ -1,0 +1,74 @@
+"""A training recipe: one strict TOML file, and nothing else, decides a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pgolf_post.settings import Settings
+from trainer.model import ArchitectureSettings, ModelConfig
+from trainer.optim import OptimSettings
+from trainer.schedule import ScheduleSettings
+
+PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "warmdown_start", "final"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class RunSettings(Settings):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under checkpoints/")
+    checkpoint_root: Path = Path("checkpoints")
+    seed: int = Field(1337, ge=0)
+    precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
+    log_every: int = Field(20, ge=1, description="steps between log lines")
+
+
+class DataSettings(Settings):
+    dir: Path = Field(description="a data folder made by `pgolf-post data build` or `download`")
+    seq_len: int = Field(ge=2)
+    batch_tokens: int = Field(ge=2, description="tokens per optimizer step")
+    micro_batch_tokens: int | None = Field(None, ge=2, description="tokens per backward pass; default batch_tokens")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> DataSettings:
+        micro = self.micro_batch_tokens or self.batch_tokens
+        if micro % self.seq_len or self.batch_tokens % micro:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} must be a multiple of micro_batch_tokens {micro}, "
+                f"which must be a multiple of seq_len {self.seq_len}"
+            )
+        return self
+
+
+class CheckpointSettings(Settings):
+    """Which phase boundaries become folders. `final` is always one."""
+
+    phases: tuple[PhaseName, ...] = ("init", "momentum_warmup_done", "loops_on", "warmdown_start", "final")
+    fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
+    steps: tuple[int, ...] = Field((), description="also after these steps")
+    optimizer_state: bool = Field(True, description="write training.safetensors, needed by --resume")
+    metric_tokens: int | None = Field(65536, ge=2, description="validation tokens of the recorded metric; omit for all")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> CheckpointSettings:
+        outside = [f for f in self.fractions if not 0 < f < 1]
+        if outside:
+            raise ValueError(f"checkpoint fractions must lie strictly between 0 and 1, got {outside}")
+        return self
+
+
+class Recipe(Settings):
+    """The whole of a run."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ArchitectureSettings
+    optim: OptimSettings
+    schedule: ScheduleSettings
+    checkpoint: CheckpointSettings
+
+    def model_config_for(self, vocab_size: int) -> ModelConfig:
+        """The architecture, completed by what the data decides."""
+        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=self.data.seq_len)

@@ -1,0 +1,242 @@
+"""The training loop: step until the schedule says the run is over, leave a checkpoint at every phase boundary.
+
+The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and said
+so in meta.json (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run at once, with the last
+checkpoint intact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, ViewName, point_latest, read_tensors, save_checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError
+from pgolf_post.progress import progress_bar, say
+from pgolf_post.score.metric import measure_module
+from pgolf_post.score.plain import PlainProtocol
+from trainer.batches import WindowSampler
+from trainer.config import Precision, Recipe
+from trainer.model import GolfGPT, GraphState
+from trainer.optim import EMA, Optimizer
+from trainer.phases import PhaseTracker
+from trainer.provenance import provenance
+from trainer.schedule import lr_multiplier, momentum_at, progress
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype: bf16 where asked for or, for "auto", where the processor multiplies it natively."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16" or device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if capabilities[1] else None
+
+
+class Trainer:
+    """One run: the model, its optimizer, its data order and its clock."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = autocast_dtype(recipe.run.precision, self.device)
+        self.data = DataFolder.open(recipe.data.dir)
+        self.sampler = WindowSampler(self.data, recipe.data.seq_len, recipe.run.seed)
+        torch.manual_seed(recipe.run.seed)
+        self.model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
+        self.model.initialise()
+        self.model.to(self.device)
+        self.optimizer = Optimizer(self.model, recipe.optim)
+        self.ema = EMA(self.model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+        self.phases = PhaseTracker.from_recipe(recipe)
+        self.run_dir = recipe.run.checkpoint_root / recipe.run.name
+        self.step = 0
+        self.train_seconds = 0.0
+        self.started = time.perf_counter()
+        self.parents: list[str] = []
+
+    @property
+    def progress(self) -> float:
+        return progress(self.recipe.schedule, self.step, self.train_seconds)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def run(self) -> Checkpoint:
+        """Train to the end. Returns the final checkpoint. Raises NumericsError if the loss stops being finite."""
+        if not self.parents and self.run_dir.exists() and any(self.run_dir.glob("step_*")):
+            raise PgolfError(
+                f"{self.run_dir} already holds checkpoints; a run never overwrites another",
+                hint="choose another name with --set run.name=NAME, or continue it with --resume CHECKPOINT",
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
+            shown = 0
+            while (at := self.progress) < 1.0:
+                self._update_graph(at)
+                if phase := self.phases.due(self.step, at):
+                    self.save(phase)
+                loss, norm = self._timed_step(at)
+                self._log(loss, norm, at)
+                permille = int(1000 * self.progress)
+                advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
+                shown = permille
+        self._update_graph(1.0)
+        return self.save("final")
+
+    def _update_graph(self, at: float) -> None:
+        """Switch depth recurrence on once its share of the run has come."""
+        config = self.model.config
+        if config.num_loops and at >= self.recipe.schedule.loops_at and not self.model.graph.active_loops:
+            self.model.set_graph(GraphState(active_loops=config.num_loops))
+
+    def _timed_step(self, at: float) -> tuple[float, float]:
+        """One optimizer step on the clock: (mean training loss in nats per token, gradient norm)."""
+        started = time.perf_counter()
+        loss = self._accumulate_gradients()
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"training loss is {loss} at step {self.step}; earlier checkpoints in {self.run_dir} are intact",
+                hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
+            )
+        optim = self.recipe.optim
+        momentum = momentum_at(self.step, optim.momentum_start, optim.momentum, optim.momentum_warmup_steps)
+        norm = self.optimizer.step(lr_multiplier(self.recipe.schedule, at), momentum)
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.step)
+        self.train_seconds += time.perf_counter() - started
+        return loss, norm
+
+    def _accumulate_gradients(self) -> float:
+        """Backward over the step's micro-batches; the gradient is of the mean loss over batch_tokens."""
+        data = self.recipe.data
+        micro_tokens = data.micro_batch_tokens or data.batch_tokens
+        share = micro_tokens / data.batch_tokens
+        total = 0.0
+        for inputs, targets in self.sampler.step_batches(
+            self.step, data.batch_tokens // data.seq_len, micro_tokens // data.seq_len
+        ):
+            loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    def _loss(
+        self,
+        inputs: Tensor,  # (batch, seq_len) int64
+        targets: Tensor,  # (batch, seq_len) int64
+    ) -> Tensor:  # () mean nats per token
+        enabled = torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+        with enabled:
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _log(self, loss: float, norm: float, at: float) -> None:
+        """Append a JSON line, and every log_every steps tell the terminal."""
+        rate = self.recipe.data.batch_tokens * self.step / max(self.train_seconds, 1e-9)
+        record = {
+            "step": self.step,
+            "loss": round(loss, 6),
+            "grad_norm": round(norm, 6),
+            "lr_multiplier": round(lr_multiplier(self.recipe.schedule, at), 6),
+            "tokens_per_second": round(rate, 1),
+            "train_seconds": round(self.train_seconds, 3),
+        }
+        with (self.run_dir / "train.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        if self.step % self.recipe.run.log_every == 0:
+            say(
+                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  "
+                f"lr × {record['lr_multiplier']:.3f}  {rate:,.0f} tokens/s  {self.train_seconds:.1f} s"
+            )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """config.json: what rebuilds the model as it is now, runtime graph state included."""
+        return {
+            "family": "golf_gpt",
+            "model": self.model.config.model_dump(mode="json"),
+            "graph": self.model.graph.model_dump(mode="json"),
+            "tokenizer": {"sha256": self.data.tokenizer_sha256, "vocab_size": self.data.vocab_size},
+            "data": {"manifest_sha256": self.data.manifest_sha256},
+        }
+
+    def views(self) -> dict[ViewName, dict[str, Tensor]]:
+        """The raw weights and, where kept, their average."""
+        views: dict[ViewName, dict[str, Tensor]] = {"raw": dict(self.model.state_dict())}
+        if self.ema:
+            views["ema"] = dict(self.ema.shadow)
+        return views
+
+    def _metric(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Score one view as `checkpoint verify` will: float32, plain, the first metric_tokens of validation."""
+        protocol = PlainProtocol(seq_len=self.recipe.data.seq_len, max_tokens=self.recipe.checkpoint.metric_tokens)
+        module = GolfGPT(self.model.config, self.model.graph).to(self.device)
+        module.load_state_dict(tensors)
+        return measure_module(module.eval(), self.data, protocol)
+
+    def save(self, phase: str) -> Checkpoint:
+        """Write this moment as a folder and point `latest` at it."""
+        views = self.views()
+        metrics = {name: self._metric(tensors) for name, tensors in views.items()}
+        meta = {
+            "kind": "raw",
+            "run": self.recipe.run.name,
+            "phase": phase,
+            "step": self.step,
+            "progress": self.progress,
+            "tokens_seen": self.step * self.recipe.data.batch_tokens,
+            "train_seconds": self.train_seconds,
+            "wall_seconds": round(time.perf_counter() - self.started, 3),
+            "seed": self.recipe.run.seed,
+            "data_position": {"next_step": self.step},
+            "rng": "none: the data order is a function of seed and step, and training draws no other random numbers",
+            "precision": "bf16 autocast" if self.dtype else "fp32",
+            "parents": self.parents,
+            "data_dir": str(self.recipe.data.dir),
+            "recipe": self.recipe.model_dump(mode="json"),
+            **provenance(self.device),
+        }
+        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
+        path = self.run_dir / f"step_{self.step:06d}-{phase}"
+        checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
+        point_latest(self.recipe.run.checkpoint_root, checkpoint)
+        bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
+        say(f"saved {path}  bpb on {metrics['raw']['tokens']:,} validation tokens: {bpb}")
+        return checkpoint
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of the same recipe: weights, moments, average, data position and clock."""
+        checkpoint = Checkpoint.open(path)
+        if not (checkpoint.path / TRAINING_FILE).is_file():
+            raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
+        ours = self.config()
+        if checkpoint.config["model"] != ours["model"] or checkpoint.config["data"] != ours["data"]:
+            raise MismatchError(f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it")
+        self.model.load_state_dict(dict(checkpoint.load("raw").tensors))
+        if self.ema:
+            shadow = checkpoint.load("ema").tensors
+            self.ema.shadow = {name: shadow[name].clone() for name in self.ema.shadow}
+        self.optimizer.load_state(read_tensors(checkpoint.path / TRAINING_FILE), str(checkpoint.path))
+        self.model.set_graph(GraphState(**checkpoint.config["graph"]))
+        self.step = int(checkpoint.meta["step"])
+        self.train_seconds = float(checkpoint.meta["train_seconds"])
+        self.parents = [checkpoint.view_id("raw")]
+        self.phases.skip_past(self.step, self.progress)
+        say(f"resumed {checkpoint.path} at step {self.step}, {100 * self.progress:.1f} % of the run")

@@ -1,0 +1,199 @@
+"""Muon for matrices, AdamW for the rest, one step over both.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, computed by five Newton-Schulz
+iterations; matrices of equal shape are stacked and iterated together. Coefficients: Jordan's classic quintic, or Polar
+Express (Amsel et al. 2025) as the record scripts use it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pgolf_post.errors import SettingsError
+from pgolf_post.settings import Settings
+
+NewtonSchulz = Literal["classic", "polar_express"]
+
+COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
+    "classic": ((3.4445, -4.7750, 2.0315),) * 5,
+    "polar_express": (
+        (8.156555, -22.483293, 15.878769),
+        (4.042930, -2.808917, 0.500018),
+        (3.891668, -2.772484, 0.506065),
+        (3.285754, -2.368129, 0.464490),
+        (2.346541, -1.709783, 0.423236),
+    ),
+}
+
+
+class OptimSettings(Settings):
+    """Learning rates are peaks; the schedule multiplies them."""
+
+    matrix_lr: float = Field(0.02, gt=0)
+    matrix_weight_decay: float = Field(0.085, ge=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum_start: float = Field(0.85, ge=0, lt=1)
+    momentum_warmup_steps: int = Field(500, ge=0)
+    newton_schulz: NewtonSchulz = "polar_express"
+    row_normalize: bool = True
+    embed_lr: float = Field(0.03, gt=0)
+    embed_weight_decay: float = Field(0.085, ge=0)
+    head_lr: float = Field(0.008, gt=0, description="an untied lm_head")
+    scalar_lr: float = Field(0.02, gt=0)
+    scalar_weight_decay: float = Field(0.02, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(0.3, ge=0, description="largest global gradient norm; 0 = no clipping")
+    ema_decay: float = Field(0.997, ge=0, lt=1, description="0 = keep no EMA")
+
+
+def orthogonalize(
+    updates: Tensor,  # (n, rows, cols)
+    scheme: NewtonSchulz,
+) -> Tensor:  # (n, rows, cols), singular values near 1
+    """Five Newton-Schulz iterations on each matrix, in its smaller dimension."""
+    transposed = updates.size(-2) > updates.size(-1)
+    x = updates.mT if transposed else updates
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in COEFFICIENTS[scheme]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+def muon_updates(
+    gradients: Tensor,  # (n, rows, cols)
+    momenta: Tensor,  # (n, rows, cols)
+    momentum: float,
+    settings: OptimSettings,
+) -> Tensor:  # (n, rows, cols)
+    """Nesterov momentum, row normalisation, orthogonalisation, and the √max(1, rows/cols) scale. Momenta change in place."""
+    momenta.mul_(momentum).add_(gradients)
+    update = gradients + momentum * momenta
+    if settings.row_normalize:
+        update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
+    rows, cols = update.shape[-2:]
+    return orthogonalize(update, settings.newton_schulz) * max(1.0, rows / cols) ** 0.5
+
+
+def group_of(name: str, parameter: Tensor) -> str:
+    """The optimizer group of a parameter: matrix, embed, head or scalar."""
+    if name == "tok_emb.weight":
+        return "embed"
+    if name == "lm_head.weight":
+        return "head"
+    if name.endswith(".weight") and parameter.ndim == 2:
+        return "matrix"
+    return "scalar"
+
+
+class Optimizer:
+    """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, so that it can be saved as one."""
+
+    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
+        self.settings = settings
+        self.parameters = dict(model.named_parameters())
+        self.matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)  # equal shapes step together
+        grouped: dict[str, list[str]] = defaultdict(list)
+        for name, parameter in self.parameters.items():
+            group = group_of(name, parameter)
+            if group == "matrix":
+                self.matrices[tuple(parameter.shape)].append(name)
+            else:
+                grouped[group].append(name)
+        self.momenta = {shape: torch.zeros(len(names), *shape) for shape, names in self.matrices.items()}
+        rates = {
+            "embed": (settings.embed_lr, settings.embed_weight_decay),
+            "head": (settings.head_lr, 0.0),
+            "scalar": (settings.scalar_lr, settings.scalar_weight_decay),
+        }
+        self.peak_lr = {group: rates[group][0] for group in grouped}
+        self.adam_names = {group: names for group, names in grouped.items()}
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [self.parameters[name] for name in names], "lr": rates[group][0], "weight_decay": rates[group][1]}
+                for group, names in grouped.items()
+            ],
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            foreach=True,
+        )
+
+    @torch.no_grad()
+    def step(self, lr_multiplier: float, momentum: float) -> float:
+        """Clip, update every parameter, clear gradients. Returns the gradient norm before clipping."""
+        limit = self.settings.grad_clip or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        for group, (name, peak) in zip(self.adam.param_groups, self.peak_lr.items(), strict=True):
+            assert len(group["params"]) == len(self.adam_names[name])
+            group["lr"] = peak * lr_multiplier
+        self.adam.step()
+        for shape, names in self.matrices.items():
+            self._step_matrices(shape, names, self.settings.matrix_lr * lr_multiplier, momentum)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm
+
+    def _step_matrices(self, shape: tuple[int, ...], names: list[str], lr: float, momentum: float) -> None:
+        """One Muon step with decoupled weight decay on all matrices of one shape."""
+        gradients = torch.stack([_gradient(self.parameters[name]) for name in names])
+        updates = muon_updates(gradients, self.momenta[shape], momentum, self.settings)
+        for name, update in zip(names, updates, strict=True):
+            parameter = self.parameters[name]
+            parameter.mul_(1 - lr * self.settings.matrix_weight_decay).add_(update, alpha=-lr)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME."""
+        state = {}
+        for shape, names in self.matrices.items():
+            state.update({f"momentum.{name}": self.momenta[shape][i] for i, name in enumerate(names)})
+        for name in self._adam_parameters():
+            moments = self.adam.state.get(self.parameters[name], {})
+            state.update({f"{key.replace('step', 'adam_step')}.{name}": value for key, value in moments.items()})
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Restore what `state` returned. Raises SettingsError listing tensors that are missing."""
+        wanted = [f"momentum.{name}" for names in self.matrices.values() for name in names]
+        missing = [key for key in wanted if key not in state]
+        if missing:
+            raise SettingsError(f"{source}: optimizer state lacks {', '.join(missing)}")
+        for shape, names in self.matrices.items():
+            self.momenta[shape] = torch.stack([state[f"momentum.{name}"] for name in names])
+        for name in self._adam_parameters():
+            if f"exp_avg.{name}" in state:
+                self.adam.state[self.parameters[name]] = {
+                    "step": state[f"adam_step.{name}"].clone(),
+                    "exp_avg": state[f"exp_avg.{name}"].clone(),
+                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
+                }
+
+    def _adam_parameters(self) -> Iterable[str]:
+        return (name for names in self.adam_names.values() for name in names)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The gradient, or zeros for a matrix that this step's graph did not use."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+class EMA:
+    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) at update t."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(model.named_parameters())
+        self.shadow = {name: parameter.detach().clone().float() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the weights after optimizer step `step` (counted from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
