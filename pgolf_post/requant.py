@@ -17,16 +17,18 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.errors import VerificationError
+from pgolf_post.errors import MismatchError, VerificationError
 from pgolf_post.families import load_module
-from pgolf_post.pack.container import pack, read_artifact, write_artifact
+from pgolf_post.pack.container import ARTIFACT_FILE, PackSettings, count_units, pack, read_artifact, write_artifact
 from pgolf_post.plan import QuantizeSettings
+from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.plain import PlainProtocol, score_folder
 from pgolf_post.storage import sha256_file
 
-STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, "artifact.pgolf"
+STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
 SCORE_STAGE, SCORE_VERSION, SCORE_PAYLOAD = "score", 1, "documents.safetensors"
 
 
@@ -63,11 +65,11 @@ def requant(view: View, stats: Stats, settings: QuantizeSettings, codec: str = "
 
     def make(building: Path) -> Mapping[str, Any]:
         model = quantize_view(view, stats, settings)
-        write_artifact(building / PAYLOAD, pack(model, codec))
-        decoded = read_artifact(building / PAYLOAD)
-        packed = model.symbols_sha256()
-        if decoded.symbols_sha256 != packed:
-            raise VerificationError(f"decoded symbols {decoded.symbols_sha256[:12]} are not the packed {packed[:12]}")
+        with progress_bar("packing", count_units(model)) as advance:
+            write_artifact(building / PAYLOAD, pack(model, PackSettings(codec=codec), advance))
+        packed, decoded = model.symbols_sha256(), symbols_sha256(read_artifact(building / PAYLOAD).symbols)
+        if decoded != packed:
+            raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")
         rows = [{"name": name, **tensor.facts} for name, tensor in model.quantized.items()]
         return {"symbols_sha256": packed, "view_id": view.id, "tensors": rows}
 
@@ -116,3 +118,13 @@ def cached_score(
         return {**score.sums(), "documents": len(score.document_nats), "subject_id": subject_id}
 
     return load_or_make(folder, SCORE_PAYLOAD, {"stage": SCORE_STAGE, "version": SCORE_VERSION, **identity}, make, fresh)
+
+
+def require_tokenizer(config: Mapping[str, Any], data: DataFolder, source: str) -> None:
+    """Raise MismatchError if a model's tokenizer is not the data folder's."""
+    wanted = config["tokenizer"]["sha256"]
+    if data.tokenizer_sha256 != wanted:
+        raise MismatchError(
+            f"{data.path} has tokenizer {data.tokenizer_sha256[:12]}, {source} was trained with {wanted[:12]}",
+            hint="pass the folder made with the same tokenizer: --data FOLDER",
+        )

@@ -111,11 +111,12 @@ class Repository:
         if have:
             say(f"{file.name}: going on after {have / 1e6:.1f} of {file.size_bytes / 1e6:.1f} MB")
         with progress_bar(f"{file.name}, MB", round(file.size_bytes / 1e6)) as advance:
+            report = _position_reporter(advance)
             with_retries(
-                f"{self.repository}: {file.path}", lambda: self._attempt(url, file.size_bytes, partial, advance)
+                f"{self.repository}: {file.path}", lambda: self._attempt(url, file.size_bytes, partial, report)
             )
 
-    def _attempt(self, url: str, size_bytes: int, partial: Path, advance: Callable[..., None]) -> None:
+    def _attempt(self, url: str, size_bytes: int, partial: Path, report: Callable[[int], None]) -> None:
         """One request for what is still missing."""
         from huggingface_hub.file_download import http_get
 
@@ -125,20 +126,32 @@ class Repository:
             have = 0
         headers = {**self._hub.utils.build_hf_headers(token=False), "Accept-Encoding": "identity"}
         with partial.open("ab") as file:
-            counted = CountedFile(file, advance)
+            counted = CountedFile(file, report)
             http_get(url, counted, resume_size=have, headers=headers, expected_size=size_bytes)
 
 
-class CountedFile:
-    """A file that reports to a progress bar how far it got, in MB; all that a transfer needs of a file."""
+def _position_reporter(advance: Callable[..., None]) -> Callable[[int], None]:
+    """Turn a progress bar's `advance` into `report(position in bytes)`, which may also go back."""
+    shown_bytes = 0
 
-    def __init__(self, file: BinaryIO, advance: Callable[..., None]) -> None:
-        self._file, self._advance, self._shown = file, advance, 0
-        self._show()
+    def report(position: int) -> None:
+        nonlocal shown_bytes
+        advance((position - shown_bytes) / 1e6)
+        shown_bytes = position
+
+    return report
+
+
+class CountedFile:
+    """A file that reports its position after every change; all that a transfer needs of a file."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+        self._file, self._report = file, report
+        report(file.tell())
 
     def write(self, data: bytes) -> int:
         written = self._file.write(data)
-        self._show()
+        self._report(self._file.tell())
         return written
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -149,13 +162,8 @@ class CountedFile:
 
     def truncate(self, size: int | None = None) -> int:
         remaining = self._file.truncate(size)
-        self._show()
+        self._report(self._file.tell())
         return remaining
-
-    def _show(self) -> None:
-        position = self._file.tell()
-        self._advance((position - self._shown) / 1e6)
-        self._shown = position
 
 
 def _import_hub() -> Any:

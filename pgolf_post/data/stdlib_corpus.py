@@ -23,7 +23,7 @@ from pgolf_post.errors import NotFoundError
 # read as topics.
 EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils", "pydoc_data"}
-    | {"site-packages", "dist-packages", "__pycache__"}
+    | {"site-packages", "dist-packages", "__pycache__", "encodings"}  # encodings: tables of hex codes, not text
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata",)
 

@@ -121,7 +121,7 @@ def test_the_code_of_real_modules_is_every_line_but_docstrings(module: ModuleTyp
     nodes = find_docstrings(ast.parse("\n".join(lines)))
     documented = {line for node in nodes for line in range(node.lineno, (node.end_lineno or 0) + 1)}
     _prose, code = module_documents(path, "k")
-    assert len(nodes) > 5
+    assert len(nodes) >= 5
     assert code.text.split("\n") == [line for number, line in enumerate(lines, 1) if number not in documented]
 
 

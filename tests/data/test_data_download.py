@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,9 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from pgolf_post.cli.data import command
 from pgolf_post.data import hub
 from pgolf_post.data.check import check
 from pgolf_post.data.download import DownloadSettings, download
@@ -167,10 +168,15 @@ def test_download_gives_the_published_data(server: Hub, built: DataFolder, tmp_p
     assert not server.authorized
 
 
-def test_environment_does_not_choose_the_hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    download(tmp_path / "out", settings_for(server))
+def test_environment_does_not_choose_the_hub(server: Hub, tmp_path: Path) -> None:
+    """In a process of its own, since huggingface_hub reads its variables when it is imported."""
+    options = ["--variant", "sp400", "--repository", REPOSITORY, "--endpoint", server.endpoint, "--json"]
+    program = [sys.executable, "-m", "pgolf_post", "data", "download", "--out", str(tmp_path / "out"), *options]
+    misleading = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(program, env={**os.environ, **misleading}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (answer,) = done.stdout.splitlines()
+    assert json.loads(answer)["manifest_sha256"] == DataFolder.open(tmp_path / "out").manifest_sha256
     assert not server.authorized
 
 
@@ -274,7 +280,7 @@ def test_what_is_not_published_is_named(server: Hub, tmp_path: Path) -> None:
     assert unknown.value.hint == "--repository kevclark/parameter-golf"
     with pytest.raises(SettingsError, match="train_shards = 99, but someone/golf has"):
         download(out, settings_for(server, train_shards=99))
-    with pytest.raises(NotFoundError, match="nobody/nothing .*HTTP 40"):
+    with pytest.raises(NotFoundError, match=r"nobody/nothing .*HTTP 40"):
         download(out, settings_for(server, repository="nobody/nothing"))
     with pytest.raises(NotFoundError, match="elsewhere"):
         download(out, settings_for(server, subfolder="elsewhere"))
@@ -300,8 +306,32 @@ def test_without_the_extra(server: Hub, tmp_path: Path, monkeypatch: pytest.Monk
     assert missing.value.hint == "pip install 'pgolf-post[data]'"
 
 
-def test_command_line(server: Hub, tmp_path: Path) -> None:
-    options = ["--variant", "sp400", "--repository", REPOSITORY, "--endpoint", server.endpoint, "--json"]
-    result = CliRunner().invoke(command, ["download", "--out", str(tmp_path / "out"), *options], catch_exceptions=False)
-    answer = json.loads(result.stdout.splitlines()[-1])
-    assert answer["manifest_sha256"] == DataFolder.open(tmp_path / "out").manifest_sha256
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ConnectionResetError("reset"), True),
+        (TimeoutError("slow"), True),
+        (OSError(errno.ENOSPC, "full"), False),
+        (PermissionError(errno.EACCES, "no"), False),
+        (ValueError("wrong"), False),
+    ],
+)
+def test_only_what_can_pass_is_tried_again(error: Exception, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.0)
+    attempts = []
+
+    def failing() -> None:
+        attempts.append(1)
+        raise error
+
+    with pytest.raises(PgolfError, match="the file"):
+        hub.with_retries("the file", failing)
+    assert len(attempts) == (hub.MAX_ATTEMPTS if again else 1)
+
+
+def test_positions_may_go_back() -> None:
+    shown: list[float] = []
+    report = hub._position_reporter(shown.append)
+    for position in (0, 10_000_000, 10_000_000, 4_000_000, 30_000_000):
+        report(position)
+    assert sum(shown) == 30.0

@@ -1,0 +1,94 @@
+"""What several commands share: finding the checkpoint, the data and the statistics, and options made from settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pgolf_post.errors import MismatchError, NotFoundError
+from pgolf_post.progress import say
+from pgolf_post.settings import Settings, parse_settings
+
+if TYPE_CHECKING:
+    from pgolf_post.checkpoint import Checkpoint, View
+    from pgolf_post.data import DataFolder
+
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Settings)
+
+checkpoint_argument = click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+weights_option = click.option(
+    "--weights", type=click.Choice(["ema", "raw"]), help="Which weights.  [default: ema where the folder has it]"
+)
+data_option = click.option(
+    "--data", "data_dir", type=click.Path(path_type=Path), help="Data folder.  [default: the one it was trained on]"
+)
+fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the same result is cached.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+
+
+def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
+    """Click options for the fields of a settings class: `flags` maps field name → flag; help and default come along."""
+
+    def decorate(function: F) -> F:
+        for field_name, flag in reversed(flags.items()):
+            field = cls.model_fields[field_name]
+            is_switch = field.annotation is bool
+            declaration = f"{flag}/--no-{flag.removeprefix('--')}" if is_switch else flag
+            kind = None if is_switch else (int if field.annotation in (int, int | None) else float)
+            shown = f"{field.description}.  [default: {field.default}]"
+            function = click.option(declaration, field_name, type=kind, default=None, help=shown)(function)
+        return function
+
+    return decorate
+
+
+def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:
+    """A settings instance from the options that were given. Raises SettingsError naming the option and its range."""
+    return parse_settings(cls, {key: value for key, value in values.items() if value is not None}, command)
+
+
+def find_checkpoint(path: Path | None) -> Checkpoint:
+    """The named checkpoint, or the newest final one of a training run, said aloud."""
+    from pgolf_post.checkpoint import Checkpoint, default_checkpoint
+
+    if path is not None:
+        return Checkpoint.open(path)
+    checkpoint = default_checkpoint()
+    say(f"checkpoint: {checkpoint.path} (the newest final one)")
+    return checkpoint
+
+
+def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
+    """The data a checkpoint was trained on, or a named folder with the same tokenizer.
+
+    Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or the tokenizer is another.
+    """
+    from pgolf_post.data import DataFolder
+
+    recorded = checkpoint.meta.get("data_dir")
+    if override is None and (recorded is None or not Path(recorded).is_dir()):
+        raise NotFoundError(f"the data folder of {checkpoint.path} ({recorded}) is not here", hint="pass --data FOLDER")
+    data = DataFolder.open(override or Path(str(recorded)))
+    wanted = checkpoint.config["tokenizer"]["sha256"]
+    if data.tokenizer_sha256 != wanted:
+        raise MismatchError(
+            f"{data.path} has tokenizer {data.tokenizer_sha256[:12]}, {checkpoint.path} was trained with {wanted[:12]}",
+            hint="pass the folder made with the checkpoint's tokenizer: --data FOLDER",
+        )
+    if override is None and data.manifest_sha256 != checkpoint.config["data"]["manifest_sha256"]:
+        raise MismatchError(
+            f"{data.path} was rebuilt since {checkpoint.path} was trained on it (its manifest differs)",
+            hint=f"if that is the text you mean, say so: --data {data.path}",
+        )
+    return data
+
+
+def load_view(checkpoint: Checkpoint, weights: Any) -> View:
+    """Load and verify the wanted weights, said aloud."""
+    view = checkpoint.load(weights)
+    say(f"weights: {view}")
+    return view
