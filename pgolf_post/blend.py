@@ -61,7 +61,8 @@ def warmdown_members(final: Checkpoint) -> list[Checkpoint]:
     members = [c for c in run_checkpoints(final) if float(c.meta.get("progress", 0.0)) >= start - 1e-9]
     if len(members) < 2:
         raise NotFoundError(
-            f"{final.path.parent} has {len(members)} checkpoint(s) from its warm-down (progress ≥ {start:.2f}); SWA needs 2",
+            f"{final.path.parent} has {len(members)} checkpoint(s) from its warm-down "
+            f"(progress ≥ {start:.2f}); SWA needs 2",
             hint='train with checkpoint.phases including "warmdown_start", or checkpoint.fractions = [0.7, 0.85]',
         )
     return members
@@ -90,7 +91,9 @@ def swa_blend(final: Checkpoint, ema_share: float, data: DataFolder) -> tuple[Ch
     The folder's name starts with its content id, so the same blend is found again and another never overwrites it.
     """
     if final.meta.get("kind") != "raw":
-        raise MismatchError(f"{final.path} is a {final.meta.get('kind')!r} checkpoint; SWA starts from a training run's")
+        raise MismatchError(
+            f"{final.path} is a {final.meta.get('kind')!r} checkpoint; SWA starts from a training run's"
+        )
     parts = swa_parts(final, ema_share)
     tensors = linear_blend(parts)
     blend_id = view_id(tensors, final.config)

@@ -163,7 +163,7 @@ def unpack_upper(packed: Tensor) -> Tensor:  # (n(n+1)/2,) → (n, n) float64
 
 
 def calibrate(view: View, data: DataFolder, settings: CalibrationSettings, fresh: bool = False) -> Stats:
-    """The view's statistics: read from the cache if this exact calibration was done before, else collected and stored."""
+    """The view's statistics: from the cache if this exact calibration was done before, else collected and stored."""
     module = load_module(view.config, view.tensors, str(view))
     family: ModelFamily = get_family(view.config["family"])
     seq_len = settings.seq_len or family.train_seq_len(module)

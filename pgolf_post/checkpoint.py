@@ -77,7 +77,9 @@ class Checkpoint:
         for name, found in (("config.json", checkpoint.config), ("meta.json", checkpoint.meta)):
             if found.get("format_version") != FORMAT_VERSION:
                 version = found.get("format_version")
-                raise DamagedFileError(f"{path / name}: format_version {version!r}, this program reads {FORMAT_VERSION}")
+                raise DamagedFileError(
+                    f"{path / name}: format_version {version!r}, this program reads {FORMAT_VERSION}"
+                )
         return checkpoint
 
     def view_name(self, weights: ViewName | None) -> ViewName:
@@ -102,7 +104,7 @@ class Checkpoint:
         recorded, found = self.view_id(name), view_id(tensors, self.config)
         if recorded != found:
             raise DamagedFileError(
-                f"{path} or its config.json changed after it was saved: recorded id {recorded[:12]}, found {found[:12]}",
+                f"{path} or its config.json changed after saving: recorded id {recorded[:12]}, found {found[:12]}",
                 hint="use another checkpoint of the run: pgolf-post checkpoint list",
             )
         for tensor_name, tensor in tensors.items():
@@ -198,7 +200,7 @@ def list_checkpoints(root: Path = CHECKPOINT_ROOT) -> list[Checkpoint]:
 
 
 def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
-    """The newest complete final checkpoint of a training run under `root`. Raises NotFoundError saying how to make one."""
+    """The newest complete final checkpoint of a training run under `root`. Raises NotFoundError, with the command."""
     finals = [c for c in list_checkpoints(root) if c.meta.get("kind") == "raw" and c.meta.get("phase") == "final"]
     if not finals:
         raise NotFoundError(f"no final checkpoint of a training run under {root}/", hint=MAKE_ONE)

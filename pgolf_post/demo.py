@@ -22,8 +22,9 @@ from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.pack.size import count
 from pgolf_post.plan import QuantizeSettings
 from pgolf_post.progress import print_table, say
-from pgolf_post.requant import requant, score_artifact, score_view
+from pgolf_post.requant import requant
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
+from pgolf_post.score.cached import score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.settings import read_settings
 
@@ -107,7 +108,9 @@ class Demo:
         score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
         report = count(artifact.path, (), DEMO_BUDGET_BYTES)
         facts = {"bpb": score["bpb"], "artifact_bytes": report.artifact_bytes, "headroom_bytes": report.headroom_bytes}
-        self.rows.append({"name": name, **facts, "artifact": str(artifact.path), "symbols_sha256": artifact.symbols_sha256})
+        self.rows.append(
+            {"name": name, **facts, "artifact": str(artifact.path), "symbols_sha256": artifact.symbols_sha256}
+        )
 
 
 def show(answer: dict[str, Any], seconds: float) -> None:

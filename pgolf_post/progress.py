@@ -27,8 +27,15 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, note="")`. Shows done/total, elapsed and ETA on a terminal, one closing line elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """Yield `advance(count=1, note="")`: done/total, elapsed and ETA on a terminal, one closing line elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     terminal = console()
     columns = (
@@ -44,7 +51,9 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         task = progress.add_task(description, total=total, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
-            progress.update(task, advance=count, **({"note": note} if note else {}))
+            progress.update(task, advance=count)
+            if note:
+                progress.update(task, note=note)
 
         yield advance
         if not terminal.is_terminal:

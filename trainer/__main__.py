@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import click
 
-from pgolf_post.errors import PgolfError, SettingsError
+from pgolf_post.errors import SettingsError
 from pgolf_post.progress import print_json, say
 
 

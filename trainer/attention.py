@@ -92,7 +92,7 @@ class Attention(nn.Module):
         y = causal_attention(q, k, v)
         if self.use_xsa:
             y = remove_own_value(y, v)
-        return self.proj(y.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return self.proj(y.transpose(1, 2).flatten(-2))
 
 
 def causal_attention(

@@ -132,7 +132,7 @@ class Trainer:
             self.step, data.batch_tokens // data.seq_len, micro_tokens // data.seq_len
         ):
             loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         return total
 
@@ -194,7 +194,7 @@ class Trainer:
     def save(self, phase: str) -> Checkpoint:
         """Write this moment as a folder and point `latest` at it."""
         views = self.views()
-        metrics = {name: self._metric(tensors) for name, tensors in views.items()}
+        metrics: dict[str, dict[str, Any]] = {name: self._metric(tensors) for name, tensors in views.items()}
         meta = {
             "kind": "raw",
             "run": self.recipe.run.name,
@@ -228,7 +228,9 @@ class Trainer:
             raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
         ours = self.config()
         if checkpoint.config["model"] != ours["model"] or checkpoint.config["data"] != ours["data"]:
-            raise MismatchError(f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it")
+            raise MismatchError(
+                f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it"
+            )
         self.model.load_state_dict(dict(checkpoint.load("raw").tensors))
         if self.ema:
             shadow = checkpoint.load("ema").tensors

@@ -94,7 +94,7 @@ class MLP(nn.Module):
         self.negative_slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
-        return self.proj(F.leaky_relu(self.fc(x), self.negative_slope).square())  # type: ignore[no-any-return]
+        return self.proj(F.leaky_relu(self.fc(x), self.negative_slope).square())
 
 
 class Block(nn.Module):
@@ -150,7 +150,9 @@ class GolfGPT(nn.Module):
     def set_graph(self, graph: GraphState) -> None:
         """Change the runtime graph state. Raises ValueError beyond the configured loops."""
         if graph.active_loops > self.config.num_loops:
-            raise ValueError(f"active_loops {graph.active_loops} exceeds the configured num_loops {self.config.num_loops}")
+            raise ValueError(
+                f"active_loops {graph.active_loops} exceeds the configured num_loops {self.config.num_loops}"
+            )
         self.graph = graph
 
     def initialise(self) -> None:
@@ -198,7 +200,7 @@ class GolfGPT(nn.Module):
         x = rms_norm(x)
         if hasattr(self, "head_proj"):
             x = self.head_proj(x)
-        return self.head_in(x)  # type: ignore[no-any-return]
+        return self.head_in(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32
         """Soft-capped logits: cap·tanh(z / cap)."""

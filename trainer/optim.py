@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -74,7 +74,7 @@ def muon_updates(
     momentum: float,
     settings: OptimSettings,
 ) -> Tensor:  # (n, rows, cols)
-    """Nesterov momentum, row normalisation, orthogonalisation, and the √max(1, rows/cols) scale. Momenta change in place."""
+    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place."""
     momenta.mul_(momentum).add_(gradients)
     update = gradients + momentum * momenta
     if settings.row_normalize:
@@ -95,45 +95,43 @@ def group_of(name: str, parameter: Tensor) -> str:
 
 
 class Optimizer:
-    """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, so that it can be saved as one."""
+    """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
     def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
         self.settings = settings
         self.parameters = dict(model.named_parameters())
         self.matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)  # equal shapes step together
-        grouped: dict[str, list[str]] = defaultdict(list)
+        self.adam_names: dict[str, list[str]] = defaultdict(list)  # group → parameter names
         for name, parameter in self.parameters.items():
             group = group_of(name, parameter)
             if group == "matrix":
                 self.matrices[tuple(parameter.shape)].append(name)
             else:
-                grouped[group].append(name)
-        self.momenta = {shape: torch.zeros(len(names), *shape) for shape, names in self.matrices.items()}
-        rates = {
+                self.adam_names[group].append(name)
+        device = next(model.parameters()).device
+        self.momenta = {shape: torch.zeros(len(names), *shape, device=device) for shape, names in self.matrices.items()}
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        groups = [self._adam_group(group, names) for group, names in self.adam_names.items()]
+        self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
+
+    def _adam_group(self, group: str, names: list[str]) -> dict[str, Any]:
+        """AdamW's settings for one group; `peak_lr` is what the schedule multiplies."""
+        settings = self.settings
+        lr, weight_decay = {
             "embed": (settings.embed_lr, settings.embed_weight_decay),
             "head": (settings.head_lr, 0.0),
             "scalar": (settings.scalar_lr, settings.scalar_weight_decay),
-        }
-        self.peak_lr = {group: rates[group][0] for group in grouped}
-        self.adam_names = {group: names for group, names in grouped.items()}
-        self.adam = torch.optim.AdamW(
-            [
-                {"params": [self.parameters[name] for name in names], "lr": rates[group][0], "weight_decay": rates[group][1]}
-                for group, names in grouped.items()
-            ],
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            foreach=True,
-        )
+        }[group]
+        parameters = [self.parameters[name] for name in names]
+        return {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
 
     @torch.no_grad()
     def step(self, lr_multiplier: float, momentum: float) -> float:
         """Clip, update every parameter, clear gradients. Returns the gradient norm before clipping."""
         limit = self.settings.grad_clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        for group, (name, peak) in zip(self.adam.param_groups, self.peak_lr.items(), strict=True):
-            assert len(group["params"]) == len(self.adam_names[name])
-            group["lr"] = peak * lr_multiplier
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak_lr"] * lr_multiplier
         self.adam.step()
         for shape, names in self.matrices.items():
             self._step_matrices(shape, names, self.settings.matrix_lr * lr_multiplier, momentum)

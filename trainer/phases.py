@@ -12,28 +12,30 @@ from dataclasses import dataclass, field
 from trainer.config import Recipe
 from trainer.schedule import warmdown_start
 
+Reached = Callable[[int, float], bool]  # (step, progress) → whether the boundary has come
+
 
 @dataclass
 class PhaseTracker:
     """Which boundaries are still ahead. `due` is asked before every optimizer step."""
 
-    pending: dict[str, Callable[[int, float], bool]] = field(default_factory=dict)  # name → reached(step, progress)
+    pending: dict[str, Reached] = field(default_factory=dict)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PhaseTracker:
         schedule, settings = recipe.schedule, recipe.checkpoint
-        named: dict[str, Callable[[int, float], bool]] = {"init": lambda step, at: step == 0}
+        named: dict[str, Reached] = {"init": lambda step, at: step == 0}
         if recipe.optim.momentum_warmup_steps:
             named["momentum_warmup_done"] = lambda step, at: step >= recipe.optim.momentum_warmup_steps
         if recipe.model.num_loops:
             named["loops_on"] = lambda step, at: at >= schedule.loops_at
         if schedule.warmdown:
             named["warmdown_start"] = lambda step, at: at >= warmdown_start(schedule)
-        pending = {name: reached for name, reached in named.items() if name in settings.phases}
+        pending: dict[str, Reached] = {n: reached for n, reached in named.items() if n in settings.phases}
         for fraction in settings.fractions:
-            pending[f"frac{round(100 * fraction):02d}"] = lambda step, at, fraction=fraction: at >= fraction
+            pending[f"frac{round(100 * fraction):02d}"] = _at_progress(fraction)
         for wanted in settings.steps:
-            pending[f"step{wanted}"] = lambda step, at, wanted=wanted: step == wanted
+            pending[f"step{wanted}"] = _at_step(wanted)
         return cls(pending)
 
     def due(self, step: int, at: float) -> str | None:
@@ -46,3 +48,11 @@ class PhaseTracker:
     def skip_past(self, step: int, at: float) -> None:
         """Forget boundaries that a resumed run has already passed."""
         self.due(step, at)
+
+
+def _at_progress(fraction: float) -> Reached:
+    return lambda step, at: at >= fraction
+
+
+def _at_step(wanted: int) -> Reached:
+    return lambda step, at: step >= wanted

@@ -33,17 +33,27 @@ def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> Non
     data = find_data(found, data_dir)
     results = [verify_metric(found.load(name), data) for name in found.meta["views"]]
     rows = [
-        (r.view, f"{r.recorded_bpb:.7f}", f"{r.found_bpb:.7f}", f"{r.difference_nats:+.1e}", "ok" if r.passed else "FAILED")
+        (
+            r.view,
+            f"{r.recorded_bpb:.7f}",
+            f"{r.found_bpb:.7f}",
+            f"{r.difference_nats:+.1e}",
+            "ok" if r.passed else "FAILED",
+        )
         for r in results
     ]
-    print_table(f"{found.path}: tensors match their ids", ("weights", "recorded bpb", "found bpb", "Δ nats/token", ""), rows)
+    print_table(
+        f"{found.path}: tensors match their ids", ("weights", "recorded bpb", "found bpb", "Δ nats/token", ""), rows
+    )
     passed = all(result.passed for result in results)
     if as_json:
         views = {r.view: {"recorded": r.recorded_bpb, "bpb": r.found_bpb, "passed": r.passed} for r in results}
         seconds = round(time.perf_counter() - started, 3)
         print_json({"checkpoint": str(found.path), "passed": passed, "views": views, "seconds": seconds})
     if not passed:
-        raise VerificationError(f"{found.path}: a recorded metric differs by more than {TOLERANCE_NATS:g} nats per token")
+        raise VerificationError(
+            f"{found.path}: a recorded metric differs by more than {TOLERANCE_NATS:g} nats per token"
+        )
 
 
 @command.command("list")

@@ -68,17 +68,13 @@ def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
     Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or the tokenizer is another.
     """
     from pgolf_post.data import DataFolder
+    from pgolf_post.score.cached import require_tokenizer
 
     recorded = checkpoint.meta.get("data_dir")
     if override is None and (recorded is None or not Path(recorded).is_dir()):
         raise NotFoundError(f"the data folder of {checkpoint.path} ({recorded}) is not here", hint="pass --data FOLDER")
     data = DataFolder.open(override or Path(str(recorded)))
-    wanted = checkpoint.config["tokenizer"]["sha256"]
-    if data.tokenizer_sha256 != wanted:
-        raise MismatchError(
-            f"{data.path} has tokenizer {data.tokenizer_sha256[:12]}, {checkpoint.path} was trained with {wanted[:12]}",
-            hint="pass the folder made with the checkpoint's tokenizer: --data FOLDER",
-        )
+    require_tokenizer(checkpoint.config, data, str(checkpoint.path))
     if override is None and data.manifest_sha256 != checkpoint.config["data"]["manifest_sha256"]:
         raise MismatchError(
             f"{data.path} was rebuilt since {checkpoint.path} was trained on it (its manifest differs)",

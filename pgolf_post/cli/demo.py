@@ -11,7 +11,9 @@ from pgolf_post.cli.common import json_option
 
 
 @click.command("demo")
-@click.option("--root", type=click.Path(path_type=Path), default=Path(), help="Holds data/ and checkpoints/.  [default: here]")
+@click.option(
+    "--root", type=click.Path(path_type=Path), default=Path(), help="Holds data/ and checkpoints/.  [default: here]"
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the training recipe.")
 @json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:

@@ -30,7 +30,9 @@ from pgolf_post.progress import print_json, print_table
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=1), help="Window length.  [default: the model's training length]")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Score only the first so many tokens.")
-@click.option("--tail", type=click.Choice(["drop", "score"]), default="drop", show_default=True, help="Last partial window.")
+@click.option(
+    "--tail", type=click.Choice(["drop", "score"]), default="drop", show_default=True, help="Last partial window."
+)
 @fresh_option
 @json_option
 def command(
@@ -74,7 +76,7 @@ def _protocol(options: dict[str, Any], train_seq_len: int) -> Any:
 def _score_checkpoint(
     path: Path | None, weights: str | None, data_dir: Path | None, fresh: bool, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], bool]:
-    from pgolf_post.requant import score_view
+    from pgolf_post.score.cached import score_view
 
     found = find_checkpoint(path)
     view = load_view(found, weights)
@@ -88,7 +90,7 @@ def _score_artifact(
     from pgolf_post.checkpoint import Checkpoint
     from pgolf_post.data import DataFolder
     from pgolf_post.pack.container import find_artifact, read_facts
-    from pgolf_post.requant import require_tokenizer, score_artifact
+    from pgolf_post.score.cached import score_artifact
 
     assert path is not None
     if weights:
@@ -98,7 +100,8 @@ def _score_artifact(
     protocol = _protocol(options, config["model"]["train_seq_len"])
     folder = artifact.parent.parent.parent.parent  # <checkpoint>/derived/artifact/<id>/artifact.pgolf
     if data_dir is None and not (folder / "meta.json").is_file():
-        raise NotFoundError(f"{artifact} does not lie in a checkpoint folder that names its data", hint="pass --data FOLDER")
+        raise NotFoundError(
+            f"{artifact} does not lie in a checkpoint folder that names its data", hint="pass --data FOLDER"
+        )
     data = DataFolder.open(data_dir) if data_dir else find_data(Checkpoint.open(folder), None)
-    require_tokenizer(config, data, str(artifact))
     return (artifact, *score_artifact(artifact, data, protocol, fresh))

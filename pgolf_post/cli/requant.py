@@ -49,7 +49,9 @@ QUANTIZE_FLAGS = {
 @weights_option
 @settings_options(QuantizeSettings, QUANTIZE_FLAGS)
 @click.option("--codec", default="brotli", show_default=True, help=f"One of {', '.join(CODECS)}, or best.")
-@click.option("--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable.")
+@click.option(
+    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
+)
 @click.option("--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes.")
 @click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
 @click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
@@ -80,7 +82,8 @@ def command(
     """
     from pgolf_post.calibrate import calibrate
     from pgolf_post.pack.size import count
-    from pgolf_post.requant import requant, score_artifact
+    from pgolf_post.requant import requant
+    from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
 
     started = time.perf_counter()

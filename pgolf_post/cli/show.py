@@ -18,7 +18,10 @@ Rows = list[tuple[str, str]]
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @json_option
 def command(path: Path | None, as_json: bool) -> None:
-    """Explain PATH: a checkpoint, a run, a derived folder, an artifact or a data folder. Default: the newest final checkpoint."""
+    """Explain PATH: a checkpoint, a run, a derived folder, an artifact or a data folder.
+
+    With PATH left out: the newest final checkpoint.
+    """
     if path is None:
         from pgolf_post.checkpoint import default_checkpoint
 

@@ -1,6 +1,6 @@
 """Text and tokens: shards on disk, the tokenizer's byte table, building, downloading and checking a data folder.
 
-A data folder holds one tokenizer, the shards made with it, and `manifest.json`, which names every file with its sha256:
+A data folder holds one tokenizer, the shards made with it, and `manifest.json`, with every file's sha256:
 
     data/<name>/manifest.json  tokenizer.model  fineweb_train_000000.bin …  fineweb_val_000000.bin  [fineweb_val_bytes_…]
 """

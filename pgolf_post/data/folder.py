@@ -7,7 +7,6 @@ measured on. Opening checks that each file is there and has the recorded size; `
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Read and check the manifest against the files' presence and length. Raises NotFoundError, DamagedFileError."""
+        """Check the manifest against the files' presence and length. Raises NotFoundError, DamagedFileError."""
         manifest_path = path / MANIFEST_NAME
         if not manifest_path.is_file():
             raise NotFoundError(
@@ -48,19 +47,28 @@ class DataFolder:
         manifest = read_json(manifest_path)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise DamagedFileError(
-                f"{manifest_path}: format_version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+                f"{manifest_path}: format_version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}"
             )
-        folder = cls(path, manifest)
-        missing = [name for name in folder._file_names() if not (path / name).is_file()]
-        if missing:
-            raise DamagedFileError(f"{path}: files named by the manifest are missing: {', '.join(missing)}")
-        return folder
+        try:
+            cls(path, manifest)._check_files()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedFileError(f"{manifest_path} lacks what a manifest must have: {error!r}") from None
+        return cls(path, manifest)
 
-    def _file_names(self) -> Iterator[str]:
-        yield self.manifest["tokenizer"]["file"]
-        for split in self.manifest["splits"].values():
-            for shard in split["shards"] + split.get("byte_sidecars", []):
-                yield shard["file"]
+    def _check_files(self) -> None:
+        """Raise DamagedFileError listing missing files, or for a shard whose length is not the recorded one."""
+        shards = [shard for split in self.manifest["splits"].values() for shard in _all_shards(split)]
+        names = [self.manifest["tokenizer"]["file"], *(shard["file"] for shard in shards)]
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing:
+            raise DamagedFileError(f"{self.path}: files named by the manifest are missing: {', '.join(missing)}")
+        for shard in shards:
+            found = len(read_shard(self.path / shard["file"]))
+            if found != shard["num_tokens"]:
+                raise DamagedFileError(
+                    f"{self.path / shard['file']} holds {found} tokens, the manifest says {shard['num_tokens']}",
+                    hint=f"pgolf-post data check {self.path}",
+                )
 
     @property
     def name(self) -> str:
@@ -111,8 +119,8 @@ class DataFolder:
                     break
         return np.concatenate(pieces)
 
-    def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64; entry 0 has no context
-        """Bytes of text for each of the split's first len(tokens) tokens: the sidecar where there is one, else the table."""
+    def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64
+        """Bytes of text of the split's first len(tokens) tokens: from the sidecar where there is one, else the table."""
         sidecars = self.manifest["splits"][split].get("byte_sidecars", [])
         if sidecars:
             counts = np.concatenate([read_shard(self.path / sidecar["file"]) for sidecar in sidecars])
@@ -121,12 +129,17 @@ class DataFolder:
         return self.byte_table.count(previous, tokens)
 
 
+def _all_shards(split: dict[str, Any]) -> list[dict[str, Any]]:
+    """A split's token shards and its byte sidecars."""
+    return [*split["shards"], *split.get("byte_sidecars", [])]
+
+
 def check_token_ids(tokens: np.ndarray, vocab_size: int, where: Path) -> None:
     """Raise MismatchError naming the first token id that is not below `vocab_size`."""
     if tokens.size and int(tokens.max()) >= vocab_size:
         position = int(np.argmax(tokens >= vocab_size))
         raise MismatchError(
-            f"{where}: token id {int(tokens[position])} at position {position}, but the vocabulary has {vocab_size} pieces "
-            f"(ids 0..{vocab_size - 1}); the shard and the tokenizer do not belong together",
+            f"{where}: token id {int(tokens[position])} at position {position}, but the vocabulary has {vocab_size} "
+            f"pieces (ids 0..{vocab_size - 1}); the shard and the tokenizer do not belong together",
             hint="pgolf-post data check " + str(where.parent),
         )

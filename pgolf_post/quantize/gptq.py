@@ -4,9 +4,9 @@ It minimises Σ_i e_i H e_iᵀ, e = w - ŵ, greedily: with H⁻¹ = UᵀU (U upp
 error (w_j - ŵ_j)/U_jj, which is subtracted from the later columns along row j of U. That is Babai's nearest-plane
 rounding in the lattice of H (arXiv 2507.18553); the algorithm is Frantar et al. 2022 (arXiv 2210.17323).
 
-A 2×2 worked example: w = (0.6, 0.6), H = [[1, .9], [.9, 1]], scale 1. Round to nearest gives (1, 1), error e = (-.4, -.4),
-cost .16 + .16 + 2·.9·.16 = 0.608. GPTQ rounds 0.6 → 1, then moves the second weight by the error it made: .6 - .4·.9 =
-0.24 → 0, e = (-.4, .6), cost .16 + .36 - 2·.9·.24 = 0.088.
+A 2×2 worked example: w = (0.6, 0.6), H = [[1, .9], [.9, 1]], scale 1. Round to nearest gives (1, 1), with error
+e = (-.4, -.4) and cost .16 + .16 + 2·.9·.16 = 0.608. GPTQ rounds 0.6 → 1, then moves the second weight by the error it
+made: .6 - .4·.9 = 0.24 → 0, with e = (-.4, .6) and cost .16 + .36 - 2·.9·.24 = 0.088.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class QuantizedModel:
     passthrough: Mapping[str, np.ndarray]  # float16, any shape
 
     def symbols_sha256(self) -> str:
-        """Hex sha256 over the symbols of all quantized tensors in name order: the identity that a NO-OP is judged by."""
+        """Hex sha256 over the symbols of all quantized tensors in name order: what a NO-OP is judged by."""
         return symbols_sha256({name: tensor.symbols for name, tensor in self.quantized.items()})
 
     def tensors(self) -> dict[str, np.ndarray]:
