@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.attention import Attention, rms_norm, rotary_angles
 
@@ -148,9 +149,9 @@ class GolfGPT(nn.Module):
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
     def set_graph(self, graph: GraphState) -> None:
-        """Change the runtime graph state. Raises ValueError beyond the configured loops."""
+        """Change the runtime graph state. Raises SettingsError beyond the configured loops."""
         if graph.active_loops > self.config.num_loops:
-            raise ValueError(
+            raise SettingsError(
                 f"active_loops {graph.active_loops} exceeds the configured num_loops {self.config.num_loops}"
             )
         self.graph = graph

@@ -2,7 +2,8 @@
 
 A data folder holds one tokenizer, the shards made with it, and `manifest.json`, with every file's sha256:
 
-    data/<name>/manifest.json  tokenizer.model  fineweb_train_000000.bin …  fineweb_val_000000.bin  [fineweb_val_bytes_…]
+    data/<name>/  manifest.json  tokenizer.model
+                  fineweb_train_000000.bin …  fineweb_val_000000.bin …  [fineweb_val_bytes_000000.bin …]
 """
 
 from pgolf_post.data.folder import DataFolder

@@ -120,7 +120,7 @@ class DataFolder:
         return np.concatenate(pieces)
 
     def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64
-        """Bytes of text of the split's first len(tokens) tokens: from the sidecar where there is one, else the table."""
+        """Bytes of text of the split's first len(tokens) tokens: from its sidecar, else the byte table."""
         sidecars = self.manifest["splits"][split].get("byte_sidecars", [])
         if sidecars:
             counts = np.concatenate([read_shard(self.path / sidecar["file"]) for sidecar in sidecars])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def decode_documents(data: DataFolder, tokens: np.ndarray) -> list[bytes]:  # to
     """The documents of a token stream as UTF-8 text."""
     starts = np.flatnonzero(tokens == BOS_ID)
     bounds = [*starts.tolist(), len(tokens)]
-    pieces: Sequence[list[int]] = [tokens[a + 1 : b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces: Sequence[list[int]] = [tokens[a + 1 : b].tolist() for a, b in pairwise(bounds)]
     return [text.encode("utf-8") for text in data.tokenizer.decode(list(pieces))]
 
 

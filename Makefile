@@ -1,0 +1,43 @@
+# make demo    the whole pipeline on this machine, ending in a table
+# make test    everything a change must pass: ruff, mypy, pytest
+# make test-long   the same with whole campaigns (fuzzing, kills)
+# make bench   measurements, as ratios against named baselines in the same run
+# make lint    ruff and mypy alone
+# make clean   remove what the above made, except data/ and checkpoints/
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Where only one torch build is wanted (a machine without a GPU), constraints.txt names the tested one.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test test-long bench lint clean
+
+demo: .venv/installed
+	$(BIN)/pgolf-post demo
+
+test: lint
+	$(BIN)/pytest
+
+test-long: lint
+	$(BIN)/pytest --long
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed-test
+	$(BIN)/python -m tests.bench
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
