@@ -19,7 +19,7 @@ from pgolf_post.errors import MismatchError
 
 @dataclass(frozen=True)
 class Score:
-    """Per-document sums of one pass over a text. Document 0 is what precedes the first BOS target, and may be empty."""
+    """Per-document sums of one pass over a text, in the order in which the documents stand in it."""
 
     document_nats: np.ndarray  # (documents,) float64
     document_tokens: np.ndarray  # (documents,) int64
@@ -65,7 +65,9 @@ def per_document(
     Raises MismatchError if the scored text holds no bytes.
     """
     scored = len(target_nats)
-    document = np.cumsum(tokens[: scored + 1] == BOS_ID)[1:]
+    starts = tokens[: scored + 1] == BOS_ID
+    starts[0] = False  # the text opens document 0, with or without a BOS
+    document = np.cumsum(starts)[1:]
     count = int(document.max()) + 1 if scored else 0
     sums = [np.bincount(document, weights, minlength=count) for weights in (target_nats, token_bytes[1 : scored + 1])]
     if scored == 0 or sums[1].sum() == 0:

@@ -1,0 +1,128 @@
+"""Quantizing a whole view: strict plans, evidence per tensor, and an artifact that decodes to what was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.checkpoint import Checkpoint, View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, NumericsError, SettingsError
+from pgolf_post.families import build_module, get_family
+from pgolf_post.pack.container import read_artifact
+from pgolf_post.plan import QuantizeSettings, make_plan
+from pgolf_post.quantize.run import entropy_bits, keep_tensor, quantize_view
+from pgolf_post.requant import requant
+from pgolf_post.settings import parse_settings
+
+SETTINGS = QuantizeSettings(hessian_lambda=0.1)
+
+
+@pytest.fixture
+def view(pico_checkpoint: Checkpoint) -> View:
+    return pico_checkpoint.load()
+
+
+@pytest.fixture
+def stats(view: View, pico_data: DataFolder) -> Stats:
+    return calibrate(view, pico_data, CalibrationSettings(tokens=640))
+
+
+def test_every_matrix_is_quantized_and_everything_else_kept(view: View, stats: Stats) -> None:
+    model = quantize_view(view, stats, SETTINGS)
+    assert {*model.quantized, *model.passthrough} == set(view.tensors)
+    assert all(name.endswith(".weight") for name in model.quantized)
+    assert model.quantized["tok_emb.weight"].bits == 8
+    assert model.quantized["blocks.0.mlp.fc.weight"].bits == 6
+    facts = model.quantized["blocks.0.mlp.fc.weight"].facts
+    assert {"method", "bits", "clip", "damp_used", "error", "entropy_bits", "clipped", "seconds"} <= facts.keys()
+
+
+def test_weights_and_hessians_are_left_bit_identical(view: View, stats: Stats) -> None:
+    weights = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    hessians = {site: hessian.clone() for site, hessian in stats.hessians.items()}
+    quantize_view(view, stats, SETTINGS)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in view.tensors.items())
+    assert all(torch.equal(hessians[site], hessian) for site, hessian in stats.hessians.items())
+
+
+def test_artifact_decodes_to_the_quantized_model_bit_for_bit(view: View, stats: Stats) -> None:
+    model, artifact = quantize_view(view, stats, SETTINGS), requant(view, stats, SETTINGS)
+    decoded = read_artifact(artifact.path)
+    assert artifact.symbols_sha256 == model.symbols_sha256() == decoded.manifest["symbols_sha256"]
+    expected = model.tensors()
+    assert decoded.tensors.keys() == expected.keys()
+    assert all(np.array_equal(decoded.tensors[name], array) for name, array in expected.items())
+    assert decoded.manifest["config"]["graph"] == {"active_loops": 1}
+
+
+def test_same_settings_same_artifact_other_settings_another(view: View, stats: Stats) -> None:
+    first, again = requant(view, stats, SETTINGS), requant(view, stats, SETTINGS)
+    assert (first.cached, again.cached) == (False, True)
+    assert first.folder == again.folder
+    fresh = requant(view, stats, SETTINGS, fresh=True)
+    assert not fresh.cached
+    assert fresh.symbols_sha256 == first.symbols_sha256
+    other = requant(view, stats, QuantizeSettings(hessian_lambda=0.4))
+    assert other.folder != first.folder
+    assert other.symbols_sha256 != first.symbols_sha256
+
+
+def test_more_bits_come_closer(view: View, stats: Stats) -> None:
+    def error(bits: int) -> float:
+        settings = QuantizeSettings(bits=bits, clip=3.0)
+        return float(quantize_view(view, stats, settings).quantized["blocks.1.mlp.fc.weight"].facts["error"])
+
+    assert error(8) < error(6) < error(4) < error(2)
+
+
+def test_an_uncovered_role_is_an_error_naming_the_tensor(view: View) -> None:
+    family = get_family("golf_gpt")
+
+    class Odd(type(family)):  # type: ignore[misc]
+        def role(self, tensor_name: str) -> str:
+            return "mystery" if tensor_name == "skip_weights" else str(super().role(tensor_name))
+
+    sites = family.sites(build_module(view.config))
+    with pytest.raises(SettingsError, match=r"skip_weights \(role 'mystery'\)"):
+        make_plan(view.tensors, Odd(), sites, SETTINGS)
+
+
+def test_a_matrix_without_a_site_is_rounded_and_says_why(view: View, stats: Stats) -> None:
+    family = get_family("golf_gpt")
+    sites = [site for site in family.sites(build_module(view.config)) if site.name != "head.in"]
+    rows = {row.name: row for row in make_plan(view.tensors, family, sites, SETTINGS)}
+    assert rows["tok_emb.weight"].method == "rtn"
+    from pgolf_post.quantize.run import quantize_tensor
+
+    tensor = quantize_tensor(rows["tok_emb.weight"], view.tensors["tok_emb.weight"], stats, SETTINGS)
+    assert "no site" in tensor.facts["reason"]
+
+
+def test_statistics_without_a_site_are_an_error(view: View, stats: Stats) -> None:
+    partial = dataclasses.replace(stats, hessians={s: h for s, h in stats.hessians.items() if s != "blocks.0.mlp.in"})
+    with pytest.raises(MismatchError, match=r"blocks\.0\.mlp\.in"):
+        quantize_view(view, partial, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hessian_lambda", -0.1), ("hessian_lambda", 1.5), ("bits", 1), ("bits", 9), ("clip", 0.0)]
+)
+def test_settings_out_of_range_name_the_key_and_value(key: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{key} = {value}"):
+        parse_settings(QuantizeSettings, {key: value}, "requant")
+
+
+def test_fp16_overflow_names_the_tensor() -> None:
+    with pytest.raises(NumericsError, match=r"skip_weights.*7e\+04"):
+        keep_tensor("skip_weights", torch.tensor([1.0, 7e4]))
+
+
+def test_entropy_of_known_distributions() -> None:
+    assert entropy_bits(np.zeros(10, dtype=np.int8)) == 0.0
+    assert entropy_bits(np.array([0, 1, 2, 3] * 5, dtype=np.int8)) == pytest.approx(2.0)
+    assert entropy_bits(np.array([0, 0, 0, 1], dtype=np.int8)) == pytest.approx(0.8112781)
