@@ -30,7 +30,7 @@ from pgolf_post.settings import read_settings
 
 LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
-DEMO_BUDGET_BYTES = 640_000  # what 16 MB is to a 36M-parameter model
+DEMO_BUDGET_BYTES = 400_000  # about what 16,000,000 is to a 36M-parameter model
 CALIBRATION = CalibrationSettings(tokens=65536)
 
 T = TypeVar("T")

@@ -160,9 +160,9 @@ def test_weights_that_overflow_name_the_site_they_break(pico_checkpoint: Checkpo
     view = pico_checkpoint.load()
     module = load_module(view.config, {n: t.clone() for n, t in view.tensors.items()}, "test")
     with torch.no_grad():
-        module.get_parameter("blocks.1.mlp.fc.weight").fill_(1e30)
+        module.get_parameter("blocks.2.mlp.fc.weight").fill_(1e30)
     sites = get_family("golf_gpt").sites(module)
-    with pytest.raises(NumericsError, match=r"blocks\.1\.mlp\.out"):
+    with pytest.raises(NumericsError, match=r"blocks\.2\.mlp\.out"):
         collect_hessians(module, sites, draw_calibration_set(pico_data, SETTINGS, 16).tokens)
 
 
