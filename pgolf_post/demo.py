@@ -32,7 +32,6 @@ LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
 VAL_FRACTION = 0.08
 DEMO_BUDGET_BYTES = 400_000  # about what 16,000,000 is to a 36M-parameter model
-CALIBRATION = CalibrationSettings(tokens=65536)
 
 T = TypeVar("T")
 
@@ -43,6 +42,8 @@ class Demo:
 
     root: Path  # the folder that holds data/ and checkpoints/
     train_overrides: tuple[str, ...] = ()
+    calibration: CalibrationSettings = CalibrationSettings(tokens=65536)
+    score_tokens: int | None = None  # validation tokens per score; None = all
     rows: list[dict[str, Any]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -57,9 +58,9 @@ class Demo:
         """Every stage in pipeline order. Returns the JSON answer."""
         data = self.timed("data", self.build_data)
         final = self.timed("train", lambda: self.train(data))
-        ngram_bpb = self.timed("byte model", lambda: byte_ngram_bpb(data))
+        ngram_bpb = self.timed("byte model", lambda: byte_ngram_bpb(data, max_tokens=self.score_tokens))
         view = final.load(None)
-        protocol = PlainProtocol(seq_len=view.config["model"]["train_seq_len"])
+        protocol = PlainProtocol(seq_len=view.config["model"]["train_seq_len"], max_tokens=self.score_tokens)
         before, _ = self.timed("score", lambda: score_view(view, data, protocol))
         for hessian_lambda in LAMBDAS:
             self.requantize(f"λ = {hessian_lambda:g}", view, data, protocol, hessian_lambda)
@@ -80,7 +81,8 @@ class Demo:
         out = self.root / "data" / "stdlib_sp1024"
         if (out / "manifest.json").is_file():
             data = DataFolder.open(out)
-            if stdlib_source().items() <= data.manifest["source"].items():
+            source = data.manifest["source"]
+            if stdlib_source().items() <= source.items() and source["settings"]["val_fraction"] == VAL_FRACTION:
                 say(f"{out}: already built from this Python")
                 return data
         settings = BuildSettings(name="stdlib_sp1024", vocab_size=1024, val_fraction=VAL_FRACTION)
@@ -103,7 +105,7 @@ class Demo:
         self, name: str, view: View, data: DataFolder, protocol: PlainProtocol, hessian_lambda: float
     ) -> None:
         """One row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
-        stats = self.timed("calibrate", lambda: calibrate(view, data, CALIBRATION))
+        stats = self.timed("calibrate", lambda: calibrate(view, data, self.calibration))
         settings = QuantizeSettings(hessian_lambda=hessian_lambda)
         artifact = self.timed("quantize + pack", lambda: requant(view, stats, settings))
         score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
