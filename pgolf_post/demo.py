@@ -32,6 +32,7 @@ LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
 VAL_FRACTION = 0.08
 DEMO_BUDGET_BYTES = 400_000  # about what 16,000,000 is to a 36M-parameter model
+CALIBRATION = CalibrationSettings(tokens=65536)
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Demo:
 
     root: Path  # the folder that holds data/ and checkpoints/
     train_overrides: tuple[str, ...] = ()
-    calibration: CalibrationSettings = CalibrationSettings(tokens=65536)
+    calibration: CalibrationSettings = CALIBRATION
     score_tokens: int | None = None  # validation tokens per score; None = all
     rows: list[dict[str, Any]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)

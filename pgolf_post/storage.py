@@ -20,6 +20,7 @@ from typing import Any
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 TEMPORARY_PREFIX = ".tmp-"
+FREE_SPACE = "free disk space (pgolf-post show lists derived folders, which can be deleted), then run it again"
 
 
 @contextmanager
@@ -40,8 +41,7 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
         _move_into_place(building, destination)
     except OSError as error:
         raise PgolfError(
-            f"could not write {destination}: {error}; what was there before is unchanged",
-            hint="free disk space (pgolf-post show lists derived folders, which can be deleted), then run it again",
+            f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -56,7 +56,7 @@ def _move_into_place(building: Path, destination: Path) -> None:
         destination.rename(aside)
         try:
             building.rename(destination)
-        except OSError:
+        except BaseException:
             aside.rename(destination)
             raise
         shutil.rmtree(aside, ignore_errors=True)
@@ -64,17 +64,21 @@ def _move_into_place(building: Path, destination: Path) -> None:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Delete temporary folders in `parent` whose process no longer runs."""
+    """Delete temporary folders, files and links in `parent` whose process no longer runs."""
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         owner = leftover.name.removeprefix(TEMPORARY_PREFIX).split("-", 1)[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it replaces `destination` in one rename."""
+    """Yield a temporary path to write; on success it replaces `destination` in one rename. Raises PgolfError."""
     destination.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(destination.parent)
     temporary = destination.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{destination.name}")
     try:
         yield temporary
@@ -82,7 +86,9 @@ def atomic_file(destination: Path) -> Iterator[Path]:
         temporary.replace(destination)
         _fsync(destination.parent)
     except OSError as error:
-        raise PgolfError(f"could not write {destination}: {error}; what was there before is unchanged") from error
+        raise PgolfError(
+            f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,8 +96,11 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 def atomic_symlink(link: Path, target: Path) -> None:
     """Point `link` at `target` (stored relative to the link's folder), replacing an older link in one rename."""
     temporary = link.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{link.name}")
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    temporary.replace(link)
+    try:
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+        temporary.replace(link)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flush_tree(folder: Path) -> None:

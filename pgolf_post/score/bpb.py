@@ -47,11 +47,15 @@ class Score:
         return {"bpb": self.bpb, "nats": self.nats, "tokens": self.tokens, "bytes": self.bytes}
 
     def save(self, path: Path) -> None:
-        """Write the per-document sums as safetensors."""
+        """Write the per-document sums as safetensors. Raises OSError, for atomic_folder to report."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays = {"nats": self.document_nats, "tokens": self.document_tokens, "bytes": self.document_bytes}
-        save_file(arrays, path)
+        try:
+            save_file(arrays, path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def per_document(
