@@ -35,6 +35,10 @@ MAKE_ONE = "pgolf-post demo   (or: python -m trainer trainer/recipes/tiny_cpu.to
 ViewName = Literal["raw", "ema"]
 VIEW_FILES: dict[ViewName, str] = {"raw": "weights.safetensors", "ema": "ema.safetensors"}
 TRAINING_FILE = "training.safetensors"
+REQUIRED_KEYS: dict[str, dict[str, type]] = {
+    "config.json": {"family": str, "model": dict, "graph": dict},
+    "meta.json": {"id": str, "kind": str, "phase": str, "step": int, "views": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Checkpoint:
                 raise DamagedFileError(
                     f"{path / name}: format_version {version!r}, this program reads {FORMAT_VERSION}"
                 )
+            wrong = [key for key, kind in REQUIRED_KEYS[name].items() if not isinstance(found.get(key), kind)]
+            if wrong:
+                raise DamagedFileError(f"{path / name}: missing or of the wrong kind: {', '.join(map(repr, wrong))}")
         return checkpoint
 
     def view_name(self, weights: ViewName | None) -> ViewName:
@@ -142,7 +149,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

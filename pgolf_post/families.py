@@ -46,6 +46,9 @@ class ModelFamily(Protocol):
     def build(self, model: Mapping[str, Any], graph: Mapping[str, Any]) -> nn.Module:
         """A module with uninitialised weights. Raises SettingsError for keys or values it does not know."""
 
+    def complete(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """The `model` settings with every default filled in. Raises SettingsError like `build`."""
+
     def sites(self, module: nn.Module) -> list[Site]:
         """Where each quantizable matrix's input can be observed."""
 

@@ -77,9 +77,9 @@ def read_settings(path: Path, cls: type[S], overrides: Iterable[str] = ()) -> S:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b=value` in a nested dict. The value is read as TOML, or as a bare string if it is not TOML."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise SettingsError(f"--set {override!r}: expected key=value, for example --set optim.matrix_lr=0.02")
     *parents, leaf = key.strip().split(".")
+    if not equals or not all([*parents, leaf]):
+        raise SettingsError(f"--set {override!r}: expected key=value, for example --set optim.matrix_lr=0.02")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})

@@ -57,7 +57,8 @@ def _move_into_place(building: Path, destination: Path) -> None:
         try:
             building.rename(destination)
         except BaseException:
-            aside.rename(destination)
+            if not destination.exists():
+                aside.rename(destination)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     _fsync(destination.parent)

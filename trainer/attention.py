@@ -1,8 +1,9 @@
-"""Causal attention of the record architecture: grouped queries, partial rotary positions, XSA.
+"""Causal attention of the record architecture: grouped queries, partial rotary positions, XSA, head gates.
 
 Rotary (Su et al. 2021) turns the first `rope_dims` dimensions of each head, in the challenge's rotation sense
 (a' = a·cos + b·sin, b' = -a·sin + b·cos). XSA removes from each head's output its component along the position's own
-value vector: what a token says about itself is already in the residual stream.
+value vector: what a token says about itself is already in the residual stream. A head gate scales each head's output by
+a sigmoid of the attention input, so that a head can stay silent where it has nothing to say.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.architecture import ModelConfig
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
 
@@ -54,44 +57,68 @@ def remove_own_value(
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view_as(y)
 
 
+class Context:
+    """What every attention of one forward pass shares: rotary angles and, where documents are isolated, the mask."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, document: Tensor | None) -> None:
+        self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
+        self.mask: Tensor | None = None  # (batch, 1, seq_len, seq_len) bool
+        if document is not None:  # (batch, seq_len): positions attend within their own document
+            same = document[:, :, None] == document[:, None, :]
+            self.mask = torch.tril(same)[:, None]
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention. Weights are (out, in); `q_gain` scales each head's query."""
 
-    def __init__(
-        self,
-        model_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        q_gain_init: float,
-        use_xsa: bool,
-    ) -> None:
+    def __init__(self, config: ModelConfig, use_xsa: bool) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim = model_dim // num_heads
-        self.use_xsa = use_xsa
-        kv_dim = num_kv_heads * self.head_dim
-        self.q = nn.Linear(model_dim, model_dim, bias=False)
-        self.k = nn.Linear(model_dim, kv_dim, bias=False)
-        self.v = nn.Linear(model_dim, kv_dim, bias=False)
-        self.proj = nn.Linear(model_dim, model_dim, bias=False)
-        self.q_gain = nn.Parameter(torch.full((num_heads,), q_gain_init))
+        self.config, self.use_xsa = config, use_xsa
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.model_dim // config.num_heads
+        kv_dim = config.num_kv_heads * self.head_dim
+        self.q = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.k = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.v = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.q_gain_init))
+        if config.attn_gate != "none":
+            width = config.model_dim if config.attn_gate == "dense" else config.gate_window
+            gate = nn.Parameter(torch.zeros(config.num_heads, width))
+            self.register_parameter(self._gate_name(), gate)
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim)
         return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
+    def _gate_name(self) -> str:
+        """Double-sigmoid gates have a name of their own: their weights mean something else."""
+        return "double_gate" if self.config.attn_gate == "double_sigmoid" else "gate"
+
+    def _gate(self, x: Tensor, query: Tensor) -> Tensor:  # (batch, heads, seq_len, 1)
+        """Each head's gate at each position, from the attention input x or the raw query projection."""
+        kind, weight = self.config.attn_gate, self.get_parameter(self._gate_name())
+        source = query if kind == "double_sigmoid" and self.config.attn_gate_source == "query" else x
+        logits = F.linear(source[..., : weight.size(1)], weight.to(source.dtype))
+        if kind == "sparse":
+            logits = self.config.attn_gate_scale * logits
+        gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
+        return gates.transpose(1, 2).unsqueeze(-1)
+
     def forward(
         self,
         x: Tensor,  # (batch, seq_len, model_dim), normalised
-        cos: Tensor,  # (seq_len, rope_dims / 2)
-        sin: Tensor,
+        context: Context,
     ) -> Tensor:  # (batch, seq_len, model_dim)
-        q = apply_rotary(rms_norm(self._heads(self.q(x), self.num_heads)), cos, sin)
-        k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), cos, sin)
+        query = self.q(x)
+        q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), context.cos, context.sin)
+        k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
         v = self._heads(self.v(x), self.num_kv_heads)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = causal_attention(q, k, v)
+        y = causal_attention(q, k, v, context.mask)
         if self.use_xsa:
             y = remove_own_value(y, v)
+        if self.config.attn_gate != "none":
+            y = y * self._gate(x, query)
         return self.proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -99,8 +126,10 @@ def causal_attention(
     q: Tensor,  # (batch, heads, seq_len, head_dim)
     k: Tensor,  # (batch, kv_heads, seq_len, head_dim)
     v: Tensor,
+    mask: Tensor | None,  # (batch, 1, seq_len, seq_len) bool, causal already; None = plain causal
 ) -> Tensor:  # (batch, heads, seq_len, head_dim)
     """Softmax attention over the past, scale 1/√head_dim; query head h reads key-value head h // group."""
     group = q.size(1) // k.size(1)
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
-from trainer.model import ArchitectureSettings, ModelConfig
+from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from pgolf_post.families import Site
 from pgolf_post.settings import parse_settings
-from trainer.model import GolfGPT, GraphState, ModelConfig
+from trainer.architecture import GraphState, ModelConfig
+from trainer.model import GolfGPT
 
 ROLES = (  # first match wins
     (r"tok_emb\.weight", "embedding"),
@@ -31,6 +32,9 @@ class GolfGPTFamily:
     def build(self, model: Mapping[str, Any], graph: Mapping[str, Any]) -> GolfGPT:
         config = parse_settings(ModelConfig, model, "config.json: model")
         return GolfGPT(config, parse_settings(GraphState, graph, "config.json: graph"))
+
+    def complete(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        return parse_settings(ModelConfig, model, "model settings").model_dump(mode="json")
 
     def sites(self, module: nn.Module) -> list[Site]:
         assert isinstance(module, GolfGPT)

@@ -24,9 +24,10 @@ from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, Pgolf
 from pgolf_post.progress import progress_bar, say
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
+from trainer.architecture import GraphState
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
-from trainer.model import GolfGPT, GraphState
+from trainer.model import GolfGPT
 from trainer.optim import EMA, Optimizer
 from trainer.phases import PhaseTracker
 from trainer.provenance import provenance

@@ -1,101 +1,51 @@
-"""The one model and its one forward: the record architecture's flat family.
+"""The one model and its one forward: the record architecture.
 
-Embedding → RMSNorm → a list of block visits in U-Net order → RMSNorm → tied (or own) head → tanh soft-cap. Some blocks
-are visited several times (depth recurrence); how often is runtime state (`GraphState`), not a weight, and is stored in
-every checkpoint, because a model evaluated with its loops off silently loses most of its quality.
+Embedding (smeared with its predecessor) → RMSNorm → a list of block visits in U-Net order → RMSNorm → tied (or own)
+head → tanh soft-cap. Some blocks are visited several times (depth recurrence); how often is `GraphState`, and a model
+evaluated with its loops off silently loses most of its quality, so that state travels with every checkpoint.
 The definition of right is the logits of the public scripts (openai/parameter-golf, train_gpt.py and its records).
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.settings import Settings
-from trainer.attention import Attention, rms_norm, rotary_angles
+from trainer.architecture import Activation, GraphState, ModelConfig, visit_list
+from trainer.attention import Attention, Context, rms_norm, rotary_angles
 
-Activation = Literal["relu2", "leaky_relu2"]
+BOS_ID = 1
 
-
-class ArchitectureSettings(Settings):
-    """The architecture, without what the data decides. Defaults: the record line's values at width 512."""
-
-    num_layers: int = Field(11, ge=1)
-    model_dim: int = Field(512, ge=2)
-    embedding_dim: int | None = Field(None, ge=1, description="width of the embedding; default model_dim")
-    num_heads: int = Field(8, ge=1)
-    num_kv_heads: int = Field(4, ge=1)
-    mlp_mult: float = Field(4.0, gt=0, description="hidden width = int(mlp_mult · model_dim)")
-    activation: Activation = "leaky_relu2"
-    leaky_slope: float = Field(0.5, ge=0, le=1)
-    tie_embeddings: bool = True
-    logit_softcap: float = Field(30.0, gt=0)
-    rope_base: float = Field(10000.0, gt=1)
-    rope_dims: int = Field(16, ge=0, description="rotated dimensions per head; 0 = all")
-    rope_ntk: bool = Field(True, description="stretch the rotary base beyond the training length")
-    q_gain_init: float = 4.0
-    xsa_last_n: int = Field(11, ge=0, description="XSA on the last n layers")
-    ln_scale: bool = Field(True, description="scale layer i's normalised input by 1/√(i+1)")
-    skip_gates: bool = True
-    loop_start: int = Field(0, ge=0)
-    loop_end: int = Field(0, ge=0)
-    num_loops: int = Field(0, ge=0, description="extra visits of blocks loop_start..loop_end")
-    gptj_start: int | None = Field(None, ge=0, description="from this layer on, attention and MLP read the same input")
-    embedding_init_std: float = Field(0.005, gt=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ArchitectureSettings:
-        if self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim {self.model_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        head_dim = self.model_dim // self.num_heads
-        if self.rope_dims > head_dim or self.rope_dims % 2 or head_dim % 2:
-            raise ValueError(f"rope_dims {self.rope_dims} must be even and at most the (even) head width {head_dim}")
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            raise ValueError(f"loops need loop_start ≤ loop_end < num_layers, got {self.loop_start}, {self.loop_end}")
-        return self
+Lanes = tuple[Tensor, Tensor]  # each (batch, seq_len, model_dim): what attention reads, what the MLP reads
 
 
-class ModelConfig(ArchitectureSettings):
-    """Everything `GolfGPT` is built from; stored in a checkpoint's config.json."""
-
-    vocab_size: int = Field(ge=2, le=65536)
-    train_seq_len: int = Field(ge=2)
-
-
-class GraphState(Settings):
-    """Runtime graph state: how many of the configured extra visits are active."""
-
-    active_loops: int = Field(0, ge=0)
-
-
-def visit_list(config: ModelConfig, active_loops: int) -> list[int]:
-    """Blocks in the order they are visited: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1]."""
-    layers = list(range(config.num_layers))
-    if not active_loops:
-        return layers
-    a, b = config.loop_start, config.loop_end
-    return layers[:a] + layers[a : b + 1] * (active_loops + 1) + layers[b + 1 :]
+def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) -> Tensor:
+    """relu², leaky-relu², silu² or gelu², elementwise."""
+    if activation == "silu2":
+        return F.silu(x).square()
+    if activation == "gelu2":
+        return F.gelu(x).square()
+    return F.leaky_relu(x, leaky_slope if activation == "leaky_relu2" else 0.0).square()
 
 
 class MLP(nn.Module):
-    """proj(act(fc x)) with a squared activation."""
+    """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         hidden_dim = int(config.mlp_mult * config.model_dim)
         self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.model_dim, hidden_dim, bias=False)
         self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
-        self.negative_slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
-        return self.proj(F.leaky_relu(self.fc(x), self.negative_slope).square())
+        if self.config.activation == "swiglu":
+            return self.proj(F.silu(self.gate(x)) * self.fc(x))
+        return self.proj(squared_activation(self.fc(x), self.config.activation, self.config.leaky_slope))
 
 
 class Block(nn.Module):
@@ -104,8 +54,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.model_dim
-        use_xsa = layer >= config.num_layers - config.xsa_last_n
-        self.attn = Attention(dim, config.num_heads, config.num_kv_heads, config.q_gain_init, use_xsa)
+        self.attn = Attention(config, use_xsa=layer >= config.num_layers - config.xsa_last_n)
         self.mlp = MLP(config)
         self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
@@ -113,18 +62,34 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.parallel = config.gptj_start is not None and layer >= config.gptj_start
 
+    def _normed(self, x: Tensor) -> Tensor:
+        return rms_norm(x) * self.norm_scale
+
+    def _mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        return self.resid_mix[0] * x + self.resid_mix[1] * x0
+
     def forward(
         self,
         x: Tensor,  # (batch, seq_len, model_dim)
         x0: Tensor,  # (batch, seq_len, model_dim), the embedding
-        cos: Tensor,
-        sin: Tensor,
+        context: Context,
     ) -> Tensor:
-        x = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        normed = rms_norm(x) * self.norm_scale
-        attended = x + self.attn_scale * self.attn(normed, cos, sin)
-        mlp_input = normed if self.parallel else rms_norm(attended) * self.norm_scale
+        x = self._mixed(x, x0)
+        normed = self._normed(x)
+        attended = x + self.attn_scale * self.attn(normed, context)
+        mlp_input = normed if self.parallel else self._normed(attended)
         return attended + self.mlp_scale * self.mlp(mlp_input)
+
+    def updates(
+        self,
+        attn_lane: Tensor,  # (batch, seq_len, model_dim)
+        mlp_lane: Tensor,  # (batch, seq_len, model_dim)
+        x0: Tensor,
+        context: Context,
+    ) -> tuple[Tensor, Tensor]:
+        """What attention and MLP would add, each reading its own lane; only attention's lane is mixed with x0."""
+        attention = self.attn_scale * self.attn(self._normed(self._mixed(attn_lane, x0)), context)
+        return attention, self.mlp_scale * self.mlp(self._normed(mlp_lane))
 
 
 class GolfGPT(nn.Module):
@@ -136,6 +101,9 @@ class GolfGPT(nn.Module):
         self.set_graph(graph)
         embedding_dim = config.embedding_dim or config.model_dim
         self.tok_emb = nn.Embedding(config.vocab_size, embedding_dim)
+        if config.smear_gate:
+            self.smear_gate = nn.Parameter(torch.zeros(1, config.gate_window))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
         if embedding_dim != config.model_dim:
             self.embed_proj = nn.Linear(embedding_dim, config.model_dim, bias=False)
             self.head_proj = nn.Linear(config.model_dim, embedding_dim, bias=False)
@@ -144,6 +112,9 @@ class GolfGPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
         if config.skip_gates:
             self.skip_gates = nn.Parameter(torch.zeros(num_skips, config.model_dim))
+        if config.lanes_start is not None:
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
@@ -181,24 +152,57 @@ class GolfGPT(nn.Module):
             return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
         return x + weighted
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) int64 → (batch, seq_len, embedding_dim)
+    def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
+        """Embedding, smear gate, norm, and the projection to model_dim where widths differ."""
+        x = self.tok_emb(tokens)
+        if self.config.smear_gate:
+            gate = torch.sigmoid(F.linear(x[:, 1:, : self.config.gate_window], self.smear_gate))
+            gate = self.smear_lambda * gate * (tokens[:, 1:, None] != BOS_ID)
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        x = rms_norm(x)
+        return self.embed_proj(x) if hasattr(self, "embed_proj") else x
+
+    def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context) -> Lanes:
+        """One visit with two residual lanes: attention reads the first, the MLP the second, both write to both."""
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        attention, mlp = block.updates(*lanes, x0, context)
+        keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
+        first = keep[0] * lanes[0] + post[0, 0] * attention + post[1, 0] * mlp
+        second = keep[1] * lanes[1] + post[0, 1] * attention + post[1, 1] * mlp
+        return first, second
+
+    def _merge(self, lanes: Lanes) -> Tensor:
+        if self.config.lane_output == "mean":
+            return 0.5 * (lanes[0] + lanes[1])
+        return lanes[0] if self.config.lane_output == "attn" else lanes[1]
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (batch, seq_len) int64
+        document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = packed
+    ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
-        cos, sin = self._rotary(tokens.size(1), tokens.device)
-        x = rms_norm(self.tok_emb(tokens))
-        if hasattr(self, "embed_proj"):
-            x = self.embed_proj(x)
-        x0 = x
+        context = Context(*self._rotary(tokens.size(1), tokens.device), document)
+        x = x0 = self._embed(tokens)
         visits = visit_list(self.config, self.graph.active_loops)
         num_encoder = len(visits) // 2
         skips: list[Tensor] = []
-        for position, layer in enumerate(visits):
-            index = position - num_encoder
-            if 0 <= index < self.skip_weights.size(0) and skips:
-                x = self._skip(x, skips.pop(), index)
-            x = self.blocks[layer](x, x0, cos, sin)
-            if index < 0:
-                skips.append(x)
-        x = rms_norm(x)
+        for layer in visits[:num_encoder]:
+            x = self.blocks[layer](x, x0, context)
+            skips.append(x)
+        lanes: Lanes | None = None
+        for index, layer in enumerate(visits[num_encoder:]):
+            if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
+                lanes = x, x
+            has_skip = index < self.skip_weights.size(0) and bool(skips)
+            if lanes is None:
+                x = self._skip(x, skips.pop(), index) if has_skip else x
+                x = self.blocks[layer](x, x0, context)
+            else:
+                first = self._skip(lanes[0], skips.pop(), index) if has_skip else lanes[0]
+                lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context)
+        x = rms_norm(x if lanes is None else self._merge(lanes))
         if hasattr(self, "head_proj"):
             x = self.head_proj(x)
         return self.head_in(x)
@@ -209,5 +213,5 @@ class GolfGPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(F.linear(hidden, head).float() / cap)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) int64 → (batch, seq_len, vocab_size) float32
-        return self.logits(self.hidden(tokens))
+    def forward(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:  # (batch, seq_len, vocab_size) float32
+        return self.logits(self.hidden(tokens, document))

@@ -23,8 +23,9 @@ from pgolf_post.plan import QuantizeSettings
 from pgolf_post.progress import print_table
 from pgolf_post.requant import requant
 from pgolf_post.settings import read_settings
+from trainer.architecture import GraphState
 from trainer.config import Recipe
-from trainer.model import GolfGPT, GraphState
+from trainer.model import GolfGPT
 
 REPEATS = 3
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "small_cpu.toml"

@@ -1,0 +1,84 @@
+"""The banked format: all matrices of one shape in one tensor, so that Muon can step them together.
+
+    qo_bank       (2L, dim, dim)      queries of all layers, then output projections
+    kv_bank       (2L, kv_dim, dim)   keys of all layers, then values
+    mlp_up_bank   (L, hidden, dim)    mlp.fc
+    mlp_down_bank (L, dim, hidden)    mlp.proj
+
+Used from the parallel-Muon line on (openai/parameter-golf, PR #1855 among them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import MismatchError
+from pgolf_post.importers.names import rename
+
+BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
+    "qo_bank": ("attn.q", "attn.proj"),
+    "kv_bank": ("attn.k", "attn.v"),
+    "mlp_up_bank": ("mlp.fc",),
+    "mlp_down_bank": ("mlp.proj",),
+}
+
+RENAMES = {  # foreign suffix: canonical suffix
+    ".attn.attn_gate_w": ".attn.gate",
+    ".attn.attn_gate_proj.weight": ".attn.double_gate",
+    "smear_gate.weight": "smear_gate",
+}
+
+KEPT = re.compile(
+    r"tok_emb\.weight|lm_head\.weight|skip_weights|skip_gates|smear_lambda|parallel_(post|resid)_lambdas"
+    r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|attn_gate_w|attn_gate_proj\.weight))"
+    r"|smear_gate\.weight"
+)
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    """A banked state dict has the query-output bank."""
+    return "qo_bank" in state
+
+
+def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical tensors. Raises MismatchError listing missing banks and tensors that this format does not have."""
+    problems = [f"missing {bank}" for bank in BANKS if bank not in state]
+    problems += [f"unknown {name}" for name in sorted(state) if name not in BANKS and not KEPT.fullmatch(name)]
+    if problems:
+        raise MismatchError("not a whole banked state dict: " + "; ".join(problems))
+    canonical = {rename(name, RENAMES): tensor for name, tensor in state.items() if name not in BANKS}
+    for bank in BANKS:
+        canonical.update(_split_bank(bank, state[bank]))
+    return canonical
+
+
+def _split_bank(bank: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A bank's matrices by canonical name. Raises MismatchError if the matrices do not divide into layers."""
+    parts = BANKS[bank]
+    num_layers, rest = divmod(tensor.size(0), len(parts))
+    if tensor.ndim != 3 or rest:
+        raise MismatchError(f"{bank} is {tuple(tensor.shape)}; expected ({len(parts)} × layers, out, in)")
+    names = _bank_names(bank, num_layers)
+    return {name: matrix.clone() for name, matrix in zip(names, tensor, strict=True)}
+
+
+def _bank_names(bank: str, num_layers: int) -> list[str]:
+    return [f"blocks.{layer}.{part}.weight" for part in BANKS[bank] for layer in range(num_layers)]
+
+
+def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The banked state dict. Raises MismatchError for tensors that the format cannot hold."""
+    num_layers = sum(name.endswith(".attn.q.weight") for name in tensors)
+    names = {bank: _bank_names(bank, num_layers) for bank in BANKS}
+    state = {bank: torch.stack([tensors[name] for name in names[bank]]) for bank in BANKS}
+    banked = {name for bank in names.values() for name in bank}
+    back = {canonical: foreign for foreign, canonical in RENAMES.items()}
+    rest = {rename(name, back): tensor for name, tensor in tensors.items() if name not in banked}
+    unknown = sorted(name for name in rest if not KEPT.fullmatch(name))
+    if unknown:
+        raise MismatchError(f"the banked format has no place for: {', '.join(unknown)}")
+    return {**state, **rest}

@@ -1,0 +1,199 @@
+"""What a foreign model is built from: inferred from shapes, read from the trainer's own words, or asked for by name.
+
+A state dict says how wide and deep a model is, not which activation it used or where its loops are. Shapes are believed
+first; the rest comes from the public scripts' hyperparameter names (a TOML file, `key=value` flags, or the
+"Hyperparameters:" lines of a training log); what none of them says is an error that lists the missing keys.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
+from pgolf_post.families import get_family
+
+FAMILY = "golf_gpt"
+OUR_KEYS = {
+    "vocab_size",
+    "embedding_dim",
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_mult",
+    "tie_embeddings",
+    "logit_softcap",
+    "rope_base",
+    "rope_dims",
+    "rope_ntk",
+    "xsa_last_n",
+    "ln_scale",
+    "train_seq_len",
+    "num_loops",
+    "loop_start",
+    "loop_end",
+    "leaky_slope",
+    "q_gain_init",
+    "gptj_start",
+    "lanes_start",
+    "activation",
+    "lane_output",
+    "attn_gate_scale",
+    "attn_gate_source",
+    "gate_window",
+    "embedding_init_std",
+}
+OTHER_NAME = {
+    "rope_yarn": "rope_ntk",
+    "parallel_residual_start": "gptj_start",
+    "parallel_start_layer": "lanes_start",
+    "parallel_final_lane": "lane_output",
+    "sparse_attn_gate_scale": "attn_gate_scale",
+    "attn_out_gate_src": "attn_gate_source",
+    "qk_gain_init": "q_gain_init",
+    "tied_embed_init_std": "embedding_init_std",
+    "rope_train_seq_len": "train_seq_len",
+}
+OTHER_VALUE = {
+    ("activation", "relu_squared"): "relu2",
+    ("activation", "leaky_relu_0.5_squared"): "leaky_relu2",
+    ("attn_gate_source", "proj"): "input",
+    ("attn_gate_source", "q"): "query",
+    ("rope_dims", "all"): 0,
+    ("gptj_start", -1): None,
+}
+LOG_LINE = re.compile(r"^\s+([a-z][a-z0-9_]*):\s+(.*?)\s*$")
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A model's settings and how they came about."""
+
+    model: Mapping[str, Any]  # complete settings of family golf_gpt
+    assumed: Mapping[str, Any]  # keys that nobody gave and no shape determines, and the defaults taken for them
+
+
+def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Inferred:
+    """Settings for canonical tensors. `given` is in our names or the public scripts'; names of neither are passed over.
+
+    Raises SettingsError listing keys that no shape determines and nobody gave, MismatchError where a given value
+    contradicts the shapes.
+    """
+    shapes, stated = settings_from_shapes(tensors), translate(given)
+    if stated.get("embedding_dim") == shapes["model_dim"]:
+        stated["embedding_dim"] = None  # our word for "as wide as the model"
+    contradictions = [
+        f"{key}: shapes say {shapes[key]!r}, given {value!r}"
+        for key, value in stated.items()
+        if key in shapes and shapes[key] != value
+    ]
+    if contradictions:
+        raise MismatchError("settings contradict the tensors: " + "; ".join(contradictions))
+    known = {**stated, **shapes}
+    if known.get("num_loops") == 0:  # without repeats the loop's bounds mean nothing; the scripts state them anyway
+        known["loop_start"] = known["loop_end"] = 0
+    missing = [key for key in required_keys(tensors, known) if key not in known]
+    if missing:
+        raise SettingsError(
+            f"no shape determines these settings and nobody gave them: {', '.join(missing)}",
+            hint="give them with --set key=value, --config FILE.toml, or --log train.log of the run",
+        )
+    complete = get_family(FAMILY).complete(known)
+    assumed = {key: value for key, value in complete.items() if key not in known}
+    return Inferred(complete, assumed)
+
+
+def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> list[str]:
+    """Keys that must be stated, given what the tensors hold."""
+    required = ["activation", "logit_softcap", "rope_base", "rope_dims", "rope_ntk", "xsa_last_n", "ln_scale"]
+    required += ["num_loops", "train_seq_len"]
+    if known.get("num_loops"):
+        required += ["loop_start", "loop_end"]
+    if known["attn_gate"] == "sparse":
+        required.append("attn_gate_scale")
+    if known["attn_gate"] == "double_sigmoid":
+        required.append("attn_gate_source")
+    if "parallel_post_lambdas" in tensors:
+        required += ["lanes_start", "lane_output"]
+    return required
+
+
+def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of canonical tensors determine. Raises MismatchError if the basic matrices are not there."""
+    basic = ("tok_emb.weight", "blocks.0.attn.k.weight", "blocks.0.attn.q_gain", "blocks.0.mlp.fc.weight")
+    absent = [name for name in basic if name not in tensors]
+    if absent:
+        raise MismatchError(f"not a whole model: missing {', '.join(absent)}")
+    vocab_size, embedding_dim = tensors["tok_emb.weight"].shape
+    hidden_dim, model_dim = tensors["blocks.0.mlp.fc.weight"].shape
+    num_heads = tensors["blocks.0.attn.q_gain"].numel()
+    if num_heads == 0 or model_dim % num_heads:
+        raise MismatchError(f"{num_heads} query gains do not divide a width of {model_dim}")
+    gate = tensors.get("blocks.0.attn.gate")
+    double_gate = tensors.get("blocks.0.attn.double_gate")
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "embedding_dim": embedding_dim if embedding_dim != model_dim else None,
+        "num_layers": sum(name.endswith(".attn.q.weight") for name in tensors),
+        "model_dim": model_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": tensors["blocks.0.attn.k.weight"].size(0) // (model_dim // num_heads),
+        "mlp_mult": hidden_dim / model_dim,
+        "tie_embeddings": "lm_head.weight" not in tensors,
+        "skip_gates": "skip_gates" in tensors,
+        "smear_gate": "smear_gate" in tensors,
+        "attn_gate": "none",
+    }
+    if gate is not None:
+        settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
+    if double_gate is not None:
+        settings["attn_gate"] = "double_sigmoid"
+    windows = [t for t in (tensors.get("smear_gate"), double_gate, gate) if t is not None and t.size(1) != model_dim]
+    return {**settings, "gate_window": windows[0].size(1)} if windows else settings
+
+
+def translate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in the public scripts' names and values → ours. Keys that are neither's are left out."""
+    translated: dict[str, Any] = {}
+    for name, value in given.items():
+        key = OTHER_NAME.get(name, name)
+        if key in OUR_KEYS:
+            translated[key] = OTHER_VALUE.get((key, value), value)
+    return translated
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """The "  name: value" lines that a public script prints under "Hyperparameters:".
+
+    Raises NotFoundError, or MismatchError if the log has no such lines.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"no such log: {path}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith("Hyperparameters:")), None)
+    if start is None:
+        raise MismatchError(f"{path} has no 'Hyperparameters:' line", hint="give the settings with --set or --config")
+    found: dict[str, Any] = {}
+    for line in lines[start + 1 :]:
+        match = LOG_LINE.match(line)
+        if not match:
+            break
+        found[match[1]] = _value(match[2])
+    return found
+
+
+def _value(text: str) -> Any:
+    """A log's value: Python's True/False/None, else as TOML, else the bare text."""
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

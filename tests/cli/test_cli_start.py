@@ -1,0 +1,154 @@
+"""The command line as a whole: help at once, usage errors exit 2, foreseen failures are one line and the next step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pgolf_post.cli import COMMANDS, cli, run_command
+from pgolf_post.errors import (
+    DamagedFileError,
+    MismatchError,
+    NotFoundError,
+    NumericsError,
+    OverBudgetError,
+    PgolfError,
+    SettingsError,
+    VerificationError,
+)
+
+HEAVY = {"torch", "numpy", "scipy", "safetensors", "sentencepiece", "pydantic", "rich"}
+
+
+def shell(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python …` as a real process."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def all_commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        found.append((*path, name))
+        if isinstance(command, click.Group):
+            found += all_commands(command, (*path, name))
+    return found
+
+
+def test_help_imports_nothing_heavy_and_lists_every_command(tmp_path: Path) -> None:
+    script = (
+        "import sys, pgolf_post.cli as c\nsys.argv = ['pgolf-post', '--help']\nc.main()\n"
+        "print(' '.join(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+    )
+    done = shell("-c", script, cwd=tmp_path)
+    assert done.returncode == 0
+    assert HEAVY & set(done.stderr.split()) == set()
+    assert "click" in done.stderr.split()
+    listed = [line.split()[0] for line in done.stdout.partition("pipeline order:")[2].splitlines() if line.strip()]
+    assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("path", [(), *all_commands(cli)], ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...], pgolf: Any) -> None:
+    answer = pgolf(*path, "--help")
+    assert answer.code == 0
+    assert answer.out.startswith("Usage: ")
+    described = answer.out.partition("\n\n")[2].partition("\n\n")[0].strip()
+    assert len(described) > 10
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_one_line_help_is_not_that_of_a_command_that_is_gone(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.name == name
+    assert command.help
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["requnt"], ["--bogus"], ["requant", "--bogus"], ["data"], ["size"], ["eval", "--tail", "odd"], ["data", "build"]],
+    ids=" ".join,
+)
+def test_usage_errors_exit_2_with_nothing_on_stdout(pgolf: Any, arguments: list[str]) -> None:
+    answer = pgolf(*arguments)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert "Usage: " in answer.err
+
+
+def test_an_unknown_command_exits_2_as_a_process(tmp_path: Path) -> None:
+    done = shell("-m", "pgolf_post", "requnt", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such command 'requnt'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(PgolfError, 1), (NotFoundError, 1), (DamagedFileError, 1), (MismatchError, 1), (NumericsError, 1)]
+    + [(SettingsError, 2), (OverBudgetError, 3), (VerificationError, 4)],
+)
+def test_a_foreseen_failure_is_its_message_the_next_command_and_its_exit_code(
+    error: type[PgolfError], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command
+    @click.option("--hint")
+    def failing(hint: str | None) -> None:
+        raise error("what went wrong", hint=hint)
+
+    for arguments, expected in (([], ""), (["--hint", "do this"], "next: do this\n")):
+        monkeypatch.setattr(sys, "argv", ["pgolf-post", *arguments])
+        with pytest.raises(SystemExit) as done:
+            run_command(failing)
+        assert done.value.code == code
+        assert capsys.readouterr() == ("", f"error: what went wrong\n{expected}")
+
+
+def test_an_unforeseen_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command
+    def failing() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["pgolf-post"])
+    with pytest.raises(ZeroDivisionError):
+        run_command(failing)
+
+
+def test_an_interrupt_exits_130_and_says_that_nothing_is_half_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["pgolf-post"])
+    with pytest.raises(SystemExit) as done:
+        run_command(interrupted)
+    assert done.value.code == 130
+    assert "nothing was left half-written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["show", "calibrate", "requant", "eval", "swa-blend", "checkpoint verify"])
+def test_without_a_checkpoint_the_next_command_is_the_one_that_makes_one(
+    pgolf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    answer = pgolf(*command.split())
+    assert (answer.code, answer.out) == (1, "")
+    assert "error: no final checkpoint of a training run under checkpoints/" in answer.err
+    assert "next: pgolf-post demo   (or: python -m trainer trainer/recipes/tiny_cpu.toml)" in answer.err
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_without_a_checkpoint_a_process_exits_1(tmp_path: Path) -> None:
+    done = shell("-m", "pgolf_post", "requant", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "next: pgolf-post demo" in done.stderr
+    assert "Traceback" not in done.stderr
