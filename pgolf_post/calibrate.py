@@ -25,8 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pgolf_post.checkpoint import View, read_tensors, write_tensors
-from pgolf_post.data import DataFolder, read_shard
-from pgolf_post.data.folder import check_token_ids
+from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.errors import MismatchError, NumericsError
 from pgolf_post.families import ModelFamily, Site, get_family, load_module
@@ -77,11 +76,11 @@ class Stats:
 
 def draw_calibration_set(data: DataFolder, settings: CalibrationSettings, seq_len: int) -> CalibrationSet:
     """Draw distinct windows of the training split. Raises MismatchError if it holds too few."""
-    places = []
-    for path in data.shard_paths("train"):
-        shard = read_shard(path)
-        check_token_ids(shard, data.vocab_size, path)
-        places += [(path, offset) for offset in range(0, len(shard) - seq_len + 1, seq_len)]
+    places = [
+        (path, shard, offset)
+        for path, shard in data.shards("train")
+        for offset in range(0, len(shard) - seq_len + 1, seq_len)
+    ]
     wanted = max(1, settings.tokens // seq_len)
     if wanted > len(places):
         raise MismatchError(
@@ -91,8 +90,8 @@ def draw_calibration_set(data: DataFolder, settings: CalibrationSettings, seq_le
         )
     generator = np.random.Generator(np.random.Philox(key=(settings.seed, 0)))
     chosen = [places[i] for i in sorted(generator.choice(len(places), size=wanted, replace=False))]
-    rows = [np.asarray(read_shard(path)[offset : offset + seq_len]) for path, offset in chosen]
-    spans = tuple((path.name, offset, seq_len) for path, offset in chosen)
+    rows = [shard[offset : offset + seq_len] for _, shard, offset in chosen]
+    spans = tuple((path.name, offset, seq_len) for path, _, offset in chosen)
     return CalibrationSet(spans, np.stack(rows).astype(np.int64))
 
 

@@ -64,7 +64,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """A table for people. Columns after the first are right-aligned."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:
@@ -72,6 +72,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     terminal = console()
     if not terminal.is_terminal:
         terminal.width = 160
+    say(title)
     terminal.print(table)
 
 

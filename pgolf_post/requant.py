@@ -20,6 +20,7 @@ from pgolf_post.plan import QuantizeSettings
 from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import symbols_sha256
+from pgolf_post.settings import parse_settings
 
 STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
 
@@ -51,8 +52,10 @@ def requant(
 ) -> Artifact:
     """Quantize and pack a view; cached by view, statistics, settings and codec.
 
-    Raises VerificationError if decoding the written file does not give back the symbols that were packed.
+    Raises SettingsError for an unknown codec, VerificationError if decoding the written file does not give back the
+    symbols that were packed.
     """
+    packing = parse_settings(PackSettings, {"codec": codec}, "requant")
     identity = {**settings.model_dump(mode="json"), "codec": codec}
     artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, stats.id], identity)
     folder = view.checkpoint.derived(STAGE, artifact_id)
@@ -60,7 +63,7 @@ def requant(
     def make(building: Path) -> Mapping[str, Any]:
         model = quantize_view(view, stats, settings)
         with progress_bar("packing", count_units(model)) as advance:
-            write_artifact(building / PAYLOAD, pack(model, PackSettings(codec=codec), advance))
+            write_artifact(building / PAYLOAD, pack(model, packing, advance))
         packed, decoded = model.symbols_sha256(), symbols_sha256(read_artifact(building / PAYLOAD).symbols)
         if decoded != packed:
             raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")

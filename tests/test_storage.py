@@ -41,6 +41,18 @@ def replace_folder(destination: Path) -> AbstractContextManager[Path]:
     return atomic_folder(destination, replace=True)
 
 
+def fail_in_folder(folder: AbstractContextManager[Path], failure: BaseException) -> None:
+    with folder as building:
+        (building / "payload").write_bytes(b"half")
+        raise failure
+
+
+def fail_in_file(file: AbstractContextManager[Path], failure: BaseException) -> None:
+    with file as temporary:
+        temporary.write_bytes(b"half")
+        raise failure
+
+
 @pytest.fixture
 def old_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "place" / "result"
@@ -78,9 +90,8 @@ def test_a_failure_midway_leaves_the_destination_as_it_was(
     destination = old_folder if open_folder is replace_folder else old_folder.with_name("absent")
     before = everything_in(tmp_path)
     raised = PgolfError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(raised) as caught, open_folder(destination) as building:
-        (building / "payload").write_bytes(b"half")
-        raise failure
+    with pytest.raises(raised) as caught:
+        fail_in_folder(open_folder(destination), failure)
     assert everything_in(tmp_path) == before
     if isinstance(failure, OSError):
         assert "No space left on device" in str(caught.value)
@@ -169,9 +180,8 @@ def test_a_failure_midway_leaves_the_file_as_it_was(tmp_path: Path, failure: Exc
         destination.write_bytes(b"old")
     before = everything_in(tmp_path)
     raised = PgolfError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(raised), atomic_file(destination) as temporary:
-        temporary.write_bytes(b"half")
-        raise failure
+    with pytest.raises(raised):
+        fail_in_file(atomic_file(destination), failure)
     assert everything_in(tmp_path) == before
 
 

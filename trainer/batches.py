@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.data import DataFolder, read_shard
-from pgolf_post.data.folder import check_token_ids
+from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 
 
@@ -22,11 +21,7 @@ class WindowSampler:
 
     def __init__(self, data: DataFolder, seq_len: int, seed: int) -> None:
         self.seq_len, self.seed = seq_len, seed
-        self.shards = []
-        for path in data.shard_paths("train"):
-            shard = read_shard(path)
-            check_token_ids(shard, data.vocab_size, path)
-            self.shards.append(shard)
+        self.shards = [shard for _, shard in data.shards("train")]
         counts = [max(0, (len(shard) - 1) // seq_len) for shard in self.shards]
         self.first_window = np.concatenate([[0], np.cumsum(counts)])
         if self.num_windows == 0:

@@ -16,9 +16,11 @@ from pgolf_post.errors import PgolfError
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module in pgolf_post.cli, one-line help), in pipeline order
     "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
-    "data": ("data", "Build, download or check a data folder (tokenizer + token shards)."),
+    "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
     "show": ("show", "What is at this path, where it came from, what can be done next."),
     "checkpoint": ("checkpoint", "Verify or list checkpoints."),
+    "import": ("importer", "A foreign checkpoint file (flat, banked, int8) → a native folder."),
+    "export": ("exporter", "A checkpoint → a public script's state dict."),
     "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),

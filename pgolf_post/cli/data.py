@@ -186,6 +186,25 @@ def _report(folder: DataFolder, seconds: float, as_json: bool) -> None:
         print_json({**answer, "vocab_size": folder.vocab_size, "splits": counts, "seconds": round(seconds, 3)})
 
 
+@command.command()
+@click.argument("shard_folder", type=click.Path(path_type=Path))
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="The sentencepiece .model they use.")
+@click.option("--name", help="Name in the manifest.  [default: SHARD_FOLDER's name]")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write.  [default: data/NAME]")
+@json_option
+def adopt(shard_folder: Path, tokenizer: Path, name: str | None, out: Path | None, as_json: bool) -> None:
+    """Make a data folder over the fineweb_*.bin files that another program left in SHARD_FOLDER.
+
+    \b
+    pgolf-post data adopt data/datasets/fineweb10B_sp1024 --tokenizer data/tokenizers/fineweb_1024_bpe.model
+    """
+    from pgolf_post.data.adopt import adopt as adopt_shards
+
+    name = name or shard_folder.resolve().name
+    started = time.monotonic()
+    _report(adopt_shards(shard_folder, tokenizer, out or DATA_ROOT / name, name), time.monotonic() - started, as_json)
+
+
 _COUNTS = ("num_documents", "num_bytes", "num_tokens")
 
 

@@ -81,6 +81,7 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget.
     """
     from pgolf_post.calibrate import calibrate
+    from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
     from pgolf_post.requant import requant
     from pgolf_post.score.cached import score_artifact
@@ -89,6 +90,7 @@ def command(
     started = time.perf_counter()
     settings = given_settings(QuantizeSettings, {key: options[key] for key in QUANTIZE_FLAGS}, "requant")
     calibration = given_settings(CalibrationSettings, {key: options[key] for key in CALIBRATION_FLAGS}, "requant")
+    codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
     found = find_checkpoint(checkpoint)
     data = find_data(found, data_dir)
     view = load_view(found, weights)

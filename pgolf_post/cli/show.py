@@ -81,7 +81,8 @@ def _parent(parent: Any) -> str:
 def _run(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
     from pgolf_post.checkpoint import Checkpoint
 
-    folders = sorted(meta.parent for meta in [*path.glob("*/meta.json"), *path.glob("*/*/meta.json")])
+    found = [meta.parent for meta in [*path.glob("*/meta.json"), *path.glob("*/*/meta.json")]]
+    folders = sorted(folder for folder in found if not folder.is_symlink() and not folder.name.startswith("."))
     rows: Rows = []
     for folder in folders:
         meta = Checkpoint.open(folder).meta

@@ -19,17 +19,14 @@ from typing import Any
 
 from pydantic import Field
 
-from pgolf_post.data.counts import count_split, sidecar_bytes
-from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder, Split
+from pgolf_post.data.adopt import TOKENIZER_NAME, ShardNames, write_manifest
+from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
 from pgolf_post.data.hub import RemoteFile, Repository
 from pgolf_post.data.shards import read_shard
-from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
-from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
-from pgolf_post.progress import say
+from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, SettingsError
 from pgolf_post.settings import Settings
-from pgolf_post.storage import atomic_file, read_json, sha256_file, write_json
+from pgolf_post.storage import read_json
 
-TOKENIZER_NAME = "tokenizer.model"
 CHALLENGE_REPOSITORY = "willdepueoai/parameter-golf"
 CASEOPS_VARIANT = "sp8192_lossless_caps_caseops_v1_reserved"
 # Where each variant is published; the challenge's own repository has only the first.
@@ -75,10 +72,9 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
     for file in export.val + export.val_bytes + export.train:
         remote.fetch(file, out / file.name)
         read_shard(out / file.name)  # a wrong header is worth knowing before the next 200 MB
-    manifest = _manifest(out, export, source)
-    with atomic_file(out / MANIFEST_NAME) as temporary:
-        write_json(temporary, manifest)
-    return DataFolder.open(out)
+    names = {"train": export.train, "val": export.val, "val_bytes": export.val_bytes}
+    shards = ShardNames(**{key: [file.name for file in files] for key, files in names.items()})
+    return write_manifest(out, settings.variant, shards, source)
 
 
 class Export:
@@ -184,50 +180,3 @@ def _make_way(out: Path, source: dict[str, Any], force: bool) -> None:
             hint="--out names another folder, --force replaces the files of this one",
         )
     manifest_path.unlink()  # from here until the new manifest the folder is not a data folder
-
-
-def _manifest(out: Path, export: Export, source: dict[str, Any]) -> dict[str, Any]:
-    """Our manifest for the files in `out`, all counted from the tokens themselves."""
-    tokenizer = load_tokenizer(out / TOKENIZER_NAME)
-    if tokenizer.bos_id() != BOS_ID:
-        raise MismatchError(
-            f"{export.tokenizer.path}: BOS id {tokenizer.bos_id()}, shards open documents with {BOS_ID}"
-        )
-    table = ByteTable.from_tokenizer(tokenizer)
-    say("counting documents and bytes")
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": source["variant"],
-        "tokenizer": {
-            "file": TOKENIZER_NAME,
-            "sha256": sha256_file(out / TOKENIZER_NAME),
-            "vocab_size": tokenizer.vocab_size(),
-        },
-        "splits": {
-            "train": _split_entry(out, "train", export.train, [], table),
-            "val": _split_entry(out, "val", export.val, export.val_bytes, table),
-        },
-        "source": {**source, "val_bytes_from": "byte sidecar" if export.val_bytes else "byte table"},
-    }
-
-
-def _split_entry(
-    out: Path, split: Split, shards: Sequence[RemoteFile], sidecars: Sequence[RemoteFile], table: ByteTable
-) -> dict[str, Any]:
-    """A split's entry: documents by their BOS, bytes by the sidecars where there are any, else by the byte table."""
-    counts = count_split([out / shard.name for shard in shards], table)
-    byte_sidecars = [_file_entry(out / file.name) for file in sidecars]
-    held = sum(item["num_tokens"] for item in byte_sidecars)
-    if sidecars and held != counts.num_tokens:
-        raise MismatchError(f"{out}: the {split} shards have {counts.num_tokens} tokens, their byte sidecars {held}")
-    return {
-        "num_tokens": counts.num_tokens,
-        "num_documents": counts.num_documents,
-        "num_bytes": sidecar_bytes([out / file.name for file in sidecars]) if sidecars else counts.table_bytes,
-        "shards": [_file_entry(out / shard.name) for shard in shards],
-        "byte_sidecars": byte_sidecars,
-    }
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "sha256": sha256_file(path), "num_tokens": len(read_shard(path))}

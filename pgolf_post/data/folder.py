@@ -1,12 +1,13 @@
 """One data folder: which files, which tokenizer, which tokens. Everything else asks this class.
 
 The manifest is the folder's identity: checkpoints record its sha256, so that a score can say which text it was
-measured on. Opening checks that each file is there and has the recorded size; `pgolf-post data check` checks the rest.
+measured on. Opening checks that each file is there, reading checks lengths and token ids, `data check` the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Check the manifest against the files' presence and length. Raises NotFoundError, DamagedFileError."""
+        """Check that the manifest is whole and its files are there. Raises NotFoundError, DamagedFileError."""
         manifest_path = path / MANIFEST_NAME
         if not manifest_path.is_file():
             raise NotFoundError(
@@ -56,19 +57,16 @@ class DataFolder:
         return cls(path, manifest)
 
     def _check_files(self) -> None:
-        """Raise DamagedFileError listing missing files, or for a shard whose length is not the recorded one."""
-        shards = [shard for split in self.manifest["splits"].values() for shard in _all_shards(split)]
-        names = [self.manifest["tokenizer"]["file"], *(shard["file"] for shard in shards)]
-        missing = [name for name in names if not (self.path / name).is_file()]
+        """Raise DamagedFileError listing files that the manifest names and that are not there."""
+        missing = [name for name in self.file_names() if not (self.path / name).is_file()]
         if missing:
             raise DamagedFileError(f"{self.path}: files named by the manifest are missing: {', '.join(missing)}")
-        for shard in shards:
-            found = len(read_shard(self.path / shard["file"]))
-            if found != shard["num_tokens"]:
-                raise DamagedFileError(
-                    f"{self.path / shard['file']} holds {found} tokens, the manifest says {shard['num_tokens']}",
-                    hint=f"pgolf-post data check {self.path}",
-                )
+
+    def file_names(self) -> list[str]:
+        """Every file that the manifest names: tokenizer, shards, byte sidecars."""
+        splits = self.manifest["splits"].values()
+        shards = [shard for split in splits for shard in [*split["shards"], *split.get("byte_sidecars", [])]]
+        return [self.manifest["tokenizer"]["file"], *(shard["file"] for shard in shards)]
 
     @property
     def name(self) -> str:
@@ -101,22 +99,30 @@ class DataFolder:
             raise NotFoundError(f"{self.path} has no {split!r} shards", hint="pgolf-post data build --help")
         return [self.path / shard["file"] for shard in shards]
 
+    def shards(self, split: Split) -> Iterator[tuple[Path, np.ndarray]]:  # (num_tokens,) uint16, memory-mapped
+        """The split's shards in order, each checked. Raises NotFoundError, DamagedFileError, MismatchError."""
+        recorded = [shard["num_tokens"] for shard in self.manifest["splits"].get(split, {}).get("shards", [])]
+        for path, num_tokens in zip(self.shard_paths(split), recorded, strict=True):
+            shard = read_shard(path)
+            if len(shard) != num_tokens:
+                raise DamagedFileError(
+                    f"{path} holds {len(shard)} tokens, the manifest says {num_tokens}",
+                    hint=f"pgolf-post data check {self.path}",
+                )
+            check_token_ids(shard, self.vocab_size, path)
+            yield path, shard
+
     def tokens(self, split: Split, max_tokens: int | None = None) -> np.ndarray:  # (n,) uint16
         """The first `max_tokens` tokens of a split (all by default), across shards, ids checked against the vocabulary.
 
         Raises MismatchError for a token id that the vocabulary does not have.
         """
         pieces: list[np.ndarray] = []
-        remaining = max_tokens
-        for path in self.shard_paths(split):
-            shard = read_shard(path)
-            piece = shard if remaining is None else shard[:remaining]
-            check_token_ids(piece, self.vocab_size, path)
-            pieces.append(np.asarray(piece))
-            if remaining is not None:
-                remaining -= len(piece)
-                if remaining <= 0:
-                    break
+        for _, shard in self.shards(split):
+            held = sum(map(len, pieces))
+            if max_tokens is not None and held >= max_tokens:
+                break
+            pieces.append(np.asarray(shard if max_tokens is None else shard[: max_tokens - held]))
         return np.concatenate(pieces)
 
     def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64
@@ -127,11 +133,6 @@ class DataFolder:
             return counts[: len(tokens)].astype(np.int64)
         previous = np.concatenate([tokens[:1], tokens[:-1]])
         return self.byte_table.count(previous, tokens)
-
-
-def _all_shards(split: dict[str, Any]) -> list[dict[str, Any]]:
-    """A split's token shards and its byte sidecars."""
-    return [*split["shards"], *split.get("byte_sidecars", [])]
 
 
 def check_token_ids(tokens: np.ndarray, vocab_size: int, where: Path) -> None:

@@ -6,6 +6,7 @@ manifest's sha256, so that anyone who has the folder and the data can reproduce 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,10 @@ class Verification:
 
 
 def verify_metric(view: View, data: DataFolder) -> Verification:
-    """Recompute a view's recorded metric. Raises VerificationError if the data is not what it was measured on."""
+    """Recompute a view's recorded metric: its nats and its bpb, whichever is further off, counts exactly.
+
+    Raises VerificationError if the data is not what it was measured on, or stands for other tokens or bytes.
+    """
     metric, protocol = recorded_protocol(view.checkpoint, view.name)
     if metric["data_manifest_sha256"] != data.manifest_sha256:
         raise VerificationError(
@@ -67,5 +71,11 @@ def verify_metric(view: View, data: DataFolder) -> Verification:
             hint="pass the right folder with --data",
         )
     found = measure_module(load_module(view.config, view.tensors, str(view)), data, protocol)
-    difference = (found["nats"] - metric["nats"]) / metric["tokens"]
-    return Verification(view.name, metric["bpb"], found["bpb"], difference)
+    for count in ("tokens", "bytes"):
+        if found[count] != metric[count]:
+            raise VerificationError(
+                f"{view.checkpoint.path}: {view.name} records {metric[count]:,} {count}, found {found[count]:,}"
+            )
+    by_nats = found["nats"] - metric["nats"]
+    by_bpb = (found["bpb"] - metric["bpb"]) * math.log(2) * found["bytes"]
+    return Verification(view.name, metric["bpb"], found["bpb"], max(by_nats, by_bpb, key=abs) / found["tokens"])

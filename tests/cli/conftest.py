@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import pgolf_post.cli
+import trainer.__main__
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document
@@ -60,6 +61,13 @@ def pgolf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """`pgolf-post …` in a folder whose checkpoints/ is a private copy of the pico run."""
     monkeypatch.chdir(tmp_path)
     return caller(pgolf_post.cli.main, "pgolf-post", monkeypatch, capsys)
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`python -m trainer …` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return caller(trainer.__main__.main, "trainer", monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_every_command_has_help(path: tuple[str, ...], pgolf: Any) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_one_line_help_is_not_that_of_a_command_that_is_gone(name: str) -> None:
+def test_every_listed_command_is_the_command_of_that_name(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     assert command.name == name
@@ -91,8 +91,16 @@ def test_an_unknown_command_exits_2_as_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(PgolfError, 1), (NotFoundError, 1), (DamagedFileError, 1), (MismatchError, 1), (NumericsError, 1)]
-    + [(SettingsError, 2), (OverBudgetError, 3), (VerificationError, 4)],
+    [
+        (PgolfError, 1),
+        (NotFoundError, 1),
+        (DamagedFileError, 1),
+        (MismatchError, 1),
+        (NumericsError, 1),
+        (SettingsError, 2),
+        (OverBudgetError, 3),
+        (VerificationError, 4),
+    ],
 )
 def test_a_foreseen_failure_is_its_message_the_next_command_and_its_exit_code(
     error: type[PgolfError], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -164,7 +164,7 @@ def test_download_gives_the_published_data(server: Hub, built: DataFolder, tmp_p
     assert folder.manifest["source"]["revision"] == COMMIT
     assert folder.manifest["source"]["val_bytes_from"] == "byte table"
     assert [row for row in check(folder) if not row.passed] == []
-    assert {path.name for path in folder.path.iterdir()} == {*folder._file_names(), "manifest.json"}
+    assert {path.name for path in folder.path.iterdir()} == {*folder.file_names(), "manifest.json"}
     assert not server.authorized
 
 

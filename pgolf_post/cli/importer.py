@@ -1,0 +1,84 @@
+"""`pgolf-post import`: a contestant's checkpoint file → a native folder."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgolf_post.cli.common import json_option
+from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.progress import print_json, print_table, say
+from pgolf_post.settings import apply_override
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "data_dir", required=True, type=click.Path(path_type=Path), help="Data folder of its tokenizer."
+)
+@click.option("--name", help="Folder under checkpoints/.  [default: FILE's name]")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file of hyperparameters.")
+@click.option(
+    "--log", "log_path", type=click.Path(path_type=Path), help="The run's log, with its Hyperparameters: lines."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One hyperparameter; repeatable.")
+@click.option("--active-loops", type=click.IntRange(min=0), help="Runtime loops when it was saved.  [default: all]")
+@click.option("--metric-tokens", type=click.IntRange(min=2), default=65536, show_default=True)
+@json_option
+def command(
+    file: Path,
+    data_dir: Path,
+    name: str | None,
+    config_path: Path | None,
+    log_path: Path | None,
+    overrides: tuple[str, ...],
+    active_loops: int | None,
+    metric_tokens: int,
+    as_json: bool,
+) -> None:
+    """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or an int8 .ptz.
+
+    Shapes are believed; what they do not say comes from --config, --log and --set (later ones win), in our names or the
+    public scripts'. What is still missing is asked for by name.
+
+    \b
+    pgolf-post import final_model.pt --log train.log --data data/sp1024 --name pr1855
+    """
+    from pgolf_post.data import DataFolder
+    from pgolf_post.importers.foreign_config import read_log
+    from pgolf_post.importers.run import import_file
+
+    started = time.perf_counter()
+    given: dict[str, Any] = {
+        **(read_log(log_path) if log_path else {}),
+        **(_read_toml(config_path) if config_path else {}),
+    }
+    for override in overrides:
+        apply_override(given, override)
+    data = DataFolder.open(data_dir)
+    imported = import_file(file, given, data, name or file.name.split(".")[0], active_loops, metric_tokens)
+    checkpoint = imported.checkpoint
+    views = checkpoint.meta["views"]
+    rows = [(view, fields["id"][:12], f"{fields['metric']['bpb']:.6f}") for view, fields in views.items()]
+    print_table(f"{checkpoint.path}  ({imported.format} format)", ("weights", "id", "bpb"), rows)
+    assumed = ", ".join(f"{key} = {value}" for key, value in imported.assumed.items())
+    say(f"assumed, because nothing said otherwise: {assumed or 'nothing'}")
+    say(f"next: pgolf-post requant {checkpoint.path} --eval")
+    if as_json:
+        metrics = {view: fields["metric"] for view, fields in views.items()}
+        answer = {"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": metrics}
+        seconds = round(time.perf_counter() - started, 3)
+        print_json({**answer, "format": imported.format, "assumed": dict(imported.assumed), "seconds": seconds})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise NotFoundError(f"no such file: {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None

@@ -1,0 +1,105 @@
+"""Reading a foreign checkpoint file without running anything in it.
+
+`.pt` files are read with `weights_only=True`, which builds tensors and plain containers and nothing else. A file is a
+bare state dict, or a dictionary that holds one as `model_state_dict` and possibly an EMA as `ema_state`; the baseline's
+`final_model.int8.ptz` is a zlib-compressed dictionary of int8 rows and their scales.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.checkpoint import ViewName, read_tensors
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
+
+INT8_FORMAT = "int8_clean_per_row_v1"
+ZLIB_HEADER = b"\x78"
+MAX_INFLATED_BYTES = 2**30
+KNOWN_KEYS = {"step", "model_state_dict", "ema_state", "optimizer_states"}
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """What a file held, tensors in the foreign names."""
+
+    views: Mapping[ViewName, Mapping[str, Tensor]]
+    step: int | None
+
+
+def read_foreign(path: Path) -> ForeignFile:
+    """Read a .pt, .safetensors or .int8.ptz file. Raises NotFoundError, DamagedFileError, MismatchError."""
+    if not path.is_file():
+        raise NotFoundError(f"no such file: {path}")
+    if path.suffix == ".safetensors":
+        return ForeignFile({"raw": read_tensors(path)}, None)
+    content = path.read_bytes()
+    if content[:1] == ZLIB_HEADER:
+        return ForeignFile({"raw": dequantize_int8(_load(_inflate(content, path), path), path)}, None)
+    loaded = _load(content, path)
+    if _is_state(loaded):
+        return ForeignFile({"raw": loaded}, None)
+    return _training_dictionary(loaded, path)
+
+
+def _training_dictionary(loaded: Mapping[str, Any], path: Path) -> ForeignFile:
+    """The {step, model_state_dict, optimizer_states, ema_state} form; optimizer moments are not taken over."""
+    unknown = sorted(set(loaded) - KNOWN_KEYS)
+    if "model_state_dict" not in loaded or unknown:
+        raise MismatchError(
+            f"{path}: neither a state dict nor a training checkpoint; its keys: {', '.join(map(str, loaded))}"
+        )
+    views: dict[ViewName, Mapping[str, Tensor]] = {"raw": loaded["model_state_dict"]}
+    if loaded.get("ema_state"):
+        views["ema"] = {name: tensor.float() for name, tensor in loaded["ema_state"].items()}
+    bad = [name for name, state in views.items() if not _is_state(state)]
+    if bad:
+        raise MismatchError(f"{path}: {', '.join(bad)} weights are not a dictionary of tensors")
+    return ForeignFile(views, int(loaded["step"]) if "step" in loaded else None)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _load(content: bytes, path: Path) -> Any:
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedFileError(f"{path} cannot be read as tensors and plain containers: {reason}") from None
+    if not isinstance(loaded, Mapping):
+        raise MismatchError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
+    return loaded
+
+
+def _inflate(content: bytes, path: Path) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(content, MAX_INFLATED_BYTES)
+    except zlib.error as error:
+        raise DamagedFileError(f"{path}: zlib stream is damaged: {error}") from None
+    if not inflater.eof:
+        raise DamagedFileError(f"{path}: zlib stream is cut short or larger than {MAX_INFLATED_BYTES:,} bytes")
+    return inflated
+
+
+def dequantize_int8(stored: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The float tensors of the baseline's int8 artifact: rows times their scales, or one scale, and what was kept."""
+    if stored.get("__quant_format__") != INT8_FORMAT:
+        raise MismatchError(f"{path}: __quant_format__ is {stored.get('__quant_format__')!r}, expected {INT8_FORMAT!r}")
+    tensors: dict[str, Tensor] = {}
+    for name, symbols in stored["quantized"].items():
+        scale = stored["scales"][name].float()
+        shape = (-1, *(1,) * (symbols.ndim - 1)) if scale.ndim == 1 else ()
+        tensors[name] = symbols.float() * scale.view(shape)
+    tensors.update({name: tensor.float() for name, tensor in stored["passthrough"].items()})
+    return tensors
