@@ -306,6 +306,62 @@ def test_thirty_processes_stopped_while_saving_leave_only_complete_checkpoints(
     check_stopped_savers(pico_checkpoint, stop, code, times=30)
 
 
+KILLED_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from pgolf_post.checkpoint import Checkpoint, save_checkpoint
+
+source, out = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2])
+views = {name: source.load(name).tensors for name in ("raw", "ema")}
+meta = {key: source.meta[key] for key in ("kind", "phase", "step", "parents")}
+
+def save_and_die(last):
+    seen = 0
+    def count(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    save_checkpoint(out / f"killed_{last:03d}", source.config, views, meta)
+    os._exit(0)
+
+for last in range(1, 1000):
+    child = os.fork()
+    if child == 0:
+        save_and_die(last)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    folder = out / f"killed_{last:03d}"
+    print(code, folder.is_dir(), (folder / "meta.json").is_file(), flush=True)
+    if code == 0:
+        break
+"""
+
+
+def test_a_process_killed_at_any_of_its_file_operations_leaves_a_complete_checkpoint_or_none(
+    pico_checkpoint: Checkpoint,
+) -> None:
+    run = pico_checkpoint.path.parent
+    older = files_in(run)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_STEP, pico_checkpoint.path, run],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    steps = [line.split() for line in done.stdout.splitlines()]
+    assert {code for code, _, _ in steps[:-1]} == {str(-signal.SIGKILL)}
+    assert steps[-1] == ["0", "True", "True"]
+    assert len(steps) > 10
+    for number, (_, is_there, has_meta) in enumerate(steps, start=1):
+        assert is_there == has_meta
+        if is_there == "True":
+            saved = Checkpoint.open(run / f"killed_{number:03d}")
+            assert saved.load("raw").id == pico_checkpoint.view_id("raw")
+            assert saved.load("ema").id == pico_checkpoint.view_id("ema")
+    assert older.items() <= files_in(run).items()
+    assert temporaries_in(run) == []  # the last save removed what the killed ones left
+
+
 # ---- real processes that run out of space ----------------------------------------------------------------------------
 
 LIMITED = """

@@ -74,7 +74,7 @@ def _load(content: bytes, path: Path) -> Any:
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamagedFileError(f"{path} cannot be read as tensors and plain containers: {reason}") from None
     if not isinstance(loaded, Mapping):
         raise MismatchError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
