@@ -7,6 +7,7 @@ process leaves at most a `.tmp-*` folder, which the next build in the same place
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -40,6 +41,8 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
         _flush_tree(building)
         _move_into_place(building, destination)
     except OSError as error:
+        if isinstance(error, FileNotFoundError):  # of the caller's own inputs: nothing here is ever missing
+            raise
         raise PgolfError(
             f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
         ) from error
@@ -48,11 +51,11 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _move_into_place(building: Path, destination: Path) -> None:
-    """Rename `building` to `destination`; an older folder steps aside first and comes back if the rename fails."""
+    """Make `building` the destination. An older folder changes places with it in one step where the system can."""
     if not destination.exists():
         building.rename(destination)
-    else:
-        aside = building.with_name(building.name + ".old")
+    elif not _exchange(building, destination):
+        aside = destination.with_name(f".old-{secrets.token_hex(4)}-{destination.name}")  # never removed unasked
         destination.rename(aside)
         try:
             building.rename(destination)
@@ -62,6 +65,16 @@ def _move_into_place(building: Path, destination: Path) -> None:
             raise
         shutil.rmtree(aside, ignore_errors=True)
     _fsync(destination.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step (Linux renameat2 with RENAME_EXCHANGE); False where it is not to be had."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0)
 
 
 def remove_abandoned(parent: Path) -> None:

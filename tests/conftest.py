@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models: threads would only wait for each other
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder

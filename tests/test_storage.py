@@ -117,10 +117,11 @@ def test_replacing_a_folder_leaves_nothing_of_the_old_one(old_folder: Path) -> N
 def test_a_failure_between_the_two_renames_brings_the_old_folder_back(
     monkeypatch: pytest.MonkeyPatch, old_folder: Path, failure: BaseException
 ) -> None:
+    monkeypatch.setattr("pgolf_post.storage._exchange", lambda *_: False)  # a system that cannot swap two paths
     rename = Path.rename
 
     def failing_rename(self: Path, target: Path) -> Path:
-        if target == old_folder and not self.name.endswith(".old"):
+        if target == old_folder and not self.name.startswith(".old"):
             raise failure
         return rename(self, target)
 
@@ -360,6 +361,54 @@ def test_a_process_killed_at_any_of_its_file_operations_leaves_a_complete_checkp
             assert saved.load("ema").id == pico_checkpoint.view_id("ema")
     assert older.items() <= files_in(run).items()
     assert temporaries_in(run) == []  # the last save removed what the killed ones left
+
+
+REPLACE_KILLED_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from pgolf_post.storage import atomic_folder
+
+destination = Path(sys.argv[1])
+
+def replace_and_die(last):
+    seen = 0
+    def count(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    with atomic_folder(destination, replace=True) as building:
+        for name in ("a", "b", "c"):
+            (building / name).write_text(str(last))
+    os._exit(0)
+
+for last in range(1, 1000):
+    child = os.fork()
+    if child == 0:
+        replace_and_die(last)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    held = [(destination / name).read_text() if (destination / name).is_file() else "gone" for name in ("a", "b", "c")]
+    print(code, *held, flush=True)
+    if code == 0:
+        break
+"""
+
+
+def test_a_process_killed_while_replacing_a_folder_leaves_the_old_or_the_new_one_whole(tmp_path: Path) -> None:
+    destination = tmp_path / "data"
+    destination.mkdir()
+    for name in ("a", "b", "c"):
+        (destination / name).write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACE_KILLED_AT_EVERY_STEP, destination], capture_output=True, text=True, check=True
+    )
+    steps = [line.split() for line in done.stdout.splitlines()]
+    assert len(steps) > 10
+    assert all(len(set(held)) == 1 and "gone" not in held for _, *held in steps)
+    assert steps[0][1] == "old"
+    assert steps[-1][1] == str(len(steps))
 
 
 # ---- real processes that run out of space ----------------------------------------------------------------------------

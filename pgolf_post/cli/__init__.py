@@ -66,6 +66,9 @@ def run_command(command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was left half-written", err=True)
         sys.exit(130)
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except PgolfError as error:
         click.echo(f"error: {error}", err=True)
         if error.hint:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgolf_post.cli.common import json_option
-from pgolf_post.errors import NotFoundError
+from pgolf_post.errors import NotFoundError, PgolfError
 from pgolf_post.progress import print_json, print_table, say
 
 Rows = list[tuple[str, str]]
@@ -85,7 +85,11 @@ def _run(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
     folders = sorted(folder for folder in found if not folder.is_symlink() and not folder.name.startswith("."))
     rows: Rows = []
     for folder in folders:
-        meta = Checkpoint.open(folder).meta
+        try:
+            meta = Checkpoint.open(folder).meta
+        except PgolfError as error:
+            rows.append((str(folder), f"damaged: {error}"))
+            continue
         metrics = {name: view["metric"]["bpb"] for name, view in meta["views"].items() if view.get("metric")}
         rows.append((str(folder), meta["kind"] + "".join(f"  {name} {bpb:.4f}" for name, bpb in metrics.items())))
     commands = [f"pgolf-post show {folders[-1]}", "pgolf-post swa-blend"] if folders else []
