@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+_live: list[Any] = []  # the progress display on the terminal, if one is up; inner work adds a line to it
+
 
 def console() -> Any:
     """A rich console on stderr."""
@@ -21,13 +23,37 @@ def console() -> Any:
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    click.echo(message, err=True)
+    """One line for the person at the terminal, above the progress display if one is up."""
+    if _live:
+        _live[0].console.print(message, markup=False, soft_wrap=True)
+    else:
+        click.echo(message, err=True)
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     """Yield `advance(count=1, note="")`: done/total, elapsed and ETA on a terminal, one closing line elsewhere."""
+    with _display() as progress:
+        task = progress.add_task(description, total=total, note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            progress.update(task, advance=count)
+            if note:
+                progress.update(task, note=note)
+
+        try:
+            yield advance
+            finished = next(row for row in progress.tasks if row.id == task)
+            if not progress.console.is_terminal:
+                say(f"{description}: {total} done in {finished.elapsed or 0.0:.1f} s")
+        finally:
+            if len(_live) and progress.tasks and progress.tasks[0].id != task:
+                progress.remove_task(task)  # inner work leaves no line behind
+
+
+@contextmanager
+def _display() -> Iterator[Any]:
+    """The progress display that is up, or a new one for as long as the outermost work lasts."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -37,27 +63,19 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn,
     )
 
+    if _live:
+        yield _live[0]
+        return
     terminal = console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task(description, total=total, note="")
-
-        def advance(count: int = 1, note: str = "") -> None:
-            progress.update(task, advance=count)
-            if note:
-                progress.update(task, note=note)
-
-        yield advance
-        if not terminal.is_terminal:
-            say(f"{description}: {total} done in {progress.tasks[0].elapsed or 0.0:.1f} s")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+    closing = (TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, *closing, console=terminal, disable=not terminal.is_terminal) as progress:
+        if terminal.is_terminal:
+            _live.append(progress)
+        try:
+            yield progress
+        finally:
+            _live.clear()
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
