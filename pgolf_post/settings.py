@@ -63,15 +63,20 @@ def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
 
 def read_settings(path: Path, cls: type[S], overrides: Iterable[str] = ()) -> S:
     """Read a TOML file as `cls`, after applying `key.path=value` overrides. Raises SettingsError, NotFoundError."""
+    tree = read_toml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_settings(cls, tree, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as nested plain values. Raises SettingsError, NotFoundError."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFoundError(f"no such settings file: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_settings(cls, tree, str(path))
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pgolf_post.cli.common import json_option
-from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.progress import print_json, print_table, say
-from pgolf_post.settings import apply_override
+from pgolf_post.settings import apply_override, read_toml
 
 
 @click.command("import")
@@ -55,7 +53,7 @@ def command(
     started = time.perf_counter()
     given: dict[str, Any] = {
         **(read_log(log_path) if log_path else {}),
-        **(_read_toml(config_path) if config_path else {}),
+        **(read_toml(config_path) if config_path else {}),
     }
     for override in overrides:
         apply_override(given, override)
@@ -73,12 +71,3 @@ def command(
         answer = {"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": metrics}
         seconds = round(time.perf_counter() - started, 3)
         print_json({**answer, "format": imported.format, "assumed": dict(imported.assumed), "seconds": seconds})
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise NotFoundError(f"no such file: {path}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}") from None
