@@ -3,10 +3,12 @@
     checkpoints/<run>/step_004988-warmdown_start/
         weights.safetensors    raw weights          config.json  what rebuilds the model, runtime graph state included
         ema.safetensors        float32 EMA          meta.json    written last: where it came from, what it measured
-        training.safetensors   optimizer state      derived/     what later stages made of it
+        swa.safetensors        running mean         derived/     what later stages made of it
+        training.safetensors   optimizer state
 
-One folder can hold two *views*, raw and EMA. A view's id is sha256(its tensors ‖ config), so that nothing derived from
-one view is ever mistaken for the other's, and a flipped bit is found on loading. Nothing is unpickled.
+One folder can hold up to three *views*: raw, EMA and running mean. A view's id is sha256(its tensors ‖ config), so that
+nothing derived from one view is ever mistaken for another's, and a flipped bit is found on loading. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ FORMAT_VERSION = 1
 CHECKPOINT_ROOT = Path("checkpoints")
 MAKE_ONE = "pgolf-post demo   (or: python -m trainer trainer/recipes/tiny_cpu.toml)"
 
-ViewName = Literal["raw", "ema"]
-VIEW_FILES: dict[ViewName, str] = {"raw": "weights.safetensors", "ema": "ema.safetensors"}
+ViewName = Literal["raw", "ema", "swa"]
+VIEW_FILES: dict[ViewName, str] = {"raw": "weights.safetensors", "ema": "ema.safetensors", "swa": "swa.safetensors"}
 TRAINING_FILE = "training.safetensors"
 REQUIRED_KEYS: dict[str, dict[str, type]] = {
     "config.json": {"family": str, "model": dict, "graph": dict},

@@ -1,30 +1,65 @@
-"""`python -m trainer RECIPE.toml [--set key=value …] [--resume CHECKPOINT]`: train one run."""
+"""`python -m trainer RECIPE.toml [--set key=value …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.progress import print_json, say
 
+if TYPE_CHECKING:
+    from trainer.config import Recipe
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe_path", metavar="RECIPE.toml", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="override a recipe key; repeatable")
 @click.option("--resume", type=click.Path(path_type=Path), help="continue from this checkpoint folder")
+@click.option("--dry-run", is_flag=True, help="show the run's timeline and what is wrong with it; train nothing")
+@click.option("--step-seconds", type=POSITIVE, help="with --dry-run: a step's time without loops, instead of measuring")
+@click.option(
+    "--looped-step-seconds", type=POSITIVE, help="and with all loops  [default: in proportion to block visits]"
+)
 @click.option("--json", "as_json", is_flag=True, help="last stdout line is one JSON object")
-def command(recipe_path: Path, overrides: tuple[str, ...], resume: Path | None, as_json: bool) -> None:
+def command(
+    recipe_path: Path,
+    overrides: tuple[str, ...],
+    resume: Path | None,
+    dry_run: bool,
+    step_seconds: float | None,
+    looped_step_seconds: float | None,
+    as_json: bool,
+) -> None:
     """Train the run that RECIPE.toml describes; checkpoints appear under its run.checkpoint_root."""
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
-    from trainer.loop import Trainer
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError("this trainer runs as one process; start it without torchrun")
-    trainer = Trainer(read_settings(recipe_path, Recipe, overrides))
+    if resume and dry_run:
+        raise click.UsageError("--dry-run shows a whole run; leave --resume out")
+    if step_seconds is None and looped_step_seconds is not None:
+        raise click.UsageError("--looped-step-seconds needs --step-seconds")
+    if step_seconds is not None and not dry_run:
+        raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
+    recipe = read_settings(recipe_path, Recipe, overrides)
+    if dry_run:
+        plan(recipe, str(recipe_path), step_seconds, looped_step_seconds, as_json)
+    else:
+        train(recipe, resume, as_json)
+
+
+def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
+    """Run a recipe to its end."""
+    from trainer.loop import Trainer
+
+    trainer = Trainer(recipe)
     if resume:
         trainer.resume(resume)
     say(f"{trainer.num_parameters():,} parameters on {trainer.device}, {trainer.data.name}, {trainer.dtype or 'fp32'}")
@@ -32,6 +67,23 @@ def command(recipe_path: Path, overrides: tuple[str, ...], resume: Path | None, 
     if as_json:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
         print_json({"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": views})
+
+
+def plan(
+    recipe: Recipe, source: str, step_seconds: float | None, looped_step_seconds: float | None, as_json: bool
+) -> None:
+    """Show a recipe's timeline. Raises SettingsError if a setting can never act in it."""
+    from trainer import dry_run
+    from trainer.timeline import StepTimes
+
+    if step_seconds is None:
+        times = dry_run.measure_step_times(recipe)
+    else:
+        times = StepTimes.given(recipe.model, step_seconds, looped_step_seconds)
+    timeline, findings = dry_run.dry_run(recipe, times)
+    if as_json:
+        print_json(dry_run.answer(timeline, findings))
+    dry_run.require_no_refusal(findings, source)
 
 
 def main() -> None:

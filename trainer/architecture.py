@@ -1,12 +1,14 @@
 """The architecture as settings: what a model is built from, its runtime graph state, and the order of its visits.
 
 The depth-recurrent U-Net of the record line is a *list of visits* to blocks, split into an encoder half, whose outputs
-are kept, and a decoder half, which takes them back in reverse. How many of the configured repeats are active is runtime
-state (`GraphState`), not a weight: it changes during training and is stored in every checkpoint.
+are kept, and a decoder half, which takes them back in reverse. The list is given in shorthand (blocks a..b, n extra
+times) or in full. How much of it is active is runtime state (`GraphState`), not a weight: it changes during training
+and is stored in every checkpoint.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,6 +18,7 @@ from pgolf_post.settings import Settings
 Activation = Literal["relu2", "leaky_relu2", "silu2", "gelu2", "swiglu"]
 AttentionGate = Literal["none", "sparse", "dense", "double_sigmoid"]
 LaneOutput = Literal["mean", "attn", "mlp"]
+Carry = Literal["none", "frozen", "learnable"]
 
 
 class ArchitectureSettings(Settings):
@@ -41,6 +44,17 @@ class ArchitectureSettings(Settings):
     loop_start: int = Field(0, ge=0)
     loop_end: int = Field(0, ge=0)
     num_loops: int = Field(0, ge=0, description="extra visits of blocks loop_start..loop_end")
+    visits: tuple[int, ...] | None = Field(None, description="all visits in order, in place of loop_start..num_loops")
+    encoder_visits: int | None = Field(
+        None, ge=0, description="visits in the first half of every list that is long enough; default half of the list"
+    )
+    carry: Carry = Field("none", description="re-visits of looped blocks add what looped blocks first gave")
+    carry_per_pass: bool = Field(False, description="carry coefficients of their own for each re-visit")
+    carry_beta: tuple[float, ...] | None = Field(None, description="starting β of each looped block; default 1")
+    carry_alpha: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="starting α, one row per block; default 0"
+    )
+    untied_loop_mlps: bool = Field(False, description="an MLP of its own for each re-visit of a block")
     gptj_start: int | None = Field(None, ge=0, description="from this layer on, attention and MLP read the same input")
     embedding_init_std: float = Field(0.005, gt=0)
     smear_gate: bool = Field(False, description="mix each token's embedding with its predecessor's, gated, BOS-safe")
@@ -54,6 +68,12 @@ class ArchitectureSettings(Settings):
         description="two residual lanes from this layer on, in the decoder half; 0 = weights kept, unused",
     )
     lane_output: LaneOutput = "mean"
+    value_residual: bool = Field(False, description="mix each attention's values with those of the first visit")
+    value_embed_layers: tuple[int, ...] = Field((), description="layers whose values get a token embedding, ascending")
+    value_embed_dim: int = Field(0, ge=0, description="width of the value embedding's table")
+    bigram_buckets: int = Field(0, ge=0, description="rows of the hashed bigram table; 0 = none")
+    bigram_dim: int | None = Field(None, ge=1, description="width of the bigram table; default that of the embedding")
+    trigram: bool = Field(False, description="look trigrams up in the bigram table too")
 
     @model_validator(mode="after")
     def _consistent(self) -> ArchitectureSettings:
@@ -70,6 +90,65 @@ class ArchitectureSettings(Settings):
             raise ValueError("lanes_start and gptj_start are two forms of parallel residuals; set one")
         return self
 
+    @model_validator(mode="after")
+    def _visits_consistent(self) -> ArchitectureSettings:
+        if self.visits is not None:
+            if self.num_loops or self.loop_start or self.loop_end:
+                raise ValueError("visits replaces loop_start, loop_end and num_loops; set one or the other")
+            check_layers("visits", self.visits, self.num_layers)
+            if not self.visits:
+                raise ValueError("visits is empty; leave it out for one visit of each layer")
+            layer = visit_after_lanes(self)
+            if layer is not None:
+                raise ValueError(f"visits: layer {layer} comes after the lanes split at lanes_start {self.lanes_start}")
+        longest = len(visit_list(self, self.max_active_loops))
+        if self.encoder_visits is not None and self.encoder_visits > longest:
+            raise ValueError(f"encoder_visits {self.encoder_visits} exceeds the {longest} visits of the list")
+        return self
+
+    @model_validator(mode="after")
+    def _recurrence_consistent(self) -> ArchitectureSettings:
+        size = len(looped_layers(self))
+        if (self.carry != "none" or self.untied_loop_mlps) and not size:
+            raise ValueError("carry and untied_loop_mlps need a layer that is visited twice: set num_loops or visits")
+        if self.carry == "none" and (self.carry_per_pass or self.carry_beta or self.carry_alpha):
+            raise ValueError("carry_per_pass, carry_beta and carry_alpha do nothing with carry 'none'")
+        for key, rows in (("carry_beta", [self.carry_beta]), ("carry_alpha", self.carry_alpha or [None])):
+            if any(row is not None and len(row) != size for row in rows):
+                raise ValueError(f"{key} must have {size} columns, one for each of the layers {looped_layers(self)}")
+        if self.carry_alpha is not None and len(self.carry_alpha) != size:
+            raise ValueError(f"carry_alpha has {len(self.carry_alpha)} rows, must have {size}")
+        if self.carry != "none" and (layer := revisit_in_lanes(self)) is not None:
+            raise ValueError(
+                f"carry has one residual lane to add to, but layer {layer} is re-visited after lanes split"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_consistent(self) -> ArchitectureSettings:
+        if self.bigram_buckets == 1:
+            raise ValueError("bigram_buckets 1 leaves no bucket to hash into: the last one stands for no predecessor")
+        if not self.bigram_buckets and (self.trigram or self.bigram_dim is not None):
+            raise ValueError("trigram and bigram_dim do nothing with bigram_buckets 0")
+        check_layers("value_embed_layers", self.value_embed_layers, self.num_layers)
+        if list(self.value_embed_layers) != sorted(set(self.value_embed_layers)):
+            raise ValueError(f"value_embed_layers must ascend without repeats, got {list(self.value_embed_layers)}")
+        if bool(self.value_embed_layers) != bool(self.value_embed_dim):
+            raise ValueError("value_embed_layers and value_embed_dim go together: set both or neither")
+        return self
+
+    @property
+    def max_active_loops(self) -> int:
+        """The largest `GraphState.active_loops`: an explicit list is either off (0) or on (1)."""
+        return self.num_loops if self.visits is None else 1
+
+
+def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
+    """Raise ValueError naming the first entry that is no layer."""
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"{key}: {layer} is not a layer; layers are 0..{num_layers - 1}")
+
 
 class ModelConfig(ArchitectureSettings):
     """Everything `GolfGPT` is built from; stored in a checkpoint's config.json."""
@@ -79,15 +158,64 @@ class ModelConfig(ArchitectureSettings):
 
 
 class GraphState(Settings):
-    """Runtime graph state: how many of the configured extra visits are active."""
+    """Runtime graph state: how many of the configured extra visits are active (1 = all of an explicit list)."""
 
     active_loops: int = Field(0, ge=0)
 
 
-def visit_list(config: ModelConfig, active_loops: int) -> list[int]:
-    """Blocks in the order they are visited: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1]."""
+def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
+    """Blocks in the order they are visited: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
     layers = list(range(config.num_layers))
     if not active_loops:
         return layers
+    if config.visits is not None:
+        return list(config.visits)
     a, b = config.loop_start, config.loop_end
     return layers[:a] + layers[a : b + 1] * (active_loops + 1) + layers[b + 1 :]
+
+
+def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[int], list[int]]:
+    """The encoder half, whose outputs are kept, and the decoder half; floor(n/2) visits unless encoder_visits says."""
+    visits = visit_list(config, active_loops)
+    size = len(visits) // 2 if config.encoder_visits is None else config.encoder_visits
+    return visits[:size], visits[size:]
+
+
+def num_skips(config: ArchitectureSettings) -> int:
+    """The most skips that any of the config's lists can use."""
+    halves = (split_visits(config, active) for active in {0, config.max_active_loops})
+    return max(min(len(encoder), len(decoder)) for encoder, decoder in halves)
+
+
+def revisits(config: ArchitectureSettings) -> dict[int, int]:
+    """Layer → how often the full list comes back to it, for layers that it does come back to, ascending."""
+    counts = Counter(visit_list(config, config.max_active_loops))
+    return {layer: counts[layer] - 1 for layer in sorted(counts) if counts[layer] > 1}
+
+
+def looped_layers(config: ArchitectureSettings) -> list[int]:
+    """The layers that the full list visits more than once, ascending."""
+    return list(revisits(config))
+
+
+def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int]:
+    """The decoder half from the visit on at which the residual lanes split."""
+    decoder = split_visits(config, active_loops)[1]
+    split = [i for i, layer in enumerate(decoder) if config.lanes_start and layer >= config.lanes_start]
+    return decoder[split[0] :] if split else []
+
+
+def visit_after_lanes(config: ArchitectureSettings) -> int | None:
+    """The first layer below lanes_start that the full list visits after the lanes have split, if there is one."""
+    late = visits_in_lanes(config, config.max_active_loops)
+    return next((layer for layer in late if layer < (config.lanes_start or 0)), None)
+
+
+def revisit_in_lanes(config: ArchitectureSettings) -> int | None:
+    """The first layer that some list re-visits after the lanes have split, if there is one."""
+    for active_loops in range(1, config.max_active_loops + 1):
+        visits, late = visit_list(config, active_loops), visits_in_lanes(config, active_loops)
+        for i in range(len(visits) - len(late), len(visits)):
+            if visits[i] in visits[:i]:
+                return visits[i]
+    return None

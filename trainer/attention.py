@@ -1,12 +1,15 @@
-"""Causal attention of the record architecture: grouped queries, partial rotary positions, XSA, head gates.
+"""Causal attention of the record architecture: grouped queries, partial rotary, value extras, XSA, head gates.
 
 Rotary (Su et al. 2021) turns the first `rope_dims` dimensions of each head, in the challenge's rotation sense
 (a' = a·cos + b·sin, b' = -a·sin + b·cos). XSA removes from each head's output its component along the position's own
 value vector: what a token says about itself is already in the residual stream. A head gate scales each head's output by
-a sigmoid of the attention input, so that a head can stay silent where it has nothing to say.
+a sigmoid of the attention input, so that a head can stay silent where it has nothing to say. The older line helps the
+values instead: a token embedding added on some layers, and a mix with the values of the first visit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +30,11 @@ def rotary_angles(
     rope_dims: int,
     base: float,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:  # cos, sin: (seq_len, rope_dims / 2) float32
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:  # cos, sin: (seq_len, rope_dims / 2)
     """Angles position · base^(-2k/rope_dims) for k = 0 .. rope_dims/2 - 1."""
-    inverse_frequency = base ** (-torch.arange(0, rope_dims, 2, device=device, dtype=torch.float32) / rope_dims)
-    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), inverse_frequency)
+    inverse_frequency = base ** (-torch.arange(0, rope_dims, 2, device=device, dtype=dtype) / rope_dims)
+    angles = torch.outer(torch.arange(seq_len, device=device, dtype=dtype), inverse_frequency)
     return angles.cos(), angles.sin()
 
 
@@ -58,10 +62,18 @@ def remove_own_value(
 
 
 class Context:
-    """What every attention of one forward pass shares: rotary angles and, where documents are isolated, the mask."""
+    """What every attention of one forward pass shares: rotary angles, value extras, and the mask between documents."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, document: Tensor | None) -> None:
+    def __init__(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        document: Tensor | None,
+        value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
+    ) -> None:
         self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
+        self.value_embeddings = value_embeddings
+        self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
         self.mask: Tensor | None = None  # (batch, 1, seq_len, seq_len) bool
         if document is not None:  # (batch, seq_len): positions attend within their own document
             same = document[:, :, None] == document[:, None, :]
@@ -71,9 +83,10 @@ class Context:
 class Attention(nn.Module):
     """Grouped-query causal attention. Weights are (out, in); `q_gain` scales each head's query."""
 
-    def __init__(self, config: ModelConfig, use_xsa: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.use_xsa = config, use_xsa
+        self.config, self.layer = config, layer
+        self.use_xsa = layer >= config.num_layers - config.xsa_last_n
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.model_dim // config.num_heads
         kv_dim = config.num_kv_heads * self.head_dim
@@ -86,6 +99,8 @@ class Attention(nn.Module):
             width = config.model_dim if config.attn_gate == "dense" else config.gate_window
             gate = nn.Parameter(torch.zeros(config.num_heads, width))
             self.register_parameter(self._gate_name(), gate)
+        if config.value_residual:
+            self.value_mix = nn.Parameter(torch.tensor([0.0, 1.0]))  # of the first visit's values, of its own
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim)
         return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
@@ -104,6 +119,20 @@ class Attention(nn.Module):
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
         return gates.transpose(1, 2).unsqueeze(-1)
 
+    def _values(self, x: Tensor, context: Context) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
+        """Projected values, plus the token's embedding, mixed with the first visit's (which stay as they are)."""
+        flat = self.v(x)
+        if self.layer in context.value_embeddings:
+            flat = flat + context.value_embeddings[self.layer].to(flat.dtype)
+        v = self._heads(flat, self.num_kv_heads)
+        if not self.config.value_residual:
+            return v
+        if context.first_value is None:
+            context.first_value = v
+            return v
+        mix = self.value_mix.to(v.dtype)
+        return mix[0] * context.first_value + mix[1] * v
+
     def forward(
         self,
         x: Tensor,  # (batch, seq_len, model_dim), normalised
@@ -112,7 +141,7 @@ class Attention(nn.Module):
         query = self.q(x)
         q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), context.cos, context.sin)
         k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
-        v = self._heads(self.v(x), self.num_kv_heads)
+        v = self._values(x, context)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         y = causal_attention(q, k, v, context.mask)
         if self.use_xsa:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
-PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "warmdown_start", "final"]
+PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -22,7 +22,10 @@ class RunSettings(Settings):
     seed: int = Field(1337, ge=0)
     precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
-    log_every: int = Field(20, ge=1, description="steps between log lines")
+    log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
+    min_tokens_per_second: float | None = Field(
+        None, gt=0, description="end the run within its first 30 steps if it is slower than this"
+    )
 
 
 class DataSettings(Settings):
@@ -45,7 +48,7 @@ class DataSettings(Settings):
 class CheckpointSettings(Settings):
     """Which phase boundaries become folders. `final` is always one."""
 
-    phases: tuple[PhaseName, ...] = ("init", "momentum_warmup_done", "loops_on", "warmdown_start", "final")
+    phases: tuple[PhaseName, ...] = get_args(PhaseName)
     fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
     steps: tuple[int, ...] = Field((), description="also after these steps")
     optimizer_state: bool = Field(True, description="write training.safetensors, needed by --resume")
@@ -56,6 +59,9 @@ class CheckpointSettings(Settings):
         outside = [f for f in self.fractions if not 0 < f < 1]
         if outside:
             raise ValueError(f"checkpoint fractions must lie strictly between 0 and 1, got {outside}")
+        negative = [step for step in self.steps if step < 0]
+        if negative:
+            raise ValueError(f"checkpoint steps count from 0, got {negative}")
         return self
 
 

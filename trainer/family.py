@@ -10,7 +10,7 @@ from torch import nn
 
 from pgolf_post.families import Site
 from pgolf_post.settings import parse_settings
-from trainer.architecture import GraphState, ModelConfig
+from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.model import GolfGPT
 
 ROLES = (  # first match wins
@@ -19,9 +19,24 @@ ROLES = (  # first match wins
     (r"(embed_proj|head_proj)\.weight", "projection"),
     (r"blocks\.\d+\.attn\.(q|k|v)\.weight", r"\1"),
     (r"blocks\.\d+\.attn\.proj\.weight", "attn_proj"),
-    (r"blocks\.\d+\.mlp\.fc\.weight", "mlp_fc"),
-    (r"blocks\.\d+\.mlp\.proj\.weight", "mlp_proj"),
+    (r"(blocks\.\d+\.mlp|override_mlps\.\d+_p\d+)\.(fc|gate)\.weight", "mlp_fc"),
+    (r"(blocks\.\d+\.mlp|override_mlps\.\d+_p\d+)\.proj\.weight", "mlp_proj"),
+    (r"(bigram|value_embed)\.embed\.weight", "embedding"),
+    (r"(bigram|value_embed)\.proj\.weight", "projection"),
 )
+
+PROJECTIONS = ("embed_proj", "head_proj", "bigram.proj", "value_embed.proj")
+
+
+def _attention_sites(at: str) -> list[Site]:
+    qkv = tuple(f"{at}.{part}.weight" for part in "qkv")
+    return [Site(f"{at}.in", f"{at}.q", qkv), Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
+
+
+def _mlp_sites(module: GolfGPT, at: str) -> list[Site]:
+    gate = (f"{at}.gate.weight",) if module.config.activation == "swiglu" else ()
+    inner = Site(f"{at}.in", f"{at}.fc", (f"{at}.fc.weight", *gate))
+    return [inner, Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
 
 
 class GolfGPTFamily:
@@ -37,18 +52,23 @@ class GolfGPTFamily:
         return parse_settings(ModelConfig, model, "model settings").model_dump(mode="json")
 
     def sites(self, module: nn.Module) -> list[Site]:
+        """Sites that the graph in its present state reaches; lookup tables have none, nor have MLPs of passes not run.
+
+        Where two matrices read the same input they share a site.
+        """
         assert isinstance(module, GolfGPT)
-        sites = []
-        for i in range(module.config.num_layers):
-            at = f"blocks.{i}"
-            qkv = tuple(f"{at}.attn.{part}.weight" for part in "qkv")
-            sites.append(Site(f"{at}.attn.in", f"{at}.attn.q", qkv))
-            sites.append(Site(f"{at}.attn.out", f"{at}.attn.proj", (f"{at}.attn.proj.weight",)))
-            sites.append(Site(f"{at}.mlp.in", f"{at}.mlp.fc", (f"{at}.mlp.fc.weight",)))
-            sites.append(Site(f"{at}.mlp.out", f"{at}.mlp.proj", (f"{at}.mlp.proj.weight",)))
-        if hasattr(module, "embed_proj"):
-            sites.append(Site("embed_proj.in", "embed_proj", ("embed_proj.weight",)))
-            sites.append(Site("head_proj.in", "head_proj", ("head_proj.weight",)))
+        sites: list[Site] = []
+        seen: dict[int, int] = {}
+        for layer in visit_list(module.config, module.graph.active_loops):
+            revisit = seen.get(layer, 0)
+            seen[layer] = revisit + 1
+            if revisit == 0:
+                sites += [*_attention_sites(f"blocks.{layer}.attn"), *_mlp_sites(module, f"blocks.{layer}.mlp")]
+            elif module.config.untied_loop_mlps:
+                sites += _mlp_sites(module, f"override_mlps.{layer}_p{revisit}")
+        for path in PROJECTIONS:
+            if f"{path}.weight" in dict(module.named_parameters()):
+                sites.append(Site(f"{path}.in", path, (f"{path}.weight",)))
         head = "tok_emb.weight" if module.config.tie_embeddings else "lm_head.weight"
         return [*sites, Site("head.in", "head_in", (head,))]
 

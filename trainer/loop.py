@@ -8,7 +8,6 @@ checkpoint intact.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from pathlib import Path
@@ -27,11 +26,12 @@ from pgolf_post.score.plain import PlainProtocol
 from trainer.architecture import GraphState
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
+from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
-from trainer.optim import EMA, Optimizer
+from trainer.optim import EMA, Optimizer, RunningMean
 from trainer.phases import PhaseTracker
 from trainer.provenance import provenance
-from trainer.schedule import lr_multiplier, momentum_at, progress
+from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -60,17 +60,25 @@ class Trainer:
         self.model.initialise()
         self.model.to(self.device)
         self.optimizer = Optimizer(self.model, recipe.optim)
-        self.ema = EMA(self.model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+        optim = recipe.optim
+        self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
+        self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
         self.phases = PhaseTracker.from_recipe(recipe)
         self.run_dir = recipe.run.checkpoint_root / recipe.run.name
         self.step = 0
         self.train_seconds = 0.0
+        self.clock = StepClock(recipe.data.batch_tokens, self.train_seconds)
         self.started = time.perf_counter()
+        self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
 
     @property
     def progress(self) -> float:
         return progress(self.recipe.schedule, self.step, self.train_seconds)
+
+    @property
+    def wall_seconds(self) -> float:
+        return round(self.earlier_wall_seconds + time.perf_counter() - self.started, 3)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -84,28 +92,43 @@ class Trainer:
                 f"{self.run_dir} already holds checkpoints; a run never overwrites another",
                 hint="choose another name with --set run.name=NAME, or continue it with --resume CHECKPOINT",
             )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._make_run_dir()
+        loss = math.nan
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             shown = 0
             while (at := self.progress) < 1.0:
-                self._update_graph(at)
+                self.update_graph(at)
                 if phase := self.phases.due(self.step, at):
                     self.save(phase)
-                loss, norm = self._timed_step(at)
+                loss, norm = self.timed_step(at)
                 self._log(loss, norm, at)
+                self.clock.require(self.recipe.run.min_tokens_per_second)
                 permille = int(1000 * self.progress)
                 advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
                 shown = permille
-        self._update_graph(1.0)
-        return self.save("final")
+        self.update_graph(1.0)
+        final = self.save("final")
+        self._say_summary(loss, final)
+        return final
 
-    def _update_graph(self, at: float) -> None:
-        """Switch depth recurrence on once its share of the run has come."""
-        config = self.model.config
-        if config.num_loops and at >= self.recipe.schedule.loops_at and not self.model.graph.active_loops:
-            self.model.set_graph(GraphState(active_loops=config.num_loops))
+    def _make_run_dir(self) -> None:
+        """The run's folder, with a log that can be appended to. Raises PgolfError if the disk refuses it."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PgolfError(
+                f"could not make the run's folder {self.run_dir}: {error}",
+                hint="choose another place with --set run.checkpoint_root=FOLDER",
+            ) from error
+        end_torn_line(self.run_dir / LOG_FILE)
 
-    def _timed_step(self, at: float) -> tuple[float, float]:
+    def update_graph(self, at: float) -> None:
+        """Switch depth recurrence on, in one phase or two, once its share of the run has come."""
+        wanted = active_loops_at(self.recipe.schedule, self.model.config.max_active_loops, at)
+        if wanted != self.model.graph.active_loops:
+            self.model.set_graph(self.model.graph.model_copy(update={"active_loops": wanted}))
+
+    def timed_step(self, at: float) -> tuple[float, float]:
         """One optimizer step on the clock: (mean training loss in nats per token, gradient norm)."""
         started = time.perf_counter()
         loss = self._accumulate_gradients()
@@ -114,14 +137,21 @@ class Trainer:
                 f"training loss is {loss} at step {self.step}; earlier checkpoints in {self.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
-        optim = self.recipe.optim
-        momentum = momentum_at(self.step, optim.momentum_start, optim.momentum, optim.momentum_warmup_steps)
-        norm = self.optimizer.step(lr_multiplier(self.recipe.schedule, at), momentum)
+        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
+        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         self.step += 1
+        self._update_averages(at)
+        self.train_seconds += time.perf_counter() - started
+        self.clock.tick(self.train_seconds)
+        return loss, norm
+
+    def _update_averages(self, at: float) -> None:
+        """Fold the weights after this step, which began at progress `at`, into the averages that are kept."""
         if self.ema:
             self.ema.update(self.step)
-        self.train_seconds += time.perf_counter() - started
-        return loss, norm
+        start = self.recipe.optim.swa_start
+        if self.swa and start is not None and at >= start:
+            self.swa.update(self.step)
 
     def _accumulate_gradients(self) -> float:
         """Backward over the step's micro-batches; the gradient is of the mean loss over batch_tokens."""
@@ -149,22 +179,41 @@ class Trainer:
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line, and every log_every steps tell the terminal."""
-        rate = self.recipe.data.batch_tokens * self.step / max(self.train_seconds, 1e-9)
+        schedule, multiplier = self.recipe.schedule, lr_multiplier(self.recipe.schedule, at)
         record = {
             "step": self.step,
             "loss": round(loss, 6),
             "grad_norm": round(norm, 6),
-            "lr_multiplier": round(lr_multiplier(self.recipe.schedule, at), 6),
-            "tokens_per_second": round(rate, 1),
+            "lr_multiplier": round(multiplier, 6),
+            "lr": {group: round(lr, 9) for group, lr in self.optimizer.learning_rates(multiplier).items()},
+            "momentum": round(self.recipe.optim.momentum_for(self.step - 1), 6),
+            "weight_decay_multiplier": round(weight_decay_multiplier(schedule, at), 6),
+            "active_loops": self.model.graph.active_loops,
+            "tokens_per_second": round(self.clock.recent_rate(), 1),
+            "mean_tokens_per_second": round(self._mean_rate(), 1),
             "train_seconds": round(self.train_seconds, 3),
+            "wall_seconds": self.wall_seconds,
         }
-        with (self.run_dir / "train.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
             say(
-                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  "
-                f"lr × {record['lr_multiplier']:.3f}  {rate:,.0f} tokens/s  {self.train_seconds:.1f} s"
+                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  lr × {multiplier:.3f}  "
+                f"loops {record['active_loops']}  {record['tokens_per_second']:,.0f} tokens/s  "
+                f"{self.train_seconds:.1f} s"
             )
+
+    def _mean_rate(self) -> float:
+        """Training tokens per second over the whole run, resumed parts included."""
+        return self.recipe.data.batch_tokens * self.step / max(self.train_seconds, 1e-9)
+
+    def _say_summary(self, loss: float, final: Checkpoint) -> None:
+        """One line: how much, how long, how fast, how good."""
+        bpb = ", ".join(f"{name} {view['metric']['bpb']:.4f}" for name, view in final.meta["views"].items())
+        say(
+            f"done: {self.step:,} steps, {self.step * self.recipe.data.batch_tokens:,} tokens, "
+            f"{self.train_seconds:.1f} s of training in {self.wall_seconds:.1f} s, {self._mean_rate():,.0f} tokens/s, "
+            f"last loss {loss:.4f}, bpb {bpb}"
+        )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -179,10 +228,13 @@ class Trainer:
         }
 
     def views(self) -> dict[ViewName, dict[str, Tensor]]:
-        """The raw weights and, where kept, their average."""
-        views: dict[ViewName, dict[str, Tensor]] = {"raw": dict(self.model.state_dict())}
+        """The raw weights and the averages that are kept; an average has the raw weights' buffers, if any."""
+        raw = dict(self.model.state_dict())
+        views: dict[ViewName, dict[str, Tensor]] = {"raw": raw}
         if self.ema:
-            views["ema"] = dict(self.ema.shadow)
+            views["ema"] = {**raw, **self.ema.shadow}
+        if self.swa and self.swa.count:
+            views["swa"] = {**raw, **self.swa.mean}
         return views
 
     def _metric(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -204,7 +256,8 @@ class Trainer:
             "progress": self.progress,
             "tokens_seen": self.step * self.recipe.data.batch_tokens,
             "train_seconds": self.train_seconds,
-            "wall_seconds": round(time.perf_counter() - self.started, 3),
+            "wall_seconds": self.wall_seconds,
+            "swa_count": self.swa.count if self.swa else 0,
             "seed": self.recipe.run.seed,
             "data_position": {"next_step": self.step},
             "rng": "none: the data order is a function of seed and step, and training draws no other random numbers",
@@ -217,10 +270,21 @@ class Trainer:
         training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
         path = self.run_dir / f"step_{self.step:06d}-{phase}"
         checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
-        point_latest(self.recipe.run.checkpoint_root, checkpoint)
+        self._point_latest(checkpoint)
         bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
         say(f"saved {path}  bpb on {metrics['raw']['tokens']:,} validation tokens: {bpb}")
         return checkpoint
+
+    def _point_latest(self, checkpoint: Checkpoint) -> None:
+        """Point `latest` at a saved checkpoint. Raises PgolfError if the link cannot be made."""
+        root = self.recipe.run.checkpoint_root
+        try:
+            point_latest(root, checkpoint)
+        except OSError as error:
+            raise PgolfError(
+                f"saved {checkpoint.path}, but could not point {root / 'latest'} at it: {error}",
+                hint=f"move {root / 'latest'} away if it is not a link, then go on with --resume {checkpoint.path}",
+            ) from error
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe: weights, moments, average, data position and clock."""
@@ -233,13 +297,23 @@ class Trainer:
                 f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it"
             )
         self.model.load_state_dict(dict(checkpoint.load("raw").tensors))
-        if self.ema:
-            shadow = checkpoint.load("ema").tensors
-            self.ema.shadow = {name: shadow[name].clone() for name in self.ema.shadow}
+        self._resume_averages(checkpoint)
         self.optimizer.load_state(read_tensors(checkpoint.path / TRAINING_FILE), str(checkpoint.path))
         self.model.set_graph(GraphState(**checkpoint.config["graph"]))
         self.step = int(checkpoint.meta["step"])
         self.train_seconds = float(checkpoint.meta["train_seconds"])
+        self.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
+        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
         self.parents = [checkpoint.view_id("raw")]
         self.phases.skip_past(self.step, self.progress)
         say(f"resumed {checkpoint.path} at step {self.step}, {100 * self.progress:.1f} % of the run")
+
+    def _resume_averages(self, checkpoint: Checkpoint) -> None:
+        """Take up the averages where the checkpoint left them. Raises NotFoundError if it lacks a kept EMA."""
+        if self.ema:
+            shadow = checkpoint.load("ema").tensors
+            self.ema.shadow = {name: shadow[name].to(self.device, copy=True) for name in self.ema.shadow}
+        if self.swa and (count := int(checkpoint.meta.get("swa_count", 0))):
+            mean = checkpoint.load("swa").tensors
+            self.swa.count = count
+            self.swa.mean = {name: mean[name].to(self.device, copy=True) for name in self.swa.parameters}

@@ -1,24 +1,39 @@
 """The one model and its one forward: the record architecture.
 
-Embedding (smeared with its predecessor) → RMSNorm → a list of block visits in U-Net order → RMSNorm → tied (or own)
-head → tanh soft-cap. Some blocks are visited several times (depth recurrence); how often is `GraphState`, and a model
-evaluated with its loops off silently loses most of its quality, so that state travels with every checkpoint.
-The definition of right is the logits of the public scripts (openai/parameter-golf, train_gpt.py and its records).
+Embedding (with hashed bigrams, smeared with its predecessor) → RMSNorm → a list of block visits in U-Net order →
+RMSNorm → tied (or own) head → tanh soft-cap. Some blocks are visited several times (depth recurrence); how often is
+`GraphState`, and a model evaluated with its loops off silently loses most of its quality, so that state travels with
+every checkpoint. The definition of right is the logits of the public scripts (openai/parameter-golf, train_gpt.py and
+its records).
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
-from trainer.architecture import Activation, GraphState, ModelConfig, visit_list
+from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
+from trainer.embeddings import NgramEmbedding, ValueEmbedding
+from trainer.recurrence import Recurrence, carry_coefficients
 
 BOS_ID = 1
 
+ZERO_INIT = re.compile(
+    r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"
+    r"|bigram\.embed\.weight|value_embed\.proj\.weight"
+)
+
 Lanes = tuple[Tensor, Tensor]  # each (batch, seq_len, model_dim): what attention reads, what the MLP reads
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What positions and logits are computed in: float32 for narrower types, float64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) -> Tensor:
@@ -54,7 +69,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.model_dim
-        self.attn = Attention(config, use_xsa=layer >= config.num_layers - config.xsa_last_n)
+        self.attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
@@ -73,12 +88,13 @@ class Block(nn.Module):
         x: Tensor,  # (batch, seq_len, model_dim)
         x0: Tensor,  # (batch, seq_len, model_dim), the embedding
         context: Context,
+        mlp: MLP,  # the block's own, or a re-visit's
     ) -> Tensor:
         x = self._mixed(x, x0)
         normed = self._normed(x)
         attended = x + self.attn_scale * self.attn(normed, context)
         mlp_input = normed if self.parallel else self._normed(attended)
-        return attended + self.mlp_scale * self.mlp(mlp_input)
+        return attended + self.mlp_scale * mlp(mlp_input)
 
     def updates(
         self,
@@ -86,10 +102,11 @@ class Block(nn.Module):
         mlp_lane: Tensor,  # (batch, seq_len, model_dim)
         x0: Tensor,
         context: Context,
+        mlp: MLP,
     ) -> tuple[Tensor, Tensor]:
         """What attention and MLP would add, each reading its own lane; only attention's lane is mixed with x0."""
         attention = self.attn_scale * self.attn(self._normed(self._mixed(attn_lane, x0)), context)
-        return attention, self.mlp_scale * self.mlp(self._normed(mlp_lane))
+        return attention, self.mlp_scale * mlp(self._normed(mlp_lane))
 
 
 class GolfGPT(nn.Module):
@@ -101,6 +118,10 @@ class GolfGPT(nn.Module):
         self.set_graph(graph)
         embedding_dim = config.embedding_dim or config.model_dim
         self.tok_emb = nn.Embedding(config.vocab_size, embedding_dim)
+        if config.bigram_buckets:
+            self.bigram = NgramEmbedding(config)
+        if config.value_embed_layers:
+            self.value_embed = ValueEmbedding(config)
         if config.smear_gate:
             self.smear_gate = nn.Parameter(torch.zeros(1, config.gate_window))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
@@ -108,10 +129,10 @@ class GolfGPT(nn.Module):
             self.embed_proj = nn.Linear(embedding_dim, config.model_dim, bias=False)
             self.head_proj = nn.Linear(config.model_dim, embedding_dim, bias=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        num_skips = len(visit_list(config, config.num_loops)) // 2
-        self.skip_weights = nn.Parameter(torch.ones(num_skips, config.model_dim))
+        self._add_recurrence(config)
+        self.skip_weights = nn.Parameter(torch.ones(num_skips(config), config.model_dim))
         if config.skip_gates:
-            self.skip_gates = nn.Parameter(torch.zeros(num_skips, config.model_dim))
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips(config), config.model_dim))
         if config.lanes_start is not None:
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
@@ -119,20 +140,31 @@ class GolfGPT(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
+    def _add_recurrence(self, config: ModelConfig) -> None:
+        """What re-visits have of their own: carry coefficients and, if untied, MLPs named {layer}_p{re-visit}."""
+        self.looped = looped_layers(config)
+        if config.carry != "none":
+            self.recur_beta, self.recur_alpha = carry_coefficients(config)
+        if config.untied_loop_mlps:
+            keys = [f"{layer}_p{k}" for layer, count in revisits(config).items() for k in range(1, count + 1)]
+            self.override_mlps = nn.ModuleDict({key: MLP(config) for key in keys})
+
     def set_graph(self, graph: GraphState) -> None:
-        """Change the runtime graph state. Raises SettingsError beyond the configured loops."""
-        if graph.active_loops > self.config.num_loops:
-            raise SettingsError(
-                f"active_loops {graph.active_loops} exceeds the configured num_loops {self.config.num_loops}"
+        """Change the runtime graph state. Raises SettingsError beyond what the config can activate."""
+        config = self.config
+        if graph.active_loops > config.max_active_loops:
+            limit = (
+                f"the configured num_loops {config.num_loops}" if config.visits is None else "1, the explicit visits"
             )
+            raise SettingsError(f"active_loops {graph.active_loops} exceeds {limit}")
         self.graph = graph
 
     def initialise(self) -> None:
         """The record's init: orthogonal matrices, zero output projections, small embedding; draws from torch's RNG."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("attn.proj.weight", "mlp.proj.weight", "lm_head.weight")):
+            if ZERO_INIT.fullmatch(name):
                 nn.init.zeros_(parameter)
-            elif name == "tok_emb.weight":
+            elif name in ("tok_emb.weight", "value_embed.embed.weight"):
                 nn.init.normal_(parameter, std=self.config.embedding_init_std)
             elif name.endswith(".weight"):
                 nn.init.orthogonal_(parameter)
@@ -143,7 +175,7 @@ class GolfGPT(nn.Module):
         base = config.rope_base
         if config.rope_ntk and seq_len > config.train_seq_len:
             base *= (seq_len / config.train_seq_len) ** (dims / (dims - 2))
-        return rotary_angles(seq_len, dims, base, device)
+        return rotary_angles(seq_len, dims, base, device, at_least_float32(self.tok_emb.weight.dtype))
 
     def _skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """Add the U-Net skip of second-half visit `index`, gated where the model has gates."""
@@ -153,8 +185,10 @@ class GolfGPT(nn.Module):
         return x + weighted
 
     def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
-        """Embedding, smear gate, norm, and the projection to model_dim where widths differ."""
+        """Embedding, bigrams, smear gate, norm, and the projection to model_dim where widths differ."""
         x = self.tok_emb(tokens)
+        if self.config.bigram_buckets:
+            x = x + self.bigram(tokens)
         if self.config.smear_gate:
             gate = torch.sigmoid(F.linear(x[:, 1:, : self.config.gate_window], self.smear_gate))
             gate = self.smear_lambda * gate * (tokens[:, 1:, None] != BOS_ID)
@@ -162,11 +196,29 @@ class GolfGPT(nn.Module):
         x = rms_norm(x)
         return self.embed_proj(x) if hasattr(self, "embed_proj") else x
 
-    def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context) -> Lanes:
+    def _recurrence(self) -> Recurrence:
+        if self.config.carry == "none":
+            return Recurrence([])
+        return Recurrence(self.looped, self.recur_beta, self.recur_alpha)
+
+    def _mlp(self, layer: int, revisit: int) -> MLP:
+        """The MLP of this visit: the block's own on the first and, unless untied, on every other."""
+        untied = revisit and self.config.untied_loop_mlps
+        mlp = self.override_mlps[f"{layer}_p{revisit}"] if untied else self.blocks[layer].mlp
+        assert isinstance(mlp, MLP)
+        return mlp
+
+    def _visit(self, layer: int, x: Tensor, x0: Tensor, context: Context, recurrence: Recurrence) -> Tensor:
+        """One visit with a single residual stream."""
+        revisit = recurrence.enter(layer)
+        output: Tensor = self.blocks[layer](x, x0, context, self._mlp(layer, revisit))
+        return recurrence.carry(layer, revisit, output)
+
+    def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context, recurrence: Recurrence) -> Lanes:
         """One visit with two residual lanes: attention reads the first, the MLP the second, both write to both."""
         block = self.blocks[layer]
         assert isinstance(block, Block)
-        attention, mlp = block.updates(*lanes, x0, context)
+        attention, mlp = block.updates(*lanes, x0, context, self._mlp(layer, recurrence.enter(layer)))
         keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
         first = keep[0] * lanes[0] + post[0, 0] * attention + post[1, 0] * mlp
         second = keep[1] * lanes[1] + post[0, 1] * attention + post[1, 1] * mlp
@@ -183,35 +235,37 @@ class GolfGPT(nn.Module):
         document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = packed
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
-        context = Context(*self._rotary(tokens.size(1), tokens.device), document)
+        value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
+        context = Context(*self._rotary(tokens.size(1), tokens.device), document, value_embeddings)
+        recurrence = self._recurrence()
         x = x0 = self._embed(tokens)
-        visits = visit_list(self.config, self.graph.active_loops)
-        num_encoder = len(visits) // 2
+        encoder, decoder = split_visits(self.config, self.graph.active_loops)
         skips: list[Tensor] = []
-        for layer in visits[:num_encoder]:
-            x = self.blocks[layer](x, x0, context)
+        for layer in encoder:
+            x = self._visit(layer, x, x0, context, recurrence)
             skips.append(x)
         lanes: Lanes | None = None
-        for index, layer in enumerate(visits[num_encoder:]):
+        for index, layer in enumerate(decoder):
             if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
                 lanes = x, x
             has_skip = index < self.skip_weights.size(0) and bool(skips)
             if lanes is None:
                 x = self._skip(x, skips.pop(), index) if has_skip else x
-                x = self.blocks[layer](x, x0, context)
+                x = self._visit(layer, x, x0, context, recurrence)
             else:
                 first = self._skip(lanes[0], skips.pop(), index) if has_skip else lanes[0]
-                lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context)
+                lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context, recurrence)
         x = rms_norm(x if lanes is None else self._merge(lanes))
         if hasattr(self, "head_proj"):
             x = self.head_proj(x)
         return self.head_in(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32
+    def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""
         head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, head).float() / cap)
+        z = F.linear(hidden, head)
+        return cap * torch.tanh(z.to(at_least_float32(z.dtype)) / cap)
 
     def forward(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:  # (batch, seq_len, vocab_size) float32
         return self.logits(self.hidden(tokens, document))

@@ -1,8 +1,11 @@
-"""Muon for matrices, AdamW for the rest, one step over both.
+"""Muon for matrices, AdamW for the rest, one step over both; running averages of the weights beside it.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, computed by five Newton-Schulz
 iterations; matrices of equal shape are stacked and iterated together. Coefficients: Jordan's classic quintic, or Polar
 Express (Amsel et al. 2025) as the record scripts use it.
+
+Two averages follow the raw weights, both in float32 and off the gradient's path: an exponential one (EMA) and, from a
+share of the run on, a running equal-weight mean (SWA, Izmailov et al. 2018).
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
+from trainer.schedule import cyclic_momentum, momentum_at
 
 NewtonSchulz = Literal["classic", "polar_express"]
 
@@ -51,7 +55,35 @@ class OptimSettings(Settings):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(0.3, ge=0, description="largest global gradient norm; 0 = no clipping")
-    ema_decay: float = Field(0.997, ge=0, lt=1, description="0 = keep no EMA")
+    ema_decay: float = Field(0.997, ge=0, lt=1, description="per step, whatever ema_every is; 0 = keep no EMA")
+    ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
+    swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
+    swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
+    momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
+    momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
+    momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
+
+    @model_validator(mode="after")
+    def _acts(self) -> OptimSettings:
+        if self.momentum_cycle_low > self.momentum_cycle_high:
+            raise ValueError(
+                f"momentum_cycle_low {self.momentum_cycle_low} exceeds momentum_cycle_high {self.momentum_cycle_high}"
+            )
+        if self.ema_every > 1 and not self.ema_decay:
+            raise ValueError(f"ema_every {self.ema_every} acts only with ema_decay above 0")
+        return self
+
+    def momentum_for(self, step: int) -> float:
+        """Muon's momentum at optimizer step `step` (counted from 0): warm-up, then constant or cyclic."""
+        cycle, warmup = self.momentum_cycle_steps, self.momentum_warmup_steps
+        peak = self.momentum_cycle_high if cycle else self.momentum
+        if cycle is None or step < warmup:
+            return momentum_at(step, self.momentum_start, peak, warmup)
+        return cyclic_momentum(step - warmup, self.momentum_cycle_low, peak, cycle)
+
+    def peak_learning_rates(self) -> dict[str, float]:
+        """Group → the learning rate that the schedule multiplies."""
+        return {"matrix": self.matrix_lr, "embed": self.embed_lr, "head": self.head_lr, "scalar": self.scalar_lr}
 
 
 def orthogonalize(
@@ -102,8 +134,9 @@ class Optimizer:
         self.parameters = dict(model.named_parameters())
         self.matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)  # equal shapes step together
         self.adam_names: dict[str, list[str]] = defaultdict(list)  # group → parameter names
+        tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         for name, parameter in self.parameters.items():
-            group = group_of(name, parameter)
+            group = "embed" if name in tables else group_of(name, parameter)
             if group == "matrix":
                 self.matrices[tuple(parameter.shape)].append(name)
             else:
@@ -123,29 +156,49 @@ class Optimizer:
             "scalar": (settings.scalar_lr, settings.scalar_weight_decay),
         }[group]
         parameters = [self.parameters[name] for name in names]
-        return {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+        decays = {"weight_decay": weight_decay, "peak_weight_decay": weight_decay}
+        return {"params": parameters, "lr": lr, "peak_lr": lr, **decays}
+
+    def groups(self) -> list[str]:
+        """The groups that this model has, matrices first."""
+        return ["matrix"] * bool(self.matrices) + list(self.adam_names)
+
+    def learning_rates(self, lr_multiplier: float) -> dict[str, float]:
+        """Each group's learning rate under a multiplier."""
+        peaks = self.settings.peak_learning_rates()
+        return {group: peaks[group] * lr_multiplier for group in self.groups()}
 
     @torch.no_grad()
-    def step(self, lr_multiplier: float, momentum: float) -> float:
+    def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> float:
         """Clip, update every parameter, clear gradients. Returns the gradient norm before clipping."""
         limit = self.settings.grad_clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         for group in self.adam.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier
+            group["weight_decay"] = group["peak_weight_decay"] * weight_decay_multiplier
         self.adam.step()
+        lr, decay = self.settings.matrix_lr * lr_multiplier, self.settings.matrix_weight_decay * weight_decay_multiplier
         for shape, names in self.matrices.items():
-            self._step_matrices(shape, names, self.settings.matrix_lr * lr_multiplier, momentum)
+            self._step_matrices(shape, names, lr, decay, momentum)
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
 
-    def _step_matrices(self, shape: tuple[int, ...], names: list[str], lr: float, momentum: float) -> None:
-        """One Muon step with decoupled weight decay on all matrices of one shape."""
-        gradients = torch.stack([_gradient(self.parameters[name]) for name in names])
-        updates = muon_updates(gradients, self.momenta[shape], momentum, self.settings)
-        for name, update in zip(names, updates, strict=True):
-            parameter = self.parameters[name]
-            parameter.mul_(1 - lr * self.settings.matrix_weight_decay).add_(update, alpha=-lr)
+    def _step_matrices(
+        self, shape: tuple[int, ...], names: list[str], lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        """One Muon step with decoupled weight decay on the matrices of one shape that this step's graph used."""
+        used = [index for index, name in enumerate(names) if self.parameters[name].grad is not None]
+        if not used:
+            return
+        gradients = torch.stack([_gradient(self.parameters[names[index]]) for index in used])
+        whole = len(used) == len(names)
+        momenta = self.momenta[shape] if whole else self.momenta[shape][used]
+        updates = muon_updates(gradients, momenta, momentum, self.settings)
+        if not whole:
+            self.momenta[shape][used] = momenta
+        for index, update in zip(used, updates, strict=True):
+            self.parameters[names[index]].mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
 
     def state(self) -> dict[str, Tensor]:
         """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME."""
@@ -178,20 +231,46 @@ class Optimizer:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """The gradient, or zeros for a matrix that this step's graph did not use."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """A gradient that is known to be there."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 class EMA:
-    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) at update t."""
+    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
+        self.decay, self.every = decay, every
         self.parameters = dict(model.named_parameters())
         self.shadow = {name: parameter.detach().clone().float() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Fold in the weights after optimizer step `step` (counted from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """Fold in the weights after optimizer step `step` (counted from 1), if it is one of every n."""
+        if step % self.every:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
+
+
+class RunningMean:
+    """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self.every, self.count = every, 0
+        self.parameters = dict(model.named_parameters())
+        self.mean: dict[str, Tensor] = {}  # empty until the first model enters
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
+        if step % self.every:
+            return
+        self.count += 1
+        if self.count == 1:
+            self.mean = {name: parameter.detach().clone().float() for name, parameter in self.parameters.items()}
+        else:
+            torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)

@@ -15,6 +15,27 @@ from trainer.schedule import warmdown_start
 Reached = Callable[[int, float], bool]  # (step, progress) → whether the boundary has come
 
 
+def boundaries(recipe: Recipe) -> dict[str, Reached]:
+    """Every named boundary that this recipe's schedule has, `final` aside."""
+    schedule, optim, num_loops = recipe.schedule, recipe.optim, recipe.model.max_active_loops
+    named: dict[str, Reached] = {"init": lambda step, at: step == 0}
+    if optim.momentum_warmup_steps:
+        named["momentum_warmup_done"] = _at_step(optim.momentum_warmup_steps)
+    if num_loops:
+        named["loops_on"] = _at_progress(schedule.loops_at)
+    if num_loops > 1 and schedule.all_loops_at is not None:
+        named["all_loops_on"] = _at_progress(schedule.all_loops_at)
+    if schedule.warmdown:
+        named["warmdown_start"] = _at_progress(warmdown_start(schedule))
+    return named
+
+
+def fraction_name(fraction: float) -> str:
+    """The phase name of a share of the run: 0.05 → frac05, 0.7 → frac70, 0.125 → frac12.5."""
+    percent = f"{100 * fraction:.6g}"
+    return f"frac0{percent}" if fraction < 0.1 else f"frac{percent}"
+
+
 @dataclass
 class PhaseTracker:
     """Which boundaries are still ahead. `due` is asked before every optimizer step."""
@@ -23,17 +44,12 @@ class PhaseTracker:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PhaseTracker:
-        schedule, settings = recipe.schedule, recipe.checkpoint
-        named: dict[str, Reached] = {"init": lambda step, at: step == 0}
-        if recipe.optim.momentum_warmup_steps:
-            named["momentum_warmup_done"] = lambda step, at: step >= recipe.optim.momentum_warmup_steps
-        if recipe.model.num_loops:
-            named["loops_on"] = lambda step, at: at >= schedule.loops_at
-        if schedule.warmdown:
-            named["warmdown_start"] = lambda step, at: at >= warmdown_start(schedule)
-        pending: dict[str, Reached] = {n: reached for n, reached in named.items() if n in settings.phases}
+        """The boundaries that the recipe wants as checkpoints."""
+        settings = recipe.checkpoint
+        named = boundaries(recipe)
+        pending: dict[str, Reached] = {name: named[name] for name in named if name in settings.phases}
         for fraction in settings.fractions:
-            pending[f"frac{round(100 * fraction):02d}"] = _at_progress(fraction)
+            pending[fraction_name(fraction)] = _at_progress(fraction)
         for wanted in settings.steps:
             pending[f"step{wanted}"] = _at_step(wanted)
         return cls(pending)

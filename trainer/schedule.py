@@ -1,15 +1,30 @@
-"""Learning rate, momentum and loops as pure functions of progress, in [0, 1].
+"""Learning rate, weight decay, momentum and loops as pure functions of progress, in [0, 1], or of the step.
 
 Progress is the share of the run that is done, by steps or by training seconds, whichever is further. Keying everything
 on it guards against the classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down
 planned for the last 1,200 iterations never began.
+
+Four shapes of the learning rate, each between `lr_floor` and 1:
+
+    linear   1, then over the last `warmdown` of the run linearly towards 0, stopped at the floor    (the record line)
+    wsd      the same, but the slope reaches the floor exactly at the end     (warm-up, stable, decay: arXiv 2404.06395)
+    cosine   half a cosine from the end of the warm-up to the floor at the end                        (arXiv 1608.03983)
+    tidal    linear warm-up over the first 38.2 % (1 - 1/φ, the golden ratio), then half a cosine to the floor
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
+
+Shape = Literal["linear", "cosine", "tidal", "wsd"]
+
+TIDAL_WARMUP = (3 - math.sqrt(5)) / 2  # 1 - 1/φ = 0.381966…
 
 
 class ScheduleSettings(Settings):
@@ -17,14 +32,36 @@ class ScheduleSettings(Settings):
 
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     seconds: float | None = Field(None, gt=0, description="training seconds, without validation and checkpoint writing")
-    warmdown: float = Field(0.667, ge=0, le=1, description="share of the run over which the learning rate falls")
-    lr_floor: float = Field(0.0, ge=0, le=1, description="lowest learning-rate multiplier")
+    shape: Shape = Field("linear", description="of the learning rate over the run")
+    lr_warmup: float = Field(0.0, ge=0, lt=1, description="share of the run over which the learning rate rises")
+    warmdown: float = Field(
+        0.667,
+        ge=0,
+        le=1,
+        description="the run's last share: linear and wsd fall over it, averages of checkpoints are taken from it",
+    )
+    lr_floor: float = Field(0.0, ge=0, le=1, description="lowest learning-rate multiplier, warm-up included")
     loops_at: float = Field(0.5, ge=0, le=1, description="progress at which depth recurrence starts")
+    all_loops_at: float | None = Field(
+        None, ge=0, le=1, description="two phases: one repeat from loops_at on, all of them from here; default at once"
+    )
+    weight_decay_taper_at: float | None = Field(
+        None, ge=0, lt=1, description="progress from which weight decay falls linearly to 0; default never"
+    )
 
     @model_validator(mode="after")
-    def _ends(self) -> ScheduleSettings:
+    def _consistent(self) -> ScheduleSettings:
         if self.steps is None and self.seconds is None:
             raise ValueError("set schedule.steps, schedule.seconds, or both (the run ends at whichever comes first)")
+        if self.shape == "tidal" and self.lr_warmup:
+            raise ValueError(f"shape tidal warms up over {TIDAL_WARMUP:.3f} of the run; leave lr_warmup out")
+        if self.shape in ("linear", "wsd") and self.lr_warmup + self.warmdown > 1 + 1e-9:
+            raise ValueError(
+                f"lr_warmup {self.lr_warmup} + warmdown {self.warmdown} is {self.lr_warmup + self.warmdown:.3f} "
+                "of the run, at most 1"
+            )
+        if self.all_loops_at is not None and self.all_loops_at < self.loops_at:
+            raise ValueError(f"all_loops_at {self.all_loops_at} comes before loops_at {self.loops_at}")
         return self
 
 
@@ -35,19 +72,81 @@ def progress(settings: ScheduleSettings, step: int, train_seconds: float) -> flo
     return min(1.0, max(by_steps, by_seconds))
 
 
+# ---- learning rate and weight decay --------------------------------------------------------------------------------
+
+
+def warmup_end(settings: ScheduleSettings) -> float:
+    """The progress at which the learning rate has risen to its peak."""
+    return TIDAL_WARMUP if settings.shape == "tidal" else settings.lr_warmup
+
+
 def warmdown_start(settings: ScheduleSettings) -> float:
-    """The progress at which the learning rate starts to fall."""
-    return 1.0 - settings.warmdown
+    """The progress at which the warm-down starts; never before the peak."""
+    return max(1.0 - settings.warmdown, warmup_end(settings) if settings.shape == "tidal" else 0.0)
 
 
-def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """1 until warm-down starts, then linear to 0 at the end, never below the floor."""
+def _linear(settings: ScheduleSettings, at: float) -> float:
     if at < warmdown_start(settings) or settings.warmdown == 0:
         return 1.0
     return max((1.0 - at) / settings.warmdown, settings.lr_floor)
+
+
+def _wsd(settings: ScheduleSettings, at: float) -> float:
+    if at < warmdown_start(settings) or settings.warmdown == 0:
+        return 1.0
+    return _above_floor(settings, (1.0 - at) / settings.warmdown)
+
+
+def _cosine(settings: ScheduleSettings, at: float) -> float:
+    peak = warmup_end(settings)
+    return _above_floor(settings, 0.5 * (1.0 + math.cos(math.pi * (at - peak) / (1.0 - peak))))
+
+
+def _above_floor(settings: ScheduleSettings, share: float) -> float:
+    """A share in [0, 1] stretched to [lr_floor, 1]."""
+    return settings.lr_floor + (1.0 - settings.lr_floor) * min(max(share, 0.0), 1.0)
+
+
+DECAYS: dict[Shape, Callable[[ScheduleSettings, float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "tidal": _cosine,
+    "wsd": _wsd,
+}
+
+
+def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
+    """The learning rate at progress `at` as a multiple of its peak: warm-up, then the shape's decay."""
+    if at < warmup_end(settings):
+        return max(at / warmup_end(settings), settings.lr_floor)
+    return DECAYS[settings.shape](settings, at)
+
+
+def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
+    """1 until the taper starts, then linear to 0 at the end. It multiplies decay that lr multiplies already."""
+    start = settings.weight_decay_taper_at
+    return 1.0 if start is None or at < start else (1.0 - at) / (1.0 - start)
+
+
+# ---- momentum and loops --------------------------------------------------------------------------------------------
 
 
 def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
     """Muon's momentum, linear from `start` to `end` over the first `warmup_steps` steps."""
     share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
     return start + (end - start) * share
+
+
+def cyclic_momentum(step: int, low: float, high: float, cycle_steps: int) -> float:
+    """`high` at step 0, `low` half a cycle later, `high` again after `cycle_steps`: a cosine between the two."""
+    phase = (step % cycle_steps) / cycle_steps
+    return low + (high - low) * 0.5 * (1.0 + math.cos(2.0 * math.pi * phase))
+
+
+def active_loops_at(settings: ScheduleSettings, num_loops: int, at: float) -> int:
+    """How many of the model's extra visits are active at progress `at`: none, one (two-phase curriculum only), all."""
+    if at < settings.loops_at:
+        return 0
+    if settings.all_loops_at is None or at >= settings.all_loops_at:
+        return num_loops
+    return min(1, num_loops)

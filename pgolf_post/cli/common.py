@@ -21,7 +21,9 @@ S = TypeVar("S", bound=Settings)
 
 checkpoint_argument = click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 weights_option = click.option(
-    "--weights", type=click.Choice(["ema", "raw"]), help="Which weights.  [default: ema where the folder has it]"
+    "--weights",
+    type=click.Choice(["ema", "raw", "swa"]),
+    help="Which weights.  [default: ema where the folder has it, else raw]",
 )
 data_option = click.option(
     "--data", "data_dir", type=click.Path(path_type=Path), help="Data folder.  [default: the one it was trained on]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError
 from tests.conftest import pico_recipe
 from trainer.batches import WindowSampler
+from trainer.log import StepClock
 from trainer.loop import Trainer
+
+EVERYTHING: dict[str, dict[str, Any]] = {  # that a resumed run must take up where it was
+    "model": {"num_loops": 2},
+    "optim": {"ema_every": 2, "swa_start": 0.3, "swa_every": 2, "momentum_cycle_steps": 5},
+    "schedule": {"shape": "tidal", "all_loops_at": 0.6, "weight_decay_taper_at": 0.4},
+    "checkpoint": {"steps": list(range(13))},
+}
 
 
 def test_a_run_leaves_a_complete_folder_at_every_phase_boundary(pico_run: Path) -> None:
@@ -63,6 +72,47 @@ def test_resuming_changes_no_bit(tmp_path: Path, pico_data: DataFolder, pico_run
     assert resumed.view_id("raw") == whole.view_id("raw")
     assert resumed.view_id("ema") == whole.view_id("ema")
     assert resumed.meta["parents"] == [Checkpoint.open(next(pico_run.glob(f"pico/*{phase}"))).view_id("raw")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, pico_data: DataFolder) -> Path:
+    """The folder of a run with every average and curriculum on, a checkpoint after every step."""
+    root = tmp_path_factory.mktemp("everything")
+    Trainer(pico_recipe(pico_data, root, **EVERYTHING)).run()
+    return root / "pico"
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 8, 11])
+def test_resuming_with_every_average_and_curriculum_changes_no_bit(
+    tmp_path: Path, pico_data: DataFolder, whole_run: Path, step: int
+) -> None:
+    trainer = Trainer(pico_recipe(pico_data, tmp_path / "resumed", **EVERYTHING))
+    trainer.resume(next(whole_run.glob(f"step_{step:06d}-*")))
+    resumed, whole = trainer.run(), Checkpoint.open(next(whole_run.glob("*-final")))
+    assert set(resumed.meta["views"]) == {"raw", "ema", "swa"}
+    assert {name: resumed.view_id(name) for name in ("raw", "ema", "swa")} == {
+        name: whole.view_id(name) for name in ("raw", "ema", "swa")
+    }
+    assert resumed.meta["swa_count"] == whole.meta["swa_count"] == 4  # after steps 6, 8, 10 and 12
+    assert resumed.meta["wall_seconds"] > resumed.meta["train_seconds"]
+
+
+def test_the_running_mean_is_the_mean_of_the_raw_weights_and_a_view_of_its_own(whole_run: Path) -> None:
+    found = [Checkpoint.open(path) for path in sorted(whole_run.glob("step_*"))]
+    assert [checkpoint.meta["swa_count"] for checkpoint in found] == [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert ["swa" in checkpoint.meta["views"] for checkpoint in found] == [False] * 6 + [True] * 7
+    raw = [found[step].load("raw").tensors for step in (6, 8, 10, 12)]
+    for name, mean in found[-1].load("swa").tensors.items():
+        expected = torch.stack([tensors[name].double() for tensors in raw]).mean(0).float()
+        torch.testing.assert_close(mean, expected, msg=name)
+    assert found[-1].view_name(None) == "ema"
+    assert found[-1].meta["views"]["swa"]["metric"]["nats"] > 0
+
+
+def test_a_two_phase_curriculum_is_in_the_checkpoints(whole_run: Path) -> None:
+    found = [Checkpoint.open(path) for path in sorted(whole_run.glob("step_*"))]
+    assert [checkpoint.config["graph"]["active_loops"] for checkpoint in found] == [0] * 3 + [1] * 5 + [2] * 5
+    assert "all_loops_on" in found[8].meta["phase"]
 
 
 def test_resume_needs_the_same_model_and_the_optimizer_state(
@@ -125,8 +175,88 @@ def test_targets_are_the_next_tokens(pico_data: DataFolder) -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_the_log_is_one_json_object_per_step(pico_run: Path) -> None:
-    lines = (pico_run / "pico" / "train.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+
+
+def test_the_log_is_one_json_object_per_step(pico_run: Path, whole_run: Path) -> None:
+    records = log_of(pico_run / "pico")
     assert [record["step"] for record in records] == list(range(1, 13))
-    assert {"loss", "grad_norm", "lr_multiplier", "tokens_per_second", "train_seconds"} <= records[0].keys()
+    wanted = {"step", "loss", "grad_norm", "lr_multiplier", "lr", "momentum", "active_loops", "train_seconds"}
+    wanted |= {"tokens_per_second", "mean_tokens_per_second", "weight_decay_multiplier", "wall_seconds"}
+    assert all(wanted == record.keys() for record in records)
+    matrix_lrs = [0.02] * 6 + [0.02 * left / 6 for left in range(6, 0, -1)]
+    assert [record["lr"]["matrix"] for record in records] == pytest.approx(matrix_lrs)
+    assert [record["active_loops"] for record in records] == [0] * 3 + [1] * 9
+    assert [record["active_loops"] for record in log_of(whole_run)] == [0] * 3 + [1] * 5 + [2] * 4
+    assert log_of(whole_run)[5]["momentum"] == pytest.approx(0.8595, abs=1e-4)  # 2 of 5 steps into the first cycle
+
+
+def test_a_run_ends_with_one_line(tmp_path: Path, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(pico_recipe(pico_data, tmp_path, schedule={"steps": 4})).run()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("done: 4 steps, 256 tokens, ")
+    assert "bpb raw " in last
+
+
+def test_the_recent_rate_sees_what_the_average_hides() -> None:
+    clock = StepClock(tokens_per_step=100, train_seconds=0.0)
+    for step in range(1, 101):
+        clock.tick(step * 1.0)
+    for step in range(1, 31):
+        clock.tick(100 + step * 4.0)
+    assert clock.recent_rate() == pytest.approx(25)
+
+
+def test_a_first_step_that_warms_up_is_not_held_against_the_rate() -> None:
+    clock = StepClock(tokens_per_step=100, train_seconds=50.0)
+    for second in (90.0, 91.0, 92.0, 93.0, 94.0):
+        clock.tick(second)
+        clock.require(minimum=99.0)
+    with pytest.raises(PgolfError, match=r"100 tokens/s over steps 2 to 5; run\.min_tokens_per_second is 101"):
+        clock.require(minimum=101.0)
+
+
+def test_a_run_that_is_too_slow_is_stopped_at_its_fifth_step(tmp_path: Path, pico_data: DataFolder) -> None:
+    with pytest.raises(PgolfError, match=r"min_tokens_per_second is 1,000,000,000,000; stopped"):
+        Trainer(pico_recipe(pico_data, tmp_path / "slow", run={"min_tokens_per_second": 1e12})).run()
+    assert len(log_of(tmp_path / "slow" / "pico")) == 5
+    Trainer(pico_recipe(pico_data, tmp_path / "fast", run={"min_tokens_per_second": 1e-3})).run()
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_its_checkpoints_intact(
+    tmp_path: Path, pico_data: DataFolder
+) -> None:
+    trainer = Trainer(pico_recipe(pico_data, tmp_path))
+    (tmp_path / "pico" / "train.jsonl").mkdir(parents=True)
+    with pytest.raises(
+        PgolfError, match=r"could not write the log .*train\.jsonl.*checkpoints saved before are intact"
+    ):
+        trainer.run()
+    assert Checkpoint.open(tmp_path / "latest").meta["phase"] == "init"
+
+
+def test_a_link_that_cannot_be_made_is_said_and_the_checkpoint_is_there(tmp_path: Path, pico_data: DataFolder) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(PgolfError, match=r"saved .*step_000000-init, but could not point .*latest at it"):
+        Trainer(pico_recipe(pico_data, tmp_path)).run()
+    assert Checkpoint.open(tmp_path / "pico" / "step_000000-init").load("raw")
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, pico_data: DataFolder) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PgolfError, match="could not make the run's folder") as caught:
+        Trainer(pico_recipe(pico_data, tmp_path / "file")).run()
+    assert "run.checkpoint_root" in str(caught.value.hint)
+
+
+def test_a_torn_log_line_does_not_swallow_the_next(tmp_path: Path, pico_data: DataFolder, pico_run: Path) -> None:
+    log = pico_run / "pico" / "train.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2, "lo')
+    trainer = Trainer(pico_recipe(pico_data, pico_run))
+    trainer.resume(next(pico_run.glob("pico/*frac75")))
+    (pico_run / "pico" / "step_000012-final").rename(tmp_path / "aside")
+    trainer.run()
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ['{"step": 1}', '{"step": 2, "lo']
+    assert [json.loads(line)["step"] for line in lines[2:]] == [10, 11, 12]

@@ -6,9 +6,21 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 from tests.trainer.test_model import pico_model
-from trainer.optim import EMA, NewtonSchulz, Optimizer, OptimSettings, group_of, muon_updates, orthogonalize
+from trainer.optim import (
+    EMA,
+    NewtonSchulz,
+    Optimizer,
+    OptimSettings,
+    RunningMean,
+    group_of,
+    muon_updates,
+    orthogonalize,
+)
 
 SETTINGS = OptimSettings(momentum_warmup_steps=0)
 SHAPES = [(8, 8), (6, 16), (16, 6), (1, 5)]
@@ -73,3 +85,67 @@ def test_ema_follows_its_recurrence() -> None:
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.tok_emb.weight.detach()
     torch.testing.assert_close(ema.shadow["tok_emb.weight"], expected)
+
+
+@given(every=st.integers(1, 7), rounds=st.integers(1, 5))
+def test_an_ema_updated_every_n_steps_forgets_as_fast(every: int, rounds: int) -> None:
+    model = nn.Linear(2, 2)
+    each, sparse = EMA(model, 0.1), EMA(model, 0.1, every)  # 0.1: below the ramp from the first step on
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for step in range(1, every * rounds + 1):
+        each.update(step)
+        sparse.update(step)
+    torch.testing.assert_close(sparse.shadow["weight"], each.shadow["weight"])
+
+
+@given(every=st.integers(1, 5), steps=st.integers(0, 20))
+def test_a_running_mean_is_the_mean_of_the_models_that_entered(every: int, steps: int) -> None:
+    model = nn.Linear(3, 2)
+    running, entered = RunningMean(model, every), []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight.add_(torch.full_like(model.weight, 1.0 / step))
+        running.update(step)
+        if step % every == 0:
+            entered.append(model.weight.detach().clone().double())
+    assert running.count == len(entered)
+    if entered:
+        expected = torch.stack(entered).mean(0).float()
+        torch.testing.assert_close(running.mean["weight"], expected)
+        assert running.mean["weight"].dtype == torch.float32
+
+
+def test_tapered_weight_decay_is_smaller_weight_decay() -> None:
+    halved = {"matrix_weight_decay": 0.05, "embed_weight_decay": 0.04, "scalar_weight_decay": 0.03}
+    stepped = []
+    for decays, multiplier in ((halved, 1.0), ({key: 2 * decay for key, decay in halved.items()}, 0.5)):
+        model = pico_model()
+        (model(torch.arange(12)[None]).square().mean() * 1e3).backward()
+        Optimizer(model, OptimSettings(**decays)).step(1.0, 0.9, multiplier)
+        stepped.append(model.state_dict())
+    for name, tensor in stepped[0].items():
+        torch.testing.assert_close(tensor, stepped[1][name], msg=name)
+
+
+def test_every_embedding_table_is_stepped_by_adam() -> None:
+    class WithTable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.proj = nn.Embedding(5, 4), nn.Linear(4, 4, bias=False)
+
+    optimizer = Optimizer(WithTable(), SETTINGS)
+    assert optimizer.adam_names == {"embed": ["table.weight"]}
+    assert optimizer.matrices == {(4, 4): ["proj.weight"]}
+    assert optimizer.learning_rates(0.5) == {"matrix": 0.01, "embed": 0.015}
+
+
+def test_a_matrix_that_a_step_did_not_use_stays_as_it_is() -> None:
+    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    optimizer = Optimizer(model, OptimSettings(matrix_weight_decay=0.5))
+    before = [layer.weight.detach().clone() for layer in model]
+    (model[0].weight.square().sum() + model[2].weight.sum()).backward()
+    optimizer.step(1.0, 0.9)
+    changed = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
+    assert changed == [True, False, True]
+    assert [bool(momentum.any()) for momentum in optimizer.momenta[(4, 4)]] == [True, False, True]

@@ -1,0 +1,336 @@
+"""The architecture once more, as plainly as it can be written: NumPy, float64, one position and one head at a time.
+
+It is written from the definition of the architecture and shares no code with `trainer`, so that a mistake would have to
+be made twice to go unseen. Weights are a dict of arrays under the checkpoint's names, settings a dict under config.json's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+EPS = 1.1920928955078125e-07  # of float32, whatever the precision here
+BOS = 1
+
+Weights = Mapping[str, ndarray]
+Config = Mapping[str, Any]
+
+
+def sigmoid(z: Any) -> Any:
+    return 1.0 / (1.0 + np.exp(-z))
+
+
+def rms_norm(x: ndarray) -> ndarray:  # (dim,)
+    return x / math.sqrt(float(np.mean(x * x)) + EPS)
+
+
+def softmax(scores: ndarray) -> ndarray:
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def erf(x: ndarray) -> ndarray:
+    return np.array([math.erf(value) for value in x])
+
+
+# ---- the list of visits ------------------------------------------------------------------------------------------
+
+
+def halves(config: Config, active_loops: int) -> tuple[list[int], list[int]]:
+    """The encoder and the decoder half of the active list."""
+    visits = list(range(config["num_layers"]))
+    if active_loops and config["visits"] is not None:
+        visits = list(config["visits"])
+    elif active_loops:
+        before = [i for i in visits if i < config["loop_start"]]
+        loop = [i for i in visits if config["loop_start"] <= i <= config["loop_end"]]
+        after = [i for i in visits if i > config["loop_end"]]
+        visits = before + loop * (1 + active_loops) + after
+    first_half = config["encoder_visits"]
+    if first_half is None:
+        first_half = math.floor(len(visits) / 2)
+    return visits[:first_half], visits[first_half:]
+
+
+def looped_layers(config: Config) -> list[int]:
+    """Layers that the list with everything on visits more than once."""
+    encoder, decoder = halves(config, config["num_loops"] if config["visits"] is None else 1)
+    everything = encoder + decoder
+    return [i for i in range(config["num_layers"]) if everything.count(i) > 1]
+
+
+# ---- input -------------------------------------------------------------------------------------------------------
+
+
+def ngram_vector(w: Weights, config: Config, tokens: list[int], t: int) -> ndarray:
+    """What position t gets from the hashed tables."""
+    buckets = config["bigram_buckets"]
+    bucket = buckets - 1
+    if t >= 1:
+        bucket = ((36313 * tokens[t]) ^ (27191 * tokens[t - 1])) % (buckets - 1)
+    vector = w["bigram.embed.weight"][bucket]
+    if config["trigram"]:
+        bucket = buckets - 1
+        if t >= 2:
+            bucket = ((36313 * tokens[t]) ^ (27191 * tokens[t - 1]) ^ (51497 * tokens[t - 2])) % (buckets - 1)
+        vector = vector + w["bigram.embed.weight"][bucket]
+    if "bigram.proj.weight" in w:
+        vector = w["bigram.proj.weight"] @ vector
+    return w["bigram.scale"] * vector
+
+
+def embed(w: Weights, config: Config, tokens: list[int]) -> list[ndarray]:
+    """x0 at every position."""
+    rows = []
+    for t, token in enumerate(tokens):
+        row = w["tok_emb.weight"][token]
+        if config["bigram_buckets"]:
+            row = row + ngram_vector(w, config, tokens, t)
+        rows.append(row)
+    smeared = []
+    for t, token in enumerate(tokens):
+        row = rows[t]
+        if config["smear_gate"] and t > 0 and token != BOS:
+            gate = sigmoid(float(w["smear_gate"][0] @ row[: config["gate_window"]]))
+            row = row + w["smear_lambda"][0] * gate * rows[t - 1]
+        smeared.append(row)
+    normed = [rms_norm(row) for row in smeared]
+    if "embed_proj.weight" in w:
+        return [w["embed_proj.weight"] @ row for row in normed]
+    return normed
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+
+def rotate(config: Config, vector: ndarray, t: int, seq_len: int) -> ndarray:
+    """One head's query or key, turned to position t."""
+    d = config["rope_dims"] or len(vector)
+    base = config["rope_base"]
+    if config["rope_ntk"] and seq_len > config["train_seq_len"]:
+        base = base * (seq_len / config["train_seq_len"]) ** (d / (d - 2))
+    turned = vector.copy()
+    for k in range(d // 2):
+        angle = t * base ** (-2 * k / d)
+        a, b = vector[k], vector[k + d // 2]
+        turned[k] = a * math.cos(angle) + b * math.sin(angle)
+        turned[k + d // 2] = -a * math.sin(angle) + b * math.cos(angle)
+    return turned
+
+
+def head_gate(w: Weights, config: Config, at: str, head: int, x: ndarray, query: ndarray) -> float:
+    kind = config["attn_gate"]
+    if kind == "none":
+        return 1.0
+    if kind == "dense":
+        return float(sigmoid(w[f"{at}.gate"][head] @ x))
+    if kind == "sparse":
+        return float(sigmoid(config["attn_gate_scale"] * (w[f"{at}.gate"][head] @ x[: config["gate_window"]])))
+    z = query if config["attn_gate_source"] == "query" else x
+    return float(2 * sigmoid(w[f"{at}.double_gate"][head] @ z[: config["gate_window"]]))
+
+
+class Pass:
+    """One sequence on its way through the network."""
+
+    def __init__(self, w: Weights, config: Config, tokens: list[int], document: list[int]) -> None:
+        self.w, self.config, self.tokens, self.document = w, config, tokens, document
+        self.x0 = embed(w, config, tokens)
+        self.first_values: list[ndarray] | None = None
+        self.visited: list[int] = []
+        self.first_output: dict[int, list[ndarray]] = {}
+
+    def values(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
+        """Each position's values, all key-value heads in one vector."""
+        w, config, at = self.w, self.config, f"blocks.{layer}.attn"
+        vs = []
+        for t, x in enumerate(xs):
+            v = w[f"{at}.v.weight"] @ x
+            if layer in config["value_embed_layers"]:
+                extra = w["value_embed.embed.weight"][self.tokens[t]]
+                if "value_embed.proj.weight" in w:
+                    extra = w["value_embed.proj.weight"] @ extra
+                position = list(config["value_embed_layers"]).index(layer)
+                v = v + w["value_embed.layer_scales"][position] * (extra * w["value_embed.scale"])
+            vs.append(v)
+        if not config["value_residual"]:
+            return vs
+        if self.first_values is None:
+            self.first_values = vs
+            return vs
+        old, own = w[f"{at}.value_mix"]
+        return [old * first + own * v for first, v in zip(self.first_values, vs, strict=True)]
+
+    def attention(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
+        w, config, at = self.w, self.config, f"blocks.{layer}.attn"
+        heads, kv_heads = config["num_heads"], config["num_kv_heads"]
+        d = config["model_dim"] // heads
+        seq_len = len(xs)
+        values = self.values(layer, xs)
+        raw_queries = [w[f"{at}.q.weight"] @ x for x in xs]
+        raw_keys = [w[f"{at}.k.weight"] @ x for x in xs]
+        outputs = []
+        for t in range(seq_len):
+            parts = []
+            for head in range(heads):
+                kv = slice((head // (heads // kv_heads)) * d, (head // (heads // kv_heads) + 1) * d)
+                q = rotate(config, rms_norm(raw_queries[t][head * d : (head + 1) * d]), t, seq_len)
+                q = q * w[f"{at}.q_gain"][head]
+                seen = [s for s in range(t + 1) if self.document[s] == self.document[t]]
+                scores = [q @ rotate(config, rms_norm(raw_keys[s][kv]), s, seq_len) / math.sqrt(d) for s in seen]
+                shares = softmax(np.array(scores))
+                y = sum(share * values[s][kv] for share, s in zip(shares, seen, strict=True))
+                if layer >= config["num_layers"] - config["xsa_last_n"]:
+                    own = values[t][kv]
+                    direction = own / math.sqrt(float(own @ own))
+                    y = y - (y @ direction) * direction
+                parts.append(head_gate(w, config, at, head, xs[t], raw_queries[t]) * y)
+            outputs.append(w[f"{at}.proj.weight"] @ np.concatenate(parts))
+        return outputs
+
+    # ---- blocks --------------------------------------------------------------------------------------------------
+
+    def mlp(self, layer: int, revisit: int, x: ndarray) -> ndarray:
+        w, config = self.w, self.config
+        at = f"blocks.{layer}.mlp"
+        if config["untied_loop_mlps"] and revisit > 0:
+            at = f"override_mlps.{layer}_p{revisit}"
+        h = w[f"{at}.fc.weight"] @ x
+        kind = config["activation"]
+        if kind == "swiglu":
+            z = w[f"{at}.gate.weight"] @ x
+            return w[f"{at}.proj.weight"] @ (z * sigmoid(z) * h)
+        activations: dict[str, Callable[[ndarray], ndarray]] = {
+            "relu2": lambda h: np.maximum(h, 0),
+            "leaky_relu2": lambda h: np.where(h > 0, h, config["leaky_slope"] * h),
+            "silu2": lambda h: h * sigmoid(h),
+            "gelu2": lambda h: h * 0.5 * (1 + erf(h / math.sqrt(2))),
+        }
+        return w[f"{at}.proj.weight"] @ activations[kind](h) ** 2
+
+    def norm_scale(self, layer: int) -> float:
+        return 1 / math.sqrt(layer + 1) if self.config["ln_scale"] else 1.0
+
+    def block(self, layer: int, revisit: int, xs: list[ndarray]) -> list[ndarray]:
+        """F_i: the block with one residual stream."""
+        w, config, s = self.w, self.config, self.norm_scale(layer)
+        m0, m1 = w[f"blocks.{layer}.resid_mix"]
+        inputs = [m0 * x + m1 * x0 for x, x0 in zip(xs, self.x0, strict=True)]
+        attended = self.attention(layer, [rms_norm(x) * s for x in inputs])
+        parallel = config["gptj_start"] is not None and layer >= config["gptj_start"]
+        outputs = []
+        for x_in, a in zip(inputs, attended, strict=True):
+            x = x_in + w[f"blocks.{layer}.attn_scale"] * a
+            source = x_in if parallel else x
+            outputs.append(x + w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(source) * s))
+        return outputs
+
+    def visit(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
+        """The block, and on a re-visit the carry."""
+        revisit = self.visited.count(layer)
+        self.visited.append(layer)
+        outputs = self.block(layer, revisit, xs)
+        looped = looped_layers(self.config)
+        if self.config["carry"] == "none" or layer not in looped:
+            return outputs
+        if revisit == 0:
+            self.first_output[layer] = outputs
+            return outputs
+        beta, alpha = self.w["recur_beta"], self.w["recur_alpha"]
+        if self.config["carry_per_pass"]:
+            beta, alpha = beta[revisit - 1], alpha[revisit - 1]
+        i = looped.index(layer)
+        carried = []
+        for t, output in enumerate(outputs):
+            total = beta[i] * output
+            for j, other in enumerate(looped):
+                if other in self.first_output:
+                    total = total + alpha[i][j] * self.first_output[other][t]
+            carried.append(total)
+        return carried
+
+    def visit_lanes(
+        self, layer: int, lane0: list[ndarray], lane1: list[ndarray]
+    ) -> tuple[list[ndarray], list[ndarray]]:
+        w, s = self.w, self.norm_scale(layer)
+        revisit = self.visited.count(layer)
+        self.visited.append(layer)
+        m0, m1 = w[f"blocks.{layer}.resid_mix"]
+        mixed = [m0 * x + m1 * x0 for x, x0 in zip(lane0, self.x0, strict=True)]
+        attended = self.attention(layer, [rms_norm(x) * s for x in mixed])
+        r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
+        new0, new1 = [], []
+        for t in range(len(lane0)):
+            a = w[f"blocks.{layer}.attn_scale"] * attended[t]
+            b = w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(lane1[t]) * s)
+            new0.append(r[0] * lane0[t] + post[0][0] * a + post[1][0] * b)
+            new1.append(r[1] * lane1[t] + post[0][1] * a + post[1][1] * b)
+        return new0, new1
+
+    # ---- the U-Net -----------------------------------------------------------------------------------------------
+
+    def skip(self, k: int, stored: list[list[ndarray]], xs: list[ndarray]) -> list[ndarray]:
+        """Take back the last stored output before second-half visit k."""
+        w = self.w
+        if not stored or k >= len(w["skip_weights"]):
+            return xs
+        back = stored.pop()
+        joined = []
+        for x, old in zip(xs, back, strict=True):
+            weighted = w["skip_weights"][k] * old
+            if self.config["skip_gates"]:
+                g = sigmoid(w["skip_gates"][k])
+                joined.append((1 - g) * weighted + g * x)
+            else:
+                joined.append(x + weighted)
+        return joined
+
+    def run(self, active_loops: int) -> list[ndarray]:
+        """Logits at every position."""
+        w, config = self.w, self.config
+        encoder, decoder = halves(config, active_loops)
+        xs, stored = self.x0, []
+        for layer in encoder:
+            xs = self.visit(layer, xs)
+            stored.append(xs)
+        lane1: list[ndarray] | None = None  # before the lanes split there is only xs, afterwards xs is lane 0
+        for k, layer in enumerate(decoder):
+            if lane1 is None and config["lanes_start"] and layer >= config["lanes_start"]:
+                lane1 = xs
+            xs = self.skip(k, stored, xs)
+            if lane1 is None:
+                xs = self.visit(layer, xs)
+            else:
+                xs, lane1 = self.visit_lanes(layer, xs, lane1)
+        if lane1 is not None and config["lane_output"] == "mean":
+            xs = [(a + b) / 2 for a, b in zip(xs, lane1, strict=True)]
+        elif lane1 is not None and config["lane_output"] == "mlp":
+            xs = lane1
+        head = w["tok_emb.weight"] if config["tie_embeddings"] else w["lm_head.weight"]
+        rows = []
+        for x in xs:
+            h = rms_norm(x)
+            if "head_proj.weight" in w:
+                h = w["head_proj.weight"] @ h
+            rows.append(config["logit_softcap"] * np.tanh(head @ h / config["logit_softcap"]))
+        return rows
+
+
+def forward(
+    weights: Weights,
+    config: Config,
+    active_loops: int,
+    tokens: ndarray,  # (batch, seq_len)
+    document: ndarray | None = None,  # (batch, seq_len): attention stays within equal values
+) -> ndarray:  # (batch, seq_len, vocab_size) float64
+    """The logits of each row by itself."""
+    w = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
+    rows = []
+    for i, row in enumerate(tokens.tolist()):
+        documents = [0] * len(row) if document is None else document[i].tolist()
+        rows.append(np.stack(Pass(w, config, row, documents).run(active_loops)))
+    return np.stack(rows)

@@ -1,0 +1,70 @@
+"""Every shipped recipe is strict, buildable, says where its data come from, and can happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import trainer
+from pgolf_post.settings import read_settings
+from trainer.architecture import GraphState
+from trainer.config import Recipe
+from trainer.model import GolfGPT
+from trainer.optim import Optimizer
+from trainer.preflight import preflight
+from trainer.timeline import StepTimes, group_peaks, predict
+
+RECIPES = Path(trainer.__file__).parent / "recipes"
+
+# name: (vocabulary, parameters, (seconds of a step, and of one with all loops) on the machine that it is for)
+SHIPPED: dict[str, tuple[int, int, tuple[float, float]]] = {
+    "baseline_sp1024": (1024, 17_059_912, (0.0447, 0.0447)),
+    "record_8xh100": (8192, 35_945_671, (0.0964, 0.140)),
+    "single_gpu": (8192, 35_945_671, (0.771, 1.123)),
+    "small_cpu": (1024, 4_600_000, (1.2, 1.8)),
+    "tiny_cpu": (1024, 1_000_000, (0.07, 0.1)),
+}
+
+
+def shipped(name: str) -> Recipe:
+    return read_settings(RECIPES / f"{name}.toml", Recipe)
+
+
+def test_every_shipped_recipe_is_listed_here() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} == SHIPPED.keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_builds_a_model_of_the_size_it_says(name: str) -> None:
+    recipe, (vocab_size, expected, _) = shipped(name), SHIPPED[name]
+    with torch.device("meta"):
+        model = GolfGPT(recipe.model_config_for(vocab_size), GraphState(active_loops=recipe.model.max_active_loops))
+        optimizer = Optimizer(model, recipe.optim)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == pytest.approx(expected, rel=0.0 if expected % 1000 else 0.1)
+    assert set(optimizer.groups()) == group_peaks(recipe.optim, recipe.model).keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_everything_in_a_recipe_happens_on_the_machine_it_is_for(name: str) -> None:
+    recipe, (_, _, times) = shipped(name), SHIPPED[name]
+    timeline = predict(recipe, StepTimes(*times, "given"))
+    assert timeline.never == ()
+    findings = [str(finding) for finding in preflight(timeline) if finding.key != "schedule.steps"]
+    assert findings == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_is_named_as_its_file_and_names_the_command_for_its_data(name: str) -> None:
+    assert shipped(name).run.name == name
+    assert "pgolf-post data " in (RECIPES / f"{name}.toml").read_text().split("[run]")[0]
+
+
+def test_one_gpu_repeats_the_record_recipe_in_eight_times_the_time() -> None:
+    record, single = (shipped(name).model_dump() for name in ("record_8xh100", "single_gpu"))
+    assert single["schedule"].pop("seconds") == 8 * record["schedule"].pop("seconds")
+    for tree in (record, single):
+        tree.pop("run")
+    assert single == record

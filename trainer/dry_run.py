@@ -1,0 +1,124 @@
+"""`--dry-run`: the timeline of a run as a table, from a given step time or from four real steps, and what is wrong.
+
+Measuring takes two steps without loops and two with all of them, because a step gets slower when they start, and keeps
+the faster of each pair: the first also pays for warming up. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from pgolf_post.progress import print_table, say
+from trainer.config import Recipe
+from trainer.loop import Trainer
+from trainer.preflight import Finding, preflight
+from trainer.timeline import StepTimes, Timeline, num_visits, predict
+
+
+def measure_step_times(recipe: Recipe) -> StepTimes:
+    """Train four real steps of a model that is thrown away, two if it has no loops."""
+    trainer = Trainer(recipe)
+    num_loops = recipe.model.max_active_loops
+    say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.device}")
+    plain = _step_seconds(trainer)
+    if not num_loops:
+        return StepTimes(plain, plain, "measured")
+    trainer.model.set_graph(trainer.model.graph.model_copy(update={"active_loops": num_loops}))
+    looped = _step_seconds(trainer)
+    if looped < plain:
+        say(f"{looped:.4g} s with loops, {plain:.4g} s without: other work disturbs the measurement; taking the longer")
+    return StepTimes(plain, max(plain, looped), "measured")
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    """Seconds of the faster of two steps."""
+    ends = [trainer.train_seconds]
+    for _ in range(2):
+        trainer.timed_step(1.0)
+        ends.append(trainer.train_seconds)
+    return min(ends[1] - ends[0], ends[2] - ends[1])
+
+
+def validation_tokens(recipe: Recipe) -> int | None:
+    """Tokens of the validation split, or None where the data folder is not here."""
+    if not recipe.data.dir.is_dir():
+        return None
+    return sum(len(shard) for _, shard in DataFolder.open(recipe.data.dir).shards("val"))
+
+
+def dry_run(recipe: Recipe, times: StepTimes) -> tuple[Timeline, list[Finding]]:
+    """The timeline and its findings, both shown."""
+    timeline = predict(recipe, times)
+    findings = preflight(timeline, validation_tokens(recipe))
+    show(timeline)
+    for finding in findings:
+        say(str(finding))
+    return timeline, findings
+
+
+def require_no_refusal(findings: list[Finding], source: str) -> None:
+    """Raise SettingsError if a check refused the recipe."""
+    refused = [finding for finding in findings if finding.level == "refuse"]
+    if refused:
+        keys = ", ".join(dict.fromkeys(finding.key for finding in refused))
+        raise SettingsError(
+            f"{source}: {len(refused)} setting{'s' * (len(refused) != 1)} cannot act in this run: {keys}",
+            hint="change them (--set KEY=VALUE) and run --dry-run again",
+        )
+
+
+def show(timeline: Timeline) -> None:
+    """The boundaries as a table, and what the times rest on."""
+    groups = list(timeline.boundaries[0].lr)
+    header = ("phase", "step", "second", "progress", "lr ×", *(f"lr {group}" for group in groups))
+    rows = [
+        (
+            row.phase, f"{row.step:,}", f"{row.second:,.1f}", f"{row.progress:.3f}", f"{row.lr_multiplier:.3f}",
+            *(f"{lr:.3g}" for lr in row.lr.values()),
+            f"{row.weight_decay_multiplier:.3g}", f"{row.momentum:.3f}", str(row.active_loops),
+            "yes" if row.checkpoint else "",
+        )
+        for row in timeline.boundaries
+    ]  # fmt: skip
+    title = f"dry run of {timeline.recipe.run.name}: nothing is trained, nothing is written"
+    print_table(title, (*header, "decay ×", "momentum", "loops", "saved"), rows)
+    say(f"{_times_line(timeline)}; {_totals_line(timeline)}")
+
+
+def _times_line(timeline: Timeline) -> str:
+    """The step times and where they come from."""
+    times, model = timeline.times, timeline.recipe.model
+    line = f"step time {times.plain:.4g} s ({times.origin})"
+    if model.max_active_loops:
+        visits = num_visits(model, 0), num_visits(model, model.max_active_loops)
+        line += f", {times.looped:.4g} s with all loops ({visits[1]} block visits instead of {visits[0]})"
+    return line
+
+
+def _totals_line(timeline: Timeline) -> str:
+    """How much the run trains."""
+    steps = timeline.clock.end_step
+    tokens = steps * timeline.recipe.data.batch_tokens
+    return (
+        f"{steps:,} steps, {tokens:,} tokens, {timeline.seconds:,.1f} s of training (ends by {timeline.ends_by}), "
+        f"{timeline.num_checkpoints} checkpoints"
+    )
+
+
+def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
+    """The dry run for machines."""
+    times, steps = timeline.times, timeline.clock.end_step
+    return {
+        "dry_run": True,
+        "steps": steps,
+        "seconds": timeline.seconds,
+        "tokens": steps * timeline.recipe.data.batch_tokens,
+        "ends_by": timeline.ends_by,
+        "step_seconds": {"plain": times.plain, "looped": times.looped, "origin": times.origin},
+        "boundaries": [asdict(row) for row in timeline.boundaries],
+        "never": list(timeline.never),
+        "findings": [asdict(finding) for finding in findings],
+    }

@@ -1,0 +1,85 @@
+"""What a run says about itself: one JSON line a step in train.jsonl, a line at the terminal every few, one at the end.
+
+Rates are recent ones, over the last few steps, because steps get slower when depth recurrence starts and an average
+over the run hides it; the average stands beside it. A line is appended whole and the file closed again, so that a
+killed run leaves at most one torn line, which a resumed run ends before it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.errors import PgolfError
+from pgolf_post.storage import FREE_SPACE
+
+LOG_FILE = "train.jsonl"
+RECENT_STEPS = 20
+RATE_FROM_STEP, RATE_UNTIL_STEP = 5, 30  # of this process: where a minimum rate is enforced
+
+
+class StepClock:
+    """Tokens per second of this process, from the training seconds at which its steps ended."""
+
+    def __init__(self, tokens_per_step: int, train_seconds: float) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.num_steps = 0
+        self.warm_seconds = train_seconds  # when the first step, which also pays for warming up, had ended
+        self.recent: deque[float] = deque([train_seconds], maxlen=RECENT_STEPS + 1)
+
+    def tick(self, train_seconds: float) -> None:
+        """A step has ended at this many training seconds."""
+        self.num_steps += 1
+        self.recent.append(train_seconds)
+        if self.num_steps == 1:
+            self.warm_seconds = train_seconds
+
+    def recent_rate(self) -> float:
+        """Tokens per second over the last steps."""
+        return _rate(self.tokens_per_step * (len(self.recent) - 1), self.recent[-1] - self.recent[0])
+
+    def warm_rate(self) -> float:
+        """Tokens per second since the first step of this process."""
+        return _rate(self.tokens_per_step * (self.num_steps - 1), self.recent[-1] - self.warm_seconds)
+
+    def require(self, minimum: float | None) -> None:
+        """Raise PgolfError if the first steps of this process are slower than `minimum` tokens per second."""
+        if minimum is None or not RATE_FROM_STEP <= self.num_steps <= RATE_UNTIL_STEP:
+            return
+        if self.warm_rate() < minimum:
+            raise PgolfError(
+                f"{self.warm_rate():,.0f} tokens/s over steps 2 to {self.num_steps}; "
+                f"run.min_tokens_per_second is {minimum:,.0f}; stopped before more time is spent",
+                hint="see what else uses the device, then --resume or start again; "
+                "or accept the speed: --set run.min_tokens_per_second=RATE",
+            )
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / max(seconds, 1e-9)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line. Raises PgolfError if the file cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise PgolfError(
+            f"could not write the log {path}: {error}; checkpoints saved before are intact", hint=FREE_SPACE
+        ) from error
+
+
+def end_torn_line(path: Path) -> None:
+    """Give a log whose last line was cut off (by a kill) its line end, so that the next line stands alone.
+
+    Raises PgolfError if the file cannot be read or written.
+    """
+    try:
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a", encoding="utf-8") as log:
+                log.write("\n")
+    except OSError as error:
+        raise PgolfError(f"could not repair the log {path}: {error}", hint=FREE_SPACE) from error

@@ -1,0 +1,245 @@
+"""What is wrong with a run before it is paid for: checks of a predicted timeline.
+
+A check yields findings. "refuse" is for a setting that can never act (a boundary after the end, a warm-up longer than
+the run): its result would be reported as a null result. "warn" is for what is probably not meant. Each names the key,
+its value, the limit and a way out. The checks, in the order of CHECKS:
+
+    boundaries that the run's end comes before      refuse    loops_at, warmdown, fractions, steps, …
+    momentum                                        refuse    warm-up longer than the run; warn: cycle longer than it
+    loops                                           refuse    a two-phase curriculum without two repeats
+    ema                                             refuse    never updated; warn: longer than a third of the run
+    swa                                             refuse    fewer than two models; warn: models of two graphs
+    speed                                           refuse    slower than run.min_tokens_per_second
+    limits                                          warn      schedule.steps that schedule.seconds comes before
+    scoring                                         warn      checkpoints that take over 5 % of the run's time
+    averaging                                       warn      fewer than two checkpoints in the warm-down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.phases import fraction_name
+from trainer.schedule import warmdown_start
+from trainer.timeline import Boundary, Timeline, count_steps
+
+MAX_SCORING_SHARE = 0.05  # of the training time
+MAX_EMA_SHARE = 1 / 3  # of the run's steps
+FORWARD_SPEEDUP = 3.0  # scoring runs the forward pass alone, about a third of a training step
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found."""
+
+    level: Literal["refuse", "warn"]
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.message}"
+
+
+def preflight(timeline: Timeline, val_tokens: int | None = None) -> list[Finding]:
+    """All findings, refusals first. `val_tokens` is the size of the validation split, where the data is here."""
+    found = [finding for check in CHECKS for finding in check(timeline)]
+    found += check_scoring(timeline, val_tokens)
+    return sorted(found, key=lambda finding: finding.level)
+
+
+def _end(timeline: Timeline) -> str:
+    """Where the run ends, for messages."""
+    end = timeline.clock.end_step
+    limit = getattr(timeline.recipe.schedule, timeline.ends_by)
+    return f"the run ends after {end:,} step{'s' * (end != 1)} (schedule.{timeline.ends_by} {limit:g})"
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
+    """Everything with a moment of its own must have it before the run ends."""
+    schedule, settings = timeline.recipe.schedule, timeline.recipe.checkpoint
+    sources: dict[str, tuple[str, object]] = {
+        "loops_on": ("schedule.loops_at", schedule.loops_at),
+        "all_loops_on": ("schedule.all_loops_at", schedule.all_loops_at),
+        "warmdown_start": ("schedule.warmdown", schedule.warmdown),
+        "lr_warmup_done": ("schedule.lr_warmup", schedule.lr_warmup),
+        "weight_decay_taper": ("schedule.weight_decay_taper_at", schedule.weight_decay_taper_at),
+        "swa_start": ("optim.swa_start", timeline.recipe.optim.swa_start),
+        **{fraction_name(fraction): ("checkpoint.fractions", fraction) for fraction in settings.fractions},
+        **{f"step{step}": ("checkpoint.steps", step) for step in settings.steps},
+    }
+    for name in timeline.never:
+        if name in sources:
+            key, value = sources[name]
+            yield Finding(
+                "refuse", key, f"{key} {value}: {name} never comes; {_end(timeline)}; move it or leave it out"
+            )
+
+
+def check_momentum(timeline: Timeline) -> Iterator[Finding]:
+    """The warm-up must end, and a cycle should come round, before the run does."""
+    optim, end = timeline.recipe.optim, timeline.clock.end_step
+    if optim.momentum_warmup_steps >= end:
+        yield Finding(
+            "refuse",
+            "optim.momentum_warmup_steps",
+            f"optim.momentum_warmup_steps {optim.momentum_warmup_steps:,} is not over before {_end(timeline)}; "
+            f"momentum would only reach {optim.momentum_for(end - 1):.3f}; set it to a tenth of the run, for example "
+            f"{max(end // 10, 0)}",
+        )
+    elif optim.momentum_cycle_steps and optim.momentum_cycle_steps > end - optim.momentum_warmup_steps:
+        yield Finding(
+            "warn",
+            "optim.momentum_cycle_steps",
+            f"optim.momentum_cycle_steps {optim.momentum_cycle_steps:,} is longer than the "
+            f"{end - optim.momentum_warmup_steps:,} steps after momentum warm-up: not one cycle is completed",
+        )
+
+
+def check_loops(timeline: Timeline) -> Iterator[Finding]:
+    """Two phases need two repeats."""
+    wanted, num_loops = timeline.recipe.schedule.all_loops_at, timeline.recipe.model.max_active_loops
+    if wanted is not None and num_loops < 2:
+        yield Finding(
+            "refuse",
+            "schedule.all_loops_at",
+            f"schedule.all_loops_at {wanted} acts only with model.num_loops of 2 or more, which is {num_loops}",
+        )
+
+
+def check_ema(timeline: Timeline) -> Iterator[Finding]:
+    """An EMA must be updated, and should forget the start of the run."""
+    optim, end = timeline.recipe.optim, timeline.clock.end_step
+    if not optim.ema_decay:
+        return
+    length = 1 / (1 - optim.ema_decay)
+    if optim.ema_every > end:
+        yield Finding("refuse", "optim.ema_every", f"optim.ema_every {optim.ema_every:,}: {_end(timeline)}, no update")
+    elif length > MAX_EMA_SHARE * end:
+        yield Finding(
+            "warn",
+            "optim.ema_decay",
+            f"optim.ema_decay {optim.ema_decay} averages over {length:,.0f} steps, more than a third of the run's "
+            f"{end:,}: the EMA would hold the run's start; at most {max(1 - 3 / end, 0):.4f} here",
+        )
+
+
+def check_swa(timeline: Timeline) -> Iterator[Finding]:
+    """A running mean needs models, of one graph."""
+    recipe, start = timeline.recipe, timeline.recipe.optim.swa_start
+    if start is None or "swa_start" in timeline.never:
+        return
+    count = count_steps(timeline.clock, lambda step, at: at >= start, recipe.optim.swa_every)
+    if count < 2:
+        yield Finding(
+            "refuse",
+            "optim.swa_every",
+            f"optim.swa_every {recipe.optim.swa_every:,} from optim.swa_start {start} on averages {count} "
+            f"model{'s' * (count != 1)}, at least 2; {_end(timeline)}; start earlier or average more often",
+        )
+    full = next((row for row in timeline.boundaries if row.active_loops == recipe.model.max_active_loops), None)
+    if full and start < full.progress:
+        yield Finding(
+            "warn",
+            "optim.swa_start",
+            f"optim.swa_start {start} comes before all loops are on at {full.progress:.3f}: the mean would mix "
+            "models that were trained as different graphs",
+        )
+
+
+def check_speed(timeline: Timeline) -> Iterator[Finding]:
+    """A run that would be stopped for its speed need not start."""
+    minimum = timeline.recipe.run.min_tokens_per_second
+    rate = timeline.recipe.data.batch_tokens / timeline.times.plain
+    if minimum is not None and rate < minimum:
+        yield Finding(
+            "refuse",
+            "run.min_tokens_per_second",
+            f"run.min_tokens_per_second {minimum:,.0f}: {timeline.times.plain:.4g} s a step is {rate:,.0f} tokens/s; "
+            "the run would be stopped within its first 30 steps",
+        )
+
+
+# ---- warnings ------------------------------------------------------------------------------------------------------
+
+
+def check_limits(timeline: Timeline) -> Iterator[Finding]:
+    """A number of steps that the clock never lets happen."""
+    schedule, end = timeline.recipe.schedule, timeline.clock.end_step
+    if schedule.steps and end < schedule.steps:
+        yield Finding(
+            "warn",
+            "schedule.steps",
+            f"schedule.steps {schedule.steps:,} will not be reached: {_end(timeline)}, {end / schedule.steps:.0%} of "
+            "them; schedules follow the seconds and still complete, settings in steps may not",
+        )
+
+
+def check_averaging(timeline: Timeline) -> Iterator[Finding]:
+    """swa-blend averages the checkpoints of the warm-down: two at least, unless a running mean is kept."""
+    if timeline.recipe.optim.swa_start is not None:
+        return
+    start = warmdown_start(timeline.recipe.schedule)
+    members = {row.step for row in timeline.boundaries if row.checkpoint and row.progress >= start - 1e-9}
+    if len(members) < 2:
+        yield Finding(
+            "warn",
+            "checkpoint.fractions",
+            f"nothing to average: {len(members)} checkpoint from progress {start:.3f} on, swa-blend needs 2; add "
+            "checkpoint.fractions = [0.7, 0.85], the phase warmdown_start, or optim.swa_start",
+        )
+
+
+def check_scoring(timeline: Timeline, val_tokens: int | None) -> Iterator[Finding]:
+    """Every checkpoint scores its views; together they should cost little beside training."""
+    metric_tokens = timeline.recipe.checkpoint.metric_tokens or val_tokens
+    if metric_tokens is None:
+        yield Finding(
+            "warn",
+            "checkpoint.metric_tokens",
+            "checkpoint.metric_tokens is not set: every checkpoint scores the whole validation split, whose size is "
+            "not known here; set it, for example to 65536",
+        )
+        return
+    seconds = scoring_seconds(timeline, metric_tokens)
+    if seconds > MAX_SCORING_SHARE * timeline.seconds:
+        yield Finding(
+            "warn",
+            "checkpoint.metric_tokens",
+            f"scoring {metric_tokens:,} tokens at {timeline.num_checkpoints} checkpoints costs about {seconds:,.1f} s "
+            f"beside {timeline.seconds:,.1f} s of training, more than {MAX_SCORING_SHARE:.0%}; lower "
+            "checkpoint.metric_tokens or write fewer checkpoints",
+        )
+
+
+def scoring_seconds(timeline: Timeline, metric_tokens: int) -> float:
+    """About how long the recorded metrics of all checkpoints take."""
+    recipe = timeline.recipe
+    folders = {row.step: row for row in timeline.boundaries if row.checkpoint}.values()
+    seconds = 0.0
+    for row in folders:
+        rate = recipe.data.batch_tokens / timeline.times.of(recipe.model, row.active_loops) * FORWARD_SPEEDUP
+        seconds += _num_views(timeline, row) * metric_tokens / rate
+    return seconds
+
+
+def _num_views(timeline: Timeline, row: Boundary) -> int:
+    """Sets of weights in the folder written at a boundary."""
+    optim = timeline.recipe.optim
+    return 1 + bool(optim.ema_decay) + (optim.swa_start is not None and row.progress > optim.swa_start)
+
+
+CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (
+    check_boundaries,
+    check_momentum,
+    check_loops,
+    check_ema,
+    check_swa,
+    check_speed,
+    check_limits,
+    check_averaging,
+)

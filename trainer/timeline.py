@@ -1,0 +1,212 @@
+"""When everything of a run will happen, before it starts: boundaries, steps, seconds, learning rates.
+
+The time of a step is piecewise constant (it grows when depth recurrence starts), so the run's clock is a short list of
+segments, and the step at which anything keyed on progress happens is found by bisection on the very predicates that
+the training loop asks. Nothing here trains; a step's time is given, or measured by `trainer.dry_run`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.architecture import ArchitectureSettings, visit_list
+from trainer.config import Recipe
+from trainer.optim import OptimSettings
+from trainer.phases import PhaseTracker, Reached, boundaries
+from trainer.schedule import active_loops_at, lr_multiplier, progress, warmup_end, weight_decay_multiplier
+
+
+def num_visits(model: ArchitectureSettings, active_loops: int) -> int:
+    """How many blocks one forward pass visits."""
+    return len(visit_list(model, active_loops))
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one optimizer step without loops and with all of them."""
+
+    plain: float
+    looped: float
+    origin: Literal["given", "measured"]
+
+    @classmethod
+    def given(cls, model: ArchitectureSettings, plain: float, looped: float | None = None) -> StepTimes:
+        """From a known time; a looped step that is not known is assumed to cost what its visits say."""
+        visits = num_visits(model, model.max_active_loops) / num_visits(model, 0)
+        return cls(plain, plain * visits if looped is None else looped, "given")
+
+    def of(self, model: ArchitectureSettings, active_loops: int) -> float:
+        """Seconds of a step with this many active loops, linear in the number of visits between the two known times."""
+        if not active_loops:
+            return self.plain
+        none, some, most = (num_visits(model, loops) for loops in (0, active_loops, model.max_active_loops))
+        return self.plain + (self.looped - self.plain) * (some - none) / ((most - none) or 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of steps that take the same time."""
+
+    first_step: int
+    first_second: float
+    step_seconds: float
+    active_loops: int
+
+    def second(self, step: int) -> float:
+        """Training seconds when `step` steps are done."""
+        return self.first_second + (step - self.first_step) * self.step_seconds
+
+
+@dataclass(frozen=True)
+class RunClock:
+    """The predicted clock of a whole run of `end_step` steps."""
+
+    recipe: Recipe
+    segments: tuple[Segment, ...]
+    end_step: int
+
+    def segment(self, step: int) -> Segment:
+        """The segment that step `step` (counted from 0) lies in."""
+        return next(segment for segment in reversed(self.segments) if segment.first_step <= step)
+
+    def second(self, step: int) -> float:
+        """Training seconds when `step` steps are done: the end of a segment is the start of the next."""
+        return self.segment(step).second(step)
+
+    def progress(self, step: int) -> float:
+        """Progress when `step` steps are done."""
+        return progress(self.recipe.schedule, step, self.second(step))
+
+    def first_step(self, reached: Reached) -> int | None:
+        """The first step of the run before which a boundary is reached, or None if it never is."""
+
+        def test(step: int) -> bool:
+            return reached(step, self.progress(step))
+
+        if test(0):
+            return 0
+        return bisect_left(range(self.end_step), True, key=test) if test(self.end_step - 1) else None
+
+
+def predict_clock(recipe: Recipe, times: StepTimes) -> RunClock:
+    """Follow the run from segment to segment until its progress is 1."""
+    schedule, num_loops = recipe.schedule, recipe.model.max_active_loops
+    segments: list[Segment] = []
+    step, second = 0, 0.0
+    while (at := progress(schedule, step, second)) < 1.0:
+        loops = active_loops_at(schedule, num_loops, at)
+        segment = Segment(step, second, times.of(recipe.model, loops), loops)
+        segments.append(segment)
+        step = _first_step_after(segment, recipe)
+        second = segment.second(step)
+    return RunClock(recipe, tuple(segments), step)
+
+
+def _first_step_after(segment: Segment, recipe: Recipe) -> int:
+    """The step before which the segment's loops change or the run ends."""
+
+    def over(step: int) -> bool:
+        at = progress(recipe.schedule, step, segment.second(step))
+        return at >= 1.0 or active_loops_at(recipe.schedule, recipe.model.max_active_loops, at) != segment.active_loops
+
+    span = 1
+    while not over(segment.first_step + span):
+        span *= 2
+    return segment.first_step + bisect_left(range(span), True, key=lambda steps: over(segment.first_step + steps))
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A moment of the run and what holds for the step that starts there."""
+
+    phase: str
+    step: int
+    second: float
+    progress: float
+    lr_multiplier: float
+    lr: dict[str, float]  # group → learning rate
+    weight_decay_multiplier: float
+    momentum: float
+    active_loops: int
+    checkpoint: bool  # whether a folder is written
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A run's boundaries in step order, and those that its end comes before."""
+
+    recipe: Recipe
+    times: StepTimes
+    clock: RunClock
+    boundaries: tuple[Boundary, ...]
+    never: tuple[str, ...]
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Folders that the run will write; boundaries of one step share one."""
+        return len({boundary.step for boundary in self.boundaries if boundary.checkpoint})
+
+    @property
+    def seconds(self) -> float:
+        return self.clock.second(self.clock.end_step)
+
+    @property
+    def ends_by(self) -> Literal["steps", "seconds"]:
+        """Which of the two limits ends the run."""
+        return "steps" if self.recipe.schedule.steps == self.clock.end_step else "seconds"
+
+
+def moments(recipe: Recipe) -> dict[str, Reached]:
+    """Everything that happens at a moment of the run, whether or not a checkpoint is written there."""
+    schedule, start = recipe.schedule, recipe.optim.swa_start
+    found: dict[str, Reached] = {**boundaries(recipe), **PhaseTracker.from_recipe(recipe).pending}
+    if warmup_end(schedule):
+        found["lr_warmup_done"] = lambda step, at: at >= warmup_end(schedule)
+    if (taper := schedule.weight_decay_taper_at) is not None:
+        found["weight_decay_taper"] = lambda step, at: at >= taper
+    if start is not None:
+        found["swa_start"] = lambda step, at: at >= start
+    return found
+
+
+def predict(recipe: Recipe, times: StepTimes) -> Timeline:
+    """The timeline of a recipe for given step times."""
+    clock = predict_clock(recipe, times)
+    saved = PhaseTracker.from_recipe(recipe).pending
+    steps = {name: clock.first_step(reached) for name, reached in moments(recipe).items()}
+    rows = [_boundary(clock, name, step, name in saved) for name, step in steps.items() if step is not None]
+    rows.append(_boundary(clock, "final", clock.end_step, True))
+    rows.sort(key=lambda row: row.step)
+    return Timeline(recipe, times, clock, tuple(rows), tuple(name for name, step in steps.items() if step is None))
+
+
+def _boundary(clock: RunClock, phase: str, step: int, saved: bool) -> Boundary:
+    """What holds before step `step`."""
+    recipe, at = clock.recipe, clock.progress(step)
+    multiplier = lr_multiplier(recipe.schedule, at)
+    return Boundary(
+        phase=phase,
+        step=step,
+        second=clock.second(step),
+        progress=at,
+        lr_multiplier=multiplier,
+        lr={group: lr * multiplier for group, lr in group_peaks(recipe.optim, recipe.model).items()},
+        weight_decay_multiplier=weight_decay_multiplier(recipe.schedule, at),
+        momentum=recipe.optim.momentum_for(step),
+        active_loops=active_loops_at(recipe.schedule, recipe.model.max_active_loops, at),
+        checkpoint=saved,
+    )
+
+
+def group_peaks(optim: OptimSettings, model: ArchitectureSettings) -> dict[str, float]:
+    """The peak learning rates of the groups that the model has: a tied model has no head of its own."""
+    peaks = optim.peak_learning_rates()
+    return {group: lr for group, lr in peaks.items() if group != "head" or not model.tie_embeddings}
+
+
+def count_steps(clock: RunClock, after: Reached, every: int) -> int:
+    """How many of the steps that start once `after` is reached end at a multiple of `every`."""
+    first = clock.first_step(after)
+    return 0 if first is None else clock.end_step // every - first // every
