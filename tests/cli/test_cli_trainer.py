@@ -101,6 +101,97 @@ def test_several_processes_are_refused(
     assert (tmp_path / "checkpoints").exists() == (code == 0)
 
 
+def test_a_dry_run_shows_the_timeline_and_writes_nothing(train: Any, recipe: Path, tmp_path: Path) -> None:
+    before = files_in(tmp_path)
+    answer = train(recipe, "--dry-run", "--step-seconds", "0.5", "--looped-step-seconds", "1", "--json")
+    assert answer.code == 0, answer.err
+    assert files_in(tmp_path) == before
+    assert [(row["phase"], row["step"], row["second"]) for row in answer.json["boundaries"]] == [
+        ("init", 0, 0.0),
+        ("momentum_warmup_done", 3, 1.5),
+        ("loops_on", 3, 1.5),
+        ("warmdown_start", 6, 4.5),
+        ("frac75", 9, 7.5),
+        ("final", 12, 10.5),
+    ]
+    assert answer.json["step_seconds"] == {"plain": 0.5, "looped": 1.0, "origin": "given"}
+    assert (answer.json["steps"], answer.json["seconds"], answer.json["tokens"]) == (12, 10.5, 12 * 64)
+    for shown in ("warmdown_start", "lr matrix", "momentum", "loops", "4 block visits instead of 3"):
+        assert shown in answer.err
+
+
+def test_a_dry_run_predicts_the_folders_of_the_run(train: Any, recipe: Path, tmp_path: Path) -> None:
+    planned = train(recipe, "--dry-run", "--step-seconds", "0.5", "--json").json["boundaries"]
+    assert train(recipe).code == 0
+    found = {int(c.meta["step"]): set(c.meta["phase"].split("+")) for c in list_checkpoints(tmp_path / "checkpoints")}
+    wanted: dict[int, set[str]] = {}
+    for row in planned:
+        wanted.setdefault(row["step"], set()).add(row["phase"])
+    assert found == wanted
+
+
+def test_a_dry_run_measures_four_steps_and_leaves_nothing(train: Any, recipe: Path, tmp_path: Path) -> None:
+    before = files_in(tmp_path)
+    answer = train(recipe, "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    times = answer.json["step_seconds"]
+    assert times["origin"] == "measured"
+    assert 0 < times["plain"] <= times["looped"]
+    assert files_in(tmp_path) == before
+
+
+def test_a_dry_run_with_a_given_time_needs_no_data(train: Any, recipe: Path) -> None:
+    absent = ("--set", "data.dir=nowhere", "--set", "optim.ema_decay=0.5")
+    assert train(recipe, "--dry-run", "--step-seconds", "0.5", *absent).code == 0
+    assert train(recipe, "--dry-run", *absent).code == 1  # measuring does
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["checkpoint.steps=[5, 12]"], "checkpoint.steps"),
+        (["schedule.steps=20000", "schedule.seconds=5", "checkpoint.steps=[19000]"], "checkpoint.steps"),
+        (["schedule.warmdown=0.01"], "schedule.warmdown"),
+        (["optim.momentum_warmup_steps=1500"], "optim.momentum_warmup_steps"),
+        (["optim.swa_start=0.9", "optim.swa_every=50"], "optim.swa_every"),
+        (["run.min_tokens_per_second=1e6"], "run.min_tokens_per_second"),
+    ],
+)
+def test_a_dry_run_refuses_what_can_never_act_with_exit_2(
+    train: Any, recipe: Path, tmp_path: Path, overrides: list[str], key: str
+) -> None:
+    arguments = [part for override in overrides for part in ("--set", override)]
+    answer = train(recipe, "--dry-run", "--step-seconds", "0.5", "--json", *arguments)
+    assert answer.code == 2
+    assert [finding["key"] for finding in answer.json["findings"] if finding["level"] == "refuse"] == [key]
+    assert f"refuse: {key} " in answer.err
+    assert f"1 setting cannot act in this run: {key}" in answer.err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--step-seconds", "0.5"), "add --dry-run"),
+        (("--dry-run", "--step-seconds", "0"), "0.0 is not in the range x>0"),
+        (("--dry-run", "--looped-step-seconds", "1"), "needs --step-seconds"),
+        (("--dry-run", "--resume", "checkpoints/latest"), "leave --resume out"),
+    ],
+)
+def test_options_that_do_not_go_together_exit_2(
+    train: Any, recipe: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    answer = train(recipe, *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert named in answer.err
+
+
+def test_a_run_that_is_too_slow_exits_1_and_names_the_key(train: Any, recipe: Path) -> None:
+    answer = train(recipe, "--set", "run.min_tokens_per_second=1e12", "--json")
+    assert (answer.code, answer.out) == (1, "")
+    assert "run.min_tokens_per_second is 1,000,000,000,000" in answer.err
+
+
 def test_an_interrupted_run_exits_130_and_everything_it_saved_is_complete(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"checkpoint.steps={list(range(1, 2000))}", "schedule.steps=100000", "checkpoint.metric_tokens=40"]
     arguments = [part for override in overrides for part in ("--set", override)]

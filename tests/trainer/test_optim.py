@@ -141,11 +141,11 @@ def test_every_embedding_table_is_stepped_by_adam() -> None:
 
 
 def test_a_matrix_that_a_step_did_not_use_stays_as_it_is() -> None:
-    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    model = nn.ModuleList([*(nn.Linear(4, 4, bias=False) for _ in range(3)), nn.Embedding(2, 2)])
     optimizer = Optimizer(model, OptimSettings(matrix_weight_decay=0.5))
-    before = [layer.weight.detach().clone() for layer in model]
+    before = [layer.weight.detach().clone() for layer in model]  # of the table too, which is not used either
     (model[0].weight.square().sum() + model[2].weight.sum()).backward()
     optimizer.step(1.0, 0.9)
     changed = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
-    assert changed == [True, False, True]
+    assert changed == [True, False, True, False]
     assert [bool(momentum.any()) for momentum in optimizer.momenta[(4, 4)]] == [True, False, True]
