@@ -19,7 +19,7 @@ from pgolf_post.cli.common import json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → Hessians → requant at three λ → SWA blend → one table. Needs no network and no GPU.
 
-    About four minutes on two CPU cores, 90 seconds of them training.
+    About three minutes on two CPU cores, 90 seconds of them training.
     """
     from pgolf_post.demo import Demo, show
     from pgolf_post.progress import print_json
