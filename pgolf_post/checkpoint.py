@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
-from pgolf_post.families import build_module, check_finite, check_tensors
+from pgolf_post.families import build_module, check_finite, check_tensors, get_family
 from pgolf_post.settings import canonical_json
 from pgolf_post.storage import atomic_folder, atomic_symlink, read_json, write_json
 
@@ -229,13 +229,18 @@ def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
 
 def require_same_config(checkpoints: list[Checkpoint]) -> None:
     """Raise MismatchError naming every config key in which the checkpoints differ from the last one."""
-    reference = _flatten(checkpoints[-1].config)
+    reference = _flatten(complete_config(checkpoints[-1].config))
     for other in checkpoints[:-1]:
-        flat = _flatten(other.config)
+        flat = _flatten(complete_config(other.config))
         keys = [key for key in sorted(reference.keys() | flat.keys()) if reference.get(key) != flat.get(key)]
         if keys:
             differences = ", ".join(f"{key}: {flat.get(key)!r} / {reference.get(key)!r}" for key in keys)
             raise MismatchError(f"{other.path.name} and {checkpoints[-1].path.name} differ in config: {differences}")
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the family's defaults filled in, so that configs written before a setting existed compare equal."""
+    return {**config, "model": get_family(config["family"]).complete(config["model"])}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -82,6 +82,8 @@ class ArchitectureSettings(Settings):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         head_dim = self.model_dim // self.num_heads
+        if self.rope_ntk and (self.rope_dims or head_dim) == 2:
+            raise ValueError("rope_ntk needs at least 4 rotated dimensions per head, got 2; set rope_ntk = false")
         if self.rope_dims > head_dim or self.rope_dims % 2 or head_dim % 2:
             raise ValueError(f"rope_dims {self.rope_dims} must be even and at most the (even) head width {head_dim}")
         if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:

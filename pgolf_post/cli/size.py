@@ -30,8 +30,7 @@ def command(artifact: Path, code: tuple[Path, ...], budget: int, as_json: bool) 
     if report.over:
         raise OverBudgetError(
             f"{report.total_bytes:,} bytes are {-report.headroom_bytes:,} over the budget of {report.budget_bytes:,}",
-            hint="lower the artifact's bytes with pgolf-post requant: a larger --clip "
-            "or fewer --embed-bits",
+            hint="lower the artifact's bytes with pgolf-post requant: a larger --clip or fewer --embed-bits",
         )
 
 

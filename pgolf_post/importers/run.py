@@ -55,7 +55,7 @@ def import_file(
         )
     assumed = dict(inferred.assumed)
     if active_loops is None:
-        active_loops = int(inferred.model["num_loops"])
+        active_loops = 1 if inferred.model.get("visits") else int(inferred.model["num_loops"])
         assumed["active_loops"] = active_loops
     config = {
         "family": FAMILY,

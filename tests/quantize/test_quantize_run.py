@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from pgolf_post.plan import QuantizeSettings, make_plan
 from pgolf_post.quantize.run import entropy_bits, keep_tensor, quantize_view
 from pgolf_post.requant import requant
 from pgolf_post.settings import parse_settings
+from tests.conftest import pico_recipe
+from trainer.loop import Trainer
 
 SETTINGS = QuantizeSettings(hessian_lambda=0.1)
 
@@ -126,3 +129,46 @@ def test_entropy_of_known_distributions() -> None:
     assert entropy_bits(np.zeros(10, dtype=np.int8)) == 0.0
     assert entropy_bits(np.array([0, 1, 2, 3] * 5, dtype=np.int8)) == pytest.approx(2.0)
     assert entropy_bits(np.array([0, 0, 0, 1], dtype=np.int8)) == pytest.approx(0.8112781)
+
+
+@pytest.mark.parametrize(
+    "loop", [{"num_loops": 1}, {"loop_start": 0, "loop_end": 0, "num_loops": 0, "visits": [0, 1, 1, 2]}]
+)
+def test_a_model_with_every_feature_is_trained_calibrated_and_packed(
+    tmp_path: Path, pico_data: DataFolder, loop: dict[str, object]
+) -> None:
+    features: dict[str, object] = {
+        **loop,
+        "embedding_dim": 12,
+        "activation": "swiglu",
+        "tie_embeddings": False,
+        "smear_gate": True,
+        "attn_gate": "sparse",
+        "lanes_start": 2,
+        "encoder_visits": 1,
+        "carry": "frozen",
+        "carry_beta": [1.56],
+        "carry_alpha": [[0.23]],
+        "untied_loop_mlps": True,
+        "value_residual": True,
+        "value_embed_layers": [0, 2],
+        "value_embed_dim": 5,
+        "bigram_buckets": 31,
+        "bigram_dim": 7,
+        "trigram": True,
+    }
+    checkpoint = Trainer(pico_recipe(pico_data, tmp_path / "checkpoints", model=features)).run()
+    assert checkpoint.config["graph"] == {"active_loops": 1}
+    for view in (checkpoint.load("raw"), checkpoint.load("ema")):
+        assert float(view.tensors["recur_beta"]) == pytest.approx(1.56)  # frozen: neither trained nor averaged away
+        stats = calibrate(view, pico_data, CalibrationSettings(tokens=640))
+        model, artifact = quantize_view(view, stats, SETTINGS), requant(view, stats, SETTINGS)
+        assert {*model.quantized, *model.passthrough} == set(view.tensors)
+        assert all(name.endswith(".weight") for name in model.quantized)
+        methods = {name: tensor.facts["method"] for name, tensor in model.quantized.items()}
+        tables = ("tok_emb.weight", "bigram.embed.weight", "value_embed.embed.weight")
+        assert {name for name, method in methods.items() if method == "rtn"} == set(tables)
+        assert {"override_mlps.1_p1.fc.weight", "blocks.2.mlp.gate.weight", "bigram.proj.weight"} <= methods.keys()
+        expected, decoded = model.tensors(), read_artifact(artifact.path)
+        assert decoded.tensors.keys() == expected.keys()
+        assert all(np.array_equal(decoded.tensors[name], array) for name, array in expected.items())

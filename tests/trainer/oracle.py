@@ -1,7 +1,8 @@
 """The architecture once more, as plainly as it can be written: NumPy, float64, one position and one head at a time.
 
 It is written from the definition of the architecture and shares no code with `trainer`, so that a mistake would have to
-be made twice to go unseen. Weights are a dict of arrays under the checkpoint's names, settings a dict under config.json's.
+be made twice to go unseen. Weights are a dict of arrays under the checkpoint's names, settings a dict under those of
+config.json.
 """
 
 from __future__ import annotations
