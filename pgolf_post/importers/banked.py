@@ -33,7 +33,7 @@ RENAMES = {  # foreign suffix: canonical suffix
 }
 
 KEPT = re.compile(
-    r"tok_emb\.weight|lm_head\.weight|skip_weights|skip_gates|smear_lambda|parallel_(post|resid)_lambdas"
+    r"tok_emb\.weight|lm_head\.weight|skip_weights|skip_gates|smear_lambda|recur_(alpha|beta)|parallel_(post|resid)_lambdas"
     r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|attn_gate_w|attn_gate_proj\.weight))"
     r"|smear_gate\.weight"
 )

@@ -49,6 +49,9 @@ OUR_KEYS = {
     "attn_gate_source",
     "gate_window",
     "embedding_init_std",
+    "carry",
+    "visits",
+    "encoder_visits",
 }
 OTHER_NAME = {
     "rope_yarn": "rope_ntk",
@@ -99,6 +102,8 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     known = {**stated, **shapes}
     if known.get("num_loops") == 0:  # without repeats the loop's bounds mean nothing; the scripts state them anyway
         known["loop_start"] = known["loop_end"] = 0
+    taken = {"carry": "frozen"} if "recur_beta" in tensors and "carry" not in known else {}  # buffers in the scripts
+    known |= taken
     missing = [key for key in required_keys(tensors, known) if key not in known]
     if missing:
         raise SettingsError(
@@ -106,7 +111,7 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
             hint="give them with --set key=value, --config FILE.toml, or --log train.log of the run",
         )
     complete = get_family(FAMILY).complete(known)
-    assumed = {key: value for key, value in complete.items() if key not in known}
+    assumed = {key: value for key, value in complete.items() if key not in known or key in taken}
     return Inferred(complete, assumed)
 
 
@@ -155,6 +160,8 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
     if double_gate is not None:
         settings["attn_gate"] = "double_sigmoid"
+    if "recur_beta" in tensors:
+        settings["carry_per_pass"] = tensors["recur_beta"].ndim == 2
     windows = [t for t in (tensors.get("smear_gate"), double_gate, gate) if t is not None and t.size(1) != model_dim]
     return {**settings, "gate_window": windows[0].size(1)} if windows else settings
 

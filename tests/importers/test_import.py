@@ -17,6 +17,7 @@ from torch import Tensor
 from pgolf_post.checkpoint import Checkpoint, default_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
+from pgolf_post.families import load_module
 from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import infer_model, read_log, translate
 from pgolf_post.importers.foreign_file import read_foreign
@@ -126,6 +127,18 @@ def test_unknown_and_missing_tensors_are_all_listed() -> None:
         FORMATS["banked"].to_canonical({**partial, "mystery": torch.zeros(1)})
 
 
+def test_a_frozen_carry_is_imported_with_its_values(pico_data: DataFolder) -> None:
+    given, state = fixture_state("banked_record")
+    state = {**state, "recur_beta": torch.tensor([1.5, 1.8]), "recur_alpha": torch.full((2, 2), 0.1)}
+    canonical = FORMATS["banked"].to_canonical(state)
+    inferred = infer_model(canonical, {**given, "parallel_start_layer": 4})
+    assert (inferred.model["carry"], inferred.model["carry_per_pass"]) == ("frozen", False)
+    assert inferred.assumed["carry"] == "frozen"
+    config = {"family": "golf_gpt", "model": inferred.model, "graph": {"active_loops": 2}}
+    module = load_module(config, canonical, "test")
+    assert torch.equal(module.get_parameter("recur_beta"), state["recur_beta"])
+
+
 def test_an_unknown_architecture_says_so() -> None:
     with pytest.raises(MismatchError, match=r"unknown architecture.*transformer\.h\.0"):
         recognise({"transformer.h.0.weight": torch.zeros(1)}, "gpt2.pt")
@@ -155,6 +168,7 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "ran"
     torch.save({"model_state_dict": Payload(target)}, tmp_path / "evil.pt")
