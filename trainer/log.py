@@ -52,7 +52,7 @@ class StepClock:
             raise PgolfError(
                 f"{self.warm_rate():,.0f} tokens/s over steps 2 to {self.num_steps}; "
                 f"run.min_tokens_per_second is {minimum:,.0f}; stopped before more time is spent",
-                hint="see what else uses the device, then --resume or start again; "
+                hint="see what else uses the device and start again under another run.name, "
                 "or accept the speed: --set run.min_tokens_per_second=RATE",
             )
 

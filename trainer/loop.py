@@ -141,6 +141,8 @@ class Trainer:
         norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         self.step += 1
         self._update_averages(at)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.train_seconds += time.perf_counter() - started
         self.clock.tick(self.train_seconds)
         return loss, norm
@@ -158,14 +160,14 @@ class Trainer:
         data = self.recipe.data
         micro_tokens = data.micro_batch_tokens or data.batch_tokens
         share = micro_tokens / data.batch_tokens
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for inputs, targets in self.sampler.step_batches(
             self.step, data.batch_tokens // data.seq_len, micro_tokens // data.seq_len
         ):
             loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
             loss.backward()
-            total += float(loss.detach())
-        return total
+            total += loss.detach()  # read once, at the end: reading waits for the device
+        return float(total)
 
     def _loss(
         self,
@@ -313,7 +315,10 @@ class Trainer:
         if self.ema:
             shadow = checkpoint.load("ema").tensors
             self.ema.shadow = {name: shadow[name].to(self.device, copy=True) for name in self.ema.shadow}
-        if self.swa and (count := int(checkpoint.meta.get("swa_count", 0))):
+        start, count = self.recipe.optim.swa_start, int(checkpoint.meta.get("swa_count", 0))
+        if start is not None and not count and float(checkpoint.meta.get("progress", 0.0)) > start:
+            say(f"{checkpoint.path} holds no running mean; one starts at step {checkpoint.meta['step']}")
+        if self.swa and count:
             mean = checkpoint.load("swa").tensors
             self.swa.count = count
             self.swa.mean = {name: mean[name].to(self.device, copy=True) for name in self.swa.parameters}

@@ -217,13 +217,15 @@ class Optimizer:
         if missing:
             raise SettingsError(f"{source}: optimizer state lacks {', '.join(missing)}")
         for shape, names in self.matrices.items():
-            self.momenta[shape] = torch.stack([state[f"momentum.{name}"] for name in names])
+            stacked = torch.stack([state[f"momentum.{name}"] for name in names])
+            self.momenta[shape] = stacked.to(self.momenta[shape].device)
         for name in self._adam_parameters():
             if f"exp_avg.{name}" in state:
+                device = self.parameters[name].device
                 self.adam.state[self.parameters[name]] = {
-                    "step": state[f"adam_step.{name}"].clone(),
-                    "exp_avg": state[f"exp_avg.{name}"].clone(),
-                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
+                    "step": state[f"adam_step.{name}"].clone(),  # a number: AdamW keeps it on the CPU
+                    "exp_avg": state[f"exp_avg.{name}"].to(device, copy=True),
+                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(device, copy=True),
                 }
 
     def _adam_parameters(self) -> Iterable[str]:

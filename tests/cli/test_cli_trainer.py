@@ -186,6 +186,21 @@ def test_options_that_do_not_go_together_exit_2(
     assert named in answer.err
 
 
+def test_the_running_mean_is_a_view_for_every_command(train: Any, pgolf: Any, recipe: Path, tmp_path: Path) -> None:
+    run = train(recipe, "--set", "optim.swa_start=0.5", "--set", "optim.swa_every=2", "--json").json
+    assert set(run["views"]) == {"raw", "ema", "swa"}
+    verified = pgolf("checkpoint", "verify", run["checkpoint"], "--json")
+    assert verified.code == 0, verified.err
+    assert set(verified.json["views"]) == {"raw", "ema", "swa"}
+    scored = pgolf("eval", run["checkpoint"], "--weights", "swa", "--json")
+    swa_id = Checkpoint.open(Path(run["checkpoint"])).view_id("swa")
+    assert f"(swa weights, id {swa_id[:12]})" in scored.err
+    assert scored.json["tokens"] > 0
+    without = pgolf("eval", "checkpoints/pico/step_000012-final", "--weights", "swa")
+    assert without.code == 1
+    assert "has no 'swa' weights; it has raw, ema" in without.err
+
+
 def test_a_run_that_is_too_slow_exits_1_and_names_the_key(train: Any, recipe: Path) -> None:
     answer = train(recipe, "--set", "run.min_tokens_per_second=1e12", "--json")
     assert (answer.code, answer.out) == (1, "")

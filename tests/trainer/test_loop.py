@@ -19,9 +19,9 @@ from trainer.loop import Trainer
 
 EVERYTHING: dict[str, dict[str, Any]] = {  # that a resumed run must take up where it was
     "model": {"num_loops": 2},
-    "optim": {"ema_every": 2, "swa_start": 0.3, "swa_every": 2, "momentum_cycle_steps": 5},
+    "optim": {"ema_every": 2, "swa_start": 0.25, "swa_every": 2, "momentum_cycle_steps": 5},
     "schedule": {"shape": "tidal", "all_loops_at": 0.6, "weight_decay_taper_at": 0.4},
-    "checkpoint": {"steps": list(range(13))},
+    "checkpoint": {"steps": list(range(13)), "metric_tokens": 40},
 }
 
 
@@ -82,31 +82,49 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, pico_data: DataFolder) -
     return root / "pico"
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 8, 11])
+@pytest.mark.parametrize("step", [1, 3, 9])  # before the running mean, where it starts, amid it
 def test_resuming_with_every_average_and_curriculum_changes_no_bit(
     tmp_path: Path, pico_data: DataFolder, whole_run: Path, step: int
 ) -> None:
     trainer = Trainer(pico_recipe(pico_data, tmp_path / "resumed", **EVERYTHING))
-    trainer.resume(next(whole_run.glob(f"step_{step:06d}-*")))
+    start = next(whole_run.glob(f"step_{step:06d}-*"))
+    trainer.resume(start)
     resumed, whole = trainer.run(), Checkpoint.open(next(whole_run.glob("*-final")))
     assert set(resumed.meta["views"]) == {"raw", "ema", "swa"}
     assert {name: resumed.view_id(name) for name in ("raw", "ema", "swa")} == {
         name: whole.view_id(name) for name in ("raw", "ema", "swa")
     }
-    assert resumed.meta["swa_count"] == whole.meta["swa_count"] == 4  # after steps 6, 8, 10 and 12
-    assert resumed.meta["wall_seconds"] > resumed.meta["train_seconds"]
+    assert resumed.meta["swa_count"] == whole.meta["swa_count"] == 5  # after steps 4, 6, 8, 10 and 12
+    assert resumed.meta["wall_seconds"] > Checkpoint.open(start).meta["wall_seconds"]
 
 
 def test_the_running_mean_is_the_mean_of_the_raw_weights_and_a_view_of_its_own(whole_run: Path) -> None:
     found = [Checkpoint.open(path) for path in sorted(whole_run.glob("step_*"))]
-    assert [checkpoint.meta["swa_count"] for checkpoint in found] == [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert ["swa" in checkpoint.meta["views"] for checkpoint in found] == [False] * 6 + [True] * 7
-    raw = [found[step].load("raw").tensors for step in (6, 8, 10, 12)]
+    assert [checkpoint.meta["swa_count"] for checkpoint in found] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert ["swa" in checkpoint.meta["views"] for checkpoint in found] == [False] * 4 + [True] * 9
+    raw = [found[step].load("raw").tensors for step in (4, 6, 8, 10, 12)]
     for name, mean in found[-1].load("swa").tensors.items():
         expected = torch.stack([tensors[name].double() for tensors in raw]).mean(0).float()
         torch.testing.assert_close(mean, expected, msg=name)
     assert found[-1].view_name(None) == "ema"
     assert found[-1].meta["views"]["swa"]["metric"]["nats"] > 0
+
+
+def test_a_running_mean_that_starts_on_resuming_is_said(
+    tmp_path: Path, pico_data: DataFolder, pico_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(pico_recipe(pico_data, tmp_path, optim={"swa_start": 0.5, "swa_every": 1}))
+    trainer.resume(next(pico_run.glob("pico/*frac75")))
+    assert "holds no running mean; one starts at step 9" in capsys.readouterr().err
+    assert trainer.run().meta["swa_count"] == 3
+
+
+def test_the_weight_decay_taper_acts(tmp_path: Path, pico_data: DataFolder, pico_run: Path) -> None:
+    tapered = Trainer(pico_recipe(pico_data, tmp_path, schedule={"weight_decay_taper_at": 0.75})).run()
+    assert [record["weight_decay_multiplier"] for record in log_of(tmp_path / "pico")] == pytest.approx(
+        [1] * 10 + [2 / 3, 1 / 3], abs=1e-6
+    )
+    assert tapered.view_id("raw") != Checkpoint.open(pico_run / "latest").view_id("raw")
 
 
 def test_a_two_phase_curriculum_is_in_the_checkpoints(whole_run: Path) -> None:
