@@ -15,15 +15,25 @@ import click
 _live: list[Any] = []  # the progress display on the terminal, if one is up; inner work adds a line to it
 
 
+_silent: list[bool] = []  # not empty: this process is one of several and not the one that speaks
+
+
+def silence() -> None:
+    """Print nothing for people from here on: for processes beside the one that speaks."""
+    _silent.append(True)
+
+
 def console() -> Any:
     """A rich console on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=bool(_silent))
 
 
 def say(message: str) -> None:
     """One line for the person at the terminal, above the progress display if one is up."""
+    if _silent:
+        return
     if _live:
         _live[0].console.print(message, markup=False, soft_wrap=True)
     else:

@@ -1,4 +1,7 @@
-"""`python -m trainer RECIPE.toml [--set key=value …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it."""
+"""`python -m trainer RECIPE.toml [--set key=value …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it.
+
+Under `torchrun --standalone --nproc_per_node=8 -m trainer RECIPE.toml` the same run is shared by eight processes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.progress import print_json, say
+from pgolf_post.progress import print_json, say, silence
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -40,8 +43,6 @@ def command(
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError("this trainer runs as one process; start it without torchrun")
     if resume and dry_run:
         raise click.UsageError("--dry-run shows a whole run; leave --resume out")
     if step_seconds is None and looped_step_seconds is not None:
@@ -50,6 +51,8 @@ def command(
         raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
     recipe = read_settings(recipe_path, Recipe, overrides)
     if dry_run:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SettingsError("--dry-run is for one process; start it without torchrun")
         plan(recipe, str(recipe_path), step_seconds, looped_step_seconds, as_json)
     else:
         train(recipe, resume, as_json)
@@ -57,14 +60,22 @@ def command(
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
     """Run a recipe to its end."""
+    from trainer.distributed import Ranks
     from trainer.loop import Trainer
 
-    trainer = Trainer(recipe)
-    if resume:
-        trainer.resume(resume)
-    say(f"{trainer.num_parameters():,} parameters on {trainer.device}, {trainer.data.name}, {trainer.dtype or 'fp32'}")
-    checkpoint = trainer.run()
-    if as_json:
+    ranks = Ranks.join()
+    if not ranks.is_main:
+        silence()
+    try:
+        trainer = Trainer(recipe, ranks)
+        if resume:
+            trainer.resume(resume)
+        where = f"{ranks.world_size} × {trainer.device}" if ranks.world_size > 1 else str(trainer.device)
+        say(f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}")
+        checkpoint = trainer.run()
+    finally:
+        ranks.leave()
+    if as_json and ranks.is_main:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
         print_json({"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": views})
 

@@ -51,9 +51,11 @@ class WindowSampler:
         step: int,
         windows_per_step: int,
         windows_per_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # (inputs, targets), each (windows_per_batch, seq_len) int64
-        """The micro-batches of optimizer step `step` (counted from 0)."""
-        for start in range(0, windows_per_step, windows_per_batch):
+        """This rank's micro-batches of optimizer step `step` (counted from 0): every world_size-th, from `rank` on."""
+        for start in range(rank * windows_per_batch, windows_per_step, world_size * windows_per_batch):
             positions = range(step * windows_per_step + start, step * windows_per_step + start + windows_per_batch)
             rows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
             yield rows[:, :-1], rows[:, 1:]

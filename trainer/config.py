@@ -13,7 +13,7 @@ from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32", "fp64"]
 
 
 class RunSettings(Settings):

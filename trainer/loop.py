@@ -17,15 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, ViewName, point_latest, read_tensors, save_checkpoint
+from pgolf_post.checkpoint import (
+    TRAINING_FILE,
+    Checkpoint,
+    ViewName,
+    complete_config,
+    point_latest,
+    read_tensors,
+    save_checkpoint,
+)
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError
+from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
 from pgolf_post.progress import progress_bar, say
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
 from trainer.architecture import GraphState
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
+from trainer.distributed import ALONE, Ranks
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
 from trainer.optim import EMA, Optimizer, RunningMean
@@ -36,30 +45,44 @@ from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_de
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The autocast dtype: bf16 where asked for or, for "auto", where the processor multiplies it natively."""
-    if precision == "fp32":
+    if precision in ("fp32", "fp64"):
         return None
     if precision == "bf16" or device.type == "cuda":
         return torch.bfloat16
-    capabilities = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if capabilities[1] else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def micro_batch_tokens(recipe: Recipe, world_size: int) -> int:
+    """Tokens of one backward pass on one rank. Raises SettingsError if ranks cannot share a step's batch equally."""
+    data = recipe.data
+    tokens = data.micro_batch_tokens or data.batch_tokens // world_size
+    if tokens % data.seq_len or data.batch_tokens % (tokens * world_size):
+        raise SettingsError(
+            f"data.batch_tokens {data.batch_tokens} cannot be shared by {world_size} ranks in micro-batches of "
+            f"{tokens} tokens of whole sequences of {data.seq_len}",
+            hint="change data.micro_batch_tokens or the number of processes",
+        )
+    return tokens
 
 
 class Trainer:
     """One run: the model, its optimizer, its data order and its clock."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        self.recipe, self.ranks = recipe, ranks
+        self.micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = ranks.device
         self.dtype = autocast_dtype(recipe.run.precision, self.device)
         self.data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(self.data, recipe.data.seq_len, recipe.run.seed)
         torch.manual_seed(recipe.run.seed)
         self.model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
         self.model.initialise()
-        self.model.to(self.device)
-        self.optimizer = Optimizer(self.model, recipe.optim)
+        self.model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
+        self.optimizer = Optimizer(self.model, recipe.optim, ranks)
+        self.provenance = {**provenance(self.device), "world_size": ranks.world_size}
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
@@ -87,12 +110,9 @@ class Trainer:
 
     def run(self) -> Checkpoint:
         """Train to the end. Returns the final checkpoint. Raises NumericsError if the loss stops being finite."""
-        if not self.parents and self.run_dir.exists() and any(self.run_dir.glob("step_*")):
-            raise PgolfError(
-                f"{self.run_dir} already holds checkpoints; a run never overwrites another",
-                hint="choose another name with --set run.name=NAME, or continue it with --resume CHECKPOINT",
-            )
-        self._make_run_dir()
+        if self.ranks.is_main:
+            self._make_run_dir()
+        self.ranks.wait()
         loss = math.nan
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             shown = 0
@@ -101,7 +121,8 @@ class Trainer:
                 if phase := self.phases.due(self.step, at):
                     self.save(phase)
                 loss, norm = self.timed_step(at)
-                self._log(loss, norm, at)
+                if self.ranks.is_main:
+                    self._log(loss, norm, at)
                 self.clock.require(self.recipe.run.min_tokens_per_second)
                 permille = int(1000 * self.progress)
                 advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
@@ -112,7 +133,12 @@ class Trainer:
         return final
 
     def _make_run_dir(self) -> None:
-        """The run's folder, with a log that can be appended to. Raises PgolfError if the disk refuses it."""
+        """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
+        if not self.parents and self.run_dir.exists() and any(self.run_dir.glob("step_*")):
+            raise PgolfError(
+                f"{self.run_dir} already holds checkpoints; a run never overwrites another",
+                hint="choose another name with --set run.name=NAME, or continue it with --resume CHECKPOINT",
+            )
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -143,7 +169,7 @@ class Trainer:
         self._update_averages(at)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.train_seconds += time.perf_counter() - started
+        self.train_seconds = self.ranks.main_float(self.train_seconds + time.perf_counter() - started)
         self.clock.tick(self.train_seconds)
         return loss, norm
 
@@ -156,18 +182,19 @@ class Trainer:
             self.swa.update(self.step)
 
     def _accumulate_gradients(self) -> float:
-        """Backward over the step's micro-batches; the gradient is of the mean loss over batch_tokens."""
-        data = self.recipe.data
-        micro_tokens = data.micro_batch_tokens or data.batch_tokens
-        share = micro_tokens / data.batch_tokens
+        """Backward over this rank's micro-batches, then the sum over ranks: the mean loss over batch_tokens."""
+        data, ranks = self.recipe.data, self.ranks
+        share = self.micro_tokens / data.batch_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        windows_per_step, windows_per_batch = data.batch_tokens // data.seq_len, self.micro_tokens // data.seq_len
         for inputs, targets in self.sampler.step_batches(
-            self.step, data.batch_tokens // data.seq_len, micro_tokens // data.seq_len
+            self.step, windows_per_step, windows_per_batch, ranks.rank, ranks.world_size
         ):
             loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
             loss.backward()
             total += loss.detach()  # read once, at the end: reading waits for the device
-        return float(total)
+        ranks.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
+        return ranks.sum_float(float(total))
 
     def _loss(
         self,
@@ -177,7 +204,8 @@ class Trainer:
         enabled = torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with enabled:
             logits = self.model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line, and every log_every steps tell the terminal."""
@@ -247,7 +275,14 @@ class Trainer:
         return measure_module(module.eval(), self.data, protocol)
 
     def save(self, phase: str) -> Checkpoint:
-        """Write this moment as a folder and point `latest` at it."""
+        """Write this moment as a folder and point `latest` at it; rank 0 does, the others wait for it."""
+        path = self.run_dir / f"step_{self.step:06d}-{phase}"
+        if self.ranks.is_main:
+            self._write(path, phase)
+        self.ranks.wait()
+        return Checkpoint.open(path)
+
+    def _write(self, path: Path, phase: str) -> None:
         views = self.views()
         metrics: dict[str, dict[str, Any]] = {name: self._metric(tensors) for name, tensors in views.items()}
         meta = {
@@ -263,19 +298,17 @@ class Trainer:
             "seed": self.recipe.run.seed,
             "data_position": {"next_step": self.step},
             "rng": "none: the data order is a function of seed and step, and training draws no other random numbers",
-            "precision": "bf16 autocast" if self.dtype else "fp32",
+            "precision": "bf16 autocast" if self.dtype else self.recipe.run.precision.replace("auto", "fp32"),
             "parents": self.parents,
             "data_dir": str(self.recipe.data.dir),
             "recipe": self.recipe.model_dump(mode="json"),
-            **provenance(self.device),
+            **self.provenance,
         }
         training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
-        path = self.run_dir / f"step_{self.step:06d}-{phase}"
         checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
         self._point_latest(checkpoint)
         bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
         say(f"saved {path}  bpb on {metrics['raw']['tokens']:,} validation tokens: {bpb}")
-        return checkpoint
 
     def _point_latest(self, checkpoint: Checkpoint) -> None:
         """Point `latest` at a saved checkpoint. Raises PgolfError if the link cannot be made."""
@@ -293,8 +326,8 @@ class Trainer:
         checkpoint = Checkpoint.open(path)
         if not (checkpoint.path / TRAINING_FILE).is_file():
             raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
-        ours = self.config()
-        if checkpoint.config["model"] != ours["model"] or checkpoint.config["data"] != ours["data"]:
+        theirs, ours = complete_config(checkpoint.config), self.config()
+        if theirs["model"] != ours["model"] or theirs["data"] != ours["data"]:
             raise MismatchError(
                 f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it"
             )

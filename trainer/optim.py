@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
+from trainer.distributed import ALONE, Ranks
 from trainer.schedule import cyclic_momentum, momentum_at
 
 NewtonSchulz = Literal["classic", "polar_express"]
@@ -105,14 +106,19 @@ def muon_updates(
     momenta: Tensor,  # (n, rows, cols)
     momentum: float,
     settings: OptimSettings,
+    ranks: Ranks = ALONE,
 ) -> Tensor:  # (n, rows, cols)
-    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place."""
+    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place.
+
+    Ranks share out the orthogonalisation, matrix by matrix; the rest is cheap and done by all.
+    """
     momenta.mul_(momentum).add_(gradients)
     update = gradients + momentum * momenta
     if settings.row_normalize:
         update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
     rows, cols = update.shape[-2:]
-    return orthogonalize(update, settings.newton_schulz) * max(1.0, rows / cols) ** 0.5
+    orthogonal = ranks.map_rows(lambda some: orthogonalize(some, settings.newton_schulz), update)
+    return orthogonal * max(1.0, rows / cols) ** 0.5
 
 
 def group_of(name: str, parameter: Tensor) -> str:
@@ -129,8 +135,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 class Optimizer:
     """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
-        self.settings = settings
+    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: Ranks = ALONE) -> None:
+        self.settings, self.ranks = settings, ranks
         self.parameters = dict(model.named_parameters())
         self.matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)  # equal shapes step together
         self.adam_names: dict[str, list[str]] = defaultdict(list)  # group → parameter names
@@ -141,8 +147,10 @@ class Optimizer:
                 self.matrices[tuple(parameter.shape)].append(name)
             else:
                 self.adam_names[group].append(name)
-        device = next(model.parameters()).device
-        self.momenta = {shape: torch.zeros(len(names), *shape, device=device) for shape, names in self.matrices.items()}
+        self.momenta = {
+            shape: torch.stack([torch.zeros_like(self.parameters[name]) for name in names])
+            for shape, names in self.matrices.items()
+        }
         betas = (settings.adam_beta1, settings.adam_beta2)
         groups = [self._adam_group(group, names) for group, names in self.adam_names.items()]
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
@@ -194,7 +202,7 @@ class Optimizer:
         gradients = torch.stack([_gradient(self.parameters[names[index]]) for index in used])
         whole = len(used) == len(names)
         momenta = self.momenta[shape] if whole else self.momenta[shape][used]
-        updates = muon_updates(gradients, momenta, momentum, self.settings)
+        updates = muon_updates(gradients, momenta, momentum, self.settings, self.ranks)
         if not whole:
             self.momenta[shape][used] = momenta
         for index, update in zip(used, updates, strict=True):
@@ -238,6 +246,11 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
+def _wide_copy(parameter: Tensor) -> Tensor:
+    """A copy in float32, or float64 where the weights are."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
 class EMA:
     """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
 
@@ -247,7 +260,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
         self.decay, self.every = decay, every
         self.parameters = dict(model.named_parameters())
-        self.shadow = {name: parameter.detach().clone().float() for name, parameter in self.parameters.items()}
+        self.shadow = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -273,6 +286,6 @@ class RunningMean:
             return
         self.count += 1
         if self.count == 1:
-            self.mean = {name: parameter.detach().clone().float() for name, parameter in self.parameters.items()}
+            self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
         else:
             torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)

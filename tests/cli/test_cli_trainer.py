@@ -90,17 +90,6 @@ def test_a_recipe_that_is_not_there_exits_1_and_no_recipe_exits_2(train: Any, tm
     assert train().code == 2
 
 
-@pytest.mark.parametrize(("world_size", "code"), [("2", 2), ("8", 2), ("1", 0)])
-def test_several_processes_are_refused(
-    train: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: str, code: int
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    answer = train(recipe, "--set", "schedule.steps=1")
-    assert answer.code == code, answer.err
-    assert ("one process" in answer.err) == (code == 2)
-    assert (tmp_path / "checkpoints").exists() == (code == 0)
-
-
 def test_a_dry_run_shows_the_timeline_and_writes_nothing(train: Any, recipe: Path, tmp_path: Path) -> None:
     before = files_in(tmp_path)
     answer = train(recipe, "--dry-run", "--step-seconds", "0.5", "--looped-step-seconds", "1", "--json")
