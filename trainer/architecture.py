@@ -68,6 +68,7 @@ class ArchitectureSettings(Settings):
         description="two residual lanes from this layer on, in the decoder half; 0 = weights kept, unused",
     )
     lane_output: LaneOutput = "mean"
+    isolate_documents: bool = Field(False, description="attention stays within a document, each opened by BOS")
     value_residual: bool = Field(False, description="mix each attention's values with those of the first visit")
     value_embed_layers: tuple[int, ...] = Field((), description="layers whose values get a token embedding, ascending")
     value_embed_dim: int = Field(0, ge=0, description="width of the value embedding's table")

@@ -232,10 +232,12 @@ class GolfGPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,  # (batch, seq_len) int64
-        document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = packed
+        document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = as configured
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
+        if document is None and self.config.isolate_documents:
+            document = (tokens == BOS_ID).cumsum(1)
         context = Context(*self._rotary(tokens.size(1), tokens.device), document, value_embeddings)
         recurrence = self._recurrence()
         x = x0 = self._embed(tokens)

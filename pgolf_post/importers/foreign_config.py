@@ -50,6 +50,7 @@ OUR_KEYS = {
     "gate_window",
     "embedding_init_std",
     "carry",
+    "isolate_documents",
     "visits",
     "encoder_visits",
 }

@@ -83,6 +83,16 @@ def test_isolated_documents_score_as_if_each_stood_alone() -> None:
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_isolates_documents_finds_them_by_their_bos() -> None:
+    packed, isolated = pico_model(), pico_model(isolate_documents=True)
+    tokens = torch.randint(2, 50, (2, 12), generator=torch.Generator().manual_seed(4))
+    tokens[0, [0, 5]] = tokens[1, 3] = 1
+    document = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 9])
+    with torch.no_grad():
+        assert torch.equal(isolated(tokens), packed(tokens, document))
+        assert not torch.equal(isolated(tokens), packed(tokens))
+
+
 def pico_model(**overrides: Any) -> GolfGPT:
     settings: dict[str, Any] = {
         "vocab_size": 50,
