@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -68,6 +69,15 @@ def pico_recipe(folder: DataFolder, root: Path, **tables: dict[str, object]) -> 
     tree["data"]["dir"] = folder.path
     tree["run"]["checkpoint_root"] = root
     return Recipe.model_validate(tree)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    """A recipe as the TOML file that the trainer's command line reads."""
+    lines = []
+    for table, values in recipe.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    path.write_text("\n".join(lines))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -134,11 +134,7 @@ class Trainer:
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
-        if not self.parents and self.run_dir.exists() and any(self.run_dir.glob("step_*")):
-            raise PgolfError(
-                f"{self.run_dir} already holds checkpoints; a run never overwrites another",
-                hint="choose another name with --set run.name=NAME, or continue it with --resume CHECKPOINT",
-            )
+        self._refuse_taken_run()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -147,6 +143,22 @@ class Trainer:
                 hint="choose another place with --set run.checkpoint_root=FOLDER",
             ) from error
         end_torn_line(self.run_dir / LOG_FILE)
+
+    def _refuse_taken_run(self) -> None:
+        """Raise PgolfError if this run would come upon checkpoints that it did not write."""
+        saved = sorted(self.run_dir.glob("step_*"))
+        if saved and not self.parents:
+            raise PgolfError(
+                f"{self.run_dir} already holds checkpoints; a run never overwrites another",
+                hint=f"choose another name with --set run.name=NAME, or continue it with --resume {saved[-1]}",
+            )
+        later = [path for path in saved if int(path.name.removeprefix("step_").split("-")[0]) > self.step]
+        if later:
+            raise PgolfError(
+                f"{self.run_dir} holds checkpoints later than step {self.step}, such as {later[-1].name}; "
+                "a run never overwrites another",
+                hint=f"--resume {later[-1]}, or branch off under another name with --set run.name=NAME",
+            )
 
     def update_graph(self, at: float) -> None:
         """Switch depth recurrence on, in one phase or two, once its share of the run has come."""

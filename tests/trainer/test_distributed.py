@@ -14,7 +14,7 @@ import torch
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from tests.conftest import pico_recipe
+from tests.conftest import pico_recipe, write_recipe
 from trainer.batches import WindowSampler
 from trainer.loop import Trainer, micro_batch_tokens
 
@@ -40,12 +40,7 @@ def recipe_file(folder: Path, data: DataFolder, name: str, precision: str) -> Pa
         checkpoint={"phases": ("final",), "fractions": (), "metric_tokens": 400},
         optim={"swa_start": 0.5, "swa_every": 2},
     )
-    lines = []
-    for table, values in recipe.model_dump(mode="json", exclude_none=True).items():
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    path = folder / f"{name}.toml"
-    path.write_text("\n".join(lines))
-    return path
+    return write_recipe(recipe, folder / f"{name}.toml")
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-3)])
