@@ -2,6 +2,7 @@
 # make test    everything a change must pass: ruff, mypy, pytest
 # make test-long   the same with whole campaigns (fuzzing, kills)
 # make bench   measurements, as ratios against named baselines in the same run
+# make bench-train   the training speed alone
 # make lint    ruff and mypy alone
 # make clean   remove what the above made, except data/ and checkpoints/
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # Where only one torch build is wanted (a machine without a GPU), constraints.txt names the tested one.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-long bench lint clean
+.PHONY: demo test test-long bench bench-train lint clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
@@ -37,6 +38,9 @@ bench: .venv/installed-test
 .venv/installed-test: .venv/installed
 	$(INSTALL) '.[test]'
 	touch $@
+
+bench-train: .venv/installed-test
+	$(BIN)/python -m tests.bench.bench_train
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
