@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Started in the background, a test run ignores Ctrl-C and so would the processes that its tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models: threads would only wait for each other
 
 from pgolf_post.checkpoint import Checkpoint
