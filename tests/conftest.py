@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-# Started in the background, a test run ignores Ctrl-C and so would the processes that its tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models: threads would only wait for each other
 
 from pgolf_post.checkpoint import Checkpoint
@@ -21,6 +19,9 @@ from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document
 from trainer.config import Recipe
 from trainer.loop import Trainer
+
+# Started in the background, a test run ignores Ctrl-C and so would the processes that its tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PICO_RECIPE = {
     "run": {"name": "pico", "precision": "fp32", "log_every": 1000, "seed": 7},
