@@ -7,7 +7,7 @@ float32. Checkpoints whose configs differ, runtime graph state included, are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ def swa_blend(final: Checkpoint, ema_share: float, data: DataFolder) -> tuple[Ch
         say("NO-OP: the blend equals one of its parents")
     meta = {**_blend_meta(final, parts), "ema_share": ema_share, "no_op": no_op}
     metric = measure(final, tensors, data)
-    return save_checkpoint(path, _without_version(final.config), {"raw": tensors}, meta, {"raw": metric}), False
+    return save_checkpoint(path, final.config, {"raw": tensors}, meta, {"raw": metric}), False
 
 
 def _blend_meta(final: Checkpoint, parts: Sequence[Part]) -> dict[str, Any]:
@@ -116,7 +116,3 @@ def _blend_meta(final: Checkpoint, parts: Sequence[Part]) -> dict[str, Any]:
     ]
     inherited = {key: final.meta[key] for key in ("run", "step", "tokens_seen", "train_seconds", "data_dir", "recipe")}
     return {"kind": "swa", "phase": "blend", "parents": parents, **inherited}
-
-
-def _without_version(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "format_version"}

@@ -70,6 +70,11 @@ def get_family(name: str) -> ModelFamily:
     return family
 
 
+def train_seq_len(config: Mapping[str, Any]) -> int:
+    """The sequence length that a checkpoint's or an artifact's model was trained on, as its family knows it."""
+    return get_family(config["family"]).train_seq_len(build_module(config))
+
+
 def build_module(config: Mapping[str, Any]) -> nn.Module:
     """An uninitialised module on the meta device, from a checkpoint's config (family, model, graph)."""
     with torch.device("meta"):

@@ -13,8 +13,6 @@ from typing import Any
 import click
 
 _live: list[Any] = []  # the progress display on the terminal, if one is up; inner work adds a line to it
-
-
 _silent: list[bool] = []  # not empty: this process is one of several and not the one that speaks
 
 
@@ -57,7 +55,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
             if not progress.console.is_terminal:
                 say(f"{description}: {total} done in {finished.elapsed or 0.0:.1f} s")
         finally:
-            if len(_live) and progress.tasks and progress.tasks[0].id != task:
+            if _live and progress.tasks and progress.tasks[0].id != task:
                 progress.remove_task(task)  # inner work leaves no line behind
 
 

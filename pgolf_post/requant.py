@@ -42,10 +42,6 @@ class Artifact:
     def symbols_sha256(self) -> str:
         return str(self.meta["symbols_sha256"])
 
-    @property
-    def artifact_bytes(self) -> int:
-        return self.path.stat().st_size
-
 
 def requant(
     view: View, stats: Stats, settings: QuantizeSettings, codec: str = "brotli", fresh: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def _is_artifact(path: Path) -> bool:
         return False
 
 
-def _protocol(options: dict[str, Any], train_seq_len: int) -> Any:
+def _protocol(options: dict[str, Any], config: Mapping[str, Any]) -> Any:
+    from pgolf_post.families import train_seq_len
     from pgolf_post.score.plain import PlainProtocol
     from pgolf_post.settings import parse_settings
 
-    return parse_settings(PlainProtocol, {**options, "seq_len": options["seq_len"] or train_seq_len}, "eval")
+    return parse_settings(PlainProtocol, {**options, "seq_len": options["seq_len"] or train_seq_len(config)}, "eval")
 
 
 def _score_checkpoint(
@@ -80,7 +82,7 @@ def _score_checkpoint(
 
     found = find_checkpoint(path)
     view = load_view(found, weights)
-    protocol = _protocol(options, view.config["model"]["train_seq_len"])
+    protocol = _protocol(options, view.config)
     return (view, *score_view(view, find_data(found, data_dir), protocol, fresh))
 
 
@@ -97,7 +99,7 @@ def _score_artifact(
         raise click.UsageError("--weights chooses a checkpoint's weights; an artifact has only one set")
     artifact = find_artifact(path)
     config = read_facts(artifact).manifest["config"]
-    protocol = _protocol(options, config["model"]["train_seq_len"])
+    protocol = _protocol(options, config)
     folder = artifact.parent.parent.parent.parent  # <checkpoint>/derived/artifact/<id>/artifact.pgolf
     if data_dir is None and not (folder / "meta.json").is_file():
         raise NotFoundError(

@@ -22,7 +22,6 @@ from pgolf_post.cli.common import (
     settings_options,
     weights_option,
 )
-from pgolf_post.errors import OverBudgetError
 from pgolf_post.pack.codecs import CODECS
 from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.plan import QuantizeSettings
@@ -81,6 +80,7 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget.
     """
     from pgolf_post.calibrate import calibrate
+    from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
     from pgolf_post.requant import requant
@@ -97,17 +97,13 @@ def command(
     stats = calibrate(view, data, calibration)
     artifact = requant(view, stats, settings, codec, fresh)
     report = count(artifact.path, code, budget)
-    protocol = PlainProtocol(seq_len=view.config["model"]["train_seq_len"], max_tokens=eval_tokens)
+    protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
     score = score_artifact(artifact.path, data, protocol, fresh)[0] if evaluate else None
     _show(artifact, report, score, bool(code))
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
         print_json(_answer(artifact, report, score, view.id, stats, settings.model_dump(), seconds))
-    if report.over:
-        raise OverBudgetError(
-            f"{report.total_bytes:,} bytes are {-report.headroom_bytes:,} over the budget of {report.budget_bytes:,}",
-            hint="a larger --clip or fewer --embed-bits makes the artifact smaller",
-        )
+    report.require_within_budget()
 
 
 def _show(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None, has_code: bool) -> None:

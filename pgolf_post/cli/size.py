@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from pgolf_post import progress
-from pgolf_post.errors import OverBudgetError
 from pgolf_post.pack.container import ArtifactFacts, find_artifact, is_artifact, read_facts
 from pgolf_post.pack.size import BUDGET_BYTES, RoleBytes, SizeReport, count, role_table
 
@@ -27,11 +26,7 @@ def command(artifact: Path, code: tuple[Path, ...], budget: int, as_json: bool) 
         show_roles(role_table(facts))
     if as_json:
         progress.print_json(report_json(report, facts))
-    if report.over:
-        raise OverBudgetError(
-            f"{report.total_bytes:,} bytes are {-report.headroom_bytes:,} over the budget of {report.budget_bytes:,}",
-            hint="lower the artifact's bytes with pgolf-post requant: a larger --clip or fewer --embed-bits",
-        )
+    report.require_within_budget()
 
 
 def show_report(report: SizeReport) -> None:

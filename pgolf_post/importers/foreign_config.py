@@ -173,7 +173,8 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         key = OTHER_NAME.get(name, name)
         if key in OUR_KEYS:
-            translated[key] = OTHER_VALUE.get((key, value), value)
+            is_list = isinstance(value, list)  # no list has another name, and none can be looked up
+            translated[key] = value if is_list else OTHER_VALUE.get((key, value), value)
     return translated
 
 

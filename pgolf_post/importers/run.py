@@ -13,7 +13,7 @@ from torch import Tensor
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, View, ViewName, save_checkpoint, write_tensors
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import load_module
+from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import FAMILY, infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
@@ -88,7 +88,7 @@ def _measure(
     data: DataFolder,
     metric_tokens: int | None,
 ) -> dict[str, dict[str, Any]]:
-    protocol = PlainProtocol(seq_len=config["model"]["train_seq_len"], max_tokens=metric_tokens)
+    protocol = PlainProtocol(seq_len=train_seq_len(config), max_tokens=metric_tokens)
     return {name: measure_module(load_module(config, tensors, name), data, protocol) for name, tensors in views.items()}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.errors import NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.container import ArtifactFacts
 
 BUDGET_BYTES = 16_000_000
@@ -56,6 +56,14 @@ class SizeReport:
     @property
     def over(self) -> bool:
         return self.headroom_bytes < 0
+
+    def require_within_budget(self) -> None:
+        """Raise OverBudgetError saying by how many bytes, if over."""
+        if self.over:
+            raise OverBudgetError(
+                f"{self.total_bytes:,} bytes are {-self.headroom_bytes:,} over the budget of {self.budget_bytes:,}",
+                hint="lower the artifact's bytes with pgolf-post requant: a larger --clip or fewer --embed-bits",
+            )
 
 
 @dataclass(frozen=True)
