@@ -18,7 +18,7 @@ from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.clip import max_symbol, sdclip_scales
 from pgolf_post.quantize.gptq import factorize, gptq, hessian_error
 from pgolf_post.quantize.rtn import round_to_nearest
-from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 
 FP16_MAX = 65504.0
 
@@ -54,7 +54,8 @@ def quantize_tensor(plan: TensorPlan, weight: Tensor, stats: Stats, settings: Qu
     facts["entropy_bits"] = entropy_bits(array)
     facts["clipped"] = float((np.abs(array) == largest).mean()) if array.size else 0.0
     facts["seconds"] = round(time.perf_counter() - started, 4)
-    return QuantizedTensor(plan.name, array, scales.to(torch.float16).numpy(), plan.bits, facts)
+    row_scales = Factor("row", scales.to(torch.float16).numpy())
+    return QuantizedTensor(plan.name, array, (row_scales,), tuple(weight.shape), facts)
 
 
 def keep_tensor(name: str, tensor: Tensor) -> np.ndarray:  # float16
