@@ -1,9 +1,9 @@
 """The nouns between quantizing and packing: integer symbols, and the factors that give them meaning. Never bytes.
 
-A quantized weight is a symbol times the product of its *factors*: one number for the tensor, for each row, for each
-column, or for each group of consecutive weights. A factor is stored as fp16, or as an integer v that means 2^(v/8); the
-integers of all factors are added before the one power is taken. A quantizer rounds its factors first and its symbols
-against the rounded factors, so that decoding loses nothing more.
+A quantized weight is a symbol (or the grid point that a trellis makes of it) times the product of its *factors*: one
+number for the tensor, for each row, for each column, or for each group of consecutive weights. A factor is stored as
+fp16, or as an integer v that means 2^(v/8); the integers of all factors are added before the one power is taken. A
+quantizer rounds its factors first and its symbols against the rounded factors, so that decoding loses nothing more.
 
 Two suffixes make one matrix of several: `NAME.lqA` (out, rank) and `NAME.lqB` (rank, in) are ordinary quantized tensors
 whose product is added to NAME (LQER, arXiv 2402.02446).
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
+from pgolf_post.quantize.trellis import Trellis, grid_points
 
 Axis = Literal["tensor", "row", "column", "group"]
 LOW_RANK = (".lqA", ".lqB")
@@ -72,11 +74,13 @@ class QuantizedTensor:
     symbols: np.ndarray  # (rows, columns) int8 or int16
     factors: tuple[Factor, ...]
     shape: tuple[int, ...]  # of the tensor itself
+    trellis: Trellis | None = None  # symbols m mean the grid points 2m + z0 of this trellis
     facts: Mapping[str, Any] = field(default_factory=dict)  # method, bits, entropy_bits, damp_used, error …
 
     def dequantize(self) -> np.ndarray:  # `shape` float32
         """The weights the decoder will produce, bit for bit, low-rank corrections aside."""
-        restored: np.ndarray = self.symbols.astype(np.float32) * scale_of(self.factors, *self.symbols.shape)
+        points = grid_points(self.symbols, self.trellis) if self.trellis else self.symbols
+        restored: np.ndarray = points.astype(np.float32) * scale_of(self.factors, *self.symbols.shape)
         return restored.reshape(self.shape)
 
 
