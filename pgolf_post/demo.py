@@ -21,7 +21,7 @@ from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import train_seq_len
 from pgolf_post.pack.size import count
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import DEFAULT_PRESET, read_plan
 from pgolf_post.progress import print_table, say
 from pgolf_post.requant import requant
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
@@ -108,8 +108,8 @@ class Demo:
     ) -> None:
         """One row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
         stats = self.timed("calibrate", lambda: calibrate(view, data, self.calibration))
-        settings = QuantizeSettings(hessian_lambda=hessian_lambda)
-        artifact = self.timed("quantize + pack", lambda: requant(view, stats, settings))
+        plan = read_plan(DEFAULT_PRESET, [f"*.hessian_lambda={hessian_lambda}"])
+        artifact = self.timed("quantize + pack", lambda: requant(view, stats, plan))
         score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
         report = count(artifact.path, (), DEMO_BUDGET_BYTES)
         facts = {"bpb": score["bpb"], "artifact_bytes": report.artifact_bytes, "headroom_bytes": report.headroom_bytes}

@@ -55,6 +55,15 @@ class ModelFamily(Protocol):
     def role(self, tensor_name: str) -> str:
         """The tensor's role: q, k, v, attn_proj, mlp_fc, mlp_proj, embedding, head, projection or control."""
 
+    def layer(self, tensor_name: str) -> int | None:
+        """The index of the block that a tensor belongs to, or None."""
+
+    def num_layers(self, module: nn.Module) -> int:
+        """How many blocks the model has."""
+
+    def looped_layers(self, module: nn.Module) -> frozenset[int]:
+        """The blocks that the graph, in its present state, visits more than once."""
+
     def train_seq_len(self, module: nn.Module) -> int:
         """The sequence length the model was trained on."""
 

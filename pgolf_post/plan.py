@@ -1,39 +1,103 @@
 """Which method and which settings for which tensor, decided before any work and shown as a table.
 
-Rules are matched by role, first match wins; a role that no rule covers is an error, never a silent default.
-The default values are PR #1394's (openai/parameter-golf): int6 with clip k = 12.85, embedding int8 with k = 20.
+A plan is a list of named rules; for each tensor the first rule that matches decides. A tensor that no rule covers and a
+rule that matches nothing are errors, never a silent default: the most expensive mistake of this field is a knob that
+never acted. Plans are TOML files; the shipped ones are in `pgolf_post/presets/`, and `--set RULE.KEY=VALUE` changes one
+value of one rule (`*.KEY` of every rule that has it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from pgolf_post.errors import SettingsError
+from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import ModelFamily, Site
-from pgolf_post.settings import Settings
+from pgolf_post.quantize.lqer import LqerSettings
+from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
-Method = Literal["gptq", "rtn", "keep"]
-
-EMBEDDING_ROLES = ("embedding", "head")
-MATRIX_ROLES = ("q", "k", "v", "attn_proj", "mlp_fc", "mlp_proj", "projection")
-KEPT_ROLES = ("control",)
+DepthName = Literal["early", "loop", "mid", "late"]
+ScaleName = Literal["sdclip", "absmax", "percentile", "percentile-hessian"]
+DEFAULT_PRESET = "sdclip-1394"
 
 
-class QuantizeSettings(Settings):
-    """The knobs of `requant`."""
+class Rule(Settings):
+    """Which tensors; subclasses say what happens to them. All conditions must hold; the first match wins."""
 
-    bits: int = Field(6, ge=2, le=8, description="bits of the matrices' symbols")
-    clip: float = Field(12.85, gt=0, description="SDClip k of the matrices: scale = k·std(row)/(2^(bits-1)-1)")
-    embed_bits: int = Field(8, ge=2, le=8, description="bits of the embedding's (and head's) symbols")
-    embed_clip: float = Field(20.0, gt=0, description="SDClip k of the embedding and head")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="how --set and the table call the rule")
+    roles: tuple[str, ...] = Field((), description="roles of the model family, such as q or mlp_fc; empty = any")
+    tensors: str = Field("*", description="glob of tensor names, such as blocks.3.*")
+    layers: str = Field("", pattern=r"^(\d+(-\d+)?)?$", description="block range, such as 2-5 or 7; empty = any")
+    looped: bool | None = Field(None, description="only blocks that are (true) or are not (false) visited repeatedly")
+    max_values: int | None = Field(None, ge=1, description="only tensors of at most so many values")
+    optional: bool = Field(False, description="a model without such tensors is no error")
+    method: str
+
+
+class KeepRule(Rule):
+    """Stored as floats."""
+
+    method: Literal["keep"] = "keep"
+    dtype: Literal["fp16", "bf16"] = "fp16"
+
+
+class GridRule(Rule):
+    """A grid of symbols with a scale per row, tensor or group of columns."""
+
+    bits: int = Field(6, ge=0, le=8, description="symbols within ±(2^(bits-1)-1); 0 = unbounded")
+    scale: ScaleName = Field("sdclip", description="how a row's scale is chosen")
+    clip: float = Field(12.85, gt=0, description="SDClip k: scale = k·std(row)/(2^(bits-1)-1)")
     hessian_lambda: float = Field(0.0, ge=0, le=1, description="Hessian-aware SDClip: 0 = off (PR #1412)")
+    depth_clip: dict[DepthName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="factors of clip by depth: early, loop, mid, late"
+    )
+    per: Literal["row", "tensor", "group"] = Field("row", description="what shares a scale")
+    group_size: int = Field(0, ge=0, description="columns that share a scale, where per = group")
+
+    @field_validator("bits")
+    @classmethod
+    def _not_one(cls, bits: int) -> int:
+        if bits == 1:
+            raise ValueError("1 bit leaves only the symbol 0; use 2 to 8, or 0 for unbounded symbols")
+        return bits
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GridRule:
+        if (self.per == "group") != bool(self.group_size):
+            raise ValueError(f"per = {self.per!r} with group_size = {self.group_size}: groups need a size, others none")
+        if self.hessian_lambda and self.scale != "sdclip":
+            raise ValueError(f"hessian_lambda acts on scale = 'sdclip' only, not on {self.scale!r}")
+        if not self.bits and self.scale != "sdclip":
+            raise ValueError(f"unbounded symbols (bits = 0) have no outermost symbol for scale = {self.scale!r}")
+        return self
+
+
+class RtnRule(GridRule):
+    """Round to nearest."""
+
+    method: Literal["rtn"] = "rtn"
+
+
+class GptqRule(GridRule):
+    """GPTQ on the Hessian of the tensor's site."""
+
+    method: Literal["gptq"] = "gptq"
     damp: float = Field(0.01, gt=0, le=1, description="damping of the Hessian, as a share of its mean diagonal")
     act_order: bool = Field(True, description="quantize columns in order of falling Hessian diagonal")
     block_size: int = Field(128, ge=1, description="columns between lazy updates of the rest")
+    without_site: Literal["error", "rtn"] = Field(
+        "error",
+        description="a matrix that no site feeds (only looked up) has no Hessian: refuse it, or round to nearest",
+    )
+
+
+RULES: dict[str, type[Rule]] = {"keep": KeepRule, "rtn": RtnRule, "gptq": GptqRule}
 
 
 @dataclass(frozen=True)
@@ -42,35 +106,176 @@ class TensorPlan:
 
     name: str
     role: str
-    method: Method
+    rule: Rule
     site: str | None  # whose Hessian is used
-    bits: int = 16
-    clip: float = 0.0
+    depth: DepthName | None
+
+    @property
+    def method(self) -> str:
+        """The method that will be used; differs from the rule's only where the rule allows it."""
+        if isinstance(self.rule, GptqRule) and self.site is None:
+            return self.rule.without_site
+        return self.rule.method
+
+    @property
+    def reason(self) -> str:
+        """Why the method is not the rule's own, if it is not."""
+        return "no site feeds this matrix, so it has no Hessian" if self.method != self.rule.method else ""
+
+    @property
+    def clip(self) -> float:
+        """The SDClip k of a grid rule at this tensor's depth."""
+        assert isinstance(self.rule, GridRule)
+        return self.rule.clip * (self.rule.depth_clip.get(self.depth, 1.0) if self.depth else 1.0)
+
+
+class Plan(Settings):
+    """A whole plan: its rules in order, and what acts on the whole model."""
+
+    name: str = "plan"
+    rules: tuple[Any, ...] = Field(min_length=1, description="Rules, already parsed; in TOML a list of [[rules]]")
+    lqer: LqerSettings | None = Field(None, description="low-rank correction of the worst tensors")
+
+    @field_validator("rules")
+    @classmethod
+    def _unique(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        names = [rule.name for rule in rules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rule names must differ; used twice: {', '.join(twice)}")
+        return rules
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the symbols, for ids: everything but names."""
+        tree = {key: value for key, value in self.model_dump(mode="json").items() if key not in ("name", "rules")}
+        rules = [rule.model_dump(mode="json", exclude={"name", "optional"}) for rule in self.rules]
+        return {**tree, "rules": rules}
+
+
+def parse_plan(tree: Mapping[str, Any], source: str) -> Plan:
+    """A plan from nested plain values. Raises SettingsError naming the rule and key."""
+    tables = tree.get("rules")
+    if not isinstance(tables, Sequence) or not all(isinstance(table, Mapping) for table in tables):
+        raise SettingsError(f"{source}: a plan is a list of [[rules]] tables")
+    rules = tuple(
+        parse_rule(table, f"{source}: rule {table.get('name', number)!r}") for number, table in enumerate(tables)
+    )
+    return parse_settings(Plan, {**tree, "rules": rules}, source)
+
+
+def parse_rule(table: Mapping[str, Any], source: str) -> Rule:
+    """One rule, as the class that its method names. Raises SettingsError."""
+    method = table.get("method")
+    if method not in RULES:
+        raise SettingsError(f"{source}: method = {method!r}; valid methods: {', '.join(RULES)}")
+    return parse_settings(RULES[method], table, source)
+
+
+def preset_names() -> list[str]:
+    """The plans that ship."""
+    folder = files("pgolf_post") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_plan(source: str, overrides: Iterable[str] = ()) -> Plan:
+    """A preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides. Raises SettingsError, NotFoundError."""
+    if source in preset_names():
+        tree = read_toml(Path(str(files("pgolf_post"))) / "presets" / f"{source}.toml")
+    elif source.endswith(".toml"):
+        tree = read_toml(Path(source))
+    else:
+        raise NotFoundError(f"no plan named {source!r}; presets: {', '.join(preset_names())}, or give a .toml file")
+    for override in overrides:
+        _override(tree, override, source)
+    return parse_plan(tree, source)
+
+
+def _override(tree: dict[str, Any], override: str, source: str) -> None:
+    """Change one value of one rule, of all rules that have the key (`*.KEY`), or of the plan (`KEY` without a rule)."""
+    target, dot, rest = override.partition(".")
+    tables = {str(table.get("name")): table for table in tree.get("rules", []) if isinstance(table, dict)}
+    key = rest.partition("=")[0].strip()
+    if dot and target == "*":
+        having = [table for table in tables.values() if key in _keys(table)]
+        if not having:
+            raise SettingsError(f"--set {override!r}: no rule of {source} has a key {key!r}")
+        for table in having:
+            apply_override(table, rest)
+    elif dot and target in tables:
+        apply_override(tables[target], rest)
+    elif target.partition("=")[0].strip() in Plan.model_fields:
+        apply_override(tree, override)
+    else:
+        raise SettingsError(
+            f"--set {override!r}: {source} has no rule {target!r}; its rules: {', '.join(tables)}, or *"
+        )
+
+
+def _keys(table: Mapping[str, Any]) -> set[str]:
+    """The keys that a rule's method knows."""
+    cls = RULES.get(str(table.get("method")))
+    return set(cls.model_fields) if cls else set()
 
 
 def make_plan(
-    names: Iterable[str],
+    shapes: Mapping[str, Any],  # name → anything with .shape
     family: ModelFamily,
-    sites: list[Site],
-    settings: QuantizeSettings,
+    module: Any,  # the family's module
+    plan: Plan,
+    sites: Iterable[Site] | None = None,  # default: the family's
 ) -> list[TensorPlan]:
-    """One row per tensor. A matrix that no site feeds (an untied embedding is only looked up) is rounded to nearest.
+    """One row per tensor. Raises SettingsError naming tensors without a rule or a site, and rules without a tensor."""
+    chosen = family.sites(module) if sites is None else sites
+    site_of = {tensor: site.name for site in chosen for tensor in site.tensors}
+    looped = family.looped_layers(module)
+    rows, problems, used = [], [], set()
+    for name, tensor in shapes.items():
+        role, layer = family.role(name), family.layer(name)
+        rule = next((rule for rule in plan.rules if matches(rule, name, role, layer, looped, tensor.shape)), None)
+        if rule is None:
+            problems.append(f"no rule covers {name} (role {role!r})")
+            continue
+        used.add(rule.name)
+        row = TensorPlan(name, role, rule, site_of.get(name), depth_name(layer, looped, family.num_layers(module)))
+        rows.append(row)
+        if row.method == "error":
+            problems.append(f"rule {rule.name!r}: no site feeds {name}, so GPTQ has no Hessian (without_site = 'rtn')")
+    problems += [
+        f"rule {rule.name!r} matches no tensor" for rule in plan.rules if not (rule.optional or rule.name in used)
+    ]
+    if problems:
+        raise SettingsError(f"plan {plan.name!r}: " + "; ".join(problems), hint="pgolf-post requant --show-plan")
+    return rows
 
-    Raises SettingsError naming tensors whose role has no rule.
-    """
-    site_of: Mapping[str, str] = {tensor: site.name for site in sites for tensor in site.tensors}
-    plan, uncovered = [], []
-    for name in names:
-        role, site = family.role(name), site_of.get(name)
-        method: Method = "gptq" if site else "rtn"
-        if role in KEPT_ROLES:
-            plan.append(TensorPlan(name, role, "keep", None))
-        elif role in EMBEDDING_ROLES:
-            plan.append(TensorPlan(name, role, method, site, settings.embed_bits, settings.embed_clip))
-        elif role in MATRIX_ROLES:
-            plan.append(TensorPlan(name, role, method, site, settings.bits, settings.clip))
-        else:
-            uncovered.append(f"{name} (role {role!r})")
-    if uncovered:
-        raise SettingsError("no quantization rule covers: " + ", ".join(uncovered))
-    return plan
+
+def matches(rule: Rule, name: str, role: str, layer: int | None, looped: frozenset[int], shape: Sequence[int]) -> bool:
+    """Whether all conditions of a rule hold for a tensor."""
+    if (rule.roles and role not in rule.roles) or not fnmatchcase(name, rule.tensors):
+        return False
+    if rule.layers and (layer is None or layer not in layer_range(rule.layers)):
+        return False
+    if rule.looped is not None and (layer is None or (layer in looped) != rule.looped):
+        return False
+    size = 1
+    for length in shape:
+        size *= int(length)
+    return rule.max_values is None or size <= rule.max_values
+
+
+def layer_range(text: str) -> range:
+    """`2-5` → 2, 3, 4, 5; `7` → 7."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def depth_name(layer: int | None, looped: frozenset[int], num_layers: int) -> DepthName | None:
+    """Where a block lies: before the loop, in it, in the first or second half of what follows; thirds without loops."""
+    if layer is None:
+        return None
+    if not looped:
+        return ("early", "mid", "late")[min(2, 3 * layer // num_layers)]
+    if layer in looped:
+        return "loop"
+    if layer < min(looped):
+        return "early"
+    return "mid" if layer < (max(looped) + 1 + num_layers) / 2 else "late"

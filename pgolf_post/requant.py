@@ -1,7 +1,7 @@
 """Requant: a checkpoint view and its statistics → an artifact on disk, read back before anyone hears of it.
 
 The written file is decoded by the decoder that ships and its symbols are hashed again; they must be those that were
-packed. The same view, statistics, settings and codec find the same folder.
+packed. The same view, statistics, plan and codec find the same folder.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.errors import VerificationError
 from pgolf_post.pack.container import ARTIFACT_FILE, PackSettings, count_units, pack, read_artifact, write_artifact
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar
-from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.run import FactorCache, quantize_view
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.settings import parse_settings
 
@@ -44,20 +44,20 @@ class Artifact:
 
 
 def requant(
-    view: View, stats: Stats, settings: QuantizeSettings, codec: str = "brotli", fresh: bool = False
+    view: View, stats: Stats, plan: Plan, codec: str = "brotli", fresh: bool = False, factors: FactorCache | None = None
 ) -> Artifact:
-    """Quantize and pack a view; cached by view, statistics, settings and codec.
+    """Quantize and pack a view; cached by view, statistics, plan and codec.
 
     Raises SettingsError for an unknown codec, VerificationError if decoding the written file does not give back the
     symbols that were packed.
     """
     packing = parse_settings(PackSettings, {"codec": codec}, "requant")
-    identity = {**settings.model_dump(mode="json"), "codec": codec}
+    identity = {**plan.identity(), "codec": codec}
     artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, stats.id], identity)
     folder = view.checkpoint.derived(STAGE, artifact_id)
 
     def make(building: Path) -> Mapping[str, Any]:
-        model = quantize_view(view, stats, settings)
+        model = quantize_view(view, stats, plan, factors)
         with progress_bar("packing", count_units(model)) as advance:
             write_artifact(building / PAYLOAD, pack(model, packing, advance))
         packed, decoded = model.symbols_sha256(), symbols_sha256(read_artifact(building / PAYLOAD).symbols)

@@ -15,7 +15,7 @@ from hypothesis import given
 from pydantic import Field, ValidationError
 
 from pgolf_post.errors import NotFoundError, SettingsError
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import GptqRule
 from pgolf_post.settings import Settings, apply_override, canonical_json, parse_settings, read_settings
 from trainer.config import DataSettings, Recipe
 from trainer.optim import OptimSettings
@@ -88,7 +88,7 @@ def test_a_misspelt_recipe_key_is_named_with_the_close_one(tmp_path: Path) -> No
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_key_and_its_limit(tree: dict[str, Any], parts: tuple[str, ...]) -> None:
-    message = refusal(QuantizeSettings, tree)
+    message = refusal(GptqRule, {"name": "matrices", "method": "gptq", **tree})
     assert [part for part in parts if part not in message] == []
 
 

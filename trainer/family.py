@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,19 @@ class GolfGPTFamily:
             if match:
                 return match.expand(role)
         return "control"
+
+    def layer(self, tensor_name: str) -> int | None:
+        found = re.match(r"(?:blocks|override_mlps)\.(\d+)", tensor_name)
+        return int(found.group(1)) if found else None
+
+    def num_layers(self, module: nn.Module) -> int:
+        assert isinstance(module, GolfGPT)
+        return module.config.num_layers
+
+    def looped_layers(self, module: nn.Module) -> frozenset[int]:
+        assert isinstance(module, GolfGPT)
+        visits = Counter(visit_list(module.config, module.graph.active_loops))
+        return frozenset(layer for layer, count in visits.items() if count > 1)
 
     def train_seq_len(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)

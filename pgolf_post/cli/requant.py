@@ -22,31 +22,22 @@ from pgolf_post.cli.common import (
     settings_options,
     weights_option,
 )
+from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plan, plan_options, plan_row
 from pgolf_post.pack.codecs import CODECS
 from pgolf_post.pack.size import BUDGET_BYTES
-from pgolf_post.plan import QuantizeSettings
-from pgolf_post.progress import print_json, print_table
+from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
     from pgolf_post.pack.size import SizeReport
+    from pgolf_post.plan import Plan, TensorPlan
     from pgolf_post.requant import Artifact
-
-QUANTIZE_FLAGS = {
-    "bits": "--bits",
-    "clip": "--clip",
-    "embed_bits": "--embed-bits",
-    "embed_clip": "--embed-clip",
-    "hessian_lambda": "--lambda",
-    "damp": "--damp",
-    "act_order": "--act-order",
-    "block_size": "--block-size",
-}
 
 
 @click.command("requant")
 @checkpoint_argument
 @weights_option
-@settings_options(QuantizeSettings, QUANTIZE_FLAGS)
+@plan_options
+@click.option("--show-plan", is_flag=True, help="Print what would happen to every tensor, and stop.")
 @click.option("--codec", default="brotli", show_default=True, help=f"One of {', '.join(CODECS)}, or best.")
 @click.option(
     "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
@@ -61,6 +52,7 @@ QUANTIZE_FLAGS = {
 def command(
     checkpoint: Path | None,
     weights: str | None,
+    show_plan: bool,
     codec: str,
     code: tuple[Path, ...],
     budget: int,
@@ -71,11 +63,12 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Quantize CHECKPOINT with GPTQ and SDClip, pack it, decode it again, and count the bytes.
+    """Quantize CHECKPOINT by a plan, pack it, decode it again, and count the bytes.
 
     \b
     pgolf-post requant --lambda 0.1
     pgolf-post requant --clip 11.5 --embed-bits 7 --embed-clip 14 --code train_gpt.py --eval
+    pgolf-post requant --plan record-1855 --set mlp.clip=11 --show-plan
 
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget.
     """
@@ -83,32 +76,51 @@ def command(
     from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
+    from pgolf_post.quantize.run import plan_view
     from pgolf_post.requant import requant
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
 
     started = time.perf_counter()
-    settings = given_settings(QuantizeSettings, {key: options[key] for key in QUANTIZE_FLAGS}, "requant")
-    calibration = given_settings(CalibrationSettings, {key: options[key] for key in CALIBRATION_FLAGS}, "requant")
+    calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
+    plan = chosen_plan(**options)
     codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
     found = find_checkpoint(checkpoint)
-    data = find_data(found, data_dir)
     view = load_view(found, weights)
+    if show_plan:
+        _show_plan(plan, plan_view(view, plan), as_json)
+        return
+    data = find_data(found, data_dir)
     stats = calibrate(view, data, calibration)
-    artifact = requant(view, stats, settings, codec, fresh)
+    artifact = requant(view, stats, plan, codec, fresh)
     report = count(artifact.path, code, budget)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
     score = score_artifact(artifact.path, data, protocol, fresh)[0] if evaluate else None
     _show(artifact, report, score, bool(code))
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
-        print_json(_answer(artifact, report, score, view.id, stats, settings.model_dump(), seconds))
+        print_json(_answer(artifact, report, score, view.id, stats, plan, seconds))
     report.require_within_budget()
+
+
+def _show_plan(plan: Plan, rows: list[TensorPlan], as_json: bool) -> None:
+    """The plan as a table, before any work."""
+    print_table(f"plan {plan.name}", PLAN_HEADER, [plan_row(row) for row in rows])
+    if plan.lqer:
+        say(f"then LQER rank {plan.lqer.rank} on the {plan.lqer.top_k} tensors with the largest error")
+    if as_json:
+        print_json({"plan": plan.name, "settings": plan.identity(), "tensors": [plan_row(row) for row in rows]})
 
 
 def _show(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None, has_code: bool) -> None:
     rows = [
-        (row["name"], row["method"], str(row["bits"]), f"{row['clip']:g}", f"{row['entropy_bits']:.3f}", _evidence(row))
+        (
+            row["name"],
+            row["method"],
+            *(f"{row[key]:g}" if key in row else "" for key in ("bits", "clip")),
+            f"{row['entropy_bits']:.3f}" if "entropy_bits" in row else "",
+            _evidence(row),
+        )
         for row in artifact.meta["tensors"]
     ]
     print_table("Tensors", ("tensor", "method", "bits", "clip", "entropy bits", "Hessian error / damping"), rows)
@@ -122,7 +134,9 @@ def _show(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None, 
 
 
 def _evidence(row: dict[str, Any]) -> str:
-    if "error" not in row:
+    if row["method"] == "lqer":
+        return f"rank {row['rank']} takes back {row['energy_restored']:.0%} of ‖E‖²"
+    if "damp_used" not in row:
         return str(row.get("reason", ""))
     return f"{row['error']:.2e} / {row['damp_used']:g}"
 
@@ -133,7 +147,7 @@ def _answer(
     score: dict[str, Any] | None,
     view_id: str,
     stats: Any,
-    settings: dict[str, Any],
+    plan: Plan,
     seconds: float,
 ) -> dict[str, Any]:
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
@@ -150,6 +164,7 @@ def _answer(
         "stats_id": stats.id,
         "stats_cached": stats.cached,
         "artifact_cached": artifact.cached,
-        "settings": settings,
+        "plan": plan.name,
+        "settings": plan.identity(),
         "seconds": seconds,
     }

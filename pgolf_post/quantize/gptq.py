@@ -77,21 +77,22 @@ def _inverse_factor(matrix: np.ndarray) -> np.ndarray | None:  # (n, n) float64 
 def gptq(
     weight: Tensor,  # (out, in) float32
     factor: Factor,
-    scales: Tensor,  # (out,) float32
+    scales: Tensor,  # (out,), or broadcasts to (out, in); float32
     largest: int,  # symbols are clipped to ±largest
     block_size: int = 128,
-) -> Tensor:  # (out, in) int8
+) -> Tensor:  # (out, in) int32
     """The symbols of `weight`. Inputs are left untouched."""
     upper = factor.upper
     columns = weight.T[factor.order].contiguous()  # (in, out): a column of the matrix is a contiguous row here
-    symbols = torch.empty(columns.shape, dtype=torch.int8)
+    steps = (scales[:, None] if scales.ndim == 1 else scales).expand_as(weight).T[factor.order]
+    symbols = torch.empty(columns.shape, dtype=torch.int32)
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
         errors = torch.empty(stop - start, columns.size(1))
         for j in range(start, stop):
-            rounded = torch.clamp(torch.round(columns[j] / scales), -largest, largest)
-            symbols[j] = rounded.to(torch.int8)
-            errors[j - start] = (columns[j] - rounded * scales) / upper[j, j]
+            rounded = torch.clamp(torch.round(columns[j] / steps[j]), -largest, largest)
+            symbols[j] = rounded.int()
+            errors[j - start] = (columns[j] - rounded * steps[j]) / upper[j, j]
             columns[j + 1 : stop] -= torch.outer(upper[j, j + 1 : stop], errors[j - start])
         columns[stop:] -= upper[start:stop, stop:].T @ errors
     restored = torch.empty_like(symbols)

@@ -1,8 +1,10 @@
-"""Quantize a whole checkpoint view: plan in hand, tensor by tensor, nothing in place."""
+"""Quantize a whole view: for every tensor what its plan says, with the evidence, and nothing changed in place."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,31 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
-from pgolf_post.plan import QuantizeSettings, TensorPlan, make_plan
+from pgolf_post.plan import GptqRule, GridRule, KeepRule, Plan, TensorPlan, make_plan
 from pgolf_post.progress import progress_bar
-from pgolf_post.quantize.clip import max_symbol, sdclip_scales
+from pgolf_post.quantize.clip import grid_scales, max_symbol
+from pgolf_post.quantize.gptq import Factor as HessianFactor
 from pgolf_post.quantize.gptq import factorize, gptq, hessian_error
+from pgolf_post.quantize.lqer import corrections
 from pgolf_post.quantize.rtn import round_to_nearest
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, smallest_dtype
 
 FP16_MAX = 65504.0
+
+
+@dataclass
+class FactorCache:
+    """Factorised Hessians of one set of statistics: matrices that share a site, and trials of a sweep, share them."""
+
+    stats: Stats
+    factors: dict[tuple[str, float, bool], HessianFactor] = field(default_factory=dict)
+
+    def get(self, name: str, site: str, rule: GptqRule) -> HessianFactor:
+        """The factor of a site's mean Hessian; `name` is the tensor that errors are about."""
+        key = (site, rule.damp, rule.act_order)
+        if key not in self.factors:
+            self.factors[key] = factorize(name, self.stats.mean_hessian(site), rule.damp, rule.act_order)
+        return self.factors[key]
 
 
 def entropy_bits(symbols: np.ndarray) -> float:
@@ -32,54 +51,106 @@ def entropy_bits(symbols: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def quantize_tensor(plan: TensorPlan, weight: Tensor, stats: Stats, settings: QuantizeSettings) -> QuantizedTensor:
-    """Quantize one matrix (out, in) as its plan says; `facts` carry the evidence."""
+def quantize_tensor(row: TensorPlan, tensor: Tensor, stats: Stats, factors: FactorCache) -> QuantizedTensor:
+    """Quantize one tensor as its plan says; `facts` carry the evidence. A vector is one row of a matrix."""
+    rule = row.rule
+    assert isinstance(rule, GridRule)
     started = time.perf_counter()
-    weight = weight.float()
-    largest = max_symbol(plan.bits)
-    facts: dict[str, Any] = {"method": plan.method, "role": plan.role, "bits": plan.bits, "clip": plan.clip}
-    if plan.method == "gptq":
-        assert plan.site is not None
-        hessian = stats.mean_hessian(plan.site)
-        scales = sdclip_scales(plan.name, weight, plan.bits, plan.clip, settings.hessian_lambda, hessian.diagonal())
-        factor = factorize(plan.name, hessian, settings.damp, settings.act_order)
-        symbols = gptq(weight, factor, scales, largest, settings.block_size)
+    weight = as_matrix(tensor.float())
+    facts: dict[str, Any] = {
+        "method": row.method,
+        "rule": rule.name,
+        "role": row.role,
+        "bits": rule.bits,
+        "clip": row.clip,
+    }
+    needs_hessian = row.method == "gptq" or bool(rule.hessian_lambda) or rule.scale == "percentile-hessian"
+    hessian = stats.mean_hessian(row.site) if needs_hessian and row.site else None
+    diagonal = None if hessian is None else hessian.diagonal()
+    scales = grid_scales(row.name, weight, rule if row.site else _without_hessian(rule), row.clip, diagonal)
+    steps = spread_scales(scales, weight)
+    if isinstance(rule, GptqRule) and row.method == "gptq":
+        assert row.site is not None
+        factor = factors.get(row.name, row.site, rule)
+        symbols = gptq(weight, factor, steps, max_symbol(rule.bits), rule.block_size)
         facts["damp_used"], facts["dead_columns"] = factor.damp, factor.dead_columns
-        facts["error"] = hessian_error(weight, symbols * scales[:, None], hessian)
     else:
-        scales = sdclip_scales(plan.name, weight, plan.bits, plan.clip)
-        symbols = round_to_nearest(weight, scales, largest)
-        facts["reason"] = "no site feeds this matrix, so it has no Hessian"
-    array = symbols.numpy()
+        symbols = round_to_nearest(weight, steps, max_symbol(rule.bits))
+    if row.reason:
+        facts["reason"] = row.reason
+    if hessian is not None:
+        facts["error"] = hessian_error(weight, symbols * steps, hessian)
+    array = smallest_dtype(symbols.numpy())
     facts["entropy_bits"] = entropy_bits(array)
-    facts["clipped"] = float((np.abs(array) == largest).mean()) if array.size else 0.0
+    facts["clipped"] = float((np.abs(array) == max_symbol(rule.bits)).mean()) if array.size else 0.0
     facts["seconds"] = round(time.perf_counter() - started, 4)
-    row_scales = Factor("row", scales.to(torch.float16).numpy())
-    return QuantizedTensor(plan.name, array, (row_scales,), tuple(weight.shape), facts)
+    return QuantizedTensor(row.name, array, (_grid(scales, rule),), tuple(tensor.shape), facts=facts)
 
 
-def keep_tensor(name: str, tensor: Tensor) -> np.ndarray:  # float16
-    """A tensor stored as fp16. Raises NumericsError if a value overflows it."""
+def as_matrix(tensor: Tensor) -> Tensor:  # any shape → (rows, columns)
+    """A vector as one row; of more dimensions, all but the first as columns."""
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
+
+
+def spread_scales(scales: Tensor, weight: Tensor) -> Tensor:  # (units,) → (out, 1) or (out, in)
+    """Scales in a shape that broadcasts to the weight (out, in)."""
+    rows, columns = weight.shape
+    if len(scales) in (1, rows):
+        return scales[:, None].expand(rows, 1)
+    return scales.repeat_interleave(rows * columns // len(scales)).reshape(rows, columns)
+
+
+def _grid(scales: Tensor, rule: GridRule) -> Factor:
+    values = scales.to(torch.float16).numpy()
+    return Factor(rule.per, values, rule.group_size)
+
+
+def _without_hessian(rule: GridRule) -> GridRule:
+    """The rule for a matrix that has no Hessian: scales come from the weights alone."""
+    plain = "percentile" if rule.scale == "percentile-hessian" else rule.scale
+    return rule.model_copy(update={"hessian_lambda": 0.0, "scale": plain})
+
+
+def keep_tensor(name: str, tensor: Tensor, rule: KeepRule) -> np.ndarray:  # float16, or uint16 bits of bfloat16
+    """A tensor stored as floats. Raises NumericsError if a value overflows fp16."""
+    if rule.dtype == "bf16":
+        bits: np.ndarray = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        return bits
     largest = float(tensor.abs().max()) if tensor.numel() else 0.0
     if largest > FP16_MAX:
-        raise NumericsError(f"{name}: |value| {largest:.4g} does not fit in fp16 (largest {FP16_MAX:g})")
+        raise NumericsError(
+            f"{name}: |value| {largest:.4g} does not fit in fp16 (largest {FP16_MAX:g})",
+            hint=f'--set {rule.name}.dtype="bf16"',
+        )
     kept: np.ndarray = tensor.to(torch.float16).numpy()
     return kept
 
 
-def quantize_view(view: View, stats: Stats, settings: QuantizeSettings) -> QuantizedModel:
-    """Quantize every tensor of a view by the plan its family and settings give."""
+def plan_view(view: View, plan: Plan) -> list[TensorPlan]:
+    """The plan's row for every tensor of a view. Raises SettingsError if a rule or a tensor is left over."""
     family = get_family(view.config["family"])
-    plan = make_plan(view.tensors, family, family.sites(build_module(view.config)), settings)
+    return make_plan(view.tensors, family, build_module(view.config), plan)
+
+
+def quantize_view(view: View, stats: Stats, plan: Plan, factors: FactorCache | None = None) -> QuantizedModel:
+    """Quantize every tensor of a view. `factors` may be shared by calls with the same statistics."""
+    rows = plan_view(view, plan)
+    shared = factors or FactorCache(stats)
     quantized: dict[str, QuantizedTensor] = {}
     passthrough: dict[str, np.ndarray] = {}
-    with progress_bar("quantizing", len(plan)) as advance:
-        for row in plan:
-            tensor = view.tensors[row.name]
-            if row.method == "keep":
-                passthrough[row.name] = keep_tensor(row.name, tensor)
+    with progress_bar("quantizing", len(rows)) as advance:
+        for row in rows:
+            if isinstance(row.rule, KeepRule):
+                passthrough[row.name] = keep_tensor(row.name, view.tensors[row.name], row.rule)
             else:
-                quantized[row.name] = quantize_tensor(row, tensor, stats, settings)
+                quantized[row.name] = quantize_tensor(row, view.tensors[row.name], stats, shared)
             advance(1, note=row.name)
+    if plan.lqer:
+        quantized.update(corrections(_matrices(view.tensors, rows), quantized, plan.lqer))
     lineage = {"checkpoint_id": view.id[:12], "stats_id": stats.id[:12]}
     return QuantizedModel(view.config, lineage, quantized, passthrough)
+
+
+def _matrices(tensors: Mapping[str, Tensor], rows: Sequence[TensorPlan]) -> dict[str, Tensor]:
+    """The weight matrices that a site feeds: what low-rank corrections are chosen from."""
+    return {row.name: tensors[row.name] for row in rows if row.site and isinstance(row.rule, GridRule)}

@@ -19,7 +19,7 @@ from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import DEFAULT_PRESET, read_plan
 from pgolf_post.progress import print_table
 from pgolf_post.requant import requant
 from pgolf_post.settings import read_settings
@@ -68,13 +68,13 @@ def main() -> None:
 
         def cold(repeat: int) -> None:
             view = checkpoint.load()
-            settings = QuantizeSettings(hessian_lambda=0.1 + repeat / 100)
-            requant(view, calibrate(view, data, calibration, fresh=True), settings, fresh=True)
+            plan = read_plan(DEFAULT_PRESET, [f"*.hessian_lambda={0.1 + repeat / 100}"])
+            requant(view, calibrate(view, data, calibration, fresh=True), plan, fresh=True)
 
         def hot(repeat: int) -> None:
             view = checkpoint.load()
-            settings = QuantizeSettings(hessian_lambda=0.2 + repeat / 100)
-            requant(view, calibrate(view, data, calibration), settings)
+            plan = read_plan(DEFAULT_PRESET, [f"*.hessian_lambda={0.2 + repeat / 100}"])
+            requant(view, calibrate(view, data, calibration), plan)
 
         def read(_: int) -> None:
             calibrate(checkpoint.load(), data, calibration)

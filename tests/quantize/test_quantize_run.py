@@ -15,14 +15,18 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.pack.container import read_artifact
-from pgolf_post.plan import QuantizeSettings, make_plan
-from pgolf_post.quantize.run import entropy_bits, keep_tensor, quantize_view
+from pgolf_post.plan import KeepRule, Plan, make_plan, read_plan
+from pgolf_post.quantize.run import FactorCache, entropy_bits, keep_tensor, quantize_tensor, quantize_view
 from pgolf_post.requant import requant
-from pgolf_post.settings import parse_settings
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 
-SETTINGS = QuantizeSettings(hessian_lambda=0.1)
+
+def plan_of(*overrides: str, source: str = "sdclip-1394") -> Plan:
+    return read_plan(source, overrides)
+
+
+SETTINGS = plan_of("*.hessian_lambda=0.1")
 
 
 @pytest.fixture
@@ -39,8 +43,8 @@ def test_every_matrix_is_quantized_and_everything_else_kept(view: View, stats: S
     model = quantize_view(view, stats, SETTINGS)
     assert {*model.quantized, *model.passthrough} == set(view.tensors)
     assert all(name.endswith(".weight") for name in model.quantized)
-    assert model.quantized["tok_emb.weight"].bits == 8
-    assert model.quantized["blocks.0.mlp.fc.weight"].bits == 6
+    assert model.quantized["tok_emb.weight"].facts["bits"] == 8
+    assert model.quantized["blocks.0.mlp.fc.weight"].facts["bits"] == 6
     facts = model.quantized["blocks.0.mlp.fc.weight"].facts
     assert {"method", "bits", "clip", "damp_used", "error", "entropy_bits", "clipped", "seconds"} <= facts.keys()
 
@@ -70,14 +74,14 @@ def test_same_settings_same_artifact_other_settings_another(view: View, stats: S
     fresh = requant(view, stats, SETTINGS, fresh=True)
     assert not fresh.cached
     assert fresh.symbols_sha256 == first.symbols_sha256
-    other = requant(view, stats, QuantizeSettings(hessian_lambda=0.4))
+    other = requant(view, stats, plan_of("*.hessian_lambda=0.4"))
     assert other.folder != first.folder
     assert other.symbols_sha256 != first.symbols_sha256
 
 
 def test_more_bits_come_closer(view: View, stats: Stats) -> None:
     def error(bits: int) -> float:
-        settings = QuantizeSettings(bits=bits, clip=3.0)
+        settings = plan_of(f"matrices.bits={bits}", "matrices.clip=3.0")
         return float(quantize_view(view, stats, settings).quantized["blocks.1.mlp.fc.weight"].facts["error"])
 
     assert error(8) < error(6) < error(4) < error(2)
@@ -90,20 +94,19 @@ def test_an_uncovered_role_is_an_error_naming_the_tensor(view: View) -> None:
         def role(self, tensor_name: str) -> str:
             return "mystery" if tensor_name == "skip_weights" else str(super().role(tensor_name))
 
-    sites = family.sites(build_module(view.config))
-    with pytest.raises(SettingsError, match=r"skip_weights \(role 'mystery'\)"):
-        make_plan(view.tensors, Odd(), sites, SETTINGS)
+    with pytest.raises(SettingsError, match=r"no rule covers skip_weights \(role 'mystery'\)"):
+        make_plan(view.tensors, Odd(), build_module(view.config), SETTINGS)
 
 
-def test_a_matrix_without_a_site_is_rounded_and_says_why(view: View, stats: Stats) -> None:
-    family = get_family("golf_gpt")
-    sites = [site for site in family.sites(build_module(view.config)) if site.name != "head.in"]
-    rows = {row.name: row for row in make_plan(view.tensors, family, sites, SETTINGS)}
+def test_a_matrix_without_a_site_is_rounded_only_where_the_plan_allows_it(view: View, stats: Stats) -> None:
+    family, module = get_family("golf_gpt"), build_module(view.config)
+    sites = [site for site in family.sites(module) if site.name != "head.in"]
+    rows = {row.name: row for row in make_plan(view.tensors, family, module, SETTINGS, sites)}
     assert rows["tok_emb.weight"].method == "rtn"
-    from pgolf_post.quantize.run import quantize_tensor
-
-    tensor = quantize_tensor(rows["tok_emb.weight"], view.tensors["tok_emb.weight"], stats, SETTINGS)
+    tensor = quantize_tensor(rows["tok_emb.weight"], view.tensors["tok_emb.weight"], stats, FactorCache(stats))
     assert "no site" in tensor.facts["reason"]
+    with pytest.raises(SettingsError, match=r"no site feeds tok_emb\.weight"):
+        make_plan(view.tensors, family, module, plan_of("embedding.without_site=error"), sites)
 
 
 def test_statistics_without_a_site_are_an_error(view: View, stats: Stats) -> None:
@@ -112,17 +115,9 @@ def test_statistics_without_a_site_are_an_error(view: View, stats: Stats) -> Non
         quantize_view(view, partial, SETTINGS)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("hessian_lambda", -0.1), ("hessian_lambda", 1.5), ("bits", 1), ("bits", 9), ("clip", 0.0)]
-)
-def test_settings_out_of_range_name_the_key_and_value(key: str, value: float) -> None:
-    with pytest.raises(SettingsError, match=f"{key} = {value}"):
-        parse_settings(QuantizeSettings, {key: value}, "requant")
-
-
 def test_fp16_overflow_names_the_tensor() -> None:
     with pytest.raises(NumericsError, match=r"skip_weights.*7e\+04"):
-        keep_tensor("skip_weights", torch.tensor([1.0, 7e4]))
+        keep_tensor("skip_weights", torch.tensor([1.0, 7e4]), KeepRule(name="control"))
 
 
 def test_entropy_of_known_distributions() -> None:

@@ -1,0 +1,82 @@
+"""Options that choose a plan: a preset or file, changed value by value, and short flags for the values changed most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from pgolf_post.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pgolf_post.plan import Plan, TensorPlan
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_PLAN = "sdclip-1394"
+
+
+class Shorthand(NamedTuple):
+    """A flag for one value of a rule (or of all rules that have it)."""
+
+    flag: str
+    target: str  # as in --set
+    type: Any
+    help: str
+
+
+SHORTHANDS = {
+    "bits": Shorthand("--bits", "matrices.bits", int, "Bits of the matrices' symbols."),
+    "clip": Shorthand("--clip", "matrices.clip", float, "SDClip k of the matrices."),
+    "embed_bits": Shorthand("--embed-bits", "embedding.bits", int, "Bits of the embedding's (and head's) symbols."),
+    "embed_clip": Shorthand("--embed-clip", "embedding.clip", float, "SDClip k of the embedding and head."),
+    "hessian_lambda": Shorthand("--lambda", "*.hessian_lambda", float, "Hessian-aware SDClip; 0 = off (PR #1412)."),
+    "damp": Shorthand("--damp", "*.damp", float, "Damping of Hessians, as a share of their mean diagonal."),
+    "act_order": Shorthand("--act-order/--no-act-order", "*.act_order", None, "GPTQ by falling Hessian diagonal."),
+    "block_size": Shorthand("--block-size", "*.block_size", int, "GPTQ columns between lazy updates."),
+}
+
+
+def plan_options(function: F) -> F:
+    """Adds --plan, --set and the shorthands; the command receives them as keyword arguments for `chosen_plan`."""
+    for key, short in reversed(SHORTHANDS.items()):
+        function = click.option(short.flag, key, type=short.type, default=None, help=short.help)(function)
+    change = "Change a value of the plan: RULE.KEY=VALUE, or *.KEY=VALUE for every rule that has it; repeatable."
+    function = click.option("--set", "overrides", multiple=True, metavar="RULE.KEY=VALUE", help=change)(function)
+    return click.option(
+        "--plan", "plan_source", default=DEFAULT_PLAN, show_default=True, help="A preset's name or a TOML file."
+    )(function)
+
+
+def chosen_plan(plan_source: str, overrides: tuple[str, ...], **options: Any) -> Plan:
+    """The plan that the options describe. Raises SettingsError naming the flag that does not fit the plan."""
+    from pgolf_post.plan import read_plan
+
+    changes = []
+    for key, short in SHORTHANDS.items():
+        if (value := options.get(key)) is not None:
+            changes.append(f"{short.target}={str(value).lower() if isinstance(value, bool) else value}")
+    try:
+        return read_plan(plan_source, [*changes, *overrides])
+    except SettingsError as error:
+        if changes and plan_source != DEFAULT_PLAN and "has no rule" in str(error):
+            raise SettingsError(
+                f"{error}; short flags such as --clip mean the rules of {DEFAULT_PLAN}",
+                hint=f"address this plan's own rules with --set, or leave out --plan {plan_source}",
+            ) from None
+        raise
+
+
+def plan_row(row: TensorPlan) -> tuple[str, ...]:
+    """One line of the table that `--show-plan` prints."""
+    from pgolf_post.plan import GridRule
+
+    if not isinstance(row.rule, GridRule):
+        return row.name, row.role, row.rule.name, row.method, getattr(row.rule, "dtype", ""), "", "", row.site or ""
+    bits = str(row.rule.bits) if row.rule.bits else "unbounded"
+    scale = f"{row.rule.scale} {row.clip:g}" if row.rule.scale == "sdclip" else row.rule.scale
+    per = f"{row.rule.per} of {row.rule.group_size}" if row.rule.group_size else row.rule.per
+    return row.name, row.role, row.rule.name, row.method, bits, scale, per, row.site or row.reason
+
+
+PLAN_HEADER = ("tensor", "role", "rule", "method", "bits", "scale", "per", "Hessian")

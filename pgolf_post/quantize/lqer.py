@@ -1,0 +1,104 @@
+"""LQER: the largest errors of quantization, put back as two small low-bit factors (Zhang et al., arXiv 2402.02446).
+
+E = W - Ŵ is cut to its best rank-r approximation U·S·Vᵀ; A = U·S (out, r) and B = Vᵀ (r, in) are quantized and stored
+beside the matrix, Ŵ + A·B being what is used. Only the tensors with the largest ‖E‖ are worth their bytes. The record's
+asymmetric form (PR #1855, openai/parameter-golf): A in two bits, -2 .. 1, with one scale max|A|/1.5; B in four bits,
+-8 .. 7, in groups of 64 with scale max/7.5. The symmetric form gives both `bits` bits and a scale per rank.
+
+A 2×2 worked example: E = [[2, 1], [4, 2]] has rank 1: S = 5, U = (1, 2)/√5, V = (2, 1)/√5, so that rank 1 restores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pgolf_post.quantize.tensor import LOW_RANK, Factor, QuantizedTensor
+from pgolf_post.settings import Settings
+
+ASYMMETRIC_GROUP = 64
+
+
+class LqerSettings(Settings):
+    """Which correction, and for how many tensors."""
+
+    rank: int = Field(4, ge=1, description="columns of A and rows of B")
+    top_k: int = Field(3, ge=0, description="tensors that are corrected: those with the largest error norm; 0 = none")
+    asymmetric: bool = Field(True, description="A int2 and B int4 as in PR #1855; else both in `bits` symmetric bits")
+    bits: int = Field(4, ge=2, le=8, description="bits of both factors where symmetric")
+
+    @model_validator(mode="after")
+    def _bits_act(self) -> LqerSettings:
+        if self.asymmetric and "bits" in self.model_fields_set and self.bits != 4:
+            raise ValueError("bits acts only where asymmetric = false: the asymmetric form is int2 and int4")
+        return self
+
+
+def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (out, in) → (out, r), (r, in)
+    """The best rank-r factors of a matrix, in its own dtype; r is at most its smaller side."""
+    rank = min(rank, *error.shape)
+    u, s, vh = torch.linalg.svd(error.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]).to(error.dtype), vh[:rank].to(error.dtype)
+
+
+def quantize_factor(
+    name: str,
+    factor: Tensor,  # (rows, columns) float32
+    low: int,  # least symbol
+    high: int,  # largest symbol
+    reach: float,  # scale = max|value| / reach
+    group: int,  # values in row-major order that share a scale
+) -> QuantizedTensor:
+    """Round to nearest with a scale per group of values."""
+    values = factor.reshape(-1)
+    padded = torch.nn.functional.pad(values, (0, -len(values) % group)).reshape(-1, group)
+    scales = (padded.abs().amax(dim=1) / reach).to(torch.float16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    symbols = (padded / scales.float()[:, None]).round().clamp(low, high).to(torch.int8)
+    array = symbols.reshape(-1)[: len(values)].reshape(factor.shape).numpy()
+    grid = Factor("group", scales.numpy(), group) if len(scales) > 1 else Factor("tensor", scales.numpy())
+    return QuantizedTensor(name, np.ascontiguousarray(array), (grid,), tuple(factor.shape), facts={"method": "lqer"})
+
+
+def correction(name: str, error: Tensor, settings: LqerSettings) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """The quantized factors of one tensor's error (out, in)."""
+    a, b = low_rank(error.float(), settings.rank)
+    names = [name + suffix for suffix in LOW_RANK]
+    if settings.asymmetric:
+        left = quantize_factor(names[0], a, -2, 1, 1.5, a.numel())
+        return left, quantize_factor(names[1], b, -8, 7, 7.5, ASYMMETRIC_GROUP)
+    largest = 2 ** (settings.bits - 1) - 1
+    turned = quantize_factor(names[0], a.T.contiguous(), -largest, largest, largest, len(a))
+    scales = turned.factors[0].values
+    columns = Factor("column", scales) if len(scales) > 1 else Factor("tensor", scales)
+    left = QuantizedTensor(
+        names[0], np.ascontiguousarray(turned.symbols.T), (columns,), tuple(a.shape), facts=turned.facts
+    )
+    return left, quantize_factor(names[1], b, -largest, largest, largest, b.shape[1])
+
+
+def corrections(
+    weights: Mapping[str, Tensor],  # name → (out, in), the matrices that may be corrected
+    quantized: Mapping[str, QuantizedTensor],
+    settings: LqerSettings,
+) -> dict[str, QuantizedTensor]:
+    """Factors for the `top_k` matrices with the largest ‖W - Ŵ‖, with the share of its square that each takes back."""
+    errors = {name: weights[name].float() - torch.from_numpy(quantized[name].dequantize()) for name in weights}
+    worst = sorted(errors, key=lambda name: (-float(errors[name].norm()), name))[: settings.top_k]
+    made: dict[str, QuantizedTensor] = {}
+    for name in worst:
+        a, b = correction(name, errors[name], settings)
+        left = errors[name] - torch.from_numpy(a.dequantize() @ b.dequantize())
+        energy = float(errors[name].square().sum())
+        facts: dict[str, Any] = {
+            "method": "lqer", "role": "lqer", "rank": a.shape[1], "error_norm": energy**0.5,
+            "energy_restored": 1 - float(left.square().sum()) / energy if energy else 0.0,
+        }  # fmt: skip
+        for part in (a, b):
+            made[part.name] = QuantizedTensor(part.name, part.symbols, part.factors, part.shape, facts=facts)
+    return made
