@@ -28,6 +28,14 @@ class Site:
     tensors: tuple[str, ...]  # the matrices (out, in) that multiply this input
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Where a matrix's input is another's output through an activation homogeneous of degree `power`."""
+
+    producer: str  # scaling its row j by a > 0 scales input j by a^power
+    power: float
+
+
 class LanguageModel(Protocol):
     """What the toolkit asks of a family's module (an `nn.Module`)."""
 
@@ -63,6 +71,9 @@ class ModelFamily(Protocol):
 
     def looped_layers(self, module: nn.Module) -> frozenset[int]:
         """The blocks that the graph, in its present state, visits more than once."""
+
+    def folds(self, module: nn.Module) -> dict[str, Fold]:
+        """Matrices whose input scales with another matrix's rows, by name."""
 
     def train_seq_len(self, module: nn.Module) -> int:
         """The sequence length the model was trained on."""

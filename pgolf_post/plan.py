@@ -59,6 +59,8 @@ class GridRule(Rule):
     )
     per: Literal["row", "tensor", "group"] = Field("row", description="what shares a scale")
     group_size: int = Field(0, ge=0, description="columns that share a scale, where per = group")
+    awq_alpha: float = Field(0.0, ge=0, le=1, description="AWQ: columns × (mean |input|)^α before rounding; 0 = off")
+    awq_fold: bool = Field(True, description="undo AWQ in the matrix before, where that is exact; else store 1/s")
 
     @field_validator("bits")
     @classmethod

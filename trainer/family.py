@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pgolf_post.families import Site
+from pgolf_post.families import Fold, Site
 from pgolf_post.settings import parse_settings
 from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.model import GolfGPT
@@ -92,6 +92,13 @@ class GolfGPTFamily:
         assert isinstance(module, GolfGPT)
         visits = Counter(visit_list(module.config, module.graph.active_loops))
         return frozenset(layer for layer, count in visits.items() if count > 1)
+
+    def folds(self, module: nn.Module) -> dict[str, Fold]:
+        """MLPs: proj's input is fc's output squared where the activation is a (leaky) relu², as it is in SwiGLU."""
+        assert isinstance(module, GolfGPT)
+        power = {"relu2": 2.0, "leaky_relu2": 2.0, "swiglu": 1.0}.get(module.config.activation)
+        names = [name for name, _ in module.named_parameters() if self.role(name) == "mlp_proj"]
+        return {name: Fold(name.replace(".proj.", ".fc."), power) for name in names} if power else {}
 
     def train_seq_len(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)

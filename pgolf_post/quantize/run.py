@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, Plan, TensorPlan, make_plan
 from pgolf_post.progress import progress_bar
+from pgolf_post.quantize.awq import Stretched, stored_factor, stretch, stretched_hessian
 from pgolf_post.quantize.clip import grid_scales, max_symbol
 from pgolf_post.quantize.gptq import Factor as HessianFactor
 from pgolf_post.quantize.gptq import factorize, gptq, hessian_error
@@ -32,13 +33,13 @@ class FactorCache:
     """Factorised Hessians of one set of statistics: matrices that share a site, and trials of a sweep, share them."""
 
     stats: Stats
-    factors: dict[tuple[str, float, bool], HessianFactor] = field(default_factory=dict)
+    factors: dict[tuple[str, float, float, bool], HessianFactor] = field(default_factory=dict)
 
-    def get(self, name: str, site: str, rule: GptqRule) -> HessianFactor:
-        """The factor of a site's mean Hessian; `name` is the tensor that errors are about."""
-        key = (site, rule.damp, rule.act_order)
+    def get(self, name: str, site: str, rule: GptqRule, hessian: Tensor) -> HessianFactor:
+        """The factor of a site's mean Hessian as the rule sees it; `name` is the tensor that errors are about."""
+        key = (site, rule.awq_alpha, rule.damp, rule.act_order)
         if key not in self.factors:
-            self.factors[key] = factorize(name, self.stats.mean_hessian(site), rule.damp, rule.act_order)
+            self.factors[key] = factorize(name, hessian, rule.damp, rule.act_order)
         return self.factors[key]
 
 
@@ -51,7 +52,13 @@ def entropy_bits(symbols: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def quantize_tensor(row: TensorPlan, tensor: Tensor, stats: Stats, factors: FactorCache) -> QuantizedTensor:
+def quantize_tensor(
+    row: TensorPlan,
+    tensor: Tensor,  # any shape, columns already stretched
+    stats: Stats,
+    factors: FactorCache,
+    stretching: Tensor | None = None,  # (in,) what AWQ multiplied the columns by
+) -> QuantizedTensor:
     """Quantize one tensor as its plan says; `facts` carry the evidence. A vector is one row of a matrix."""
     rule = row.rule
     assert isinstance(rule, GridRule)
@@ -66,12 +73,14 @@ def quantize_tensor(row: TensorPlan, tensor: Tensor, stats: Stats, factors: Fact
     }
     needs_hessian = row.method == "gptq" or bool(rule.hessian_lambda) or rule.scale == "percentile-hessian"
     hessian = stats.mean_hessian(row.site) if needs_hessian and row.site else None
+    if hessian is not None and stretching is not None:
+        hessian = stretched_hessian(hessian, stretching)
     diagonal = None if hessian is None else hessian.diagonal()
     scales = grid_scales(row.name, weight, rule if row.site else _without_hessian(rule), row.clip, diagonal)
     steps = spread_scales(scales, weight)
     if isinstance(rule, GptqRule) and row.method == "gptq":
-        assert row.site is not None
-        factor = factors.get(row.name, row.site, rule)
+        assert row.site is not None and hessian is not None
+        factor = factors.get(row.name, row.site, rule, hessian)
         symbols = gptq(weight, factor, steps, max_symbol(rule.bits), rule.block_size)
         facts["damp_used"], facts["dead_columns"] = factor.damp, factor.dead_columns
     else:
@@ -136,6 +145,8 @@ def quantize_view(view: View, stats: Stats, plan: Plan, factors: FactorCache | N
     """Quantize every tensor of a view. `factors` may be shared by calls with the same statistics."""
     rows = plan_view(view, plan)
     shared = factors or FactorCache(stats)
+    family = get_family(view.config["family"])
+    stretched = stretch(view.tensors, rows, stats, family.folds(build_module(view.config)))
     quantized: dict[str, QuantizedTensor] = {}
     passthrough: dict[str, np.ndarray] = {}
     with progress_bar("quantizing", len(rows)) as advance:
@@ -143,14 +154,24 @@ def quantize_view(view: View, stats: Stats, plan: Plan, factors: FactorCache | N
             if isinstance(row.rule, KeepRule):
                 passthrough[row.name] = keep_tensor(row.name, view.tensors[row.name], row.rule)
             else:
-                quantized[row.name] = quantize_tensor(row, view.tensors[row.name], stats, shared)
+                scales = stretched.scales.get(row.name)
+                made = quantize_tensor(row, stretched.tensors[row.name], stats, shared, scales)
+                quantized[row.name] = _with_stored_scales(made, scales) if row.name in stretched.stored else made
             advance(1, note=row.name)
     if plan.lqer:
-        quantized.update(corrections(_matrices(view.tensors, rows), quantized, plan.lqer))
+        quantized.update(corrections(_matrices(stretched, rows), quantized, plan.lqer))
     lineage = {"checkpoint_id": view.id[:12], "stats_id": stats.id[:12]}
     return QuantizedModel(view.config, lineage, quantized, passthrough)
 
 
-def _matrices(tensors: Mapping[str, Tensor], rows: Sequence[TensorPlan]) -> dict[str, Tensor]:
-    """The weight matrices that a site feeds: what low-rank corrections are chosen from."""
-    return {row.name: tensors[row.name] for row in rows if row.site and isinstance(row.rule, GridRule)}
+def _with_stored_scales(tensor: QuantizedTensor, scales: Tensor | None) -> QuantizedTensor:
+    """The tensor with AWQ's 1/s as a column factor."""
+    assert scales is not None
+    return replace(tensor, factors=(*tensor.factors, Factor("column", stored_factor(scales))))
+
+
+def _matrices(stretched: Stretched, rows: Sequence[TensorPlan]) -> dict[str, Tensor]:
+    """The weight matrices that a site feeds, as the decoder should give them: what low-rank corrections start from."""
+    names = [row.name for row in rows if row.site and isinstance(row.rule, GridRule)]
+    undone = {name: stretched.tensors[name] / stretched.scales[name] for name in stretched.stored}
+    return {name: undone.get(name, stretched.tensors[name]) for name in names}
