@@ -62,6 +62,9 @@ class GridRule(Rule):
     awq_alpha: float = Field(0.0, ge=0, le=1, description="AWQ: columns × (mean |input|)^α before rounding; 0 = off")
     awq_fold: bool = Field(True, description="undo AWQ in the matrix before, where that is exact; else store 1/s")
 
+    prune: Literal["none", "magnitude", "wanda", "ones"] = Field("none", description="set weights to zero; see prune")
+    prune_share: float = Field(0.0, ge=0, le=1, description="share of the weights (of the ±1 symbols for ones) zeroed")
+
     @field_validator("bits")
     @classmethod
     def _not_one(cls, bits: int) -> int:
@@ -73,6 +76,8 @@ class GridRule(Rule):
     def _consistent(self) -> GridRule:
         if (self.per == "group") != bool(self.group_size):
             raise ValueError(f"per = {self.per!r} with group_size = {self.group_size}: groups need a size, others none")
+        if (self.prune == "none") != (self.prune_share == 0):
+            raise ValueError(f"prune = {self.prune!r} with prune_share = {self.prune_share}: neither acts alone")
         if self.hessian_lambda and self.scale != "sdclip":
             raise ValueError(f"hessian_lambda acts on scale = 'sdclip' only, not on {self.scale!r}")
         if not self.bits and self.scale != "sdclip":

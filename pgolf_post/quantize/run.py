@@ -17,6 +17,7 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, Plan, TensorPlan, make_plan
 from pgolf_post.progress import progress_bar
+from pgolf_post.prune import magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch, stretched_hessian
 from pgolf_post.quantize.clip import grid_scales, max_symbol
 from pgolf_post.quantize.gptq import Factor as HessianFactor
@@ -71,20 +72,29 @@ def quantize_tensor(
         "bits": rule.bits,
         "clip": row.clip,
     }
-    needs_hessian = row.method == "gptq" or bool(rule.hessian_lambda) or rule.scale == "percentile-hessian"
+    needs_hessian = (
+        row.method == "gptq" or bool(rule.hessian_lambda) or "hessian" in rule.scale or rule.prune in ("wanda", "ones")
+    )
     hessian = stats.mean_hessian(row.site) if needs_hessian and row.site else None
     if hessian is not None and stretching is not None:
         hessian = stretched_hessian(hessian, stretching)
     diagonal = None if hessian is None else hessian.diagonal()
+    weight = _pruned(weight, rule, diagonal)
     scales = grid_scales(row.name, weight, rule if row.site else _without_hessian(rule), row.clip, diagonal)
     steps = spread_scales(scales, weight)
     if isinstance(rule, GptqRule) and row.method == "gptq":
-        assert row.site is not None and hessian is not None
+        assert row.site is not None
+        assert hessian is not None
         factor = factors.get(row.name, row.site, rule, hessian)
         symbols = gptq(weight, factor, steps, max_symbol(rule.bits), rule.block_size)
         facts["damp_used"], facts["dead_columns"] = factor.damp, factor.dead_columns
     else:
         symbols = round_to_nearest(weight, steps, max_symbol(rule.bits))
+    if rule.prune == "ones":
+        mask = ones_mask(symbols, steps, weight - symbols * steps, hessian, rule.prune_share)
+        symbols = symbols.masked_fill(mask, 0)
+    if rule.prune != "none":
+        facts["zeros"] = float((symbols == 0).double().mean()) if symbols.numel() else 0.0
     if row.reason:
         facts["reason"] = row.reason
     if hessian is not None:
@@ -94,6 +104,16 @@ def quantize_tensor(
     facts["clipped"] = float((np.abs(array) == max_symbol(rule.bits)).mean()) if array.size else 0.0
     facts["seconds"] = round(time.perf_counter() - started, 4)
     return QuantizedTensor(row.name, array, (_grid(scales, rule),), tuple(tensor.shape), facts=facts)
+
+
+def _pruned(weight: Tensor, rule: GridRule, diagonal: Tensor | None) -> Tensor:  # (out, in) → the same
+    """The weight after the pruning that comes before rounding; wanda without a Hessian takes all inputs as equal."""
+    if rule.prune == "magnitude":
+        return weight.masked_fill(magnitude_mask(weight, rule.prune_share), 0)
+    if rule.prune == "wanda":
+        mean_square = torch.ones(weight.size(1)) if diagonal is None else diagonal
+        return weight.masked_fill(wanda_mask(weight, mean_square, rule.prune_share), 0)
+    return weight
 
 
 def as_matrix(tensor: Tensor) -> Tensor:  # any shape → (rows, columns)
