@@ -1,62 +1,102 @@
-"""Pruning: weights set to zero because they matter least, by three measures that all read the same statistics.
-
-*magnitude*  the smallest |w| of the matrix.
-*wanda*      the smallest |w_ij|·√(mean x_j²) of each row (Sun et al. 2023, arXiv 2306.11695).
-*ones*       weights whose symbol is ±1, in the order of what zeroing them adds to the Hessian-weighted error e H eᵀ.
-
-At the entropy of a trained model's symbols pruning rarely pays for its loss in bytes; these are here so that the claim
-can be tested on any checkpoint. Each is a new checkpoint (`pgolf-post prune`) or a quantizer option (`RULE.prune`).
-A 1×2 worked example of *ones*: symbols (1, 1), steps 1, error e = (0, .4), H = I. Zeroing the first adds 1² = 1 to
-e H eᵀ, zeroing the second 1.4² - .4² = 1.8: the first goes first.
-"""
+"""Pruned checkpoints: a view with a share of its weights zeroed, as a new checkpoint folder beside its parent."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-PruneMethod = Literal["magnitude", "wanda", "ones"]
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import Checkpoint, View, save_checkpoint, view_id
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from pgolf_post.families import build_module, get_family
+from pgolf_post.plan import Plan
+from pgolf_post.progress import say
+from pgolf_post.quantize.masks import PruneMethod, magnitude_mask, ones_mask, wanda_mask
+from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.tensor import scale_of
+from pgolf_post.score.metric import measure
+from pgolf_post.settings import Settings
 
 
-def magnitude_mask(weight: Tensor, share: float) -> Tensor:  # (out, in) → bool
-    """The ⌊share · size⌋ smallest |w|; of equal ones, those that come first."""
-    return _smallest(weight.abs().reshape(1, -1), share).view_as(weight)
+class PruneSettings(Settings):
+    """What is zeroed."""
+
+    method: PruneMethod = Field("magnitude", description="magnitude, wanda or ones")
+    share: float = Field(0.02, gt=0, le=1, description="share of each matrix (of its ±1 symbols for ones) set to zero")
+    roles: tuple[str, ...] = Field((), description="roles that are pruned; empty = every matrix with a Hessian")
 
 
-def wanda_mask(
-    weight: Tensor,  # (out, in)
-    mean_square: Tensor,  # (in,) mean x_j², the diagonal of the mean Hessian
-    share: float,
-) -> Tensor:  # (out, in) bool
-    """In each row the ⌊share · in⌋ smallest |w_ij|·√(mean x_j²)."""
-    return _smallest(weight.double().abs() * mean_square.double().clamp(min=0).sqrt(), share)
+def prune_view(view: View, stats: Stats, settings: PruneSettings, plan: Plan) -> tuple[dict[str, Tensor], int, int]:
+    """(tensors, weights newly zeroed, weights looked at). `plan` gives the grid that *ones* looks at.
+
+    Raises SettingsError if a role names no matrix that has a Hessian.
+    """
+    family = get_family(view.config["family"])
+    site_of = {name: site.name for site in family.sites(build_module(view.config)) for name in site.tensors}
+    chosen = [name for name in site_of if not settings.roles or family.role(name) in settings.roles]
+    if not chosen:
+        known = ", ".join(sorted({family.role(name) for name in site_of}))
+        raise SettingsError(f"--roles {','.join(settings.roles)}: no such matrices; roles with a Hessian: {known}")
+    masks = _masks(view, stats, settings, plan, {name: site_of[name] for name in chosen})
+    tensors = dict(view.tensors)
+    zeroed = 0
+    for name, mask in masks.items():
+        zeroed += int((mask & (tensors[name] != 0)).sum())
+        tensors[name] = tensors[name].masked_fill(mask, 0)
+    return tensors, zeroed, sum(mask.numel() for mask in masks.values())
 
 
-def ones_mask(
-    symbols: Tensor,  # (out, in) int
-    steps: Tensor,  # broadcasts to (out, in)
-    error: Tensor,  # (out, in) W - Ŵ
-    hessian: Tensor | None,  # (in, in); None = identity
-    share: float,  # of the ±1 symbols
-) -> Tensor:  # (out, in) bool
-    """The ⌊share · count⌋ symbols ±1 whose zeroing adds least to Σ e H eᵀ: 2δ(eH)_j + δ²H_jj with δ = symbol · step."""
-    wide = error.double()
-    moved = symbols.double() * steps.double()
-    if hessian is None:
-        cost = 2 * moved * wide + moved.square()
-    else:
-        cost = 2 * moved * (wide @ hessian.double()) + moved.square() * hessian.diagonal().double()
-    candidates = symbols.abs() == 1
-    count = int(share * int(candidates.sum()))
-    cost = torch.where(candidates, cost, torch.inf)
-    mask = torch.zeros(symbols.numel(), dtype=torch.bool)
-    mask[torch.argsort(cost.flatten(), stable=True)[:count]] = True
-    return mask.view_as(symbols)
+def _masks(
+    view: View, stats: Stats, settings: PruneSettings, plan: Plan, site_of: Mapping[str, str]
+) -> dict[str, Tensor]:  # name → (out, in) bool
+    """Which weights of each matrix go."""
+    if settings.method == "magnitude":
+        return {name: magnitude_mask(view.tensors[name], settings.share) for name in site_of}
+    if settings.method == "wanda":
+        squares = {name: stats.mean_hessian(site).diagonal() for name, site in site_of.items()}
+        return {name: wanda_mask(view.tensors[name], square, settings.share) for name, square in squares.items()}
+    quantized = quantize_view(view, stats, plan).quantized
+    masks = {}
+    for name, site in site_of.items():
+        tensor = quantized[name]
+        error = view.tensors[name].float() - torch.from_numpy(tensor.dequantize())
+        steps = torch.from_numpy(scale_of(tensor.factors, *tensor.symbols.shape))
+        masks[name] = ones_mask(
+            torch.from_numpy(tensor.symbols), steps, error, stats.mean_hessian(site), settings.share
+        )
+    return masks
 
 
-def _smallest(scores: Tensor, share: float) -> Tensor:  # (rows, n) → bool, ⌊share · n⌋ per row
-    count = int(share * scores.size(1))
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, torch.argsort(scores, dim=1, stable=True)[:, :count], True)
+def prune_checkpoint(
+    view: View, stats: Stats, settings: PruneSettings, plan: Plan, data: DataFolder
+) -> tuple[Checkpoint, bool]:
+    """The pruned checkpoint, and whether it was there already: its folder is named by its content."""
+    tensors, zeroed, weights = prune_view(view, stats, settings, plan)
+    pruned_id = view_id(tensors, view.config)
+    path = view.checkpoint.path.parent / f"pruned_{pruned_id[:12]}"
+    if (path / "meta.json").is_file():
+        say(f"{path}: cached")
+        return Checkpoint.open(path), True
+    if zeroed == 0:
+        say("NO-OP: every weight that would be zeroed is zero already")
+    meta = {**_meta(view, settings), "zeroed": zeroed, "weights": weights, "no_op": zeroed == 0}
+    metric = measure(view.checkpoint, tensors, data)
+    return save_checkpoint(path, view.config, {"raw": tensors}, meta, {"raw": metric}), False
+
+
+def _meta(view: View, settings: PruneSettings) -> dict[str, Any]:
+    kept = ("run", "step", "tokens_seen", "train_seconds", "data_dir", "recipe")
+    inherited = {key: view.checkpoint.meta[key] for key in kept if key in view.checkpoint.meta}
+    parent = {"id": view.id, "view": view.name, "folder": view.checkpoint.path.name}
+    return {
+        "kind": "pruned",
+        "phase": "prune",
+        "parents": [parent],
+        "prune": settings.model_dump(mode="json"),
+        **inherited,
+    }

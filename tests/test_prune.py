@@ -1,59 +1,55 @@
-"""Pruning masks: the worked example, exact counts, and the orders they promise."""
+"""Pruned checkpoints: exact counts, a parent on record, found again, and marked when nothing changed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from pgolf_post.prune import magnitude_mask, ones_mask, wanda_mask
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.checkpoint import Checkpoint, View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from pgolf_post.plan import read_plan
+from pgolf_post.prune import PruneSettings, prune_checkpoint, prune_view
 
-
-def random(seed: int, rows: int = 7, columns: int = 10) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def test_the_worked_example_of_the_docstring() -> None:
-    symbols, error = torch.tensor([[1, 1]]), torch.tensor([[0.0, 0.4]])
-    assert ones_mask(symbols, torch.ones(1, 1), error, None, 0.5).tolist() == [[True, False]]
+PLAN = read_plan("sdclip-1394")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_magnitude_takes_exactly_its_share_of_the_smallest(share: float) -> None:
-    weight = random(0)
-    mask = magnitude_mask(weight, share)
-    assert int(mask.sum()) == int(share * weight.numel())
-    if mask.any() and not mask.all():
-        assert weight[mask].abs().max() <= weight[~mask].abs().min()
+@pytest.fixture
+def view(pico_checkpoint: Checkpoint) -> View:
+    return pico_checkpoint.load()
 
 
-def test_wanda_with_equal_inputs_is_magnitude_by_row_and_follows_the_inputs() -> None:
-    weight = random(1)
-    by_row = torch.cat([magnitude_mask(row[None], 0.3) for row in weight])
-    assert torch.equal(wanda_mask(weight, torch.ones(10), 0.3), by_row)
-    inputs = torch.ones(10)
-    inputs[3] = 0.0
-    assert wanda_mask(weight, inputs, 0.1)[:, 3].all()
+@pytest.fixture
+def stats(view: View, pico_data: DataFolder) -> Stats:
+    return calibrate(view, pico_data, CalibrationSettings(tokens=640))
 
 
-def test_ones_zeroes_what_costs_least_and_only_ones() -> None:
-    inputs = random(2, 40, 10).double()
-    hessian, weight = inputs.mT @ inputs / 40, random(3)
-    symbols = (weight / 0.8).round().int()
-    error = weight - symbols * 0.8
-    mask = ones_mask(symbols, torch.tensor([[0.8]]), error, hessian, 0.25)
-    ones = symbols.abs() == 1
-    assert int(mask.sum()) == int(0.25 * int(ones.sum()))
-    assert not (mask & ~ones).any()
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ones"])
+def test_a_share_is_zeroed_and_everything_else_is_untouched(view: View, stats: Stats, method: str) -> None:
+    before = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    tensors, zeroed, weights = prune_view(view, stats, PruneSettings(method=method, share=0.1), PLAN)
+    assert 0 < zeroed <= 0.1 * weights
+    assert all(torch.equal(before[name], tensor) for name, tensor in view.tensors.items())
+    changed = sum(int((tensors[name] != before[name]).sum()) for name in tensors)
+    assert changed == zeroed
+    assert all(bool((tensors[name][tensors[name] != before[name]] == 0).all()) for name in tensors)
 
-    def total(zeroed: Tensor) -> float:
-        lost = (weight - symbols.masked_fill(zeroed, 0) * 0.8).double()
-        return float(((lost @ hessian) * lost).sum())
 
-    single = {
-        tuple(at): total(torch.zeros_like(mask).index_put_(tuple(at[:, None]), torch.tensor(True)))
-        for at in ones.nonzero()
-    }
-    chosen = [cost for at, cost in single.items() if mask[at[0], at[1]]]
-    left = [cost for at, cost in single.items() if not mask[at[0], at[1]]]
-    assert max(chosen) <= min(left) + 1e-9
+def test_a_pruned_checkpoint_records_its_parent_and_is_found_again(
+    view: View, stats: Stats, pico_data: DataFolder
+) -> None:
+    settings = PruneSettings(method="wanda", share=0.05, roles=("mlp_fc",))
+    pruned, cached = prune_checkpoint(view, stats, settings, PLAN, pico_data)
+    again, cached_again = prune_checkpoint(view, stats, settings, PLAN, pico_data)
+    assert (cached, cached_again, again.path) == (False, True, pruned.path)
+    assert pruned.meta["kind"] == "pruned"
+    assert pruned.meta["parents"][0]["id"] == view.id
+    assert not pruned.meta["no_op"]
+    twice, _ = prune_checkpoint(pruned.load("raw"), stats, settings, PLAN, pico_data)
+    assert twice.path == pruned.path  # the same weights again are zero already
+
+
+def test_roles_without_a_matrix_are_refused(view: View, stats: Stats) -> None:
+    with pytest.raises(SettingsError, match="--roles banana: no such matrices"):
+        prune_view(view, stats, PruneSettings(roles=("banana",)), PLAN)

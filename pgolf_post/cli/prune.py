@@ -1,0 +1,92 @@
+"""`pgolf-post prune`: zero the weights that matter least, and show what that does to bytes and bpb."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pgolf_post.cli.common import (
+    checkpoint_argument,
+    data_option,
+    find_checkpoint,
+    find_data,
+    given_settings,
+    json_option,
+    load_view,
+    weights_option,
+)
+from pgolf_post.cli.plan_options import chosen_plan, plan_options
+from pgolf_post.progress import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from pgolf_post.data import DataFolder
+
+
+@click.command("prune")
+@checkpoint_argument
+@weights_option
+@click.option("--method", type=click.Choice(["magnitude", "wanda", "ones"]), default="magnitude", show_default=True)
+@click.option("--share", type=float, default=0.02, show_default=True, help="Share of each matrix that is zeroed.")
+@click.option("--roles", default="", metavar="ROLE,ROLE", help="Only these roles, such as mlp_fc,mlp_proj.")
+@plan_options
+@data_option
+@json_option
+def command(
+    checkpoint: Path | None,
+    weights: str | None,
+    method: str,
+    share: float,
+    roles: str,
+    data_dir: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write CHECKPOINT with a share of its weights zeroed as a new checkpoint, requantize both, and compare.
+
+    \b
+    magnitude  the smallest weights of each matrix
+    wanda      in each row, the smallest weight × root mean square of its input
+    ones       of the symbols ±1 under the plan, those whose zeroing costs least by the Hessian
+    """
+    from pgolf_post.calibrate import CalibrationSettings, calibrate
+    from pgolf_post.prune import PruneSettings, prune_checkpoint
+
+    started = time.perf_counter()
+    plan = chosen_plan(**options)
+    wanted = tuple(role.strip() for role in roles.split(",") if role.strip())
+    settings = given_settings(PruneSettings, {"method": method, "share": share, "roles": wanted}, "prune")
+    found = find_checkpoint(checkpoint)
+    data = find_data(found, data_dir)
+    view = load_view(found, weights)
+    stats = calibrate(view, data, CalibrationSettings())
+    pruned, cached = prune_checkpoint(view, stats, settings, plan, data)
+    rows = {"before": _measure(view, stats, plan, data), "pruned": _measure(pruned.load("raw"), None, plan, data)}
+    shown = [
+        (name, f"{row['bpb']:.5f}", f"{row['quantized_bpb']:.5f}", f"{row['artifact_bytes']:,}")
+        for name, row in rows.items()
+    ]
+    print_table(f"{pruned.path}", ("", "bpb", "bpb quantized", "artifact bytes"), shown)
+    say(f"{pruned.meta['zeroed']:,} of {pruned.meta['weights']:,} weights zeroed; bytes by plan {plan.name}")
+    say(f"next: pgolf-post requant {pruned.path}")
+    if as_json:
+        answer = {"checkpoint": str(pruned.path), "checkpoint_id": pruned.meta["id"], "zeroed": pruned.meta["zeroed"]}
+        seconds = round(time.perf_counter() - started, 3)
+        print_json({**answer, "cached": cached, "no_op": pruned.meta["no_op"], "rows": rows, "seconds": seconds})
+
+
+def _measure(view: Any, stats: Any, plan: Any, data: DataFolder) -> dict[str, Any]:
+    """bpb of a view, and bytes and bpb of its artifact by the plan."""
+    from pgolf_post.calibrate import CalibrationSettings, calibrate
+    from pgolf_post.requant import requant
+    from pgolf_post.score.cached import score_artifact, score_view
+    from pgolf_post.score.metric import recorded_protocol
+
+    _, protocol = recorded_protocol(view.checkpoint, view.name)
+    artifact = requant(view, stats or calibrate(view, data, CalibrationSettings()), plan)
+    quantized, _ = score_artifact(artifact.path, data, protocol)
+    score, _ = score_view(view, data, protocol)
+    size = artifact.path.stat().st_size
+    return {"bpb": score["bpb"], "quantized_bpb": quantized["bpb"], "artifact_bytes": size}
