@@ -39,7 +39,7 @@ def test_a_share_is_zeroed_and_everything_else_is_untouched(view: View, stats: S
 def test_a_pruned_checkpoint_records_its_parent_and_is_found_again(
     view: View, stats: Stats, pico_data: DataFolder
 ) -> None:
-    settings = PruneSettings(method="wanda", share=0.05, roles=("mlp_fc",))
+    settings = PruneSettings(method="wanda", share=0.1, roles=("mlp_fc",))
     pruned, cached = prune_checkpoint(view, stats, settings, PLAN, pico_data)
     again, cached_again = prune_checkpoint(view, stats, settings, PLAN, pico_data)
     assert (cached, cached_again, again.path) == (False, True, pruned.path)

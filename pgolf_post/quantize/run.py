@@ -17,12 +17,12 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, Plan, TensorPlan, make_plan
 from pgolf_post.progress import progress_bar
-from pgolf_post.quantize.masks import magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch, stretched_hessian
 from pgolf_post.quantize.clip import grid_scales, max_symbol
 from pgolf_post.quantize.gptq import Factor as HessianFactor
 from pgolf_post.quantize.gptq import factorize, gptq, hessian_error
 from pgolf_post.quantize.lqer import corrections
+from pgolf_post.quantize.masks import magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.rtn import round_to_nearest
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, smallest_dtype
 
