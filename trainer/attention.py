@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
+from trainer.past import Past
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
 
@@ -70,12 +71,16 @@ class Context:
         sin: Tensor,
         document: Tensor | None,
         value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
+        past: Past | None = None,  # then cos and sin are those of the new tokens, document that of all
     ) -> None:
         self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
         self.value_embeddings = value_embeddings
         self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
         self.mask: Tensor | None = None  # (batch, 1, seq_len, seq_len) bool
-        if document is not None:  # (batch, seq_len): positions attend within their own document
+        self.past = past
+        if past is not None:
+            self.mask = past.mask(len(cos), document)
+        elif document is not None:  # (batch, seq_len): positions attend within their own document
             same = document[:, :, None] == document[:, None, :]
             self.mask = torch.tril(same)[:, None]
 
@@ -143,7 +148,8 @@ class Attention(nn.Module):
         k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
         v = self._values(x, context)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = causal_attention(q, k, v, context.mask)
+        keys, values = (k, v) if context.past is None else context.past.extend(k, v)
+        y = causal_attention(q, keys, values, context.mask)
         if self.use_xsa:
             y = remove_own_value(y, v)
         if self.config.attn_gate != "none":
@@ -153,7 +159,7 @@ class Attention(nn.Module):
 
 def causal_attention(
     q: Tensor,  # (batch, heads, seq_len, head_dim)
-    k: Tensor,  # (batch, kv_heads, seq_len, head_dim)
+    k: Tensor,  # (batch, kv_heads, seq_len, head_dim); of a longer past where q is its last position alone
     v: Tensor,
     mask: Tensor | None,  # (batch, 1, seq_len, seq_len) bool, causal already; None = plain causal
 ) -> Tensor:  # (batch, heads, seq_len, head_dim)
@@ -161,4 +167,4 @@ def causal_attention(
     group = q.size(1) // k.size(1)
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
     k, v = k.to(q.dtype), v.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2))

@@ -19,6 +19,7 @@ from pgolf_post.errors import SettingsError
 from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
+from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
 
 BOS_ID = 1
@@ -137,6 +138,7 @@ class GolfGPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
+        self.head_out = nn.Identity()  # and the head's product, before the soft-cap
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
@@ -233,14 +235,18 @@ class GolfGPT(nn.Module):
         self,
         tokens: Tensor,  # (batch, seq_len) int64
         document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = as configured
+        past: Past | None = None,  # of `start_past`: tokens then continue what earlier calls read, document spans all
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
+        seen, new = tokens if past is None else past.read(tokens), tokens.size(1)
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
         if document is None and self.config.isolate_documents:
-            document = (tokens == BOS_ID).cumsum(1)
-        context = Context(*self._rotary(tokens.size(1), tokens.device), document, value_embeddings)
+            document = (seen == BOS_ID).cumsum(1)
+        angles = self._rotary(new if past is None else past.capacity, tokens.device)
+        positions = slice(seen.size(1) - new, seen.size(1))
+        context = Context(angles[0][positions], angles[1][positions], document, value_embeddings, past)
         recurrence = self._recurrence()
-        x = x0 = self._embed(tokens)
+        x = x0 = self._embed(seen[:, max(0, positions.start - LOOK_BACK) :])[:, -new:]
         encoder, decoder = split_visits(self.config, self.graph.active_loops)
         skips: list[Tensor] = []
         for layer in encoder:
@@ -262,11 +268,15 @@ class GolfGPT(nn.Module):
             x = self.head_proj(x)
         return self.head_in(x)
 
+    def start_past(self, batch: int, capacity: int) -> Past:
+        """An empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""
+        return Past(batch, capacity, self.tok_emb.weight.device)
+
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""
         head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
         cap = self.config.logit_softcap
-        z = F.linear(hidden, head)
+        z = self.head_out(F.linear(hidden, head))
         return cap * torch.tanh(z.to(at_least_float32(z.dtype)) / cap)
 
     def forward(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:  # (batch, seq_len, vocab_size) float32
