@@ -18,7 +18,8 @@ from pgolf_post.errors import VerificationError
 from pgolf_post.pack.container import ARTIFACT_FILE, PackSettings, count_units, pack, read_artifact, write_artifact
 from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar
-from pgolf_post.quantize.run import FactorCache, quantize_view
+from pgolf_post.quantize.factors import StatsFactors
+from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.settings import parse_settings
 
@@ -44,7 +45,12 @@ class Artifact:
 
 
 def requant(
-    view: View, stats: Stats, plan: Plan, codec: str = "brotli", fresh: bool = False, factors: FactorCache | None = None
+    view: View,
+    stats: Stats,
+    plan: Plan,
+    codec: str = "brotli",
+    fresh: bool = False,
+    factors: StatsFactors | None = None,
 ) -> Artifact:
     """Quantize and pack a view; cached by view, statistics, plan and codec.
 

@@ -54,7 +54,7 @@ def stretch(
     for row in rows:
         if not (isinstance(row.rule, GridRule) and row.rule.awq_alpha and row.site):
             continue
-        scales = column_scales(stats.abs_sums[row.site] / stats.num_tokens, row.rule.awq_alpha)
+        scales = column_scales(stats.mean_abs(row.site), row.rule.awq_alpha)
         result.scales[row.name] = scales
         result.tensors[row.name] = result.tensors[row.name].float() * scales
         fold = folds.get(row.name)

@@ -270,9 +270,9 @@ def _torch_rounding(job: Job, panel: _Panel, columns: Tensor, steps: Tensor, shr
 def hessian_error(
     weight: Tensor,  # (out, in)
     restored: Tensor,  # (out, in)
-    hessian: Tensor,  # (in, in)
+    hessian: Tensor,  # (in, in), in the precision that is wanted
 ) -> float:
     """Σ e H eᵀ / Σ w H wᵀ: the share of the layer's output energy that quantization changed."""
-    error, original = (weight - restored).double(), weight.double()
-    energy = float(((original @ hessian) * original).sum())
-    return float(((error @ hessian) * error).sum()) / energy if energy > 0 else 0.0
+    error, original = (weight - restored).to(hessian), weight.to(hessian)
+    energy = float(((original @ hessian) * original).sum(dtype=torch.float64))
+    return float(((error @ hessian) * error).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0

@@ -60,7 +60,7 @@ def test_stretching_keeps_the_function(view: View, stats: Stats, fold: bool) -> 
     undone = dict(stretched.tensors)
     for name in stretched.stored:
         undone[name] = undone[name] * torch.from_numpy(stored_factor(stretched.scales[name])).float()
-    changed = [name for name in view.tensors if not torch.equal(undone[name], view.tensors[name].float())]
+    changed = [name for name in view.tensors if not torch.allclose(undone[name], view.tensors[name].float(), rtol=1e-5)]
     assert ("blocks.0.mlp.fc.weight" in changed) == fold
     torch.testing.assert_close(logits(view, undone), logits(view, dict(view.tensors)), rtol=0, atol=2e-5)
 

@@ -15,8 +15,10 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.pack.container import read_artifact
-from pgolf_post.plan import KeepRule, Plan, make_plan, read_plan
-from pgolf_post.quantize.run import FactorCache, entropy_bits, keep_tensor, quantize_tensor, quantize_view
+from pgolf_post.plan import KeepRule, Plan, TensorPlan, make_plan, read_plan
+from pgolf_post.quantize.awq import Stretched
+from pgolf_post.quantize.factors import StatsFactors
+from pgolf_post.quantize.run import entropy_bits, keep_tensor, quantize_rows, quantize_view
 from pgolf_post.requant import requant
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
@@ -103,8 +105,8 @@ def test_a_matrix_without_a_site_is_rounded_only_where_the_plan_allows_it(view: 
     sites = [site for site in family.sites(module) if site.name != "head.in"]
     rows = {row.name: row for row in make_plan(view.tensors, family, module, SETTINGS, sites)}
     assert rows["tok_emb.weight"].method == "rtn"
-    tensor = quantize_tensor(rows["tok_emb.weight"], view.tensors["tok_emb.weight"], stats, FactorCache(stats))
-    assert "no site" in tensor.facts["reason"]
+    made = quantize_rows([rows["tok_emb.weight"]], Stretched(dict(view.tensors)), stats, StatsFactors(stats))
+    assert "no site" in made["tok_emb.weight"].facts["reason"]
     with pytest.raises(SettingsError, match=r"no site feeds tok_emb\.weight"):
         make_plan(view.tensors, family, module, plan_of("embedding.without_site=error"), sites)
 
@@ -116,8 +118,9 @@ def test_statistics_without_a_site_are_an_error(view: View, stats: Stats) -> Non
 
 
 def test_fp16_overflow_names_the_tensor() -> None:
+    row = TensorPlan("skip_weights", "control", KeepRule(name="control"), None, None)
     with pytest.raises(NumericsError, match=r"skip_weights.*7e\+04"):
-        keep_tensor("skip_weights", torch.tensor([1.0, 7e4]), KeepRule(name="control"))
+        keep_tensor(row, torch.tensor([1.0, 7e4]))
 
 
 def test_entropy_of_known_distributions() -> None:
