@@ -14,6 +14,7 @@ from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
+Kernels = Literal["eager", "triton"]
 
 
 class RunSettings(Settings):
@@ -21,6 +22,9 @@ class RunSettings(Settings):
     checkpoint_root: Path = Path("checkpoints")
     seed: int = Field(1337, ge=0)
     precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    kernels: Kernels = Field(
+        "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
     log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
     min_tokens_per_second: float | None = Field(

@@ -35,6 +35,7 @@ from trainer.architecture import GraphState
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
+from trainer.kernels import fuse_mlps, fused_loss, require_usable
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
 from trainer.optim import EMA, Optimizer, RunningMean
@@ -74,6 +75,7 @@ class Trainer:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self.device = ranks.device
+        require_usable(recipe, self.device.type)
         self.dtype = autocast_dtype(recipe.run.precision, self.device)
         self.data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(self.data, recipe.data.seq_len, recipe.run.seed)
@@ -81,8 +83,10 @@ class Trainer:
         self.model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
         self.model.initialise()
         self.model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
+        if recipe.run.kernels == "triton":
+            fuse_mlps(self.model)
         self.optimizer = Optimizer(self.model, recipe.optim, ranks)
-        self.provenance = {**provenance(self.device), "world_size": ranks.world_size}
+        self.provenance = {**provenance(self.device), "world_size": ranks.world_size, "kernels": recipe.run.kernels}
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
@@ -215,6 +219,8 @@ class Trainer:
     ) -> Tensor:  # () mean nats per token
         enabled = torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with enabled:
+            if self.recipe.run.kernels == "triton":
+                return fused_loss(self.model, inputs, targets)
             logits = self.model(inputs)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

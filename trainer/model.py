@@ -10,6 +10,7 @@ its records).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) ->
 class MLP(nn.Module):
     """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
 
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of x and both weights; see trainer/kernels
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -58,6 +61,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
+        if self.fused is not None:
+            return self.fused(x, self.fc.weight, self.proj.weight)
         if self.config.activation == "swiglu":
             return self.proj(F.silu(self.gate(x)) * self.fc(x))
         return self.proj(squared_activation(self.fc(x), self.config.activation, self.config.leaky_slope))
@@ -262,11 +267,12 @@ class GolfGPT(nn.Module):
             x = self.head_proj(x)
         return self.head_in(x)
 
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
+        return F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""
-        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
-        cap = self.config.logit_softcap
-        z = F.linear(hidden, head)
+        z, cap = self.uncapped_logits(hidden), self.config.logit_softcap
         return cap * torch.tanh(z.to(at_least_float32(z.dtype)) / cap)
 
     def forward(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:  # (batch, seq_len, vocab_size) float32
