@@ -129,10 +129,12 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-    """torch.nn.attention.flex_attention, compiled on CUDA: uncompiled it computes all scores."""
+    """torch.nn.attention.flex_attention, compiled on CUDA (by itself, or with what it is part of): else it computes all
+    scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend: Callable[..., Tensor] = _compiled_flex() if q.is_cuda else flex_attention  # type: ignore[assignment]
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    attend: Callable[..., Tensor] = _compiled_flex() if alone else flex_attention  # type: ignore[assignment]
     return attend(q, k, v, block_mask=blocks, enable_gqa=q.size(1) != k.size(1))
 
 

@@ -13,10 +13,11 @@ from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, read_tensors
 from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
 from tests.trainer.test_attention import give_varlen_cpu_kernels
+from tests.trainer.test_model import pico_model
 from trainer import compiled
 from trainer.architecture import GraphState
 from trainer.attention_backends import BACKENDS, BackendName
-from trainer.compiled import compiles, graphs_ahead, num_compiled_graphs, synthetic_batch
+from trainer.compiled import compiled_loss, compiles, graphs_ahead, num_compiled_graphs, synthetic_batch
 from trainer.loop import Trainer
 
 SMALL = {"num_layers": 2, "xsa_last_n": 1, "loop_end": 1, "num_loops": 2, "isolate_documents": True}
@@ -75,6 +76,21 @@ def test_where_documents_lie_makes_no_new_graph(
         eager = compiled.training_loss(run.model, inputs, targets, run.model.reach(inputs))
         torch.testing.assert_close(loss, eager)
     assert len(set(found)) == 1
+
+
+def test_flex_attention_within_a_compiled_model_makes_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILER", "eager")
+    model = pico_model(isolate_documents=True, num_layers=1, loop_end=0, loop_start=0, num_loops=0)
+    loss, counts = compiled_loss(), []
+    model.attention_backend = BACKENDS["flex"]
+    for period in (3, 5, 12):
+        inputs, targets = synthetic_batch(50, 2, 12, torch.Generator().manual_seed(period))
+        inputs[:, ::period] = 1
+        with torch.no_grad():
+            found = loss(model, inputs, targets, model.reach(inputs))
+            torch.testing.assert_close(found, compiled.training_loss(model, inputs, targets, model.reach(inputs)))
+        counts.append(num_compiled_graphs())
+    assert len(set(counts)) == 1
 
 
 def test_compiled_losses_are_the_eager_ones(tmp_path: Path, pico_data: DataFolder) -> None:
