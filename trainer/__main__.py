@@ -71,7 +71,10 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
         if resume:
             trainer.resume(resume)
         where = f"{ranks.world_size} × {trainer.device}" if ranks.world_size > 1 else str(trainer.device)
-        say(f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}")
+        say(
+            f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}, "
+            f"attention {trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'not compiled'}"
+        )
         checkpoint = trainer.run()
     finally:
         ranks.leave()

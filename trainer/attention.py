@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
+from trainer.attention_backends import Reach
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
 
@@ -62,22 +63,19 @@ def remove_own_value(
 
 
 class Context:
-    """What every attention of one forward pass shares: rotary angles, value extras, and the mask between documents."""
+    """What every attention of one forward pass shares: rotary angles, value extras, and who attends to whom."""
 
     def __init__(
         self,
         cos: Tensor,
         sin: Tensor,
-        document: Tensor | None,
+        reach: Reach,
         value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
     ) -> None:
         self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
+        self.reach = reach
         self.value_embeddings = value_embeddings
         self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
-        self.mask: Tensor | None = None  # (batch, 1, seq_len, seq_len) bool
-        if document is not None:  # (batch, seq_len): positions attend within their own document
-            same = document[:, :, None] == document[:, None, :]
-            self.mask = torch.tril(same)[:, None]
 
 
 class Attention(nn.Module):
@@ -143,22 +141,9 @@ class Attention(nn.Module):
         k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
         v = self._values(x, context)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = causal_attention(q, k, v, context.mask)
+        y = context.reach.attend(q, k, v)
         if self.use_xsa:
             y = remove_own_value(y, v)
         if self.config.attn_gate != "none":
             y = y * self._gate(x, query)
         return self.proj(y.transpose(1, 2).flatten(-2))
-
-
-def causal_attention(
-    q: Tensor,  # (batch, heads, seq_len, head_dim)
-    k: Tensor,  # (batch, kv_heads, seq_len, head_dim)
-    v: Tensor,
-    mask: Tensor | None,  # (batch, 1, seq_len, seq_len) bool, causal already; None = plain causal
-) -> Tensor:  # (batch, heads, seq_len, head_dim)
-    """Softmax attention over the past, scale 1/√head_dim; query head h reads key-value head h // group."""
-    group = q.size(1) // k.size(1)
-    k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

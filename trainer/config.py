@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
+from trainer.attention_backends import BackendChoice
+from trainer.compiled import CompileChoice
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
@@ -26,6 +28,14 @@ class RunSettings(Settings):
         "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
+    attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
+    compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps of synthetic tokens with each graph before the clock starts, all state put back; "
+        "default 2 where the loss is compiled, else 0",
+    )
     log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
     min_tokens_per_second: float | None = Field(
         None, gt=0, description="end the run within its first 30 steps if it is slower than this"

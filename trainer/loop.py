@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_post.checkpoint import (
@@ -32,7 +32,9 @@ from pgolf_post.progress import progress_bar, say
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
 from trainer.architecture import GraphState
-from trainer.batches import WindowSampler
+from trainer.attention_backends import choose_backend
+from trainer.batches import WindowSampler, to_device
+from trainer.compiled import compiled_loss, compiles, say_late_graphs, training_loss, warm_up
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.kernels import fuse_mlps, fused_loss, require_usable
@@ -85,8 +87,15 @@ class Trainer:
         self.model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
         if recipe.run.kernels == "triton":
             fuse_mlps(self.model)
+        isolated, compute_dtype = recipe.model.isolate_documents, self.dtype or self.model.tok_emb.weight.dtype
+        self.model.attention_backend = choose_backend(recipe.run.attention, self.device, compute_dtype, isolated)
+        self.compiled = compiles(recipe.run.compile, self.device)
+        eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
+        self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
         self.optimizer = Optimizer(self.model, recipe.optim, ranks)
-        self.provenance = {**provenance(self.device), "world_size": ranks.world_size, "kernels": recipe.run.kernels}
+        runtime: dict[str, Any] = {"attention": self.model.attention_backend.name, "compile": self.compiled}
+        runtime["kernels"] = recipe.run.kernels
+        self.provenance = {**provenance(self.device), "world_size": ranks.world_size, **runtime}
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
@@ -117,6 +126,7 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
+        self.provenance["warm_up"] = warmed = warm_up(self)
         loss = math.nan
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             shown = 0
@@ -134,6 +144,7 @@ class Trainer:
         self.update_graph(1.0)
         final = self.save("final")
         self._say_summary(loss, final)
+        say_late_graphs(self, warmed)
         return final
 
     def _make_run_dir(self) -> None:
@@ -189,6 +200,11 @@ class Trainer:
         self.clock.tick(self.train_seconds)
         return loss, norm
 
+    def rehearse(self, inputs: Tensor, targets: Tensor) -> None:
+        """An optimizer step on one given micro-batch, each (batch, seq_len) int64: for warming up, off the record."""
+        self._accumulate_gradients([(inputs, targets)])
+        self.optimizer.step(1.0, self.recipe.optim.momentum_for(self.step))
+
     def _update_averages(self, at: float) -> None:
         """Fold the weights after this step, which began at progress `at`, into the averages that are kept."""
         if self.ema:
@@ -197,16 +213,18 @@ class Trainer:
         if self.swa and start is not None and at >= start:
             self.swa.update(self.step)
 
-    def _accumulate_gradients(self) -> float:
-        """Backward over this rank's micro-batches, then the sum over ranks: the mean loss over batch_tokens."""
+    def _accumulate_gradients(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> float:
+        """Backward over this rank's micro-batches (this step's unless given), then the sum over ranks: mean loss."""
         data, ranks = self.recipe.data, self.ranks
         share = self.micro_tokens / data.batch_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         windows_per_step, windows_per_batch = data.batch_tokens // data.seq_len, self.micro_tokens // data.seq_len
-        for inputs, targets in self.sampler.step_batches(
-            self.step, windows_per_step, windows_per_batch, ranks.rank, ranks.world_size
-        ):
-            loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
+        if batches is None:
+            batches = self.sampler.step_batches(
+                self.step, windows_per_step, windows_per_batch, ranks.rank, ranks.world_size
+            )
+        for inputs, targets in batches:
+            loss = self._loss(inputs, targets) * share
             loss.backward()
             total += loss.detach()  # read once, at the end: reading waits for the device
         ranks.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
@@ -214,16 +232,14 @@ class Trainer:
 
     def _loss(
         self,
-        inputs: Tensor,  # (batch, seq_len) int64
-        targets: Tensor,  # (batch, seq_len) int64
+        inputs: Tensor,  # (batch, seq_len) int64, on the CPU
+        targets: Tensor,  # (batch, seq_len) int64, on the CPU
     ) -> Tensor:  # () mean nats per token
+        reach = self.model.reach(inputs)
+        inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         enabled = torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with enabled:
-            if self.recipe.run.kernels == "triton":
-                return fused_loss(self.model, inputs, targets)
-            logits = self.model(inputs)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.loss_function(self.model, inputs, targets, reach)
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line, and every log_every steps tell the terminal."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pgolf_post.errors import SettingsError
 from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
+from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.recurrence import Recurrence, carry_coefficients
 
@@ -121,6 +122,7 @@ class GolfGPT(nn.Module):
         super().__init__()
         self.config = config
         self.set_graph(graph)
+        self.attention_backend = SDPA  # how attention is computed, not what; a run may choose another
         embedding_dim = config.embedding_dim or config.model_dim
         self.tok_emb = nn.Embedding(config.vocab_size, embedding_dim)
         if config.bigram_buckets:
@@ -234,16 +236,26 @@ class GolfGPT(nn.Module):
             return 0.5 * (lanes[0] + lanes[1])
         return lanes[0] if self.config.lane_output == "attn" else lanes[1]
 
+    def reach(
+        self,
+        tokens: Tensor,  # (batch, seq_len) int64, on the CPU or the model's device
+        document: Tensor | None = None,  # (batch, seq_len), ascending: attention stays within equal values
+    ) -> Reach:
+        """Who attends to whom, in the attention backend's form; without `document`, as configured."""
+        if document is None and self.config.isolate_documents:
+            document = (tokens == BOS_ID).cumsum(1)
+        backend, device = self.attention_backend, self.tok_emb.weight.device
+        return Reach(backend, backend.reach(tokens, document, device))
+
     def hidden(
         self,
         tokens: Tensor,  # (batch, seq_len) int64
-        document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = as configured
+        document: Tensor | Reach | None = None,  # as in `reach`, or what it gave
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
-        if document is None and self.config.isolate_documents:
-            document = (tokens == BOS_ID).cumsum(1)
-        context = Context(*self._rotary(tokens.size(1), tokens.device), document, value_embeddings)
+        reach = document if isinstance(document, Reach) else self.reach(tokens, document)
+        context = Context(*self._rotary(tokens.size(1), tokens.device), reach, value_embeddings)
         recurrence = self._recurrence()
         x = x0 = self._embed(tokens)
         encoder, decoder = split_visits(self.config, self.graph.active_loops)

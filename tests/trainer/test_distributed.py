@@ -35,7 +35,7 @@ def recipe_file(folder: Path, data: DataFolder, name: str, precision: str) -> Pa
     recipe = pico_recipe(
         data,
         folder / "checkpoints",
-        run={"name": name, "precision": precision},
+        run={"name": name, "precision": precision, "warmup_steps": 1},  # which changes nothing
         schedule={"steps": 20},
         checkpoint={"phases": ("final",), "fractions": (), "metric_tokens": 400},
         optim={"swa_start": 0.5, "swa_every": 2},

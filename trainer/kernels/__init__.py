@@ -21,6 +21,7 @@ from torch import Tensor
 from pgolf_post.errors import SettingsError
 
 if TYPE_CHECKING:
+    from trainer.attention_backends import Reach
     from trainer.config import Recipe
     from trainer.model import GolfGPT
 
@@ -64,9 +65,10 @@ def fused_loss(
     model: GolfGPT,
     inputs: Tensor,  # (batch, seq_len) int64
     targets: Tensor,  # (batch, seq_len) int64
+    reach: Reach,  # of inputs
 ) -> Tensor:  # () mean nats per token, float32
     """The training loss with the head's output capped inside the cross-entropy."""
     from trainer.kernels.loss import softcapped_nats
 
-    z = model.uncapped_logits(model.hidden(inputs))
+    z = model.uncapped_logits(model.hidden(inputs, reach))
     return softcapped_nats(z.flatten(0, 1), targets.flatten(), model.config.logit_softcap).mean()
