@@ -21,12 +21,13 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError, SettingsError
 from pgolf_post.progress import progress_bar, say
 from trainer.architecture import GraphState
+from trainer.averages import EMA, RunningMean
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
-from trainer.optim import EMA, Optimizer, RunningMean
+from trainer.optim import Optimizer
 from trainer.phases import PhaseTracker
 from trainer.provenance import provenance
 from trainer.saving import restore, save
