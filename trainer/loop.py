@@ -21,16 +21,18 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError, SettingsError
 from pgolf_post.progress import progress_bar, say
 from trainer.architecture import GraphState
-from trainer.averages import EMA, RunningMean
+from trainer.averages import EMA, PowerEMA, RunningMean
+from trainer.background import BackgroundWriter, Waits
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
-from trainer.phases import PhaseTracker
+from trainer.phases import PERIODIC, Periodic, PhaseTracker
 from trainer.provenance import provenance
-from trainer.saving import restore, save
+from trainer.resuming import prepare_power_ema, restore
+from trainer.saving import save, save_power_ema, score_saved
 from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
 
 
@@ -77,7 +79,10 @@ class Trainer:
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
+        self.power_ema = PowerEMA(self.model, optim.power_ema_sigmas) if optim.power_ema_sigmas else None
         self.phases = PhaseTracker.from_recipe(recipe)
+        self.periodic = Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds)
+        self.writer, self.waits = BackgroundWriter(recipe.checkpoint.max_in_flight), Waits()
         self.run_dir = recipe.run.checkpoint_root / recipe.run.name
         self.step = 0
         self.train_seconds = 0.0
@@ -85,6 +90,7 @@ class Trainer:
         self.started = time.perf_counter()
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
+        self.resumed_from: Path | None = None
 
     @property
     def progress(self) -> float:
@@ -108,24 +114,40 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
-        loss = math.nan
+        with self.writer:  # left when all that was handed over is on disk
+            loss = self._step_to_the_end()
+            self.update_graph(1.0)
+            path = save(self, "final")
+        if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
+            score_saved(self)
+        self.ranks.wait()
+        final = Checkpoint.open(path)
+        self._say_summary(loss, final)
+        return final
+
+    def _step_to_the_end(self) -> float:
+        """Step, save and log until progress is 1. Returns the last loss."""
+        loss, shown = math.nan, 0
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
-            shown = 0
             while (at := self.progress) < 1.0:
                 self.update_graph(at)
-                if phase := self.phases.due(self.step, at):
+                if phase := self._phase_due(at):
                     save(self, phase)
                 loss, norm = self.timed_step(at)
+                save_power_ema(self, at)
+                self.writer.check()
                 if self.ranks.is_main:
                     self._log(loss, norm, at)
                 self.clock.require(self.recipe.run.min_tokens_per_second)
                 permille = int(1000 * self.progress)
                 advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
                 shown = permille
-        self.update_graph(1.0)
-        final = save(self, "final")
-        self._say_summary(loss, final)
-        return final
+        return loss
+
+    def _phase_due(self, at: float) -> str | None:
+        """The phase of the checkpoint to save before this step, if any; a boundary comes before a period."""
+        phase, periodic = self.phases.due(self.step, at), self.periodic.due(self.step, self.train_seconds)
+        return phase or (PERIODIC if periodic else None)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -138,6 +160,7 @@ class Trainer:
                 hint="choose another place with --set run.checkpoint_root=FOLDER",
             ) from error
         end_torn_line(self.run_dir / LOG_FILE)
+        prepare_power_ema(self)
 
     def _refuse_taken_run(self) -> None:
         """Raise PgolfError if this run would come upon checkpoints that it did not write."""
@@ -187,6 +210,8 @@ class Trainer:
         start = self.recipe.optim.swa_start
         if self.swa and start is not None and at >= start:
             self.swa.update(self.step)
+        if self.power_ema:
+            self.power_ema.update(self.step)
 
     def _accumulate_gradients(self) -> float:
         """Backward over this rank's micro-batches, then the sum over ranks: the mean loss over batch_tokens."""
@@ -230,6 +255,7 @@ class Trainer:
             "mean_tokens_per_second": round(self._mean_rate(), 1),
             "train_seconds": round(self.train_seconds, 3),
             "wall_seconds": self.wall_seconds,
+            **self.waits.record(),
         }
         append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
@@ -249,5 +275,6 @@ class Trainer:
         say(
             f"done: {self.step:,} steps, {self.step * self.recipe.data.batch_tokens:,} tokens, "
             f"{self.train_seconds:.1f} s of training in {self.wall_seconds:.1f} s, {self._mean_rate():,.0f} tokens/s, "
+            f"{self.waits}, "
             f"last loss {loss:.4f}, bpb {bpb}"
         )

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pgolf_post.ema_profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import ALONE, Ranks
@@ -57,6 +58,10 @@ class OptimSettings(Settings):
     ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
     swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
     swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
+    power_ema_sigmas: tuple[float, ...] = Field(
+        (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
+    )
+    power_ema_snapshots: int = Field(16, ge=2, description="of each such average, evenly spaced over the run")
     momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
     momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
     momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
@@ -69,6 +74,13 @@ class OptimSettings(Settings):
             )
         if self.ema_every > 1 and not self.ema_decay:
             raise ValueError(f"ema_every {self.ema_every} acts only with ema_decay above 0")
+        if len(set(self.power_ema_sigmas)) < len(self.power_ema_sigmas):
+            raise ValueError(f"power_ema_sigmas {self.power_ema_sigmas} names one twice")
+        for sigma in self.power_ema_sigmas:
+            try:
+                gamma_of(sigma)
+            except SettingsError as error:
+                raise ValueError(f"power_ema_sigmas: {error}") from None
         return self
 
     def momentum_for(self, step: int) -> float:
