@@ -18,6 +18,7 @@ from types import TracebackType
 
 from pgolf_post.progress import say
 
+SAY_AFTER_SECONDS = 1.0
 Job = Callable[[], object]
 
 
@@ -67,7 +68,8 @@ class BackgroundWriter:
         started = time.perf_counter()
         self.check()
         if self.limit and len(self._open) >= self.limit:
-            say(f"training waits for the disk: {len(self._open)} writes are open, checkpoint.max_in_flight")
+            if not wait([self._open[0]], timeout=SAY_AFTER_SECONDS).done:
+                say(f"training waits for the disk: {len(self._open)} writes are open (checkpoint.max_in_flight)")
             self._collect_until(self.limit - 1)
         return time.perf_counter() - started
 

@@ -187,13 +187,19 @@ def save_power_ema(trainer: Trainer, before: float) -> None:
         return
     if not snapshots_due(before, trainer.progress, num_snapshots):
         return
-    graph = trainer.model.graph.model_dump(mode="json")
-    for sigma, track in trainer.power_ema.tracks.items():
-        trainer.waits.waited_seconds += trainer.writer.make_room()
-        with trainer.waits.snapshot():
-            copies = host_copies(track)
-        job = partial(write_snapshot, trainer.run_dir, trainer.step, sigma, trainer.progress, graph, copies)
-        trainer.waits.waited_seconds += trainer.writer.submit(job)
+    waits = trainer.waits
+    waits.waited_seconds += trainer.writer.make_room()
+    with waits.snapshot():
+        copies = {sigma: host_copies(track) for sigma, track in trainer.power_ema.tracks.items()}
+    moment = (trainer.step, trainer.progress, trainer.model.graph.model_dump(mode="json"))
+    waits.waited_seconds += trainer.writer.submit(partial(_write_power_ema, trainer.run_dir, *moment, copies))
+
+
+def _write_power_ema(
+    run: Path, step: int, at: float, graph: dict[str, Any], tracks: dict[float, dict[str, Tensor]]
+) -> None:
+    for sigma, track in tracks.items():
+        write_snapshot(run, step, sigma, at, graph, track)
 
 
 def score_saved(trainer: Trainer) -> None:
