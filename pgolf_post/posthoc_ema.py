@@ -3,7 +3,8 @@
 The trainer's snapshots of power-function averages (`ema_snapshots.py`) are combined with the shares that bring their
 profiles nearest to the wanted one (`ema_profiles.py`). How near is the reconstruction error, ‖wanted - combined‖ /
 ‖wanted‖ over the profiles; it is recorded, and above `max_error` the average is refused, because it would not be what
-it is called. Snapshots are read one tensor at a time: the memory of one model, however many they are.
+it is called. An average ends sharply, so it is near only where snapshots end: at the evenly spaced ones and at every
+phase boundary's checkpoint. Snapshots are read one tensor at a time: the memory of one model, however many they are.
 """
 
 from __future__ import annotations
@@ -74,10 +75,18 @@ def find_combination(snapshots: Sequence[Snapshot], length: Length, end_step: in
         tracks = ", ".join(f"{sigma:g}" for sigma in sorted({snapshot.sigma for snapshot in snapshots}))
         raise SettingsError(
             f"{length} at step {end_step}: reconstruction error {combination.residual:.1%}, limit {max_error:.1%}; "
-            f"the run's {len(snapshots)} snapshots are of sigma {tracks}",
-            hint="ask for a length nearer to the tracks', or accept the error with --max-error",
+            f"the run's {len(snapshots)} snapshots are of sigma {tracks}, the nearest of steps "
+            f"{_around(snapshots, end_step)}",
+            hint="end at a step of which there are snapshots, ask for a length nearer to the tracks', "
+            "or accept the error with --max-error",
         )
     return Synthesis(length, end_step, tuple(snapshots), combination)
+
+
+def _around(snapshots: Sequence[Snapshot], step: int) -> str:
+    steps = {snapshot.step for snapshot in snapshots}
+    before, after = max((s for s in steps if s <= step), default=step), min(s for s in steps if s >= step)
+    return " and ".join(f"{s:,}" for s in sorted({before, after} & steps))
 
 
 def synthesise(synthesis: Synthesis) -> dict[str, Tensor]:

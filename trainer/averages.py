@@ -105,4 +105,5 @@ def snapshots_due(before: float, after: float, num_snapshots: int) -> bool:
 
     The moments are 1/n, 2/n, … 1 of the run, whatever limits it; a step that passes several has one snapshot.
     """
-    return int(after * num_snapshots) > int(before * num_snapshots)
+    passed_before, passed = (int(at * num_snapshots + 1e-9) for at in (before, after))
+    return passed > passed_before

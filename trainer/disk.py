@@ -41,7 +41,7 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     moments = matrices + 2 * (weights - matrices) + num_tracks * weights  # Muon keeps one, AdamW two
     return DiskNeed(
         _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * moments,
-        num_tracks * recipe.optim.power_ema_snapshots * weights,
+        num_tracks * (recipe.optim.power_ema_snapshots + timeline.num_checkpoints) * weights,
     )
 
 

@@ -80,6 +80,7 @@ class Trainer:
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
         self.power_ema = PowerEMA(self.model, optim.power_ema_sigmas) if optim.power_ema_sigmas else None
+        self.snapshot_step = 0  # at which its averages were last snapshotted
         self.phases = PhaseTracker.from_recipe(recipe)
         self.periodic = Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds)
         self.writer, self.waits = BackgroundWriter(recipe.checkpoint.max_in_flight), Waits()

@@ -61,7 +61,9 @@ class OptimSettings(Settings):
     power_ema_sigmas: tuple[float, ...] = Field(
         (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
     )
-    power_ema_snapshots: int = Field(16, ge=2, description="of each such average, evenly spaced over the run")
+    power_ema_snapshots: int = Field(
+        16, ge=2, description="of each, evenly spaced over the run; beside one at each checkpoint"
+    )
     momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
     momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
     momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")

@@ -40,7 +40,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     if trainer.power_ema:
         trainer.power_ema.load_state(training, str(checkpoint.path))
     trainer.model.set_graph(GraphState(**checkpoint.config["graph"]))
-    trainer.step = int(checkpoint.meta["step"])
+    trainer.step = trainer.snapshot_step = int(checkpoint.meta["step"])
     trainer.train_seconds = float(checkpoint.meta["train_seconds"])
     trainer.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
     trainer.clock = StepClock(trainer.recipe.data.batch_tokens, trainer.train_seconds)

@@ -29,6 +29,7 @@ from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.storage import atomic_file, write_json
 from trainer.averages import snapshots_due
 from trainer.model import GolfGPT
+from trainer.phases import PERIODIC
 from trainer.retention import apply_retention, checkpoints_of
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def save(trainer: Trainer, phase: str) -> Path:
     Rank 0 writes; optimizer state that ranks share out is gathered by all.
     """
     path = trainer.run_dir / f"step_{trainer.step:06d}-{phase}"
+    if phase != PERIODIC:
+        _save_tracks(trainer)  # so that averages of other lengths can end here too
     training = training_state(trainer)
     if trainer.ranks.is_main:
         snapshot = take_snapshot(trainer, path, phase, training)
@@ -182,12 +185,15 @@ def _bpb_line(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def save_power_ema(trainer: Trainer, before: float) -> None:
     """Hand snapshots of the power-function averages to the writer, if the step from progress `before` made them due."""
-    num_snapshots = trainer.recipe.optim.power_ema_snapshots
-    if not trainer.power_ema or not trainer.ranks.is_main:
+    if snapshots_due(before, trainer.progress, trainer.recipe.optim.power_ema_snapshots):
+        _save_tracks(trainer)
+
+
+def _save_tracks(trainer: Trainer) -> None:
+    """Snapshots of this step, unless they were taken already."""
+    if not trainer.power_ema or not trainer.ranks.is_main or trainer.snapshot_step == trainer.step:
         return
-    if not snapshots_due(before, trainer.progress, num_snapshots):
-        return
-    waits = trainer.waits
+    waits, trainer.snapshot_step = trainer.waits, trainer.step
     waits.waited_seconds += trainer.writer.make_room()
     with waits.snapshot():
         copies = {sigma: host_copies(track) for sigma, track in trainer.power_ema.tracks.items()}
