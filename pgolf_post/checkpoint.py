@@ -148,12 +148,17 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
-            digest.update(flat.view(torch.uint8).numpy().data)
+        hash_tensor(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def hash_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Add one tensor to a digest; tensors_sha256 adds them in name order."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+    if tensor.numel():
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:

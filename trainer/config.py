@@ -17,6 +17,7 @@ from trainer.schedule import ScheduleSettings
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton"]
+MetricTime = Literal["each", "end", "final"]
 
 
 class RunSettings(Settings):
@@ -60,13 +61,21 @@ class DataSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Which phase boundaries become folders. `final` is always one."""
+    """Which moments become folders, and which folders stay. `final` is always one; phase boundaries are always kept."""
 
     phases: tuple[PhaseName, ...] = get_args(PhaseName)
     fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
     steps: tuple[int, ...] = Field((), description="also after these steps")
+    every_steps: int | None = Field(None, ge=1, description="steps between periodic checkpoints, for resuming")
+    every_seconds: float | None = Field(None, gt=0, description="training seconds between periodic checkpoints")
+    keep_last: int | None = Field(None, ge=1, description="periodic checkpoints that are kept; default all")
     optimizer_state: bool = Field(True, description="write training.safetensors, needed by --resume")
+    keep_optimizer_state: Literal["all", "last"] = Field("all", description="last: drop it from older checkpoints")
+    metric: MetricTime = Field(
+        "each", description="when views are scored: each as it is saved, all at the end of the run, or the final alone"
+    )
     metric_tokens: int | None = Field(65536, ge=2, description="validation tokens of the recorded metric; omit for all")
+    max_in_flight: int = Field(2, ge=0, description="writes in host memory while training goes on; 0 = wait for each")
 
     @model_validator(mode="after")
     def _reachable(self) -> CheckpointSettings:
@@ -76,6 +85,12 @@ class CheckpointSettings(Settings):
         negative = [step for step in self.steps if step < 0]
         if negative:
             raise ValueError(f"checkpoint steps count from 0, got {negative}")
+        if self.keep_last and not (self.every_steps or self.every_seconds):
+            raise ValueError(
+                f"keep_last {self.keep_last} acts only on periodic checkpoints: set every_steps or every_seconds"
+            )
+        if self.keep_optimizer_state == "last" and not self.optimizer_state:
+            raise ValueError('keep_optimizer_state "last" acts only with optimizer_state = true')
         return self
 
 

@@ -13,6 +13,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.progress import print_table, say
 from trainer.config import Recipe
+from trainer.disk import disk_need
 from trainer.loop import Trainer
 from trainer.preflight import Finding, preflight
 from trainer.timeline import StepTimes, Timeline, num_visits, predict
@@ -54,6 +55,8 @@ def dry_run(recipe: Recipe, times: StepTimes) -> tuple[Timeline, list[Finding]]:
     timeline = predict(recipe, times)
     findings = preflight(timeline, validation_tokens(recipe))
     show(timeline)
+    if need := disk_need(timeline):
+        say(f"disk: {need}")
     for finding in findings:
         say(str(finding))
     return timeline, findings
@@ -100,11 +103,11 @@ def _times_line(timeline: Timeline) -> str:
 
 def _totals_line(timeline: Timeline) -> str:
     """How much the run trains."""
-    steps = timeline.clock.end_step
+    steps, periodic = timeline.clock.end_step, timeline.num_periodic
     tokens = steps * timeline.recipe.data.batch_tokens
     return (
         f"{steps:,} steps, {tokens:,} tokens, {timeline.seconds:,.1f} s of training (ends by {timeline.ends_by}), "
-        f"{timeline.num_checkpoints} checkpoints"
+        f"{timeline.num_checkpoints} checkpoints" + (f" and {periodic} periodic" if periodic else "")
     )
 
 
@@ -119,6 +122,7 @@ def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
         "ends_by": timeline.ends_by,
         "step_seconds": {"plain": times.plain, "looped": times.looped, "origin": times.origin},
         "boundaries": [asdict(row) for row in timeline.boundaries],
+        "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
         "findings": [asdict(finding) for finding in findings],
     }

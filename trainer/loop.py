@@ -12,27 +12,18 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgolf_post.checkpoint import (
-    TRAINING_FILE,
-    Checkpoint,
-    ViewName,
-    complete_config,
-    point_latest,
-    read_tensors,
-    save_checkpoint,
-)
+from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
+from pgolf_post.errors import NumericsError, PgolfError, SettingsError
 from pgolf_post.progress import progress_bar, say
-from pgolf_post.score.metric import measure_module
-from pgolf_post.score.plain import PlainProtocol
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend
+from trainer.averages import EMA, PowerEMA, RunningMean
+from trainer.background import BackgroundWriter, Waits
 from trainer.batches import WindowSampler, to_device
 from trainer.compiled import compiled_loss, compiles, say_late_graphs, training_loss, warm_up
 from trainer.config import Precision, Recipe
@@ -40,9 +31,11 @@ from trainer.distributed import ALONE, Ranks
 from trainer.kernels import fuse_mlps, fused_loss, require_usable
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
 from trainer.model import GolfGPT
-from trainer.optim import EMA, Optimizer, RunningMean
-from trainer.phases import PhaseTracker
+from trainer.optim import Optimizer
+from trainer.phases import PERIODIC, Periodic, PhaseTracker
 from trainer.provenance import provenance
+from trainer.resuming import prepare_power_ema, restore
+from trainer.saving import save, save_power_ema, score_saved
 from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
 
 
@@ -99,7 +92,11 @@ class Trainer:
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
+        self.power_ema = PowerEMA(self.model, optim.power_ema_sigmas) if optim.power_ema_sigmas else None
+        self.snapshot_step = 0  # at which its averages were last snapshotted
         self.phases = PhaseTracker.from_recipe(recipe)
+        self.periodic = Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds)
+        self.writer, self.waits = BackgroundWriter(recipe.checkpoint.max_in_flight), Waits()
         self.run_dir = recipe.run.checkpoint_root / recipe.run.name
         self.step = 0
         self.train_seconds = 0.0
@@ -107,6 +104,7 @@ class Trainer:
         self.started = time.perf_counter()
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
+        self.resumed_from: Path | None = None
 
     @property
     def progress(self) -> float:
@@ -119,6 +117,10 @@ class Trainer:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of the same recipe: weights, moments, averages, data position and clock."""
+        restore(self, path)
+
     # ---- running -----------------------------------------------------------------------------------------------
 
     def run(self) -> Checkpoint:
@@ -127,25 +129,41 @@ class Trainer:
             self._make_run_dir()
         self.ranks.wait()
         self.provenance["warm_up"] = warmed = warm_up(self)
-        loss = math.nan
+        with self.writer:  # left when all that was handed over is on disk
+            loss = self._step_to_the_end()
+            self.update_graph(1.0)
+            path = save(self, "final")
+        if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
+            score_saved(self)
+        self.ranks.wait()
+        final = Checkpoint.open(path)
+        self._say_summary(loss, final)
+        say_late_graphs(self, warmed)
+        return final
+
+    def _step_to_the_end(self) -> float:
+        """Step, save and log until progress is 1. Returns the last loss."""
+        loss, shown = math.nan, 0
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
-            shown = 0
             while (at := self.progress) < 1.0:
                 self.update_graph(at)
-                if phase := self.phases.due(self.step, at):
-                    self.save(phase)
+                if phase := self._phase_due(at):
+                    save(self, phase)
                 loss, norm = self.timed_step(at)
+                save_power_ema(self, at)
+                self.writer.check()
                 if self.ranks.is_main:
                     self._log(loss, norm, at)
                 self.clock.require(self.recipe.run.min_tokens_per_second)
                 permille = int(1000 * self.progress)
                 advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
                 shown = permille
-        self.update_graph(1.0)
-        final = self.save("final")
-        self._say_summary(loss, final)
-        say_late_graphs(self, warmed)
-        return final
+        return loss
+
+    def _phase_due(self, at: float) -> str | None:
+        """The phase of the checkpoint to save before this step, if any; a boundary comes before a period."""
+        phase, periodic = self.phases.due(self.step, at), self.periodic.due(self.step, self.train_seconds)
+        return phase or (PERIODIC if periodic else None)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -158,6 +176,7 @@ class Trainer:
                 hint="choose another place with --set run.checkpoint_root=FOLDER",
             ) from error
         end_torn_line(self.run_dir / LOG_FILE)
+        prepare_power_ema(self)
 
     def _refuse_taken_run(self) -> None:
         """Raise PgolfError if this run would come upon checkpoints that it did not write."""
@@ -212,6 +231,8 @@ class Trainer:
         start = self.recipe.optim.swa_start
         if self.swa and start is not None and at >= start:
             self.swa.update(self.step)
+        if self.power_ema:
+            self.power_ema.update(self.step)
 
     def _accumulate_gradients(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> float:
         """Backward over this rank's micro-batches (this step's unless given), then the sum over ranks: mean loss."""
@@ -257,6 +278,7 @@ class Trainer:
             "mean_tokens_per_second": round(self._mean_rate(), 1),
             "train_seconds": round(self.train_seconds, 3),
             "wall_seconds": self.wall_seconds,
+            **self.waits.record(),
         }
         append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
@@ -276,116 +298,6 @@ class Trainer:
         say(
             f"done: {self.step:,} steps, {self.step * self.recipe.data.batch_tokens:,} tokens, "
             f"{self.train_seconds:.1f} s of training in {self.wall_seconds:.1f} s, {self._mean_rate():,.0f} tokens/s, "
+            f"{self.waits}, "
             f"last loss {loss:.4f}, bpb {bpb}"
         )
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    def config(self) -> dict[str, Any]:
-        """config.json: what rebuilds the model as it is now, runtime graph state included."""
-        return {
-            "family": "golf_gpt",
-            "model": self.model.config.model_dump(mode="json"),
-            "graph": self.model.graph.model_dump(mode="json"),
-            "tokenizer": {"sha256": self.data.tokenizer_sha256, "vocab_size": self.data.vocab_size},
-            "data": {"manifest_sha256": self.data.manifest_sha256},
-        }
-
-    def views(self) -> dict[ViewName, dict[str, Tensor]]:
-        """The raw weights and the averages that are kept; an average has the raw weights' buffers, if any."""
-        raw = dict(self.model.state_dict())
-        views: dict[ViewName, dict[str, Tensor]] = {"raw": raw}
-        if self.ema:
-            views["ema"] = {**raw, **self.ema.shadow}
-        if self.swa and self.swa.count:
-            views["swa"] = {**raw, **self.swa.mean}
-        return views
-
-    def _metric(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Score one view as `checkpoint verify` will: float32, plain, the first metric_tokens of validation."""
-        protocol = PlainProtocol(seq_len=self.recipe.data.seq_len, max_tokens=self.recipe.checkpoint.metric_tokens)
-        module = GolfGPT(self.model.config, self.model.graph).to(self.device)
-        module.load_state_dict(tensors)
-        return measure_module(module.eval(), self.data, protocol)
-
-    def save(self, phase: str) -> Checkpoint:
-        """Write this moment as a folder and point `latest` at it; rank 0 does, the others wait for it."""
-        path = self.run_dir / f"step_{self.step:06d}-{phase}"
-        if self.ranks.is_main:
-            self._write(path, phase)
-        self.ranks.wait()
-        return Checkpoint.open(path)
-
-    def _write(self, path: Path, phase: str) -> None:
-        views = self.views()
-        metrics: dict[str, dict[str, Any]] = {name: self._metric(tensors) for name, tensors in views.items()}
-        meta = {
-            "kind": "raw",
-            "run": self.recipe.run.name,
-            "phase": phase,
-            "step": self.step,
-            "progress": self.progress,
-            "tokens_seen": self.step * self.recipe.data.batch_tokens,
-            "train_seconds": self.train_seconds,
-            "wall_seconds": self.wall_seconds,
-            "swa_count": self.swa.count if self.swa else 0,
-            "seed": self.recipe.run.seed,
-            "data_position": {"next_step": self.step},
-            "rng": "none: the data order is a function of seed and step, and training draws no other random numbers",
-            "precision": "bf16 autocast" if self.dtype else self.recipe.run.precision.replace("auto", "fp32"),
-            "parents": self.parents,
-            "data_dir": str(self.recipe.data.dir),
-            "recipe": self.recipe.model_dump(mode="json"),
-            **self.provenance,
-        }
-        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
-        checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
-        self._point_latest(checkpoint)
-        bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
-        say(f"saved {path}  bpb on {metrics['raw']['tokens']:,} validation tokens: {bpb}")
-
-    def _point_latest(self, checkpoint: Checkpoint) -> None:
-        """Point `latest` at a saved checkpoint. Raises PgolfError if the link cannot be made."""
-        root = self.recipe.run.checkpoint_root
-        try:
-            point_latest(root, checkpoint)
-        except OSError as error:
-            raise PgolfError(
-                f"saved {checkpoint.path}, but could not point {root / 'latest'} at it: {error}",
-                hint=f"move {root / 'latest'} away if it is not a link, then go on with --resume {checkpoint.path}",
-            ) from error
-
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of the same recipe: weights, moments, average, data position and clock."""
-        checkpoint = Checkpoint.open(path)
-        if not (checkpoint.path / TRAINING_FILE).is_file():
-            raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
-        theirs, ours = complete_config(checkpoint.config), self.config()
-        if theirs["model"] != ours["model"] or theirs["data"] != ours["data"]:
-            raise MismatchError(
-                f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it"
-            )
-        self.model.load_state_dict(dict(checkpoint.load("raw").tensors))
-        self._resume_averages(checkpoint)
-        self.optimizer.load_state(read_tensors(checkpoint.path / TRAINING_FILE), str(checkpoint.path))
-        self.model.set_graph(GraphState(**checkpoint.config["graph"]))
-        self.step = int(checkpoint.meta["step"])
-        self.train_seconds = float(checkpoint.meta["train_seconds"])
-        self.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
-        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
-        self.parents = [checkpoint.view_id("raw")]
-        self.phases.skip_past(self.step, self.progress)
-        say(f"resumed {checkpoint.path} at step {self.step}, {100 * self.progress:.1f} % of the run")
-
-    def _resume_averages(self, checkpoint: Checkpoint) -> None:
-        """Take up the averages where the checkpoint left them. Raises NotFoundError if it lacks a kept EMA."""
-        if self.ema:
-            shadow = checkpoint.load("ema").tensors
-            self.ema.shadow = {name: shadow[name].to(self.device, copy=True) for name in self.ema.shadow}
-        start, count = self.recipe.optim.swa_start, int(checkpoint.meta.get("swa_count", 0))
-        if start is not None and not count and float(checkpoint.meta.get("progress", 0.0)) > start:
-            say(f"{checkpoint.path} holds no running mean; one starts at step {checkpoint.meta['step']}")
-        if self.swa and count:
-            mean = checkpoint.load("swa").tensors
-            self.swa.count = count
-            self.swa.mean = {name: mean[name].to(self.device, copy=True) for name in self.swa.parameters}

@@ -1,11 +1,8 @@
-"""Muon for matrices, AdamW for the rest, one step over both; running averages of the weights beside it.
+"""Muon for matrices, AdamW for the rest, one step over both.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, computed by five Newton-Schulz
 iterations; matrices of equal shape are stacked and iterated together. Coefficients: Jordan's classic quintic, or Polar
 Express (Amsel et al. 2025) as the record scripts use it.
-
-Two averages follow the raw weights, both in float32 and off the gradient's path: an exponential one (EMA) and, from a
-share of the run on, a running equal-weight mean (SWA, Izmailov et al. 2018).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pgolf_post.ema_profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import ALONE, Ranks
@@ -60,6 +58,12 @@ class OptimSettings(Settings):
     ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
     swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
     swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
+    power_ema_sigmas: tuple[float, ...] = Field(
+        (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
+    )
+    power_ema_snapshots: int = Field(
+        16, ge=2, description="of each, evenly spaced over the run; beside one at each checkpoint"
+    )
     momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
     momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
     momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
@@ -72,6 +76,13 @@ class OptimSettings(Settings):
             )
         if self.ema_every > 1 and not self.ema_decay:
             raise ValueError(f"ema_every {self.ema_every} acts only with ema_decay above 0")
+        if len(set(self.power_ema_sigmas)) < len(self.power_ema_sigmas):
+            raise ValueError(f"power_ema_sigmas {self.power_ema_sigmas} names one twice")
+        for sigma in self.power_ema_sigmas:
+            try:
+                gamma_of(sigma)
+            except SettingsError as error:
+                raise ValueError(f"power_ema_sigmas: {error}") from None
         return self
 
     def momentum_for(self, step: int) -> float:
@@ -244,48 +255,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     """A gradient that is known to be there."""
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _wide_copy(parameter: Tensor) -> Tensor:
-    """A copy in float32, or float64 where the weights are."""
-    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-
-
-class EMA:
-    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
-
-    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
-        self.decay, self.every = decay, every
-        self.parameters = dict(model.named_parameters())
-        self.shadow = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Fold in the weights after optimizer step `step` (counted from 1), if it is one of every n."""
-        if step % self.every:
-            return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
-
-
-class RunningMean:
-    """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
-
-    def __init__(self, model: nn.Module, every: int) -> None:
-        self.every, self.count = every, 0
-        self.parameters = dict(model.named_parameters())
-        self.mean: dict[str, Tensor] = {}  # empty until the first model enters
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
-        if step % self.every:
-            return
-        self.count += 1
-        if self.count == 1:
-            self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
-        else:
-            torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)

@@ -149,6 +149,13 @@ class Timeline:
         return len({boundary.step for boundary in self.boundaries if boundary.checkpoint})
 
     @property
+    def num_periodic(self) -> int:
+        """Periodic checkpoints that the run will write, at most: one that meets a boundary is not written."""
+        settings, last = self.recipe.checkpoint, self.clock.end_step - 1  # the step that the last one can precede
+        by_steps = last // settings.every_steps if settings.every_steps else 0
+        return by_steps + (int(self.clock.second(last) / settings.every_seconds) if settings.every_seconds else 0)
+
+    @property
     def seconds(self) -> float:
         return self.clock.second(self.clock.end_step)
 

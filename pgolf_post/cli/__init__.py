@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("importer", "A foreign checkpoint file (flat, banked, int8) → a native folder."),
     "export": ("exporter", "A checkpoint → a public script's state dict."),
     "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
+    "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),

@@ -202,6 +202,7 @@ def test_the_log_is_one_json_object_per_step(pico_run: Path, whole_run: Path) ->
     assert [record["step"] for record in records] == list(range(1, 13))
     wanted = {"step", "loss", "grad_norm", "lr_multiplier", "lr", "momentum", "active_loops", "train_seconds"}
     wanted |= {"tokens_per_second", "mean_tokens_per_second", "weight_decay_multiplier", "wall_seconds"}
+    wanted |= {"scoring_seconds", "snapshot_seconds", "waited_seconds"}
     assert all(wanted == record.keys() for record in records)
     matrix_lrs = [0.02] * 6 + [0.02 * left / 6 for left in range(6, 0, -1)]
     assert [record["lr"]["matrix"] for record in records] == pytest.approx(matrix_lrs)

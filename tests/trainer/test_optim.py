@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.trainer.test_model import pico_model
+from trainer.averages import EMA, RunningMean
 from trainer.optim import (
-    EMA,
     NewtonSchulz,
     Optimizer,
     OptimSettings,
-    RunningMean,
     group_of,
     muon_updates,
     orthogonalize,
