@@ -169,14 +169,15 @@ class Trainer:
     def timed_step(self, at: float) -> tuple[float, float]:
         """One optimizer step on the clock: (mean training loss in nats per token, gradient norm)."""
         started = time.perf_counter()
-        loss = self._accumulate_gradients()
+        loss_share = self._accumulate_gradients()
+        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
+        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
+        loss = self.ranks.sum_float(float(loss_share))
         if not math.isfinite(loss):
             raise NumericsError(
                 f"training loss is {loss} at step {self.step}; earlier checkpoints in {self.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
-        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
-        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         self.step += 1
         self._update_averages(at)
         if self.device.type == "cuda":
@@ -193,8 +194,8 @@ class Trainer:
         if self.swa and start is not None and at >= start:
             self.swa.update(self.step)
 
-    def _accumulate_gradients(self) -> float:
-        """Backward over this rank's micro-batches, then the sum over ranks: the mean loss over batch_tokens."""
+    def _accumulate_gradients(self) -> Tensor:  # () float64
+        """Backward over this rank's micro-batches: its share of the mean loss over batch_tokens."""
         data, ranks = self.recipe.data, self.ranks
         share = self.micro_tokens / data.batch_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -204,9 +205,8 @@ class Trainer:
         ):
             loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
             loss.backward()
-            total += loss.detach()  # read once, at the end: reading waits for the device
-        ranks.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
-        return ranks.sum_float(float(total))
+            total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
+        return total
 
     def _loss(
         self,
@@ -289,12 +289,13 @@ class Trainer:
     def save(self, phase: str) -> Checkpoint:
         """Write this moment as a folder and point `latest` at it; rank 0 does, the others wait for it."""
         path = self.run_dir / f"step_{self.step:06d}-{phase}"
+        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None  # each rank has a share
         if self.ranks.is_main:
-            self._write(path, phase)
+            self._write(path, phase, training)
         self.ranks.wait()
         return Checkpoint.open(path)
 
-    def _write(self, path: Path, phase: str) -> None:
+    def _write(self, path: Path, phase: str, training: dict[str, Tensor] | None) -> None:
         views = self.views()
         metrics: dict[str, dict[str, Any]] = {name: self._metric(tensors) for name, tensors in views.items()}
         meta = {
@@ -316,7 +317,6 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
             **self.provenance,
         }
-        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
         checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
         self._point_latest(checkpoint)
         bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
