@@ -1,8 +1,8 @@
 """The training loop: step until the schedule says the run is over, leave a checkpoint at every phase boundary.
 
-The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and said
-so in meta.json (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run at once, with the last
-checkpoint intact.
+The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and the
+ledger in meta.json says what they took (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run
+at once, with the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ from trainer.architecture import GraphState
 from trainer.batches import WindowSampler
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
-from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
+from trainer.ledger import LEDGER_FILE, Ledger, show_ledger, write_ledger
+from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.model import GolfGPT
 from trainer.optim import EMA, Optimizer, RunningMean
 from trainer.phases import PhaseTracker
 from trainer.provenance import provenance
+from trainer.reserve import Reserve, measure_reserve, resumed_reserve
 from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
 
 
@@ -69,7 +72,7 @@ class Trainer:
     """One run: the model, its optimizer, its data order and its clock."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
-        self.recipe, self.ranks = recipe, ranks
+        self.recipe, self.ranks, self.ledger = recipe, ranks, Ledger()
         self.micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
@@ -91,13 +94,16 @@ class Trainer:
         self.step = 0
         self.train_seconds = 0.0
         self.clock = StepClock(recipe.data.batch_tokens, self.train_seconds)
-        self.started = time.perf_counter()
+        self.started = self.ledger.started
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
+        self.reserve: Reserve | None = None  # under a cap, settled before the first step
+        self.ledger.add("load", time.perf_counter() - self.started)
 
     @property
     def progress(self) -> float:
-        return progress(self.recipe.schedule, self.step, self.train_seconds)
+        reserve_seconds = self.reserve.seconds if self.reserve else 0.0
+        return progress(self.recipe.schedule, self.step, self.train_seconds, reserve_seconds)
 
     @property
     def wall_seconds(self) -> float:
@@ -113,6 +119,7 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
+        self._settle_reserve()
         loss = math.nan
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             shown = 0
@@ -129,8 +136,23 @@ class Trainer:
                 shown = permille
         self.update_graph(1.0)
         final = self.save("final")
+        self._close_ledger()
         self._say_summary(loss, final)
         return final
+
+    def _settle_reserve(self) -> None:
+        """Before the clock starts: what a cap must leave free. A resumed run keeps what it began with."""
+        with self.ledger.phase("warm_up"):
+            self.reserve = self.reserve or measure_reserve(self)
+        if self.reserve:
+            say(f"cap {self.recipe.schedule.seconds:g} s: {self.reserve}")
+
+    def _close_ledger(self) -> None:
+        """Show where the time went and leave it in the run's folder."""
+        if self.ranks.is_main:
+            facts = self.ledger.as_facts(self.recipe.schedule.seconds)
+            write_ledger(self.run_dir / LEDGER_FILE, facts)
+            show_ledger(facts)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -182,7 +204,10 @@ class Trainer:
         self._update_averages(at)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.train_seconds = self.ranks.main_float(self.train_seconds + time.perf_counter() - started)
+        before = self.train_seconds
+        self.train_seconds = self.ranks.main_float(before + time.perf_counter() - started)
+        looped = self.model.graph.active_loops > 0
+        self.ledger.add("train_looped" if looped else "train_plain", self.train_seconds - before)
         self.clock.tick(self.train_seconds)
         return loss, norm
 
@@ -238,11 +263,7 @@ class Trainer:
         }
         append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
-            say(
-                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  lr × {multiplier:.3f}  "
-                f"loops {record['active_loops']}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"{self.train_seconds:.1f} s"
-            )
+            say(step_line(record, at))
 
     def _mean_rate(self) -> float:
         """Training tokens per second over the whole run, resumed parts included."""
@@ -281,6 +302,10 @@ class Trainer:
 
     def _metric(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Score one view as `checkpoint verify` will: float32, plain, the first metric_tokens of validation."""
+        with self.ledger.phase("scoring"):
+            return self._measure(tensors)
+
+    def _measure(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         protocol = PlainProtocol(seq_len=self.recipe.data.seq_len, max_tokens=self.recipe.checkpoint.metric_tokens)
         module = GolfGPT(self.model.config, self.model.graph).to(self.device)
         module.load_state_dict(tensors)
@@ -289,10 +314,11 @@ class Trainer:
     def save(self, phase: str) -> Checkpoint:
         """Write this moment as a folder and point `latest` at it; rank 0 does, the others wait for it."""
         path = self.run_dir / f"step_{self.step:06d}-{phase}"
-        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None  # each rank has a share
-        if self.ranks.is_main:
-            self._write(path, phase, training)
-        self.ranks.wait()
+        with self.ledger.phase("final" if phase == "final" else "checkpoint"):
+            training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None  # shared out
+            if self.ranks.is_main:
+                self._write(path, phase, training)
+            self.ranks.wait()
         return Checkpoint.open(path)
 
     def _write(self, path: Path, phase: str, training: dict[str, Tensor] | None) -> None:
@@ -307,6 +333,8 @@ class Trainer:
             "tokens_seen": self.step * self.recipe.data.batch_tokens,
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
+            "ledger": self.ledger.as_facts(self.recipe.schedule.seconds),
+            "reserve": asdict(self.reserve) if self.reserve else None,
             "swa_count": self.swa.count if self.swa else 0,
             "seed": self.recipe.run.seed,
             "data_position": {"next_step": self.step},
@@ -350,6 +378,9 @@ class Trainer:
         self.step = int(checkpoint.meta["step"])
         self.train_seconds = float(checkpoint.meta["train_seconds"])
         self.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
+        if "ledger" in checkpoint.meta:
+            self.ledger.resume(checkpoint.meta["ledger"])
+        self.reserve = resumed_reserve(self.recipe.schedule, checkpoint.meta.get("reserve"))
         self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
         self.parents = [checkpoint.view_id("raw")]
         self.phases.skip_past(self.step, self.progress)
