@@ -40,7 +40,7 @@ def recipe_of(root: Path, data: DataFolder, precision: str, /, **tables: dict[st
         run={"precision": precision},
         data={"batch_tokens": 96, **tables.get("data", {})},  # 6 sequences: for 1, 2 or 3 ranks
         model={"untied_loop_mlps": True},
-        schedule={"steps": 20},
+        schedule={"steps": 20, "seconds": 1e6},  # a cap, so that ranks must agree on what it leaves free
         checkpoint={"phases": ("final",), "fractions": (), "steps": (10,), "metric_tokens": 400},
         optim={"swa_start": 0.5, "swa_every": 2, **tables.get("optim", {})},
     )
