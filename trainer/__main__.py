@@ -80,7 +80,14 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
         ranks.leave()
     if as_json and ranks.is_main:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
-        print_json({"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": views})
+        print_json(
+            {
+                "checkpoint": str(checkpoint.path),
+                "checkpoint_id": checkpoint.meta["id"],
+                "views": views,
+                "ledger": trainer.ledger.as_facts(recipe.schedule.seconds),
+            }
+        )
 
 
 def plan(
@@ -91,10 +98,10 @@ def plan(
     from trainer.timeline import StepTimes
 
     if step_seconds is None:
-        times = dry_run.measure_step_times(recipe)
+        times, reserve = dry_run.measure(recipe)
     else:
-        times = StepTimes.given(recipe.model, step_seconds, looped_step_seconds)
-    timeline, findings = dry_run.dry_run(recipe, times)
+        times, reserve = StepTimes.given(recipe.model, step_seconds, looped_step_seconds), None
+    timeline, findings = dry_run.dry_run(recipe, times, reserve)
     if as_json:
         print_json(dry_run.answer(timeline, findings))
     dry_run.require_no_refusal(findings, source)

@@ -10,7 +10,7 @@ from pgolf_post.data import DataFolder
 from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.model import GolfGPT
-from trainer.optim import group_of
+from trainer.optim import assign_groups
 from trainer.timeline import Timeline
 
 FLOAT_BYTES = 4
@@ -36,7 +36,7 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     with torch.device("meta"):
         model = GolfGPT(recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size), GraphState())
     sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
-    matrices = sum(size for name, size in sizes.items() if group_of(name, model.get_parameter(name)) == "matrix")
+    matrices = sum(sizes[name] for name in assign_groups(model).get("matrix", []))
     weights, num_tracks = sum(sizes.values()), len(recipe.optim.power_ema_sigmas)
     moments = matrices + 2 * (weights - matrices) + num_tracks * weights  # Muon keeps one, AdamW two
     return DiskNeed(

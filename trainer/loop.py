@@ -1,8 +1,8 @@
 """The training loop: step until the schedule says the run is over, leave a checkpoint at every phase boundary.
 
-The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and said
-so in meta.json (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run at once, with the last
-checkpoint intact.
+The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and the
+ledger in meta.json says what they took (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run
+at once, with the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ from trainer.compiled import compiled_loss, compiles, say_late_graphs, training_
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.kernels import fuse_mlps, fused_loss, require_usable
-from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
+from trainer.ledger import LEDGER_FILE, Ledger, show_ledger, write_ledger
+from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
 from trainer.phases import PERIODIC, Periodic, PhaseTracker
 from trainer.provenance import provenance
+from trainer.reserve import Reserve, measure_reserve
 from trainer.resuming import prepare_power_ema, restore
 from trainer.saving import save, save_power_ema, score_saved
 from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
@@ -65,7 +68,7 @@ class Trainer:
     """One run: the model, its optimizer, its data order and its clock."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
-        self.recipe, self.ranks = recipe, ranks
+        self.recipe, self.ranks, self.ledger = recipe, ranks, Ledger()
         self.micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
@@ -101,14 +104,17 @@ class Trainer:
         self.step = 0
         self.train_seconds = 0.0
         self.clock = StepClock(recipe.data.batch_tokens, self.train_seconds)
-        self.started = time.perf_counter()
+        self.started = self.ledger.started
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
         self.resumed_from: Path | None = None
+        self.reserve: Reserve | None = None  # under a cap, settled before the first step
+        self.ledger.add("load", time.perf_counter() - self.started)
 
     @property
     def progress(self) -> float:
-        return progress(self.recipe.schedule, self.step, self.train_seconds)
+        reserve_seconds = self.reserve.seconds if self.reserve else 0.0
+        return progress(self.recipe.schedule, self.step, self.train_seconds, reserve_seconds)
 
     @property
     def wall_seconds(self) -> float:
@@ -128,15 +134,21 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
-        self.provenance["warm_up"] = warmed = warm_up(self)
+        with self.ledger.phase("warm_up"):
+            self.provenance["warm_up"] = warmed = warm_up(self)
+        self._settle_reserve()
         with self.writer:  # left when all that was handed over is on disk
             loss = self._step_to_the_end()
             self.update_graph(1.0)
-            path = save(self, "final")
+            with self.ledger.phase("final"):
+                path = save(self, "final")
+                self.writer.drain()
         if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
-            score_saved(self)
+            with self.ledger.phase("scoring"):
+                score_saved(self)
         self.ranks.wait()
         final = Checkpoint.open(path)
+        self._close_ledger()
         self._say_summary(loss, final)
         say_late_graphs(self, warmed)
         return final
@@ -147,10 +159,12 @@ class Trainer:
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             while (at := self.progress) < 1.0:
                 self.update_graph(at)
-                if phase := self._phase_due(at):
-                    save(self, phase)
+                with self.ledger.phase("checkpoint"):
+                    if phase := self._phase_due(at):
+                        save(self, phase)
                 loss, norm = self.timed_step(at)
-                save_power_ema(self, at)
+                with self.ledger.phase("checkpoint"):
+                    save_power_ema(self, at)
                 self.writer.check()
                 if self.ranks.is_main:
                     self._log(loss, norm, at)
@@ -164,6 +178,20 @@ class Trainer:
         """The phase of the checkpoint to save before this step, if any; a boundary comes before a period."""
         phase, periodic = self.phases.due(self.step, at), self.periodic.due(self.step, self.train_seconds)
         return phase or (PERIODIC if periodic else None)
+
+    def _settle_reserve(self) -> None:
+        """Before the clock starts: what a cap must leave free. A resumed run keeps what it began with."""
+        with self.ledger.phase("warm_up"):
+            self.reserve = self.reserve or measure_reserve(self)
+        if self.reserve:
+            say(f"cap {self.recipe.schedule.seconds:g} s: {self.reserve}")
+
+    def _close_ledger(self) -> None:
+        """Show where the time went and leave it in the run's folder."""
+        if self.ranks.is_main:
+            facts = self.ledger.as_facts(self.recipe.schedule.seconds)
+            write_ledger(self.run_dir / LEDGER_FILE, facts)
+            show_ledger(facts)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -203,19 +231,23 @@ class Trainer:
     def timed_step(self, at: float) -> tuple[float, float]:
         """One optimizer step on the clock: (mean training loss in nats per token, gradient norm)."""
         started = time.perf_counter()
-        loss = self._accumulate_gradients()
+        loss_share = self._accumulate_gradients()
+        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
+        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
+        loss = self.ranks.sum_float(float(loss_share))
         if not math.isfinite(loss):
             raise NumericsError(
                 f"training loss is {loss} at step {self.step}; earlier checkpoints in {self.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
-        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
-        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         self.step += 1
         self._update_averages(at)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.train_seconds = self.ranks.main_float(self.train_seconds + time.perf_counter() - started)
+        before = self.train_seconds
+        self.train_seconds = self.ranks.main_float(before + time.perf_counter() - started)
+        looped = self.model.graph.active_loops > 0
+        self.ledger.add("train_looped" if looped else "train_plain", self.train_seconds - before)
         self.clock.tick(self.train_seconds)
         return loss, norm
 
@@ -234,8 +266,8 @@ class Trainer:
         if self.power_ema:
             self.power_ema.update(self.step)
 
-    def _accumulate_gradients(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> float:
-        """Backward over this rank's micro-batches (this step's unless given), then the sum over ranks: mean loss."""
+    def _accumulate_gradients(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> Tensor:  # () float64
+        """Backward over this rank's micro-batches (this step's unless given): its share of the mean loss."""
         data, ranks = self.recipe.data, self.ranks
         share = self.micro_tokens / data.batch_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -247,9 +279,8 @@ class Trainer:
         for inputs, targets in batches:
             loss = self._loss(inputs, targets) * share
             loss.backward()
-            total += loss.detach()  # read once, at the end: reading waits for the device
-        ranks.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
-        return ranks.sum_float(float(total))
+            total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
+        return total
 
     def _loss(
         self,
@@ -282,11 +313,7 @@ class Trainer:
         }
         append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
-            say(
-                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  lr × {multiplier:.3f}  "
-                f"loops {record['active_loops']}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"{self.train_seconds:.1f} s"
-            )
+            say(step_line(record, at))
 
     def _mean_rate(self) -> float:
         """Training tokens per second over the whole run, resumed parts included."""

@@ -11,6 +11,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
     swa                                             refuse    fewer than two models; warn: models of two graphs
     power_ema                                       refuse    fewer steps than snapshots
     periodic                                        refuse    a period longer than the run
+    cap                                             refuse    Hessians that end after it; warn: a last step that does
     speed                                           refuse    slower than run.min_tokens_per_second
     limits                                          warn      schedule.steps that schedule.seconds comes before
     scoring                                         warn      checkpoints that take over 5 % of the run's time
@@ -19,6 +20,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -54,8 +56,10 @@ def preflight(timeline: Timeline, val_tokens: int | None = None) -> list[Finding
 def _end(timeline: Timeline) -> str:
     """Where the run ends, for messages."""
     end = timeline.clock.end_step
-    limit = getattr(timeline.recipe.schedule, timeline.ends_by)
-    return f"the run ends after {end:,} step{'s' * (end != 1)} (schedule.{timeline.ends_by} {limit:g})"
+    limit, kept = getattr(timeline.recipe.schedule, timeline.ends_by), ""
+    if timeline.ends_by == "seconds" and timeline.reserve and timeline.reserve.seconds:
+        kept = f", {timeline.reserve.seconds:.3g} reserved"
+    return f"the run ends after {end:,} step{'s' * (end != 1)} (schedule.{timeline.ends_by} {limit:g}{kept})"
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -193,6 +197,32 @@ def check_speed(timeline: Timeline) -> Iterator[Finding]:
         )
 
 
+def check_cap(timeline: Timeline) -> Iterator[Finding]:
+    """What must happen inside schedule.seconds must end inside it."""
+    schedule, reserve, end = timeline.recipe.schedule, timeline.reserve, timeline.seconds
+    if schedule.seconds is None or reserve is None:
+        return
+    last, hessians = end + reserve.after_last_step, reserve.hessians
+    if last <= schedule.seconds + 1e-6:
+        return
+    way_out = f'set it to "auto" or to at least {math.ceil(100 * reserve.needed) / 100:g}'
+    if hessians:
+        yield Finding(
+            "refuse",
+            "schedule.reserve_seconds",
+            f"schedule.reserve_seconds {reserve.seconds:g}: Hessians would end at {last:,.1f} s, after "
+            f"schedule.seconds {schedule.seconds:g}: training ends at {end:,.1f} s, Hessians take {hessians:,.3g} s; "
+            f"{way_out}",
+        )
+    else:
+        yield Finding(
+            "warn",
+            "schedule.reserve_seconds",
+            f"schedule.reserve_seconds {reserve.seconds:g}: the last step and its snapshot would end at {last:,.2f} s, "
+            f"after schedule.seconds {schedule.seconds:g}; {way_out}",
+        )
+
+
 # ---- warnings ------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +307,7 @@ CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (
     check_swa,
     check_power_ema,
     check_periodic,
+    check_cap,
     check_speed,
     check_limits,
     check_averaging,

@@ -16,6 +16,7 @@ from pgolf_post.progress import say
 from trainer.architecture import GraphState
 from trainer.background import Waits
 from trainer.log import StepClock
+from trainer.reserve import resumed_reserve
 from trainer.saving import config_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
     trainer.clock = StepClock(trainer.recipe.data.batch_tokens, trainer.train_seconds)
     trainer.waits = Waits(**checkpoint.meta.get("checkpoint_waits", {}))
+    if "ledger" in checkpoint.meta:
+        trainer.ledger.resume(checkpoint.meta["ledger"])
+    trainer.reserve = resumed_reserve(trainer.recipe.schedule, checkpoint.meta.get("reserve"))
     trainer.parents, trainer.resumed_from = [checkpoint.view_id("raw")], checkpoint.path
     trainer.phases.skip_past(trainer.step, trainer.progress)
     trainer.periodic.skip_past(trainer.step, trainer.train_seconds)

@@ -11,7 +11,7 @@ before it. How long training waited, and for what, is in meta.json and train.jso
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,8 @@ def meta_of(trainer: Trainer, phase: str) -> dict[str, Any]:
         "tokens_seen": trainer.step * recipe.data.batch_tokens,
         "train_seconds": trainer.train_seconds,
         "wall_seconds": trainer.wall_seconds,
+        "ledger": trainer.ledger.as_facts(recipe.schedule.seconds),
+        "reserve": asdict(trainer.reserve) if trainer.reserve else None,
         "checkpoint_waits": trainer.waits.record(),
         "swa_count": trainer.swa.count if trainer.swa else 0,
         "seed": recipe.run.seed,
@@ -157,7 +159,7 @@ def take_snapshot(trainer: Trainer, path: Path, phase: str, training: dict[str, 
     waits.waited_seconds += trainer.writer.make_room()
     metrics: dict[str, dict[str, Any]] = {}
     if settings.metric == "each" or (settings.metric == "final" and phase == "final"):
-        with waits.scoring():
+        with waits.scoring(), trainer.ledger.phase("scoring"):
             metrics = {name: measure_view(trainer, tensors) for name, tensors in views.items()}
     with waits.snapshot():
         copies = {name: host_copies(tensors) for name, tensors in views.items()}
