@@ -41,22 +41,24 @@ def command(
     """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or an int8 .ptz.
 
     Shapes are believed; what they do not say comes from --config, --log and --set (later ones win), in our names or the
-    public scripts'. What is still missing is asked for by name.
+    public scripts'; a key of neither is refused. What is still missing is asked for by name.
 
     \b
     pgolf-post import final_model.pt --log train.log --data data/sp1024 --name pr1855
     """
     from pgolf_post.data import DataFolder
-    from pgolf_post.importers.foreign_config import read_log
+    from pgolf_post.importers.foreign_config import read_log, require_known, split_log
     from pgolf_post.importers.run import import_file
 
     started = time.perf_counter()
-    given: dict[str, Any] = {
-        **(read_log(log_path) if log_path else {}),
-        **(read_toml(config_path) if config_path else {}),
-    }
+    given: dict[str, Any] = {}
+    if log_path:
+        given, other = split_log(read_log(log_path))
+        say(f"{log_path}: {len(given)} settings of the model; {len(other)} others passed over: {', '.join(other)}")
+    given |= read_toml(config_path) if config_path else {}
     for override in overrides:
         apply_override(given, override)
+    require_known(given)
     data = DataFolder.open(data_dir)
     imported = import_file(file, given, data, name or file.name.split(".")[0], active_loops, metric_tokens)
     checkpoint = imported.checkpoint
@@ -65,6 +67,8 @@ def command(
     print_table(f"{checkpoint.path}  ({imported.format} format)", ("weights", "id", "bpb"), rows)
     assumed = ", ".join(f"{key} = {value}" for key, value in imported.assumed.items())
     say(f"assumed, because nothing said otherwise: {assumed or 'nothing'}")
+    if imported.unused:
+        say(f"without a meaning here, because the model has no such part: {', '.join(imported.unused)}")
     say(f"next: pgolf-post requant {checkpoint.path} --eval")
     if as_json:
         metrics = {view: fields["metric"] for view, fields in views.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Imported:
     checkpoint: Checkpoint
     format: str
     assumed: Mapping[str, Any]
+    unused: Sequence[str]  # settings given for parts that the model does not have
 
 
 def import_file(
@@ -70,7 +71,7 @@ def import_file(
     meta = {"kind": "imported", "run": name, "phase": "imported", "step": step, "parents": [], "source": source}
     folder = root / name / f"step_{step:06d}-imported"
     checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
-    return Imported(checkpoint, form, assumed)
+    return Imported(checkpoint, form, assumed, inferred.unused)
 
 
 def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:
