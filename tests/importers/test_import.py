@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pgolf_post.checkpoint import Checkpoint, default_checkpoint
+from pgolf_post.blend import swa_blend
+from pgolf_post.blend_settings import Selection
+from pgolf_post.checkpoint import Checkpoint, default_checkpoint, tensors_sha256
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family, load_module
@@ -342,3 +344,23 @@ def test_a_format_without_a_place_for_a_tensor_says_which(pico_checkpoint: Check
     with pytest.raises(SettingsError, match=r"write a \.pt or a \.safetensors file"):
         export_view(pico_checkpoint.load(), "flat", tmp_path / "model.bin")
     assert not (tmp_path / "model.bin").exists()
+
+
+def test_imported_phases_of_a_run_are_averaged_like_a_runs_own(
+    pico_checkpoint: Checkpoint, pico_data: DataFolder, tmp_path: Path
+) -> None:
+    root, own = tmp_path / "imported", []
+    for phase in ("frac75", "final"):
+        mine = Checkpoint.open(next(pico_checkpoint.path.parent.glob(f"*-{phase}")))
+        saved = {"step": mine.meta["step"], "model_state_dict": foreign_of(mine), "ema_state": foreign_of(mine, "ema")}
+        torch.save(saved, tmp_path / f"{phase}.pt")
+        given = stated_of(mine)
+        theirs = import_file(tmp_path / f"{phase}.pt", given, pico_data, "theirs", None, 400, root, phase).checkpoint
+        assert (theirs.meta["phase"], theirs.path.name) == (phase, mine.path.name)
+        own.append(mine)
+    blended, _ = swa_blend(theirs, 0.5, pico_data, Selection(phase="frac75"))
+    expected, _ = swa_blend(own[-1], 0.5, pico_data, Selection(steps=(9, 12)))
+    assert tensors_sha256(blended.load("raw").tensors) == tensors_sha256(expected.load("raw").tensors)
+    assert verify_metric(blended.load(), pico_data).passed
+    with pytest.raises(NotFoundError, match="from phase 'warmdown' on"):  # no recipe says where it began
+        swa_blend(theirs, 0.0, pico_data)
