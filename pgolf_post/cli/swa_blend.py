@@ -202,8 +202,8 @@ def _search(
 
 def _show_search(search: Search) -> None:
     rows = []
-    for candidate in sorted(search.candidates, key=lambda candidate: candidate.scored.bpb):
-        difference = search.difference(candidate)
+    differences = [(search.difference(candidate), candidate) for candidate in search.candidates]
+    for difference, candidate in sorted(differences, key=lambda pair: pair[0].bpb):
         interval = f"{difference.low:+.5f} … {difference.high:+.5f}"
         end = "winner" if candidate is search.winner else f"dropped in round {candidate.dropped}"
         end = "in the running" if candidate.dropped is None and candidate is not search.winner else end
