@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgolf_post.checkpoint import hash_tensor, tensors_sha256
+from pgolf_post.checkpoint import tensors_sha256, update_digest
 from pgolf_post.ema_profiles import PowerLength
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.families import check_finite
@@ -133,7 +133,7 @@ def stream_tensors(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, list[Te
         for name in sorted(files[0].keys()):
             tensors = [file.get_tensor(name) for file in files]
             for snapshot, digest, tensor in zip(snapshots, digests, tensors, strict=True):
-                hash_tensor(digest, name, tensor)
+                update_digest(digest, name, tensor)
                 check_finite(name, tensor, str(snapshot.path))
             yield name, tensors
         for snapshot, digest in zip(snapshots, digests, strict=True):
