@@ -28,10 +28,47 @@ def derived_id(stage: str, version: int, parents: Sequence[str], settings: Mappi
 def verified_meta(folder: Path, payload: str) -> dict[str, Any]:
     """A derived folder's meta.json, its payload checked by sha256. Raises DamagedFileError, NotFoundError."""
     meta = read_json(folder / "meta.json")
-    path = folder / payload
-    if not path.is_file() or sha256_file(path) != meta.get("payload_sha256"):
-        raise DamagedFileError(f"{path} does not match the sha256 recorded in meta.json")
+    recorded = {payload: meta.get("payload_sha256")} | dict(meta.get("more_sha256", {}))
+    for name, sha256 in recorded.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != sha256:
+            raise DamagedFileError(f"{path} does not match the sha256 recorded in meta.json")
     return meta
+
+
+def intact_meta(folder: Path, payload: str) -> dict[str, Any] | None:
+    """The meta of a result that is there and whole, said aloud; None if there is none, or if it is damaged (aloud)."""
+    what = f"{folder.parent.name} {folder.name}"
+    if not (folder / "meta.json").is_file():
+        return None
+    try:
+        meta = verified_meta(folder, payload)
+    except PgolfError as error:
+        say(f"{what}: {error}; recomputing")
+        return None
+    say(f"{what}: cached")
+    return meta
+
+
+def store(
+    folder: Path, payload: str, config: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Run `make(building)` and keep what it wrote and reports, in one atomic step. Returns the folder's meta.
+
+    `make` writes `payload`, and other files if it likes, into the folder it is given and returns JSON facts for
+    meta.json; `seconds` is measured here unless it is among them.
+    """
+    started = time.perf_counter()
+    with atomic_folder(folder, replace=True) as building:
+        facts = make(building)
+        written = {path.name: sha256_file(path) for path in sorted(building.iterdir())}
+        write_json(building / "config.json", config)
+        seconds = round(time.perf_counter() - started, 3)
+        recorded: dict[str, Any] = {"payload_sha256": written.pop(payload), "seconds": seconds, **facts}
+        if written:
+            recorded["more_sha256"] = written
+        write_json(building / "meta.json", recorded)
+    return read_json(folder / "meta.json")
 
 
 def load_or_make(
@@ -41,23 +78,8 @@ def load_or_make(
     make: Callable[[Path], Mapping[str, Any]],
     fresh: bool = False,
 ) -> tuple[dict[str, Any], bool]:  # meta, whether it was cached
-    """Return the folder's meta if its payload is intact, else run `make(building)` and store what it reports.
-
-    `make` writes `payload` into the folder it is given and returns JSON facts for meta.json.
-    """
-    what = f"{folder.parent.name} {folder.name}"
-    if (folder / "meta.json").is_file() and not fresh:
-        try:
-            meta = verified_meta(folder, payload)
-            say(f"{what}: cached")
-            return meta, True
-        except PgolfError as error:
-            say(f"{what}: {error}; recomputing")
-    started = time.perf_counter()
-    with atomic_folder(folder, replace=True) as building:
-        facts = make(building)
-        write_json(building / "config.json", config)
-        seconds = round(time.perf_counter() - started, 3)
-        recorded = {"payload_sha256": sha256_file(building / payload), "seconds": seconds, **facts}
-        write_json(building / "meta.json", recorded)
-    return read_json(folder / "meta.json"), False
+    """Return the folder's meta if it is intact, else make and store it (see `store`)."""
+    meta = None if fresh else intact_meta(folder, payload)
+    if meta is not None:
+        return meta, True
+    return store(folder, payload, config, make), False

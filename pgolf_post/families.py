@@ -26,6 +26,22 @@ class Site:
     name: str  # for example "blocks.3.attn.in"
     module: str  # dotted path of the submodule whose first input is observed
     tensors: tuple[str, ...]  # the matrices (out, in) that multiply this input
+    outputs: tuple[str, ...] = ()  # submodules whose output is each matrix's product; default: those that own them
+    is_head: bool = False  # the product is made in `logits`, not in `hidden`
+
+    def output_of(self, tensor: str) -> str:
+        """Dotted path of the submodule whose output is `tensor` times this input."""
+        if self.outputs:
+            return self.outputs[self.tensors.index(tensor)]
+        return tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table whose rows are looked up by index in the forward pass."""
+
+    tensor: str  # the table (rows, width)
+    module: str  # dotted path of the submodule that maps indices to rows
 
 
 class LanguageModel(Protocol):
@@ -36,6 +52,12 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, dim) → (…, vocab_size) float32: what cross-entropy is taken of."""
+
+    def start_past(self, batch: int, capacity: int) -> Any:
+        """What makes generation cheap: pass it as `hidden(tokens, past=…)` and each call continues the last one's text.
+
+        `capacity` is the most tokens it can hold.
+        """
 
 
 class ModelFamily(Protocol):
@@ -51,6 +73,9 @@ class ModelFamily(Protocol):
 
     def sites(self, module: nn.Module) -> list[Site]:
         """Where each quantizable matrix's input can be observed."""
+
+    def lookups(self, module: nn.Module) -> list[Lookup]:
+        """The tables that are looked up by index, the token embedding first."""
 
     def role(self, tensor_name: str) -> str:
         """The tensor's role: q, k, v, attn_proj, mlp_fc, mlp_proj, embedding, head, projection or control."""

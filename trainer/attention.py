@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
 from trainer.attention_backends import Reach
+from trainer.past import Past
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
 
@@ -71,11 +72,13 @@ class Context:
         sin: Tensor,
         reach: Reach,
         value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
+        past: Past | None = None,  # then cos and sin are those of the new tokens, document that of all
     ) -> None:
         self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
         self.reach = reach
         self.value_embeddings = value_embeddings
         self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
+        self.past = past
 
 
 class Attention(nn.Module):
@@ -141,7 +144,8 @@ class Attention(nn.Module):
         k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
         v = self._values(x, context)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
-        y = context.reach.attend(q, k, v)
+        keys, values = (k, v) if context.past is None else context.past.extend(k, v)
+        y = context.reach.attend(q, keys, values)
         if self.use_xsa:
             y = remove_own_value(y, v)
         if self.config.attn_gate != "none":

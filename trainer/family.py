@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pgolf_post.families import Site
+from pgolf_post.families import Lookup, Site
 from pgolf_post.settings import parse_settings
 from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.model import GolfGPT
@@ -25,6 +25,7 @@ ROLES = (  # first match wins
     (r"(bigram|value_embed)\.proj\.weight", "projection"),
 )
 
+LOOKUPS = ("tok_emb", "bigram.embed", "value_embed.embed")
 PROJECTIONS = ("embed_proj", "head_proj", "bigram.proj", "value_embed.proj")
 
 
@@ -70,7 +71,12 @@ class GolfGPTFamily:
             if f"{path}.weight" in dict(module.named_parameters()):
                 sites.append(Site(f"{path}.in", path, (f"{path}.weight",)))
         head = "tok_emb.weight" if module.config.tie_embeddings else "lm_head.weight"
-        return [*sites, Site("head.in", "head_in", (head,))]
+        return [*sites, Site("head.in", "head_in", (head,), outputs=("head_out",), is_head=True)]
+
+    def lookups(self, module: nn.Module) -> list[Lookup]:
+        assert isinstance(module, GolfGPT)
+        present = dict(module.named_modules())
+        return [Lookup(f"{path}.weight", path) for path in LOOKUPS if path in present]
 
     def role(self, tensor_name: str) -> str:
         for pattern, role in ROLES:

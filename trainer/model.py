@@ -21,6 +21,7 @@ from trainer.architecture import Activation, GraphState, ModelConfig, looped_lay
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
+from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
 
 BOS_ID = 1
@@ -157,6 +158,7 @@ class GolfGPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
+        self.head_out = nn.Identity()  # and the head's product, before the soft-cap
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
@@ -261,17 +263,31 @@ class GolfGPT(nn.Module):
         backend, device = self.attention_backend, self.tok_emb.weight.device
         return Reach(backend, backend.reach(tokens, document, device))
 
+    def _reach(self, tokens: Tensor, seen: Tensor, document: Tensor | Reach | None, past: Past | None) -> Reach:
+        """The reach of new tokens: as given, as configured, or over all that a past has seen."""
+        if isinstance(document, Reach):
+            return document
+        if past is None:
+            return self.reach(tokens, document)
+        if document is None and self.config.isolate_documents:
+            document = document_pieces(seen, self.config.document_cut)
+        return Reach(SDPA, past.mask(tokens.size(1), document))
+
     def hidden(
         self,
         tokens: Tensor,  # (batch, seq_len) int64
         document: Tensor | Reach | None = None,  # as in `reach`, or what it gave
+        past: Past | None = None,  # of `start_past`: tokens then continue what earlier calls read, document spans all
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
+        seen, new = tokens if past is None else past.read(tokens), tokens.size(1)
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
-        reach = document if isinstance(document, Reach) else self.reach(tokens, document)
-        context = Context(*self._rotary(tokens.size(1), tokens.device), reach, value_embeddings)
+        angles = self._rotary(new if past is None else past.capacity, tokens.device)
+        positions = slice(seen.size(1) - new, seen.size(1))
+        reach = self._reach(tokens, seen, document, past)
+        context = Context(angles[0][positions], angles[1][positions], reach, value_embeddings, past)
         recurrence = self._recurrence()
-        x = x0 = self._embed(tokens)
+        x = x0 = self._embed(seen[:, max(0, positions.start - LOOK_BACK) :])[:, -new:]
         encoder, decoder = split_visits(self.config, self.graph.active_loops)
         skips: list[Tensor] = []
         for layer in encoder:
@@ -294,7 +310,13 @@ class GolfGPT(nn.Module):
         return self.head_in(x)
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
-        return F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+        return self.head_out(
+            F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+        )
+
+    def start_past(self, batch: int, capacity: int) -> Past:
+        """An empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""
+        return Past(batch, capacity, self.tok_emb.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pgolf_post.calibrate import BATCH_TOKENS, observed_inputs
+from pgolf_post.calibrate.collect import FORWARD_TOKENS
+from pgolf_post.calibrate.forward import forward_batch
+from pgolf_post.calibrate.sums import Sums
 from pgolf_post.errors import SettingsError
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
@@ -157,11 +159,11 @@ def _snapshot_seconds(trainer: Trainer) -> float:
 @torch.no_grad()
 def _hessian_seconds(trainer: Trainer) -> float:
     """Collecting Hessians as `pgolf_post.calibrate` does, on the training device, reckoned from one batch."""
-    trained, tokens = trainer.model, _synthetic_tokens(trainer, BATCH_TOKENS).to(trainer.device)
+    trained, tokens = trainer.model, _synthetic_tokens(trainer, FORWARD_TOKENS).to(trainer.device)
     graph = trained.graph.model_copy(update={"active_loops": trained.config.max_active_loops})
     with torch.device("meta"):  # nothing is drawn, nothing is copied
         module = GolfGPT(trained.config, graph)
     module.load_state_dict({name: tensor.float() for name, tensor in trained.state_dict().items()}, assign=True)
-    with observed_inputs(module, GolfGPTFamily().sites(module), {}):
-        seconds = _seconds_of(trainer, lambda: module.hidden(tokens))
+    sites = GolfGPTFamily().sites(module)
+    seconds = _seconds_of(trainer, lambda: forward_batch(module, sites, tokens, Sums()))
     return seconds * max(1, trainer.recipe.schedule.hessian_tokens // tokens.numel())

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
     "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
+    "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
     "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
 
 import click
 
@@ -29,23 +29,38 @@ data_option = click.option(
     "--data", "data_dir", type=click.Path(path_type=Path), help="Data folder.  [default: the one it was trained on]"
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the same result is cached.")
+allow_stale_option = click.option(
+    "--allow-stale",
+    metavar="HESSIANS",
+    help="Use these statistics (a folder or an id) though they are of other weights; recorded, and probed first.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
 
 def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
-    """Click options for the fields of a settings class: `flags` maps field name → flag; help and default come along."""
+    """Click options for the fields of a settings class: field name → flag (or several, with spaces between).
+
+    Help and default come from the class.
+    """
 
     def decorate(function: F) -> F:
         for field_name, flag in reversed(flags.items()):
             field = cls.model_fields[field_name]
             is_switch = field.annotation is bool
-            declaration = f"{flag}/--no-{flag.removeprefix('--')}" if is_switch else flag
-            kind = None if is_switch else (int if field.annotation in (int, int | None) else float)
+            names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
+            kind = None if is_switch else _click_type(field.annotation)
             shown = f"{field.description}.  [default: {field.default}]"
-            function = click.option(declaration, field_name, type=kind, default=None, help=shown)(function)
+            function = click.option(*names, field_name, type=kind, default=None, help=shown)(function)
         return function
 
     return decorate
+
+
+def _click_type(annotation: Any) -> type:
+    """The type that a flag's text is read as; what values it may have is for the settings class to say."""
+    if get_origin(annotation) is Literal:
+        return str
+    return int if annotation in (int, int | None) else float
 
 
 def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:

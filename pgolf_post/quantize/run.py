@@ -67,7 +67,11 @@ def keep_tensor(name: str, tensor: Tensor) -> np.ndarray:  # float16
 
 
 def quantize_view(view: View, stats: Stats, settings: QuantizeSettings) -> QuantizedModel:
-    """Quantize every tensor of a view by the plan its family and settings give."""
+    """Quantize every tensor of a view by the plan its family and settings give.
+
+    Raises MismatchError for statistics of other weights, unless they were let in (`stale_stats`).
+    """
+    stats.require_view(view.id)
     family = get_family(view.config["family"])
     plan = make_plan(view.tensors, family, family.sites(build_module(view.config)), settings)
     quantized: dict[str, QuantizedTensor] = {}
@@ -80,5 +84,5 @@ def quantize_view(view: View, stats: Stats, settings: QuantizeSettings) -> Quant
             else:
                 quantized[row.name] = quantize_tensor(row, tensor, stats, settings)
             advance(1, note=row.name)
-    lineage = {"checkpoint_id": view.id[:12], "stats_id": stats.id[:12]}
+    lineage = {"checkpoint_id": view.id[:12], **stats.lineage()}
     return QuantizedModel(view.config, lineage, quantized, passthrough)

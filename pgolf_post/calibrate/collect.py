@@ -1,0 +1,102 @@
+"""Collecting: windows in batches of a fixed size, each process every world_size-th batch, one sum at the end.
+
+Batches and the random numbers of their labels depend on the text and the seed alone, and their sums are added in
+float64, so the result is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pgolf_post.calibrate.backward import fisher_batch
+from pgolf_post.calibrate.forward import forward_batch
+from pgolf_post.calibrate.partial import Partial
+from pgolf_post.calibrate.randomness import uniforms
+from pgolf_post.calibrate.sums import MAXIMA, Sums, kind_of
+from pgolf_post.families import Lookup, Site
+from pgolf_post.progress import progress_bar
+from pgolf_post.ranks import ALONE, Ranks
+
+FORWARD_TOKENS, FISHER_TOKENS = 8192, 2048  # per batch; a backward pass keeps every activation
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model and what is to be seen of it."""
+
+    module: nn.Module  # a LanguageModel whose parameters need no gradient
+    sites: Sequence[Site]
+    lookups: Sequence[Lookup] = ()
+    fisher: bool = False  # the backward half as well
+    seed: int = 0  # of the sampled labels
+    autocast: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def batch_windows(self, seq_len: int) -> int:
+        """Windows per batch."""
+        return max(1, (FISHER_TOKENS if self.fisher else FORWARD_TOKENS) // seq_len)
+
+    def add_batch(self, text: np.ndarray, windows: range, sums: Sums) -> None:  # text: (all windows, seq_len)
+        """Run the given windows and add what they show."""
+        tokens = torch.from_numpy(text[windows.start : windows.stop]).to(self.device)
+        precision = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with precision:
+            if not self.fisher:
+                return forward_batch(self.module, self.sites, tokens, sums)
+            numbers = torch.from_numpy(uniforms(self.seed, "labels", windows, tokens.size(1))).to(self.device)
+            return fisher_batch(self.module, self.sites, self.lookups, tokens, numbers, sums)
+
+
+def collect(
+    observed: Observed,
+    tokens: np.ndarray,  # (windows, seq_len) int64
+    ranks: Ranks = ALONE,
+    partial_folder: Path | None = None,  # keeps what is done, and takes up what was done before
+) -> Sums:
+    """The sums over all windows; with several ranks, on every rank those of all.
+
+    Raises NumericsError naming the first sum that is not finite.
+    """
+    count, size = len(tokens), observed.batch_windows(tokens.shape[1])
+    partial = Partial(partial_folder, size, ranks) if partial_folder else None
+    sums, done = partial.resume() if partial else (Sums(), set[int]())
+    sums.to(observed.device)
+    sums.products_in = observed.autocast or torch.float32
+    ranks.wait()  # nobody writes before all have read
+    mine = set(done) if ranks.is_main else set()
+    with progress_bar("calibrating", count) as advance:
+        advance(min(count, len(done) * size))
+        for batch in ranks.share(batch for batch in range(-(-count // size)) if batch not in done):
+            windows = range(batch * size, min((batch + 1) * size, count))
+            observed.add_batch(tokens, windows, sums)
+            mine.add(batch)
+            advance(len(windows) * ranks.world_size)
+            if partial:
+                partial.save_if_due(sums, mine)
+    _add_up(sums, observed.device, ranks)
+    sums.require_finite()
+    return sums
+
+
+def _add_up(sums: Sums, device: torch.device, ranks: Ranks) -> None:
+    """Replace each rank's sums by those of all. Rank 0 has had a batch and knows all shapes; another may have none."""
+    shapes: dict[str, list[int]] = ranks.main_says({key: list(sums[key].shape) for key in sums})
+    for key, shape in shapes.items():
+        total = sums.tensors.setdefault(key, torch.zeros(shape, dtype=torch.float64, device=device))
+        (ranks.maximum_ if kind_of(key) in MAXIMA else ranks.sum_)(total)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the forward pass computes in, if not float32: bfloat16 where asked for, or by default on a GPU."""
+    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if wanted else None

@@ -1,0 +1,69 @@
+"""The forward half: what every site's input sums to.
+
+A site's input x is seen by a hook on the submodule that multiplies it; q, k and v read the same x and share a site. A
+looped layer is visited several times in one forward pass: its sums run over all visits, and the trace of Σxxᵀ is kept
+for each visit apart, so that one can see which of them the Hessian is made of.
+Source of the use of Σxxᵀ: GPTQ (Frantar et al. 2022, arXiv 2210.17323); of Σ|x|: AWQ (Lin et al. 2023, 2306.00978).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_post.calibrate.products import magnitudes
+from pgolf_post.calibrate.sums import Sums
+from pgolf_post.families import Site
+
+
+def add_input(sums: Sums, site: str, x: Tensor, visit: int) -> None:  # x: (tokens, in)
+    """Add one visit's input to a site's sums."""
+    trace = sums.add_gram(f"hessian.{site}", x)
+    sums.add_at(f"trace.{site}", visit, trace)
+    total, largest = magnitudes(x)
+    sums.add(f"abs.{site}", total)
+    sums.add(f"max.{site}", largest)
+
+
+@contextlib.contextmanager
+def observed_inputs(module: nn.Module, sites: Sequence[Site], sums: Sums) -> Iterator[None]:
+    """While active, one forward pass adds each site's input to `sums`. Visits are counted from the start."""
+    visits: Counter[str] = Counter()
+
+    def hook_for(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            add_input(sums, site.name, inputs[0].detach().flatten(0, -2), visits[site.name])
+            visits[site.name] += 1
+
+        return hook
+
+    with hooks(module.get_submodule(site.module).register_forward_pre_hook(hook_for(site)) for site in sites):
+        yield
+
+
+@contextlib.contextmanager
+def hooks(handles: Any) -> Iterator[None]:
+    """Keep hooks for as long as the block lasts."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+def forward_batch(
+    module: Any,  # a LanguageModel
+    sites: Sequence[Site],
+    tokens: Tensor,  # (batch, seq_len) int64, on the module's device
+    sums: Sums,
+) -> None:
+    """Run one batch of windows and add what its sites see."""
+    with torch.no_grad(), observed_inputs(module, sites, sums):
+        module.hidden(tokens)
+    sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))

@@ -1,0 +1,98 @@
+"""Text that the model writes itself: calibration without touching any training or validation text.
+
+Windows start with BOS and go on token by token, each drawn from softmax(logits / temperature). Many windows grow at
+once through the model's one forward, which keeps the keys and values of what it has read (`start_past`), so a step
+costs one token per window. The numbers that decide each draw depend on the seed and the window alone; the batches are
+fixed, so any number of processes writes the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pgolf_post.calibrate.backward import sample_labels
+from pgolf_post.calibrate.randomness import uniforms
+from pgolf_post.calibrate.settings import CalibrationSettings
+from pgolf_post.calibrate.text import num_windows
+from pgolf_post.checkpoint import View, read_tensors, write_tensors
+from pgolf_post.data.tokenizer import BOS_ID
+from pgolf_post.derived import derived_id, intact_meta, store
+from pgolf_post.errors import SettingsError
+from pgolf_post.families import load_module
+from pgolf_post.progress import progress_bar
+from pgolf_post.ranks import ALONE, Ranks
+
+STAGE, STAGE_VERSION, PAYLOAD = "selftext", 1, "tokens.safetensors"
+WINDOWS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def write_windows(
+    module: nn.Module,  # a LanguageModel
+    numbers: np.ndarray,  # (windows, seq_len) float64 in [0, 1): number t decides token t; the first is BOS
+    temperature: float,
+) -> np.ndarray:  # (windows, seq_len) int64
+    """Write one batch of windows. Raises SettingsError if the model's family cannot continue a text."""
+    if not hasattr(module, "start_past"):
+        raise SettingsError(
+            "this model family cannot write text: its module has no start_past()",
+            hint="--source train, or implement start_past and hidden(tokens, past=…) in the family",
+        )
+    model: Any = module
+    device = next(module.parameters()).device
+    batch, seq_len = numbers.shape
+    draws = torch.from_numpy(numbers).to(device)
+    tokens = torch.full((batch, seq_len), BOS_ID, dtype=torch.int64, device=device)
+    past = model.start_past(batch, seq_len)
+    for position in range(1, seq_len):
+        logits: Tensor = model.logits(model.hidden(tokens[:, position - 1 : position], past=past))[:, -1]
+        p = torch.softmax(logits.double() / temperature, -1)
+        tokens[:, position] = sample_labels(p, draws[:, position])
+    written: np.ndarray = tokens.numpy(force=True)
+    return written
+
+
+def own_text(
+    view: View,
+    settings: CalibrationSettings,
+    seq_len: int,
+    ranks: Ranks = ALONE,
+) -> np.ndarray:  # (windows, seq_len) int64
+    """The text that a view writes itself, kept beside it: written once, by all ranks."""
+    count = num_windows(settings, seq_len)
+    identity = {"windows": count, "seq_len": seq_len, "seed": settings.seed, "temperature": settings.temperature}
+    text_id = derived_id(STAGE, STAGE_VERSION, [view.id], identity)
+    folder = view.checkpoint.derived(STAGE, text_id)
+    if ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main else None) is None:
+        rows = torch.from_numpy(_write_share(view, settings, count, seq_len, ranks)).to(ranks.device)
+        ranks.sum_(rows)  # zeros where another rank wrote
+        config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, **identity}
+
+        def make(building: Path) -> Mapping[str, Any]:
+            write_tensors(building / PAYLOAD, {"tokens": rows.to(torch.int32)})
+            return {"tokens": rows.numel()}
+
+        if ranks.is_main:
+            store(folder, PAYLOAD, config, make)
+    ranks.wait()
+    tokens: np.ndarray = read_tensors(folder / PAYLOAD)["tokens"].long().numpy()
+    return tokens
+
+
+def _write_share(view: View, settings: CalibrationSettings, count: int, seq_len: int, ranks: Ranks) -> np.ndarray:
+    """This rank's windows of a text, zeros elsewhere."""
+    module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
+    text = np.zeros((count, seq_len), dtype=np.int64)
+    with progress_bar("writing text", count) as advance:
+        for batch in ranks.share(range(-(-count // WINDOWS_AT_ONCE))):
+            windows = range(batch * WINDOWS_AT_ONCE, min((batch + 1) * WINDOWS_AT_ONCE, count))
+            numbers = uniforms(settings.seed, "generation", windows, seq_len)
+            text[windows.start : windows.stop] = write_windows(module, numbers, settings.temperature)
+            advance(len(windows) * ranks.world_size)
+    return text

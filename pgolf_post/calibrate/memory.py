@@ -1,0 +1,131 @@
+"""Before work starts: how much memory a calibration will take, and whether there is that much.
+
+Sums are held in float64 until they are written; what else grows is the activations of one batch. Without a backward
+pass only a few layers' worth exist at a time; with one, what autograd keeps is measured on a short window and scaled
+up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.calibrate.backward import HEAD_TOKENS
+from pgolf_post.calibrate.forward import hooks
+from pgolf_post.errors import PgolfError
+from pgolf_post.families import Lookup, Site
+from pgolf_post.progress import say
+
+LIVE_INPUTS = 8  # activations as wide as the widest input that exist at once in a forward pass
+HEAD_COPIES = 10  # logits-sized tensors that exist at once
+PROBE_TOKENS = 64
+UNKNOWN = 1 << 62  # bytes, where the system does not say
+ALLOCATOR = 1.15  # what an allocator holds for each byte of activations; measured on a 4.6M-parameter model
+SHARE = 0.9  # of the free memory that may be planned with
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that calibration will hold at its peak, beside the weights."""
+
+    sums_bytes: int
+    activation_bytes: int
+    largest: str  # the largest matrix, with its shape
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.sums_bytes + self.activation_bytes
+
+
+def plan_memory(
+    module: Any,  # a LanguageModel, on any device
+    sites: Sequence[Site],
+    lookups: Sequence[Lookup],
+    batch_tokens: int,
+    fisher: bool,
+) -> MemoryPlan:
+    """Estimate from the sites' widths and, with a backward pass, from a short forward pass."""
+    shapes = {tensor: tuple(module.get_parameter(tensor).shape) for site in sites for tensor in site.tensors}
+    widths = {f"hessian of {site.name}": shapes[site.tensors[0]][1] for site in sites}
+    if fisher:
+        widths |= {f"weighted moment of {tensor}": shape[1] for tensor, shape in shapes.items()}
+        tables = {lookup.tensor: int(module.get_parameter(lookup.tensor).shape[1]) for lookup in lookups}
+        widths |= {f"lookup moment of {table}": width for table, width in tables.items()}
+    name, widest = max(widths.items(), key=lambda item: item[1])
+    products = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
+    held = 4 * LIVE_INPUTS * batch_tokens * widest
+    if fisher:
+        vocab = max(shapes[tensor][0] for site in sites if site.is_head for tensor in site.tensors)
+        kept = saved_bytes_per_token(module, sites, lookups)
+        held += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
+    sums = sum(8 * width**2 for width in widths.values()) + products
+    return MemoryPlan(sums, int(ALLOCATOR * held), f"{name}, {widest} × {widest}")
+
+
+def saved_bytes_per_token(module: Any, sites: Sequence[Site], lookups: Sequence[Lookup]) -> float:
+    """Bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
+    kept: dict[int, Tensor] = {}  # held here, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    device = next(module.parameters()).device
+    tokens = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=device)
+    parameters = {parameter.data_ptr() for parameter in module.parameters()}
+    observed = [module.get_submodule(site.module) for site in sites]
+    starts = [module.get_submodule(lookup.module) for lookup in lookups]
+    handles = [part.register_forward_pre_hook(lambda _, inputs: (keep(inputs[0]), None)[1]) for part in observed]
+    handles += [part.register_forward_hook(lambda _, __, rows: rows.detach().requires_grad_()) for part in starts]
+    with hooks(handles), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+        module.hidden(tokens)
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for address, tensor in kept.items()
+        if address not in parameters
+    }
+    return sum(sizes.values()) / PROBE_TOKENS
+
+
+def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -> None:
+    """Say the plan. Raises PgolfError, before any work, if it does not fit in the free memory."""
+    free = free_bytes(device)
+    needed = plan.peak_bytes * (processes if device.type == "cpu" else 1)
+    share = f" in {processes} processes" if processes > 1 and device.type == "cpu" else ""
+    say(
+        f"memory: about {needed / 2**20:,.0f} MiB at the peak{share} (largest matrix: {plan.largest}), "
+        f"{free / 2**20:,.0f} MiB free"
+    )
+    if needed > SHARE * free:
+        raise PgolfError(
+            f"calibration needs about {needed:,} bytes{share}: {plan.sums_bytes:,} of sums (largest: {plan.largest}) "
+            f"and {plan.activation_bytes:,} of activations; {free:,} are free, of which {SHARE:.0%} may be used",
+            hint="fewer processes, a shorter window (--seq-len), or no --fisher; or free memory and run it again",
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device: a GPU's own, or what Linux calls available, less where a control group allows less."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = _numbers(Path("/proc/meminfo"))
+    free = meminfo["MemAvailable:"] * 1024 if "MemAvailable:" in meminfo else UNKNOWN
+    group = Path("/sys/fs/cgroup")
+    limit = _numbers(group / "memory.max", named=False).get("", UNKNOWN)
+    used = _numbers(group / "memory.current", named=False).get("", 0)
+    reclaimable = _numbers(group / "memory.stat").get("inactive_file", 0)
+    return min(free, limit - used + reclaimable)
+
+
+def _numbers(path: Path, named: bool = True) -> dict[str, int]:
+    """The numbers of a file of the kernel, by the name before each; empty if it is not there."""
+    if not path.is_file():
+        return {}
+    lines = [line.split() for line in path.read_text().splitlines()]
+    pairs = [(line[0], line[1]) for line in lines if len(line) > 1] if named else [("", lines[0][0])]
+    return {name: int(number) for name, number in pairs if number.isdigit()}

@@ -1,0 +1,102 @@
+"""Interrupted calibration goes on where it was: each process keeps the sums of the batches it has finished.
+
+A `<stats>.partial` folder beside the result holds a file per process: its sums, which batches they are of, and their
+hash. Sums add up, so whoever starts next, with however many processes, takes what is there and shares out the rest. Of
+files that overlap (a process killed between writing merged sums and removing their parts) the larger is taken, and
+what only the other one held is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgolf_post.calibrate.packed import pack_upper, unpack_upper
+from pgolf_post.calibrate.sums import MATRICES, Sums, kind_of
+from pgolf_post.checkpoint import tensors_sha256
+from pgolf_post.errors import DamagedFileError
+from pgolf_post.progress import say
+from pgolf_post.ranks import Ranks
+from pgolf_post.storage import atomic_file
+
+SAVE_SECONDS = 20.0  # between two saves, or as long as keeps saving under SAVE_SHARE of the time
+SAVE_SHARE = 0.03
+
+
+class Partial:
+    """The partial sums of one calibration, of one process."""
+
+    def __init__(self, folder: Path, batch_windows: int, ranks: Ranks) -> None:
+        self.folder, self.batch_windows, self.ranks = folder, batch_windows, ranks
+        self.path = folder / f"{os.getpid()}-{ranks.rank}.safetensors"
+        self.absorbed: list[Path] = []  # files whose sums this process has taken over
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+
+    def resume(self) -> tuple[Sums, set[int]]:
+        """What earlier processes left. Returns its sums (on rank 0; elsewhere none) and the batches it is of.
+
+        No process may save before all have been here.
+        """
+        sums, done = Sums(), set[int]()
+        read = {path: self._read(path) for path in self.folder.glob("*.safetensors")}
+        found = {path: part for path, part in read.items() if part is not None}
+        for path in sorted(found, key=lambda path: (-len(found[path][1]), path.name)):
+            part, batches = found[path]
+            if not batches & done:
+                done |= batches
+                sums.merge(part)
+        if done:
+            say(f"resuming: {len(done)} batches were done before")
+        if not self.ranks.is_main:
+            return Sums(), done
+        self.absorbed = list(read)
+        return sums, done
+
+    def save_if_due(self, sums: Sums, batches: set[int]) -> None:
+        """Keep the sums so far, every so often."""
+        if time.perf_counter() - self.saved_at >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE):
+            self.save(sums, batches)
+
+    def save(self, sums: Sums, batches: set[int]) -> None:
+        """Write the sums so far in one rename, then remove the files that they contain. Raises PgolfError."""
+        started = time.perf_counter()
+        tensors = {key: _packed(key, sums[key]) for key in sums}
+        facts = {"batch_windows": self.batch_windows, "batches": sorted(batches), "sha256": tensors_sha256(tensors)}
+        with atomic_file(self.path) as temporary:
+            try:
+                save_file(tensors, temporary, {"facts": json.dumps(facts)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+        for path in self.absorbed:
+            path.unlink(missing_ok=True)
+        self.absorbed = []
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - started
+
+    def _read(self, path: Path) -> tuple[Sums, set[int]] | None:
+        """A file's sums and their batches; None, said aloud, if it is damaged or cut into other batches."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if facts["batch_windows"] != self.batch_windows or facts["sha256"] != tensors_sha256(tensors):
+                raise DamagedFileError("not these batches, or not what was written")
+            return Sums({key: _unpacked(key, tensor) for key, tensor in tensors.items()}), set(facts["batches"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, DamagedFileError) as error:
+            say(f"{path}: {error}; its part is done again")
+            return None
+
+
+def _packed(key: str, tensor: Tensor) -> Tensor:
+    return pack_upper(tensor, np.float64) if kind_of(key) in MATRICES else tensor.cpu()
+
+
+def _unpacked(key: str, tensor: Tensor) -> Tensor:
+    return unpack_upper(tensor) if kind_of(key) in MATRICES else tensor
