@@ -2,7 +2,7 @@
 # make test    everything a change must pass: ruff, mypy, pytest
 # make test-long   the same with whole campaigns (fuzzing, kills)
 # make bench   measurements, as ratios against named baselines in the same run
-# make bench-train   the training speed alone
+# make bench-train   the training speed alone, and that of the Triton kernels where there is a GPU
 # make lint    ruff and mypy alone
 # make clean   remove what the above made, except data/ and checkpoints/
 
@@ -41,6 +41,7 @@ bench: .venv/installed-test
 
 bench-train: .venv/installed-test
 	$(BIN)/python -m tests.bench.bench_train
+	$(BIN)/python -m tests.bench.bench_kernels
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -32,8 +32,9 @@ def say(message: str) -> None:
     """One line for the person at the terminal, above the progress display if one is up."""
     if _silent:
         return
-    if _live:
-        _live[0].console.print(message, markup=False, soft_wrap=True)
+    live = _live[:1]  # taken once: another thread may close the display meanwhile
+    if live:
+        live[0].console.print(message, markup=False, soft_wrap=True)
     else:
         click.echo(message, err=True)
 

@@ -70,7 +70,8 @@ def requant(
         if decoded != packed:
             raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")
         rows = [{"name": name, **tensor.facts} for name, tensor in model.quantized.items()]
-        return {"symbols_sha256": packed, "view_id": view.id, "tensors": rows}
+        stale = {"stale": dict(stats.stale)} if stats.stale else {}  # statistics of other weights, and how far off
+        return {"symbols_sha256": packed, "view_id": view.id, **stale, "tensors": rows}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, "stats_id": stats.id}
     meta, cached = load_or_make(folder, PAYLOAD, {**config, **identity}, make, fresh)

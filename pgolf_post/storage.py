@@ -88,6 +88,14 @@ def remove_abandoned(parent: Path) -> None:
                 leftover.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that others may look for: it goes by one rename, its files after. Raises OSError."""
+    aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{folder.name}")
+    folder.rename(aside)
+    _fsync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it replaces `destination` in one rename. Raises PgolfError."""

@@ -71,13 +71,23 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
         if resume:
             trainer.resume(resume)
         where = f"{ranks.world_size} × {trainer.device}" if ranks.world_size > 1 else str(trainer.device)
-        say(f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}")
+        say(
+            f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}, "
+            f"attention {trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'not compiled'}"
+        )
         checkpoint = trainer.run()
     finally:
         ranks.leave()
     if as_json and ranks.is_main:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
-        print_json({"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": views})
+        print_json(
+            {
+                "checkpoint": str(checkpoint.path),
+                "checkpoint_id": checkpoint.meta["id"],
+                "views": views,
+                "ledger": trainer.ledger.as_facts(recipe.schedule.seconds),
+            }
+        )
 
 
 def plan(
@@ -88,10 +98,10 @@ def plan(
     from trainer.timeline import StepTimes
 
     if step_seconds is None:
-        times = dry_run.measure_step_times(recipe)
+        times, reserve = dry_run.measure(recipe)
     else:
-        times = StepTimes.given(recipe.model, step_seconds, looped_step_seconds)
-    timeline, findings = dry_run.dry_run(recipe, times)
+        times, reserve = StepTimes.given(recipe.model, step_seconds, looped_step_seconds), None
+    timeline, findings = dry_run.dry_run(recipe, times, reserve)
     if as_json:
         print_json(dry_run.answer(timeline, findings))
     dry_run.require_no_refusal(findings, source)

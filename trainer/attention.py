@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
+from trainer.attention_backends import Reach
 from trainer.past import Past
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
@@ -63,26 +64,21 @@ def remove_own_value(
 
 
 class Context:
-    """What every attention of one forward pass shares: rotary angles, value extras, and the mask between documents."""
+    """What every attention of one forward pass shares: rotary angles, value extras, and who attends to whom."""
 
     def __init__(
         self,
         cos: Tensor,
         sin: Tensor,
-        document: Tensor | None,
+        reach: Reach,
         value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
         past: Past | None = None,  # then cos and sin are those of the new tokens, document that of all
     ) -> None:
         self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
+        self.reach = reach
         self.value_embeddings = value_embeddings
         self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
-        self.mask: Tensor | None = None  # (batch, 1, seq_len, seq_len) bool
         self.past = past
-        if past is not None:
-            self.mask = past.mask(len(cos), document)
-        elif document is not None:  # (batch, seq_len): positions attend within their own document
-            same = document[:, :, None] == document[:, None, :]
-            self.mask = torch.tril(same)[:, None]
 
 
 class Attention(nn.Module):
@@ -149,22 +145,9 @@ class Attention(nn.Module):
         v = self._values(x, context)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
-        y = causal_attention(q, keys, values, context.mask)
+        y = context.reach.attend(q, keys, values)
         if self.use_xsa:
             y = remove_own_value(y, v)
         if self.config.attn_gate != "none":
             y = y * self._gate(x, query)
         return self.proj(y.transpose(1, 2).flatten(-2))
-
-
-def causal_attention(
-    q: Tensor,  # (batch, heads, seq_len, head_dim)
-    k: Tensor,  # (batch, kv_heads, seq_len, head_dim); of a longer past where q is its last position alone
-    v: Tensor,
-    mask: Tensor | None,  # (batch, 1, seq_len, seq_len) bool, causal already; None = plain causal
-) -> Tensor:  # (batch, heads, seq_len, head_dim)
-    """Softmax attention over the past, scale 1/√head_dim; query head h reads key-value head h // group."""
-    group = q.size(1) // k.size(1)
-    k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2))

@@ -16,6 +16,13 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; from the CPU to a GPU through pinned memory, without waiting for what is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class WindowSampler:
     """Windows of a data folder's training split in the order of a seed."""
 

@@ -9,11 +9,15 @@ from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
+from trainer.attention_backends import BackendChoice
+from trainer.compiled import CompileChoice
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
+Kernels = Literal["eager", "triton"]
+MetricTime = Literal["each", "end", "final"]
 
 
 class RunSettings(Settings):
@@ -21,7 +25,18 @@ class RunSettings(Settings):
     checkpoint_root: Path = Path("checkpoints")
     seed: int = Field(1337, ge=0)
     precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    kernels: Kernels = Field(
+        "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
+    attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
+    compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps of synthetic tokens with each graph before the clock starts, all state put back; "
+        "default 2 where the loss is compiled, else 0",
+    )
     log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
     min_tokens_per_second: float | None = Field(
         None, gt=0, description="end the run within its first 30 steps if it is slower than this"
@@ -46,13 +61,21 @@ class DataSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Which phase boundaries become folders. `final` is always one."""
+    """Which moments become folders, and which folders stay. `final` is always one; phase boundaries are always kept."""
 
     phases: tuple[PhaseName, ...] = get_args(PhaseName)
     fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
     steps: tuple[int, ...] = Field((), description="also after these steps")
+    every_steps: int | None = Field(None, ge=1, description="steps between periodic checkpoints, for resuming")
+    every_seconds: float | None = Field(None, gt=0, description="training seconds between periodic checkpoints")
+    keep_last: int | None = Field(None, ge=1, description="periodic checkpoints that are kept; default all")
     optimizer_state: bool = Field(True, description="write training.safetensors, needed by --resume")
+    keep_optimizer_state: Literal["all", "last"] = Field("all", description="last: drop it from older checkpoints")
+    metric: MetricTime = Field(
+        "each", description="when views are scored: each as it is saved, all at the end of the run, or the final alone"
+    )
     metric_tokens: int | None = Field(65536, ge=2, description="validation tokens of the recorded metric; omit for all")
+    max_in_flight: int = Field(2, ge=0, description="writes in host memory while training goes on; 0 = wait for each")
 
     @model_validator(mode="after")
     def _reachable(self) -> CheckpointSettings:
@@ -62,6 +85,12 @@ class CheckpointSettings(Settings):
         negative = [step for step in self.steps if step < 0]
         if negative:
             raise ValueError(f"checkpoint steps count from 0, got {negative}")
+        if self.keep_last and not (self.every_steps or self.every_seconds):
+            raise ValueError(
+                f"keep_last {self.keep_last} acts only on periodic checkpoints: set every_steps or every_seconds"
+            )
+        if self.keep_optimizer_state == "last" and not self.optimizer_state:
+            raise ValueError('keep_optimizer_state "last" acts only with optimizer_state = true')
         return self
 
 
@@ -76,5 +105,6 @@ class Recipe(Settings):
     checkpoint: CheckpointSettings
 
     def model_config_for(self, vocab_size: int) -> ModelConfig:
-        """The architecture, completed by what the data decides."""
-        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=self.data.seq_len)
+        """The architecture, completed by what the data decides: what attention sees at most is a training length."""
+        train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
+        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=train_seq_len)

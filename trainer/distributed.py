@@ -1,9 +1,12 @@
 """Several processes, one run: what ranks share, and nothing else.
 
-Under `torchrun` every rank holds the whole model (36M parameters are small), works on its share of each step's
-micro-batches, and sums gradients with the others; Newton-Schulz, the costly part of Muon, is shared out matrix by
-matrix and gathered back. The global batch, the data order and so the run are the same whatever the number of ranks.
-torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK) are the only environment that is read.
+Under `torchrun` every rank holds the whole model (36M parameters are small) and works on its share of each step's
+micro-batches. Transfers are begun and waited for apart, so that work goes on in between; `trainer.muon` says how they
+are arranged. The global batch, the data order and so the run are the same whatever the number of ranks.
+
+NCCL and gloo both know every operation used here, asynchronous ones included; gloo sums whole stacks to scatter them,
+which costs it twice the traffic and changes no result. torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK) are the
+only environment that is read.
 """
 
 from __future__ import annotations
@@ -11,12 +14,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
+
+# torch 2.13 renamed both and warns of the old names; 2.9, the oldest we run on, knows only those.
+REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Transfer:
+    """A tensor on its way between ranks; without `work` it is here already."""
+
+    result: Tensor
+    work: Any = None  # torch's handle
+    sent: Tensor | None = None  # held until it has been read
+
+    def wait(self) -> Tensor:
+        """The tensor, as often as asked. With NCCL the device's stream waits for it, not this process."""
+        if self.work is not None:
+            self.work.wait()  # once: gloo writes the result here, over what may have been done to it since
+            self.work = self.sent = None
+        return self.result
 
 
 @dataclass(frozen=True)
@@ -61,15 +85,47 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over ranks: one flat transfer per dtype."""
+        """Replace each tensor, in place, by its sum over ranks."""
+        self.begin_sum_(tensors)()
+
+    def begin_sum_(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin `sum_`, one flat transfer per dtype. What is returned waits and puts sums in place: call it once."""
         if self.world_size == 1 or not tensors:
-            return
+            return lambda: None
+        begun = []
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # the same order on every rank
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.flatten() for tensor in same])
-            dist.all_reduce(flat)
-            for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-                tensor.copy_(total.view_as(tensor))
+            begun.append((same, Transfer(flat, dist.all_reduce(flat, async_op=True))))
+
+        def finish() -> None:
+            for same, transfer in begun:
+                totals = transfer.wait().split([tensor.numel() for tensor in same])
+                for tensor, total in zip(same, totals, strict=True):
+                    tensor.copy_(total.view_as(tensor))
+
+        return finish
+
+    def reduce_scatter(
+        self,
+        rows: Tensor,  # (world_size · share, …), contiguous
+    ) -> Transfer:  # (share, …)
+        """Begin to sum rows over ranks; each rank receives its own share of the sums, in order of rank."""
+        if self.world_size == 1:
+            return Transfer(rows)
+        mine = rows.new_empty(len(rows) // self.world_size, *rows.shape[1:])
+        return Transfer(mine, REDUCE_SCATTER(mine, rows, async_op=True), rows)
+
+    def all_gather(
+        self,
+        rows: Tensor,  # (share, …)
+    ) -> Transfer:  # (world_size · share, …)
+        """Begin to collect every rank's rows, in order of rank, on all ranks."""
+        if self.world_size == 1:
+            return Transfer(rows)
+        rows = rows.contiguous()
+        everyones = rows.new_empty(len(rows) * self.world_size, *rows.shape[1:])
+        return Transfer(everyones, ALL_GATHER(everyones, rows, async_op=True), rows)
 
     def sum_float(self, value: float) -> float:
         """The sum of a number over ranks."""
@@ -86,22 +142,6 @@ class Ranks:
         held = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.broadcast(held, src=0)
         return float(held)
-
-    def map_rows(
-        self,
-        work: Callable[[Tensor], Tensor],
-        rows: Tensor,  # (n, …), the same on every rank
-    ) -> Tensor:  # (n, …), the same on every rank
-        """`work` applied to all rows, each rank doing an equal share. `work` must treat rows independently."""
-        if self.world_size == 1:
-            return work(rows)
-        share = -(-len(rows) // self.world_size)
-        padding = rows.new_zeros(share * self.world_size - len(rows), *rows.shape[1:])
-        mine = torch.cat([rows, padding])[self.rank * share : (self.rank + 1) * share]
-        done = work(mine).contiguous()
-        gathered = [torch.empty_like(done) for _ in range(self.world_size)]
-        dist.all_gather(gathered, done)
-        return torch.cat(gathered)[: len(rows)]
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -1,7 +1,8 @@
 """`--dry-run`: the timeline of a run as a table, from a given step time or from four real steps, and what is wrong.
 
 Measuring takes two steps without loops and two with all of them, because a step gets slower when they start, and keeps
-the faster of each pair: the first also pays for warming up. Nothing is written.
+the faster of each pair: the first also pays for warming up. Under a cap in seconds, what must follow the last step
+inside it is measured too. Nothing is written.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.progress import print_table, say
 from trainer.config import Recipe
+from trainer.disk import disk_need
 from trainer.loop import Trainer
 from trainer.preflight import Finding, preflight
+from trainer.reserve import Reserve, measure_reserve
 from trainer.timeline import StepTimes, Timeline, num_visits, predict
 
 
-def measure_step_times(recipe: Recipe) -> StepTimes:
-    """Train four real steps of a model that is thrown away, two if it has no loops."""
+def measure(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
+    """Step times and the reserve under the cap, if there is one, of a model that is thrown away."""
     trainer = Trainer(recipe)
+    return _measure_step_times(trainer), measure_reserve(trainer)
+
+
+def _measure_step_times(trainer: Trainer) -> StepTimes:
+    """Train four real steps, two if the model has no loops."""
+    recipe = trainer.recipe
     num_loops = recipe.model.max_active_loops
     say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.device}")
     plain = _step_seconds(trainer)
@@ -49,11 +58,13 @@ def validation_tokens(recipe: Recipe) -> int | None:
     return sum(len(shard) for _, shard in DataFolder.open(recipe.data.dir).shards("val"))
 
 
-def dry_run(recipe: Recipe, times: StepTimes) -> tuple[Timeline, list[Finding]]:
-    """The timeline and its findings, both shown."""
-    timeline = predict(recipe, times)
+def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> tuple[Timeline, list[Finding]]:
+    """The timeline and its findings, both shown. A reserve that was not measured is estimated."""
+    timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
     show(timeline)
+    if need := disk_need(timeline):
+        say(f"disk: {need}")
     for finding in findings:
         say(str(finding))
     return timeline, findings
@@ -86,6 +97,8 @@ def show(timeline: Timeline) -> None:
     title = f"dry run of {timeline.recipe.run.name}: nothing is trained, nothing is written"
     print_table(title, (*header, "decay ×", "momentum", "loops", "saved"), rows)
     say(f"{_times_line(timeline)}; {_totals_line(timeline)}")
+    if timeline.reserve:
+        say(_cap_line(timeline, timeline.reserve))
 
 
 def _times_line(timeline: Timeline) -> str:
@@ -98,13 +111,21 @@ def _times_line(timeline: Timeline) -> str:
     return line
 
 
+def _cap_line(timeline: Timeline, reserve: Reserve) -> str:
+    """What the cap is spent on."""
+    end, line = timeline.seconds, f"cap {timeline.recipe.schedule.seconds:g} s: {reserve}"
+    if reserve.hessians is None:
+        return f"{line}; training ends at {end:,.1f} s (Hessians inside the cap: schedule.hessian_seconds)"
+    return f"{line}; training ends at {end:,.1f} s, Hessians at {end + reserve.after_last_step:,.1f} s"
+
+
 def _totals_line(timeline: Timeline) -> str:
     """How much the run trains."""
-    steps = timeline.clock.end_step
+    steps, periodic = timeline.clock.end_step, timeline.num_periodic
     tokens = steps * timeline.recipe.data.batch_tokens
     return (
         f"{steps:,} steps, {tokens:,} tokens, {timeline.seconds:,.1f} s of training (ends by {timeline.ends_by}), "
-        f"{timeline.num_checkpoints} checkpoints"
+        f"{timeline.num_checkpoints} checkpoints" + (f" and {periodic} periodic" if periodic else "")
     )
 
 
@@ -118,7 +139,9 @@ def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
         "tokens": steps * timeline.recipe.data.batch_tokens,
         "ends_by": timeline.ends_by,
         "step_seconds": {"plain": times.plain, "looped": times.looped, "origin": times.origin},
+        "reserve": asdict(timeline.reserve) if timeline.reserve else None,
         "boundaries": [asdict(row) for row in timeline.boundaries],
+        "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
         "findings": [asdict(finding) for finding in findings],
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ class StepClock:
 
 def _rate(tokens: int, seconds: float) -> float:
     return tokens / max(seconds, 1e-9)
+
+
+def step_line(record: Mapping[str, Any], at: float) -> str:
+    """A step's record as a line for the terminal; `at` is the progress at which the step began."""
+    rates = "  ".join(f"{group} {lr:.3g}" for group, lr in record["lr"].items())
+    return (
+        f"step {record['step']:6d}  {100 * at:5.1f} %  loss {record['loss']:.4f}  |g| {record['grad_norm']:.3f}  "
+        f"lr × {record['lr_multiplier']:.3f}: {rates}  loops {record['active_loops']}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {record['train_seconds']:.1f} s of training, "
+        f"{record['wall_seconds']:.1f} s in all"
+    )
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The training loop: step until the schedule says the run is over, leave a checkpoint at every phase boundary.
 
-The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and said
-so in meta.json (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run at once, with the last
-checkpoint intact.
+The clock that drives the schedule counts optimizer steps only; scoring and writing checkpoints are excluded, and the
+ledger in meta.json says what they took (`train_seconds` against `wall_seconds`). A loss that is not finite ends the run
+at once, with the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -10,36 +10,35 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.checkpoint import (
-    TRAINING_FILE,
-    Checkpoint,
-    ViewName,
-    complete_config,
-    point_latest,
-    read_tensors,
-    save_checkpoint,
-)
+from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
+from pgolf_post.errors import NumericsError, PgolfError, SettingsError
 from pgolf_post.progress import progress_bar, say
-from pgolf_post.score.metric import measure_module
-from pgolf_post.score.plain import PlainProtocol
 from trainer.architecture import GraphState
-from trainer.batches import WindowSampler
+from trainer.attention_backends import choose_backend
+from trainer.averages import EMA, PowerEMA, RunningMean
+from trainer.background import BackgroundWriter, Waits
+from trainer.batches import WindowSampler, to_device
+from trainer.compiled import compiled_loss, compiles, say_late_graphs, training_loss, warm_up
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
-from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line
+from trainer.kernels import fuse_mlps, fused_loss, require_usable
+from trainer.ledger import LEDGER_FILE, Ledger, show_ledger, write_ledger
+from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.model import GolfGPT
-from trainer.optim import EMA, Optimizer, RunningMean
-from trainer.phases import PhaseTracker
+from trainer.optim import Optimizer
+from trainer.phases import PERIODIC, Periodic, PhaseTracker
 from trainer.provenance import provenance
+from trainer.reserve import Reserve, measure_reserve
+from trainer.resuming import prepare_power_ema, restore
+from trainer.saving import save, save_power_ema, score_saved
 from trainer.schedule import active_loops_at, lr_multiplier, progress, weight_decay_multiplier
 
 
@@ -69,11 +68,12 @@ class Trainer:
     """One run: the model, its optimizer, its data order and its clock."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
-        self.recipe, self.ranks = recipe, ranks
+        self.recipe, self.ranks, self.ledger = recipe, ranks, Ledger()
         self.micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self.device = ranks.device
+        require_usable(recipe, self.device.type)
         self.dtype = autocast_dtype(recipe.run.precision, self.device)
         self.data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(self.data, recipe.data.seq_len, recipe.run.seed)
@@ -81,23 +81,40 @@ class Trainer:
         self.model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
         self.model.initialise()
         self.model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
+        if recipe.run.kernels == "triton":
+            fuse_mlps(self.model)
+        isolated, compute_dtype = recipe.model.isolate_documents, self.dtype or self.model.tok_emb.weight.dtype
+        self.model.attention_backend = choose_backend(recipe.run.attention, self.device, compute_dtype, isolated)
+        self.compiled = compiles(recipe.run.compile, self.device)
+        eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
+        self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
         self.optimizer = Optimizer(self.model, recipe.optim, ranks)
-        self.provenance = {**provenance(self.device), "world_size": ranks.world_size}
+        runtime: dict[str, Any] = {"attention": self.model.attention_backend.name, "compile": self.compiled}
+        runtime["kernels"] = recipe.run.kernels
+        self.provenance = {**provenance(self.device), "world_size": ranks.world_size, **runtime}
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
+        self.power_ema = PowerEMA(self.model, optim.power_ema_sigmas) if optim.power_ema_sigmas else None
+        self.snapshot_step = 0  # at which its averages were last snapshotted
         self.phases = PhaseTracker.from_recipe(recipe)
+        self.periodic = Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds)
+        self.writer, self.waits = BackgroundWriter(recipe.checkpoint.max_in_flight), Waits()
         self.run_dir = recipe.run.checkpoint_root / recipe.run.name
         self.step = 0
         self.train_seconds = 0.0
         self.clock = StepClock(recipe.data.batch_tokens, self.train_seconds)
-        self.started = time.perf_counter()
+        self.started = self.ledger.started
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
+        self.resumed_from: Path | None = None
+        self.reserve: Reserve | None = None  # under a cap, settled before the first step
+        self.ledger.add("load", time.perf_counter() - self.started)
 
     @property
     def progress(self) -> float:
-        return progress(self.recipe.schedule, self.step, self.train_seconds)
+        reserve_seconds = self.reserve.seconds if self.reserve else 0.0
+        return progress(self.recipe.schedule, self.step, self.train_seconds, reserve_seconds)
 
     @property
     def wall_seconds(self) -> float:
@@ -106,6 +123,10 @@ class Trainer:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of the same recipe: weights, moments, averages, data position and clock."""
+        restore(self, path)
+
     # ---- running -----------------------------------------------------------------------------------------------
 
     def run(self) -> Checkpoint:
@@ -113,24 +134,64 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
-        loss = math.nan
+        with self.ledger.phase("warm_up"):
+            self.provenance["warm_up"] = warmed = warm_up(self)
+        self._settle_reserve()
+        with self.writer:  # left when all that was handed over is on disk
+            loss = self._step_to_the_end()
+            self.update_graph(1.0)
+            with self.ledger.phase("final"):
+                path = save(self, "final")
+                self.writer.drain()
+        if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
+            with self.ledger.phase("scoring"):
+                score_saved(self)
+        self.ranks.wait()
+        final = Checkpoint.open(path)
+        self._close_ledger()
+        self._say_summary(loss, final)
+        say_late_graphs(self, warmed)
+        return final
+
+    def _step_to_the_end(self) -> float:
+        """Step, save and log until progress is 1. Returns the last loss."""
+        loss, shown = math.nan, 0
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
-            shown = 0
             while (at := self.progress) < 1.0:
                 self.update_graph(at)
-                if phase := self.phases.due(self.step, at):
-                    self.save(phase)
+                with self.ledger.phase("checkpoint"):
+                    if phase := self._phase_due(at):
+                        save(self, phase)
                 loss, norm = self.timed_step(at)
+                with self.ledger.phase("checkpoint"):
+                    save_power_ema(self, at)
+                self.writer.check()
                 if self.ranks.is_main:
                     self._log(loss, norm, at)
                 self.clock.require(self.recipe.run.min_tokens_per_second)
                 permille = int(1000 * self.progress)
                 advance(permille - shown, note=f"step {self.step} loss {loss:.4f}")
                 shown = permille
-        self.update_graph(1.0)
-        final = self.save("final")
-        self._say_summary(loss, final)
-        return final
+        return loss
+
+    def _phase_due(self, at: float) -> str | None:
+        """The phase of the checkpoint to save before this step, if any; a boundary comes before a period."""
+        phase, periodic = self.phases.due(self.step, at), self.periodic.due(self.step, self.train_seconds)
+        return phase or (PERIODIC if periodic else None)
+
+    def _settle_reserve(self) -> None:
+        """Before the clock starts: what a cap must leave free. A resumed run keeps what it began with."""
+        with self.ledger.phase("warm_up"):
+            self.reserve = self.reserve or measure_reserve(self)
+        if self.reserve:
+            say(f"cap {self.recipe.schedule.seconds:g} s: {self.reserve}")
+
+    def _close_ledger(self) -> None:
+        """Show where the time went and leave it in the run's folder."""
+        if self.ranks.is_main:
+            facts = self.ledger.as_facts(self.recipe.schedule.seconds)
+            write_ledger(self.run_dir / LEDGER_FILE, facts)
+            show_ledger(facts)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -143,6 +204,7 @@ class Trainer:
                 hint="choose another place with --set run.checkpoint_root=FOLDER",
             ) from error
         end_torn_line(self.run_dir / LOG_FILE)
+        prepare_power_ema(self)
 
     def _refuse_taken_run(self) -> None:
         """Raise PgolfError if this run would come upon checkpoints that it did not write."""
@@ -169,21 +231,30 @@ class Trainer:
     def timed_step(self, at: float) -> tuple[float, float]:
         """One optimizer step on the clock: (mean training loss in nats per token, gradient norm)."""
         started = time.perf_counter()
-        loss = self._accumulate_gradients()
+        loss_share = self._accumulate_gradients()
+        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
+        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
+        loss = self.ranks.sum_float(float(loss_share))
         if not math.isfinite(loss):
             raise NumericsError(
                 f"training loss is {loss} at step {self.step}; earlier checkpoints in {self.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
-        schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(self.step)
-        norm = self.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         self.step += 1
         self._update_averages(at)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.train_seconds = self.ranks.main_float(self.train_seconds + time.perf_counter() - started)
+        before = self.train_seconds
+        self.train_seconds = self.ranks.main_float(before + time.perf_counter() - started)
+        looped = self.model.graph.active_loops > 0
+        self.ledger.add("train_looped" if looped else "train_plain", self.train_seconds - before)
         self.clock.tick(self.train_seconds)
         return loss, norm
+
+    def rehearse(self, inputs: Tensor, targets: Tensor) -> None:
+        """An optimizer step on one given micro-batch, each (batch, seq_len) int64: for warming up, off the record."""
+        self._accumulate_gradients([(inputs, targets)])
+        self.optimizer.step(1.0, self.recipe.optim.momentum_for(self.step))
 
     def _update_averages(self, at: float) -> None:
         """Fold the weights after this step, which began at progress `at`, into the averages that are kept."""
@@ -192,32 +263,35 @@ class Trainer:
         start = self.recipe.optim.swa_start
         if self.swa and start is not None and at >= start:
             self.swa.update(self.step)
+        if self.power_ema:
+            self.power_ema.update(self.step)
 
-    def _accumulate_gradients(self) -> float:
-        """Backward over this rank's micro-batches, then the sum over ranks: the mean loss over batch_tokens."""
+    def _accumulate_gradients(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> Tensor:  # () float64
+        """Backward over this rank's micro-batches (this step's unless given): its share of the mean loss."""
         data, ranks = self.recipe.data, self.ranks
         share = self.micro_tokens / data.batch_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         windows_per_step, windows_per_batch = data.batch_tokens // data.seq_len, self.micro_tokens // data.seq_len
-        for inputs, targets in self.sampler.step_batches(
-            self.step, windows_per_step, windows_per_batch, ranks.rank, ranks.world_size
-        ):
-            loss = self._loss(inputs.to(self.device), targets.to(self.device)) * share
+        if batches is None:
+            batches = self.sampler.step_batches(
+                self.step, windows_per_step, windows_per_batch, ranks.rank, ranks.world_size
+            )
+        for inputs, targets in batches:
+            loss = self._loss(inputs, targets) * share
             loss.backward()
-            total += loss.detach()  # read once, at the end: reading waits for the device
-        ranks.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
-        return ranks.sum_float(float(total))
+            total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
+        return total
 
     def _loss(
         self,
-        inputs: Tensor,  # (batch, seq_len) int64
-        targets: Tensor,  # (batch, seq_len) int64
+        inputs: Tensor,  # (batch, seq_len) int64, on the CPU
+        targets: Tensor,  # (batch, seq_len) int64, on the CPU
     ) -> Tensor:  # () mean nats per token
+        reach = self.model.reach(inputs)
+        inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         enabled = torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
         with enabled:
-            logits = self.model(inputs)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.loss_function(self.model, inputs, targets, reach)
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line, and every log_every steps tell the terminal."""
@@ -235,14 +309,11 @@ class Trainer:
             "mean_tokens_per_second": round(self._mean_rate(), 1),
             "train_seconds": round(self.train_seconds, 3),
             "wall_seconds": self.wall_seconds,
+            **self.waits.record(),
         }
         append_line(self.run_dir / LOG_FILE, record)
         if self.step % self.recipe.run.log_every == 0:
-            say(
-                f"step {self.step:6d}  {100 * at:5.1f} %  loss {loss:.4f}  |g| {norm:.3f}  lr × {multiplier:.3f}  "
-                f"loops {record['active_loops']}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"{self.train_seconds:.1f} s"
-            )
+            say(step_line(record, at))
 
     def _mean_rate(self) -> float:
         """Training tokens per second over the whole run, resumed parts included."""
@@ -254,116 +325,6 @@ class Trainer:
         say(
             f"done: {self.step:,} steps, {self.step * self.recipe.data.batch_tokens:,} tokens, "
             f"{self.train_seconds:.1f} s of training in {self.wall_seconds:.1f} s, {self._mean_rate():,.0f} tokens/s, "
+            f"{self.waits}, "
             f"last loss {loss:.4f}, bpb {bpb}"
         )
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    def config(self) -> dict[str, Any]:
-        """config.json: what rebuilds the model as it is now, runtime graph state included."""
-        return {
-            "family": "golf_gpt",
-            "model": self.model.config.model_dump(mode="json"),
-            "graph": self.model.graph.model_dump(mode="json"),
-            "tokenizer": {"sha256": self.data.tokenizer_sha256, "vocab_size": self.data.vocab_size},
-            "data": {"manifest_sha256": self.data.manifest_sha256},
-        }
-
-    def views(self) -> dict[ViewName, dict[str, Tensor]]:
-        """The raw weights and the averages that are kept; an average has the raw weights' buffers, if any."""
-        raw = dict(self.model.state_dict())
-        views: dict[ViewName, dict[str, Tensor]] = {"raw": raw}
-        if self.ema:
-            views["ema"] = {**raw, **self.ema.shadow}
-        if self.swa and self.swa.count:
-            views["swa"] = {**raw, **self.swa.mean}
-        return views
-
-    def _metric(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Score one view as `checkpoint verify` will: float32, plain, the first metric_tokens of validation."""
-        protocol = PlainProtocol(seq_len=self.recipe.data.seq_len, max_tokens=self.recipe.checkpoint.metric_tokens)
-        module = GolfGPT(self.model.config, self.model.graph).to(self.device)
-        module.load_state_dict(tensors)
-        return measure_module(module.eval(), self.data, protocol)
-
-    def save(self, phase: str) -> Checkpoint:
-        """Write this moment as a folder and point `latest` at it; rank 0 does, the others wait for it."""
-        path = self.run_dir / f"step_{self.step:06d}-{phase}"
-        if self.ranks.is_main:
-            self._write(path, phase)
-        self.ranks.wait()
-        return Checkpoint.open(path)
-
-    def _write(self, path: Path, phase: str) -> None:
-        views = self.views()
-        metrics: dict[str, dict[str, Any]] = {name: self._metric(tensors) for name, tensors in views.items()}
-        meta = {
-            "kind": "raw",
-            "run": self.recipe.run.name,
-            "phase": phase,
-            "step": self.step,
-            "progress": self.progress,
-            "tokens_seen": self.step * self.recipe.data.batch_tokens,
-            "train_seconds": self.train_seconds,
-            "wall_seconds": self.wall_seconds,
-            "swa_count": self.swa.count if self.swa else 0,
-            "seed": self.recipe.run.seed,
-            "data_position": {"next_step": self.step},
-            "rng": "none: the data order is a function of seed and step, and training draws no other random numbers",
-            "precision": "bf16 autocast" if self.dtype else self.recipe.run.precision.replace("auto", "fp32"),
-            "parents": self.parents,
-            "data_dir": str(self.recipe.data.dir),
-            "recipe": self.recipe.model_dump(mode="json"),
-            **self.provenance,
-        }
-        training = self.optimizer.state() if self.recipe.checkpoint.optimizer_state else None
-        checkpoint = save_checkpoint(path, self.config(), views, meta, metrics, training)
-        self._point_latest(checkpoint)
-        bpb = "  ".join(f"{name} {metric['bpb']:.4f}" for name, metric in metrics.items())
-        say(f"saved {path}  bpb on {metrics['raw']['tokens']:,} validation tokens: {bpb}")
-
-    def _point_latest(self, checkpoint: Checkpoint) -> None:
-        """Point `latest` at a saved checkpoint. Raises PgolfError if the link cannot be made."""
-        root = self.recipe.run.checkpoint_root
-        try:
-            point_latest(root, checkpoint)
-        except OSError as error:
-            raise PgolfError(
-                f"saved {checkpoint.path}, but could not point {root / 'latest'} at it: {error}",
-                hint=f"move {root / 'latest'} away if it is not a link, then go on with --resume {checkpoint.path}",
-            ) from error
-
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of the same recipe: weights, moments, average, data position and clock."""
-        checkpoint = Checkpoint.open(path)
-        if not (checkpoint.path / TRAINING_FILE).is_file():
-            raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
-        theirs, ours = complete_config(checkpoint.config), self.config()
-        if theirs["model"] != ours["model"] or theirs["data"] != ours["data"]:
-            raise MismatchError(
-                f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it"
-            )
-        self.model.load_state_dict(dict(checkpoint.load("raw").tensors))
-        self._resume_averages(checkpoint)
-        self.optimizer.load_state(read_tensors(checkpoint.path / TRAINING_FILE), str(checkpoint.path))
-        self.model.set_graph(GraphState(**checkpoint.config["graph"]))
-        self.step = int(checkpoint.meta["step"])
-        self.train_seconds = float(checkpoint.meta["train_seconds"])
-        self.earlier_wall_seconds = float(checkpoint.meta.get("wall_seconds", 0.0))
-        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
-        self.parents = [checkpoint.view_id("raw")]
-        self.phases.skip_past(self.step, self.progress)
-        say(f"resumed {checkpoint.path} at step {self.step}, {100 * self.progress:.1f} % of the run")
-
-    def _resume_averages(self, checkpoint: Checkpoint) -> None:
-        """Take up the averages where the checkpoint left them. Raises NotFoundError if it lacks a kept EMA."""
-        if self.ema:
-            shadow = checkpoint.load("ema").tensors
-            self.ema.shadow = {name: shadow[name].to(self.device, copy=True) for name in self.ema.shadow}
-        start, count = self.recipe.optim.swa_start, int(checkpoint.meta.get("swa_count", 0))
-        if start is not None and not count and float(checkpoint.meta.get("progress", 0.0)) > start:
-            say(f"{checkpoint.path} holds no running mean; one starts at step {checkpoint.meta['step']}")
-        if self.swa and count:
-            mean = checkpoint.load("swa").tensors
-            self.swa.count = count
-            self.swa.mean = {name: mean[name].to(self.device, copy=True) for name in self.swa.parameters}

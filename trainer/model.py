@@ -10,6 +10,7 @@ its records).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pgolf_post.errors import SettingsError
 from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
+from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
@@ -46,8 +48,23 @@ def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) ->
     return F.leaky_relu(x, leaky_slope if activation == "leaky_relu2" else 0.0).square()
 
 
+def document_pieces(
+    tokens: Tensor,  # (batch, seq_len)
+    cut: int | None,  # tokens in a piece at most; None = whole documents
+) -> Tensor:  # (batch, seq_len) int64
+    """A number for each document, or each piece of one; a window opens a document, with or without its BOS."""
+    starts = tokens == BOS_ID
+    if cut is not None:
+        position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        start = torch.where(starts, position, 0).cummax(1).values
+        starts = starts | ((position - start) % cut == 0)
+    return starts.cumsum(1)
+
+
 class MLP(nn.Module):
     """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
+
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of x and both weights; see trainer/kernels
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,6 +76,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
+        if self.fused is not None:
+            return self.fused(x, self.fc.weight, self.proj.weight)
         if self.config.activation == "swiglu":
             return self.proj(F.silu(self.gate(x)) * self.fc(x))
         return self.proj(squared_activation(self.fc(x), self.config.activation, self.config.leaky_slope))
@@ -117,6 +136,7 @@ class GolfGPT(nn.Module):
         super().__init__()
         self.config = config
         self.set_graph(graph)
+        self.attention_backend = SDPA  # how attention is computed, not what; a run may choose another
         embedding_dim = config.embedding_dim or config.model_dim
         self.tok_emb = nn.Embedding(config.vocab_size, embedding_dim)
         if config.bigram_buckets:
@@ -175,8 +195,9 @@ class GolfGPT(nn.Module):
         config = self.config
         dims = config.rope_dims or config.model_dim // config.num_heads
         base = config.rope_base
-        if config.rope_ntk and seq_len > config.train_seq_len:
-            base *= (seq_len / config.train_seq_len) ** (dims / (dims - 2))
+        longest = min(seq_len, config.document_cut or seq_len)  # what attention can see
+        if config.rope_ntk and longest > config.train_seq_len:
+            base *= (longest / config.train_seq_len) ** (dims / (dims - 2))
         return rotary_angles(seq_len, dims, base, device, at_least_float32(self.tok_emb.weight.dtype))
 
     def _skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
@@ -231,20 +252,40 @@ class GolfGPT(nn.Module):
             return 0.5 * (lanes[0] + lanes[1])
         return lanes[0] if self.config.lane_output == "attn" else lanes[1]
 
+    def reach(
+        self,
+        tokens: Tensor,  # (batch, seq_len) int64, on the CPU or the model's device
+        document: Tensor | None = None,  # (batch, seq_len), ascending: attention stays within equal values
+    ) -> Reach:
+        """Who attends to whom, in the attention backend's form; without `document`, as configured."""
+        if document is None and self.config.isolate_documents:
+            document = document_pieces(tokens, self.config.document_cut)
+        backend, device = self.attention_backend, self.tok_emb.weight.device
+        return Reach(backend, backend.reach(tokens, document, device))
+
+    def _reach(self, tokens: Tensor, seen: Tensor, document: Tensor | Reach | None, past: Past | None) -> Reach:
+        """The reach of new tokens: as given, as configured, or over all that a past has seen."""
+        if isinstance(document, Reach):
+            return document
+        if past is None:
+            return self.reach(tokens, document)
+        if document is None and self.config.isolate_documents:
+            document = document_pieces(seen, self.config.document_cut)
+        return Reach(SDPA, past.mask(tokens.size(1), document))
+
     def hidden(
         self,
         tokens: Tensor,  # (batch, seq_len) int64
-        document: Tensor | None = None,  # (batch, seq_len): attention stays within equal values; None = as configured
+        document: Tensor | Reach | None = None,  # as in `reach`, or what it gave
         past: Past | None = None,  # of `start_past`: tokens then continue what earlier calls read, document spans all
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
         """The head's input: final hidden states after the last norm (and head_proj)."""
         seen, new = tokens if past is None else past.read(tokens), tokens.size(1)
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
-        if document is None and self.config.isolate_documents:
-            document = (seen == BOS_ID).cumsum(1)
         angles = self._rotary(new if past is None else past.capacity, tokens.device)
         positions = slice(seen.size(1) - new, seen.size(1))
-        context = Context(angles[0][positions], angles[1][positions], document, value_embeddings, past)
+        reach = self._reach(tokens, seen, document, past)
+        context = Context(angles[0][positions], angles[1][positions], reach, value_embeddings, past)
         recurrence = self._recurrence()
         x = x0 = self._embed(seen[:, max(0, positions.start - LOOK_BACK) :])[:, -new:]
         encoder, decoder = split_visits(self.config, self.graph.active_loops)
@@ -268,15 +309,18 @@ class GolfGPT(nn.Module):
             x = self.head_proj(x)
         return self.head_in(x)
 
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
+        return self.head_out(
+            F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+        )
+
     def start_past(self, batch: int, capacity: int) -> Past:
         """An empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""
         return Past(batch, capacity, self.tok_emb.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""
-        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
-        cap = self.config.logit_softcap
-        z = self.head_out(F.linear(hidden, head))
+        z, cap = self.uncapped_logits(hidden), self.config.logit_softcap
         return cap * torch.tanh(z.to(at_least_float32(z.dtype)) / cap)
 
     def forward(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:  # (batch, seq_len, vocab_size) float32

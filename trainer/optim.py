@@ -1,40 +1,25 @@
-"""Muon for matrices, AdamW for the rest, one step over both; running averages of the weights beside it.
+"""Muon for matrices (`trainer.muon`), AdamW for the rest, one step over both.
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, computed by five Newton-Schulz
-iterations; matrices of equal shape are stacked and iterated together. Coefficients: Jordan's classic quintic, or Polar
-Express (Amsel et al. 2025) as the record scripts use it.
-
-Two averages follow the raw weights, both in float32 and off the gradient's path: an exponential one (EMA) and, from a
-share of the run on, a running equal-weight mean (SWA, Izmailov et al. 2018).
+The step takes each rank's own gradients and owns every transfer between them: matrices' sums are scattered over ranks,
+the rest's go to all. Every parameter belongs to exactly one group by RULES; one that fits none, or two, is an error.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pgolf_post.ema_profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import ALONE, Ranks
+from trainer.muon import NewtonSchulz, make_banks
 from trainer.schedule import cyclic_momentum, momentum_at
-
-NewtonSchulz = Literal["classic", "polar_express"]
-
-COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
-    "classic": ((3.4445, -4.7750, 2.0315),) * 5,
-    "polar_express": (
-        (8.156555, -22.483293, 15.878769),
-        (4.042930, -2.808917, 0.500018),
-        (3.891668, -2.772484, 0.506065),
-        (3.285754, -2.368129, 0.464490),
-        (2.346541, -1.709783, 0.423236),
-    ),
-}
 
 
 class OptimSettings(Settings):
@@ -60,6 +45,12 @@ class OptimSettings(Settings):
     ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
     swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
     swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
+    power_ema_sigmas: tuple[float, ...] = Field(
+        (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
+    )
+    power_ema_snapshots: int = Field(
+        16, ge=2, description="of each, evenly spaced over the run; beside one at each checkpoint"
+    )
     momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
     momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
     momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
@@ -72,6 +63,13 @@ class OptimSettings(Settings):
             )
         if self.ema_every > 1 and not self.ema_decay:
             raise ValueError(f"ema_every {self.ema_every} acts only with ema_decay above 0")
+        if len(set(self.power_ema_sigmas)) < len(self.power_ema_sigmas):
+            raise ValueError(f"power_ema_sigmas {self.power_ema_sigmas} names one twice")
+        for sigma in self.power_ema_sigmas:
+            try:
+                gamma_of(sigma)
+            except SettingsError as error:
+                raise ValueError(f"power_ema_sigmas: {error}") from None
         return self
 
     def momentum_for(self, step: int) -> float:
@@ -87,49 +85,46 @@ class OptimSettings(Settings):
         return {"matrix": self.matrix_lr, "embed": self.embed_lr, "head": self.head_lr, "scalar": self.scalar_lr}
 
 
-def orthogonalize(
-    updates: Tensor,  # (n, rows, cols)
-    scheme: NewtonSchulz,
-) -> Tensor:  # (n, rows, cols), singular values near 1
-    """Five Newton-Schulz iterations on each matrix, in its smaller dimension."""
-    transposed = updates.size(-2) > updates.size(-1)
-    x = updates.mT if transposed else updates
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in COEFFICIENTS[scheme]:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if transposed else x
+def _is_weight_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
+    return name.endswith(".weight") and parameter.ndim > 1
 
 
-def muon_updates(
-    gradients: Tensor,  # (n, rows, cols)
-    momenta: Tensor,  # (n, rows, cols)
-    momentum: float,
-    settings: OptimSettings,
-    ranks: Ranks = ALONE,
-) -> Tensor:  # (n, rows, cols)
-    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place.
+RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {  # group → whether a module's parameter belongs to it
+    "embed": lambda name, parameter, module: isinstance(module, nn.Embedding),
+    "head": lambda name, parameter, module: name == "lm_head.weight",
+    "matrix": lambda name, parameter, module: (
+        _is_weight_matrix(name, parameter, module)
+        and parameter.ndim == 2
+        and not isinstance(module, nn.Embedding)
+        and name != "lm_head.weight"
+    ),
+    "scalar": lambda name, parameter, module: not _is_weight_matrix(name, parameter, module),
+}
 
-    Ranks share out the orthogonalisation, matrix by matrix; the rest is cheap and done by all.
+
+def assign_groups(model: nn.Module) -> dict[str, list[str]]:
+    """Group → names of its parameters. Raises SettingsError for a parameter that no group takes, or two do.
+
+    A tensor under two names (a tied head, say) counts once, under the first, if both belong to the same group.
     """
-    momenta.mul_(momentum).add_(gradients)
-    update = gradients + momentum * momenta
-    if settings.row_normalize:
-        update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
-    rows, cols = update.shape[-2:]
-    orthogonal = ranks.map_rows(lambda some: orthogonalize(some, settings.newton_schulz), update)
-    return orthogonal * max(1.0, rows / cols) ** 0.5
-
-
-def group_of(name: str, parameter: Tensor) -> str:
-    """The optimizer group of a parameter: matrix, embed, head or scalar."""
-    if name == "tok_emb.weight":
-        return "embed"
-    if name == "lm_head.weight":
-        return "head"
-    if name.endswith(".weight") and parameter.ndim == 2:
-        return "matrix"
-    return "scalar"
+    groups: dict[str, list[str]] = defaultdict(list)
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    taken: dict[Tensor, dict[str, None]] = defaultdict(dict)  # its groups, in order
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = modules[name.rpartition(".")[0]]
+        names[parameter].append(name)
+        taken[parameter].update({group: None for group, rule in RULES.items() if rule(name, parameter, module)})
+    for tensor, found in taken.items():
+        if len(found) != 1:
+            which = f"groups {' and '.join(found)}" if found else "no group"
+            raise SettingsError(
+                f"parameter {' = '.join(names[tensor])} of shape {tuple(tensor.shape)} is in {which} of the "
+                f"optimizer; it must be in exactly one of {', '.join(RULES)}",
+                hint="2-D weights step by Muon; untie a shared one, name a control tensor something other than weight",
+            )
+        groups[next(iter(found))].append(names[tensor][0])
+    return groups
 
 
 class Optimizer:
@@ -138,19 +133,9 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimSettings, ranks: Ranks = ALONE) -> None:
         self.settings, self.ranks = settings, ranks
         self.parameters = dict(model.named_parameters())
-        self.matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)  # equal shapes step together
-        self.adam_names: dict[str, list[str]] = defaultdict(list)  # group → parameter names
-        tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-        for name, parameter in self.parameters.items():
-            group = "embed" if name in tables else group_of(name, parameter)
-            if group == "matrix":
-                self.matrices[tuple(parameter.shape)].append(name)
-            else:
-                self.adam_names[group].append(name)
-        self.momenta = {
-            shape: torch.stack([torch.zeros_like(self.parameters[name]) for name in names])
-            for shape, names in self.matrices.items()
-        }
+        self.adam_names = assign_groups(model)  # group → parameter names
+        matrices = self.adam_names.pop("matrix", [])
+        self.banks = make_banks({name: self.parameters[name] for name in matrices}, ranks)
         betas = (settings.adam_beta1, settings.adam_beta2)
         groups = [self._adam_group(group, names) for group, names in self.adam_names.items()]
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
@@ -169,7 +154,7 @@ class Optimizer:
 
     def groups(self) -> list[str]:
         """The groups that this model has, matrices first."""
-        return ["matrix"] * bool(self.matrices) + list(self.adam_names)
+        return ["matrix"] * bool(self.banks) + list(self.adam_names)
 
     def learning_rates(self, lr_multiplier: float) -> dict[str, float]:
         """Each group's learning rate under a multiplier."""
@@ -178,41 +163,65 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> float:
-        """Clip, update every parameter, clear gradients. Returns the gradient norm before clipping."""
-        limit = self.settings.grad_clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        """Sum gradients over ranks, clip, update every parameter, clear gradients: on all ranks, right after backward.
+
+        Returns the global gradient norm before clipping.
+        """
+        settings, rest = self.settings, self._adam_gradients()
+        banks = [bank for bank in self.banks if bank.used()]
+        coming = [bank.send_gradients() for bank in banks]
+        finish_rest = self.ranks.begin_sum_(rest)
+        if settings.grad_clip:
+            finish_rest()
+            norm = self._clip([transfer.wait() for transfer in coming], rest)
+        updates = [
+            bank.send_updates(transfer.wait(), momentum, settings.newton_schulz, settings.row_normalize)
+            for bank, transfer in zip(banks, coming, strict=True)
+        ]
+        if not settings.grad_clip:
+            finish_rest()
+            norm = self._norm([transfer.wait() for transfer in coming], rest)
+        self._step_adam(lr_multiplier, weight_decay_multiplier)
+        lr, decay = settings.matrix_lr * lr_multiplier, settings.matrix_weight_decay * weight_decay_multiplier
+        for bank, transfer in zip(banks, updates, strict=True):
+            bank.apply(transfer.wait(), lr, decay)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return float(norm)
+
+    def _adam_gradients(self) -> list[Tensor]:
+        """Gradients of everything but matrices, where this step's graph has any."""
+        gradients = [self.parameters[name].grad for name in self._adam_parameters()]
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def _step_adam(self, lr_multiplier: float, weight_decay_multiplier: float) -> None:
         for group in self.adam.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier
             group["weight_decay"] = group["peak_weight_decay"] * weight_decay_multiplier
         self.adam.step()
-        lr, decay = self.settings.matrix_lr * lr_multiplier, self.settings.matrix_weight_decay * weight_decay_multiplier
-        for shape, names in self.matrices.items():
-            self._step_matrices(shape, names, lr, decay, momentum)
-        for parameter in self.parameters.values():
-            parameter.grad = None
+
+    def _norm(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
+        """The global gradient norm: `own` are this rank's rows of the matrices, `rest` is the same on every rank."""
+        device = next(iter(self.parameters.values())).device
+        squares = _sum_of_squares(own, device)
+        self.ranks.sum_([squares])
+        return (squares + _sum_of_squares(rest, device)).sqrt()
+
+    def _clip(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
+        """Scale gradients down, in place, to a global norm of at most grad_clip. Returns the norm before."""
+        norm = self._norm(own, rest)
+        if not own + rest:
+            return norm
+        scale = (self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([*own, *rest], scale.to((own + rest)[0].dtype))
         return norm
 
-    def _step_matrices(
-        self, shape: tuple[int, ...], names: list[str], lr: float, weight_decay: float, momentum: float
-    ) -> None:
-        """One Muon step with decoupled weight decay on the matrices of one shape that this step's graph used."""
-        used = [index for index, name in enumerate(names) if self.parameters[name].grad is not None]
-        if not used:
-            return
-        gradients = torch.stack([_gradient(self.parameters[names[index]]) for index in used])
-        whole = len(used) == len(names)
-        momenta = self.momenta[shape] if whole else self.momenta[shape][used]
-        updates = muon_updates(gradients, momenta, momentum, self.settings, self.ranks)
-        if not whole:
-            self.momenta[shape][used] = momenta
-        for index, update in zip(used, updates, strict=True):
-            self.parameters[names[index]].mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
-
     def state(self) -> dict[str, Tensor]:
-        """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME."""
-        state = {}
-        for shape, names in self.matrices.items():
-            state.update({f"momentum.{name}": self.momenta[shape][i] for i, name in enumerate(names)})
+        """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME.
+
+        The same whatever the number of ranks; all of them must ask, because each holds a share of the momenta.
+        """
+        state = {f"momentum.{name}": rows for bank in self.banks for name, rows in bank.state().items()}
         for name in self._adam_parameters():
             moments = self.adam.state.get(self.parameters[name], {})
             state.update({f"{key.replace('step', 'adam_step')}.{name}": value for key, value in moments.items()})
@@ -220,13 +229,11 @@ class Optimizer:
 
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """Restore what `state` returned. Raises SettingsError listing tensors that are missing."""
-        wanted = [f"momentum.{name}" for names in self.matrices.values() for name in names]
-        missing = [key for key in wanted if key not in state]
+        missing = [f"momentum.{name}" for bank in self.banks for name in bank.names if f"momentum.{name}" not in state]
         if missing:
             raise SettingsError(f"{source}: optimizer state lacks {', '.join(missing)}")
-        for shape, names in self.matrices.items():
-            stacked = torch.stack([state[f"momentum.{name}"] for name in names])
-            self.momenta[shape] = stacked.to(self.momenta[shape].device)
+        for bank in self.banks:
+            bank.load_state({name: state[f"momentum.{name}"] for name in bank.names})
         for name in self._adam_parameters():
             if f"exp_avg.{name}" in state:
                 device = self.parameters[name].device
@@ -240,52 +247,7 @@ class Optimizer:
         return (name for names in self.adam_names.values() for name in names)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    """A gradient that is known to be there."""
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _wide_copy(parameter: Tensor) -> Tensor:
-    """A copy in float32, or float64 where the weights are."""
-    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-
-
-class EMA:
-    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
-
-    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
-        self.decay, self.every = decay, every
-        self.parameters = dict(model.named_parameters())
-        self.shadow = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Fold in the weights after optimizer step `step` (counted from 1), if it is one of every n."""
-        if step % self.every:
-            return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
-
-
-class RunningMean:
-    """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
-
-    def __init__(self, model: nn.Module, every: int) -> None:
-        self.every, self.count = every, 0
-        self.parameters = dict(model.named_parameters())
-        self.mean: dict[str, Tensor] = {}  # empty until the first model enters
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
-        if step % self.every:
-            return
-        self.count += 1
-        if self.count == 1:
-            self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
-        else:
-            torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:  # () float64
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

@@ -46,10 +46,8 @@ class Past:
             buffer[:, :, self.length - k.size(2) : self.length] = new
         return held[0][:, :, : self.length], held[1][:, :, : self.length]
 
-    def mask(self, new: int, document: Tensor | None) -> Tensor | None:  # document: (batch, length)
-        """Which positions the `new` last ones may see, (batch or 1, 1, new, length) bool; None = all of them."""
-        if document is None and new == 1:
-            return None
+    def mask(self, new: int, document: Tensor | None) -> Tensor:  # document: (batch, length)
+        """Which positions the `new` last ones may see, (batch or 1, 1, new, length) bool."""
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.tokens.device).tril()[-new:]
         if document is None:
             return causal[None, None]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from trainer.config import Recipe
 from trainer.schedule import warmdown_start
 
+PERIODIC = "periodic"  # the phase of a checkpoint that marks no boundary
+
 Reached = Callable[[int, float], bool]  # (step, progress) → whether the boundary has come
 
 
@@ -64,6 +66,28 @@ class PhaseTracker:
     def skip_past(self, step: int, at: float) -> None:
         """Forget boundaries that a resumed run has already passed."""
         self.due(step, at)
+
+
+@dataclass
+class Periodic:
+    """Checkpoints every so many steps or training seconds, between the boundaries. Asked before every step."""
+
+    every_steps: int | None
+    every_seconds: float | None
+    passed: tuple[int, int] = (0, 0)  # multiples of each that are behind
+
+    def due(self, step: int, train_seconds: float) -> bool:
+        """Whether a multiple of either was passed since this was last asked."""
+        before, self.passed = self.passed, self._passed_by(step, train_seconds)
+        return any(now > then for now, then in zip(self.passed, before, strict=True))
+
+    def skip_past(self, step: int, train_seconds: float) -> None:
+        """Forget what a resumed run has already passed."""
+        self.passed = self._passed_by(step, train_seconds)
+
+    def _passed_by(self, step: int, train_seconds: float) -> tuple[int, int]:
+        by_steps = step // self.every_steps if self.every_steps else 0
+        return by_steps, int(train_seconds / self.every_seconds) if self.every_seconds else 0
 
 
 def _at_progress(fraction: float) -> Reached:

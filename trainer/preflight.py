@@ -9,6 +9,9 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
     loops                                           refuse    a two-phase curriculum without two repeats
     ema                                             refuse    never updated; warn: longer than a third of the run
     swa                                             refuse    fewer than two models; warn: models of two graphs
+    power_ema                                       refuse    fewer steps than snapshots
+    periodic                                        refuse    a period longer than the run
+    cap                                             refuse    Hessians that end after it; warn: a last step that does
     speed                                           refuse    slower than run.min_tokens_per_second
     limits                                          warn      schedule.steps that schedule.seconds comes before
     scoring                                         warn      checkpoints that take over 5 % of the run's time
@@ -17,6 +20,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -52,8 +56,10 @@ def preflight(timeline: Timeline, val_tokens: int | None = None) -> list[Finding
 def _end(timeline: Timeline) -> str:
     """Where the run ends, for messages."""
     end = timeline.clock.end_step
-    limit = getattr(timeline.recipe.schedule, timeline.ends_by)
-    return f"the run ends after {end:,} step{'s' * (end != 1)} (schedule.{timeline.ends_by} {limit:g})"
+    limit, kept = getattr(timeline.recipe.schedule, timeline.ends_by), ""
+    if timeline.ends_by == "seconds" and timeline.reserve and timeline.reserve.seconds:
+        kept = f", {timeline.reserve.seconds:.3g} reserved"
+    return f"the run ends after {end:,} step{'s' * (end != 1)} (schedule.{timeline.ends_by} {limit:g}{kept})"
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -151,6 +157,33 @@ def check_swa(timeline: Timeline) -> Iterator[Finding]:
         )
 
 
+def check_power_ema(timeline: Timeline) -> Iterator[Finding]:
+    """Snapshots of power-function averages are at different steps."""
+    optim, end = timeline.recipe.optim, timeline.clock.end_step
+    if optim.power_ema_sigmas and optim.power_ema_snapshots > end:
+        yield Finding(
+            "refuse",
+            "optim.power_ema_snapshots",
+            f"optim.power_ema_snapshots {optim.power_ema_snapshots}: {_end(timeline)}, fewer than snapshots; take "
+            "fewer, or none with optim.power_ema_sigmas = []",
+        )
+
+
+def check_periodic(timeline: Timeline) -> Iterator[Finding]:
+    """A period must come round before the run ends."""
+    settings = timeline.recipe.checkpoint
+    for key, period, length in (
+        ("every_steps", settings.every_steps, timeline.clock.end_step),
+        ("every_seconds", settings.every_seconds, timeline.seconds),
+    ):
+        if period is not None and period >= length:
+            yield Finding(
+                "refuse",
+                f"checkpoint.{key}",
+                f"checkpoint.{key} {period:g}: {_end(timeline)}, before the first; shorten it or leave it out",
+            )
+
+
 def check_speed(timeline: Timeline) -> Iterator[Finding]:
     """A run that would be stopped for its speed need not start."""
     minimum = timeline.recipe.run.min_tokens_per_second
@@ -161,6 +194,32 @@ def check_speed(timeline: Timeline) -> Iterator[Finding]:
             "run.min_tokens_per_second",
             f"run.min_tokens_per_second {minimum:,.0f}: {timeline.times.plain:.4g} s a step is {rate:,.0f} tokens/s; "
             "the run would be stopped within its first 30 steps",
+        )
+
+
+def check_cap(timeline: Timeline) -> Iterator[Finding]:
+    """What must happen inside schedule.seconds must end inside it."""
+    schedule, reserve, end = timeline.recipe.schedule, timeline.reserve, timeline.seconds
+    if schedule.seconds is None or reserve is None:
+        return
+    last, hessians = end + reserve.after_last_step, reserve.hessians
+    if last <= schedule.seconds + 1e-6:
+        return
+    way_out = f'set it to "auto" or to at least {math.ceil(100 * reserve.needed) / 100:g}'
+    if hessians:
+        yield Finding(
+            "refuse",
+            "schedule.reserve_seconds",
+            f"schedule.reserve_seconds {reserve.seconds:g}: Hessians would end at {last:,.1f} s, after "
+            f"schedule.seconds {schedule.seconds:g}: training ends at {end:,.1f} s, Hessians take {hessians:,.3g} s; "
+            f"{way_out}",
+        )
+    else:
+        yield Finding(
+            "warn",
+            "schedule.reserve_seconds",
+            f"schedule.reserve_seconds {reserve.seconds:g}: the last step and its snapshot would end at {last:,.2f} s, "
+            f"after schedule.seconds {schedule.seconds:g}; {way_out}",
         )
 
 
@@ -195,7 +254,7 @@ def check_averaging(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_scoring(timeline: Timeline, val_tokens: int | None) -> Iterator[Finding]:
-    """Every checkpoint scores its views; together they should cost little beside training."""
+    """Checkpoints score their views; together they should cost little beside training."""
     metric_tokens = timeline.recipe.checkpoint.metric_tokens or val_tokens
     if metric_tokens is None:
         yield Finding(
@@ -210,21 +269,28 @@ def check_scoring(timeline: Timeline, val_tokens: int | None) -> Iterator[Findin
         yield Finding(
             "warn",
             "checkpoint.metric_tokens",
-            f"scoring {metric_tokens:,} tokens at {timeline.num_checkpoints} checkpoints costs about {seconds:,.1f} s "
+            f"scoring {metric_tokens:,} tokens at {len(_scored(timeline))} checkpoints costs about {seconds:,.1f} s "
             f"beside {timeline.seconds:,.1f} s of training, more than {MAX_SCORING_SHARE:.0%}; lower "
-            "checkpoint.metric_tokens or write fewer checkpoints",
+            'checkpoint.metric_tokens, write fewer checkpoints, or score the last alone: checkpoint.metric = "final"',
         )
 
 
 def scoring_seconds(timeline: Timeline, metric_tokens: int) -> float:
     """About how long the recorded metrics of all checkpoints take."""
     recipe = timeline.recipe
-    folders = {row.step: row for row in timeline.boundaries if row.checkpoint}.values()
     seconds = 0.0
-    for row in folders:
+    for row in _scored(timeline):
         rate = recipe.data.batch_tokens / timeline.times.of(recipe.model, row.active_loops) * FORWARD_SPEEDUP
         seconds += _num_views(timeline, row) * metric_tokens / rate
     return seconds
+
+
+def _scored(timeline: Timeline) -> list[Boundary]:
+    """The boundaries whose folders are scored, the last one standing for each periodic checkpoint too."""
+    folders = list({row.step: row for row in timeline.boundaries if row.checkpoint}.values())
+    if timeline.recipe.checkpoint.metric == "final":
+        return folders[-1:]
+    return folders + folders[-1:] * timeline.num_periodic
 
 
 def _num_views(timeline: Timeline, row: Boundary) -> int:
@@ -239,6 +305,9 @@ CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (
     check_loops,
     check_ema,
     check_swa,
+    check_power_ema,
+    check_periodic,
+    check_cap,
     check_speed,
     check_limits,
     check_averaging,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -37,4 +39,6 @@ def device_name(device: torch.device) -> str:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything about this process that a reader of the checkpoint may ask."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    if importlib.util.find_spec("triton"):
+        versions["triton"] = importlib.metadata.version("triton")
     return {"git": git_state(), "versions": versions, "device": device_name(device), "argv": sys.argv[1:]}

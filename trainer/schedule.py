@@ -1,6 +1,7 @@
 """Learning rate, weight decay, momentum and loops as pure functions of progress, in [0, 1], or of the step.
 
-Progress is the share of the run that is done, by steps or by training seconds, whichever is further. Keying everything
+Progress is the share of the run that is done, by steps or by training seconds, whichever is further; of the seconds
+under the cap, those reserved for what follows training do not count. Keying everything
 on it guards against the classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down
 planned for the last 1,200 iterations never began.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +32,16 @@ class ScheduleSettings(Settings):
     """When the run ends and what happens on the way. At least one of `steps` and `seconds` is set."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps")
-    seconds: float | None = Field(None, gt=0, description="training seconds, without validation and checkpoint writing")
+    seconds: float | None = Field(
+        None, gt=0, description="cap on training seconds; validation and checkpoint writing do not count"
+    )
+    reserve_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of the cap, kept free for what follows training; auto = what it takes, measured beforehand"
+    )
+    hessian_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None, description="what Hessians take that are collected inside the cap, auto = measured; default none are"
+    )
+    hessian_tokens: int = Field(65536, ge=2, description="training tokens of the Hessians that auto measures")
     shape: Shape = Field("linear", description="of the learning rate over the run")
     lr_warmup: float = Field(0.0, ge=0, lt=1, description="share of the run over which the learning rate rises")
     warmdown: float = Field(
@@ -53,6 +63,10 @@ class ScheduleSettings(Settings):
     def _consistent(self) -> ScheduleSettings:
         if self.steps is None and self.seconds is None:
             raise ValueError("set schedule.steps, schedule.seconds, or both (the run ends at whichever comes first)")
+        if self.seconds is None and (self.reserve_seconds != "auto" or self.hessian_seconds is not None):
+            raise ValueError("reserve_seconds and hessian_seconds are parts of schedule.seconds, which is not set")
+        if self.seconds is not None and self.reserve_seconds != "auto" and self.reserve_seconds >= self.seconds:
+            raise ValueError(f"reserve_seconds {self.reserve_seconds} leaves nothing of seconds {self.seconds}")
         if self.shape == "tidal" and self.lr_warmup:
             raise ValueError(f"shape tidal warms up over {TIDAL_WARMUP:.3f} of the run; leave lr_warmup out")
         if self.shape in ("linear", "wsd") and self.lr_warmup + self.warmdown > 1 + 1e-9:
@@ -65,10 +79,13 @@ class ScheduleSettings(Settings):
         return self
 
 
-def progress(settings: ScheduleSettings, step: int, train_seconds: float) -> float:
-    """Share of the run that is done after `step` steps and `train_seconds` seconds of training."""
+def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserve_seconds: float = 0.0) -> float:
+    """Share of the run that is done after `step` steps and `train_seconds` seconds of training.
+
+    `reserve_seconds` of the cap are not trained in (`trainer.reserve`).
+    """
     by_steps = step / settings.steps if settings.steps else 0.0
-    by_seconds = train_seconds / settings.seconds if settings.seconds else 0.0
+    by_seconds = train_seconds / (settings.seconds - reserve_seconds) if settings.seconds else 0.0
     return min(1.0, max(by_steps, by_seconds))
 
 

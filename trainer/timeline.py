@@ -15,6 +15,7 @@ from trainer.architecture import ArchitectureSettings, visit_list
 from trainer.config import Recipe
 from trainer.optim import OptimSettings
 from trainer.phases import PhaseTracker, Reached, boundaries
+from trainer.reserve import Reserve, estimate_reserve
 from trainer.schedule import active_loops_at, lr_multiplier, progress, warmup_end, weight_decay_multiplier
 
 
@@ -66,6 +67,7 @@ class RunClock:
     recipe: Recipe
     segments: tuple[Segment, ...]
     end_step: int
+    reserve_seconds: float = 0.0  # of the cap, not trained in
 
     def segment(self, step: int) -> Segment:
         """The segment that step `step` (counted from 0) lies in."""
@@ -77,7 +79,7 @@ class RunClock:
 
     def progress(self, step: int) -> float:
         """Progress when `step` steps are done."""
-        return progress(self.recipe.schedule, step, self.second(step))
+        return progress(self.recipe.schedule, step, self.second(step), self.reserve_seconds)
 
     def first_step(self, reached: Reached) -> int | None:
         """The first step of the run before which a boundary is reached, or None if it never is."""
@@ -90,25 +92,25 @@ class RunClock:
         return bisect_left(range(self.end_step), True, key=test) if test(self.end_step - 1) else None
 
 
-def predict_clock(recipe: Recipe, times: StepTimes) -> RunClock:
+def predict_clock(recipe: Recipe, times: StepTimes, reserve_seconds: float = 0.0) -> RunClock:
     """Follow the run from segment to segment until its progress is 1."""
     schedule, num_loops = recipe.schedule, recipe.model.max_active_loops
     segments: list[Segment] = []
     step, second = 0, 0.0
-    while (at := progress(schedule, step, second)) < 1.0:
+    while (at := progress(schedule, step, second, reserve_seconds)) < 1.0:
         loops = active_loops_at(schedule, num_loops, at)
         segment = Segment(step, second, times.of(recipe.model, loops), loops)
         segments.append(segment)
-        step = _first_step_after(segment, recipe)
+        step = _first_step_after(segment, recipe, reserve_seconds)
         second = segment.second(step)
-    return RunClock(recipe, tuple(segments), step)
+    return RunClock(recipe, tuple(segments), step, reserve_seconds)
 
 
-def _first_step_after(segment: Segment, recipe: Recipe) -> int:
+def _first_step_after(segment: Segment, recipe: Recipe, reserve_seconds: float) -> int:
     """The step before which the segment's loops change or the run ends."""
 
     def over(step: int) -> bool:
-        at = progress(recipe.schedule, step, segment.second(step))
+        at = progress(recipe.schedule, step, segment.second(step), reserve_seconds)
         return at >= 1.0 or active_loops_at(recipe.schedule, recipe.model.max_active_loops, at) != segment.active_loops
 
     span = 1
@@ -142,11 +144,19 @@ class Timeline:
     clock: RunClock
     boundaries: tuple[Boundary, ...]
     never: tuple[str, ...]
+    reserve: Reserve | None  # None without a cap
 
     @property
     def num_checkpoints(self) -> int:
         """Folders that the run will write; boundaries of one step share one."""
         return len({boundary.step for boundary in self.boundaries if boundary.checkpoint})
+
+    @property
+    def num_periodic(self) -> int:
+        """Periodic checkpoints that the run will write, at most: one that meets a boundary is not written."""
+        settings, last = self.recipe.checkpoint, self.clock.end_step - 1  # the step that the last one can precede
+        by_steps = last // settings.every_steps if settings.every_steps else 0
+        return by_steps + (int(self.clock.second(last) / settings.every_seconds) if settings.every_seconds else 0)
 
     @property
     def seconds(self) -> float:
@@ -171,15 +181,17 @@ def moments(recipe: Recipe) -> dict[str, Reached]:
     return found
 
 
-def predict(recipe: Recipe, times: StepTimes) -> Timeline:
-    """The timeline of a recipe for given step times."""
-    clock = predict_clock(recipe, times)
+def predict(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> Timeline:
+    """The timeline of a recipe for given step times; a reserve that was not measured is estimated from them."""
+    reserve = reserve or estimate_reserve(recipe, times)
+    clock = predict_clock(recipe, times, reserve.seconds if reserve else 0.0)
     saved = PhaseTracker.from_recipe(recipe).pending
     steps = {name: clock.first_step(reached) for name, reached in moments(recipe).items()}
     rows = [_boundary(clock, name, step, name in saved) for name, step in steps.items() if step is not None]
     rows.append(_boundary(clock, "final", clock.end_step, True))
     rows.sort(key=lambda row: row.step)
-    return Timeline(recipe, times, clock, tuple(rows), tuple(name for name, step in steps.items() if step is None))
+    never = tuple(name for name, step in steps.items() if step is None)
+    return Timeline(recipe, times, clock, tuple(rows), never, reserve)
 
 
 def _boundary(clock: RunClock, phase: str, step: int, saved: bool) -> Boundary:

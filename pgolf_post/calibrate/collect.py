@@ -71,6 +71,7 @@ def collect(
     partial = Partial(partial_folder, size, ranks) if partial_folder else None
     sums, done = partial.resume() if partial else (Sums(), set[int]())
     sums.to(observed.device)
+    sums.products_in = observed.autocast or torch.float32
     ranks.wait()  # nobody writes before all have read
     mine = set(done) if ranks.is_main else set()
     with progress_bar("calibrating", count) as advance:

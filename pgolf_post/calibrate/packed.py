@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 
+BLOCK = 128  # rows that are mirrored at a time: by blocks a transposed copy stays in the cache
+
 
 def pack_upper(matrix: Tensor, dtype: type = np.float32) -> Tensor:  # (n, n) → (n(n+1)/2,)
     """The upper triangle of a matrix, row by row; what lies below is not read."""
@@ -28,11 +30,16 @@ def pack_upper(matrix: Tensor, dtype: type = np.float32) -> Tensor:  # (n, n) �
 def unpack_upper(packed: Tensor) -> Tensor:  # (n(n+1)/2,) → (n, n) float64
     """The symmetric matrix of a packed triangle. Inverse of `pack_upper` but for its rounding to float32."""
     n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
-    values, matrix, start = packed.numpy(), np.zeros((n, n)), 0
+    values, matrix, start = packed.numpy(), np.empty((n, n)), 0
     for i in range(n):
         matrix[i, i:] = values[start : start + n - i]
         start += n - i
-    return mirror_upper(torch.from_numpy(matrix))
+    for low in range(0, n, BLOCK):
+        high = min(low + BLOCK, n)
+        rows, columns = np.tril_indices(high - low, -1)
+        matrix[high:, low:high] = matrix[low:high, high:].T
+        matrix[low + rows, low + columns] = matrix[low + columns, low + rows]
+    return torch.from_numpy(matrix)
 
 
 def mirror_upper(matrix: Tensor) -> Tensor:  # (n, n) → (n, n), fresh

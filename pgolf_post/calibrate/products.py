@@ -15,10 +15,13 @@ PANEL = 512  # columns of a GPU's panels
 ROWS = 64  # tokens at a time for elementwise sums: they stay in the cache
 
 
-def upper_gram(x: Tensor) -> Tensor:  # (tokens, n) → (n, n) float32, upper triangle; what lies below means nothing
+def upper_gram(
+    x: Tensor,  # (tokens, n)
+    dtype: torch.dtype = torch.float32,  # what a GPU multiplies
+) -> Tensor:  # (n, n) float32, upper triangle; what lies below means nothing
     """xᵀx of one chunk, on the device of x."""
     if x.device.type != "cpu":
-        return panel_gram(x.to(torch.bfloat16) if x.dtype == torch.bfloat16 else x.float(), PANEL)
+        return panel_gram(x.to(dtype), PANEL)
     lower = blas.ssyrk(1.0, x.float().contiguous().numpy().T, lower=1)  # column-major: its lower is our upper
     return torch.from_numpy(lower.T)
 

@@ -32,10 +32,14 @@ def kind_of(key: str) -> str:
 
 
 class Sums:
-    """Float64 sums by key, on the device of what was added first."""
+    """Float64 sums by key, on the device of what was added first.
 
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+    `products_in` is what a GPU multiplies: the type in which the model's own products are computed.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None, products_in: torch.dtype = torch.float32) -> None:
         self.tensors: dict[str, Tensor] = dict(tensors or {})
+        self.products_in = products_in
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
@@ -60,7 +64,7 @@ class Sums:
 
     def add_gram(self, key: str, x: Tensor) -> Tensor:  # x: (tokens, n); returns () its trace
         """Add Σxxᵀ of a chunk."""
-        product = upper_gram(x)
+        product = upper_gram(x, self.products_in)
         self.add(key, product)
         return product.diagonal().sum()
 

@@ -11,6 +11,7 @@ import click
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
+    allow_stale_option,
     checkpoint_argument,
     data_option,
     find_checkpoint,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
+@allow_stale_option
 @fresh_option
 @json_option
 def command(
@@ -59,6 +61,7 @@ def command(
     evaluate: bool,
     eval_tokens: int | None,
     data_dir: Path | None,
+    allow_stale: str | None,
     fresh: bool,
     as_json: bool,
     **options: Any,
@@ -72,7 +75,7 @@ def command(
 
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget.
     """
-    from pgolf_post.calibrate import calibrate
+    from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
@@ -91,7 +94,7 @@ def command(
         _show_plan(plan, plan_view(view, plan), as_json)
         return
     data = find_data(found, data_dir)
-    stats = calibrate(view, data, calibration)
+    stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
     artifact = requant(view, stats, plan, codec, fresh)
     report = count(artifact.path, code, budget)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
@@ -163,6 +166,7 @@ def _answer(
         "checkpoint_id": view_id,
         "stats_id": stats.id,
         "stats_cached": stats.cached,
+        "stale": stats.stale,
         "artifact_cached": artifact.cached,
         "plan": plan.name,
         "settings": plan.identity(),

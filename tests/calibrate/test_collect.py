@@ -79,12 +79,13 @@ def test_every_way_of_making_a_triangle_is_xtx(tokens: int, width: int) -> None:
     torch.testing.assert_close(means, x.square().mean(1))
 
 
-def test_packing_a_symmetric_matrix_loses_nothing_but_float64() -> None:
-    a = torch.randn(7, 7, dtype=torch.float64)
+@pytest.mark.parametrize("n", [1, 7, 128, 300])
+def test_packing_a_symmetric_matrix_loses_nothing_but_float64(n: int) -> None:
+    a = torch.randn(n, n, dtype=torch.float64)
     symmetric = (a + a.mT).float().double()
     assert torch.equal(unpack_upper(pack_upper(symmetric)), symmetric)
     assert torch.equal(unpack_upper(pack_upper(symmetric.triu())), symmetric)
-    assert torch.equal(mirror_upper(symmetric.triu() + 5 * torch.ones(7, 7).tril(-1)), symmetric)
+    assert torch.equal(mirror_upper(symmetric.triu() + 5 * torch.ones(n, n).tril(-1)), symmetric)
 
 
 def test_a_site_and_its_neighbours_are_seen_in_the_real_model(

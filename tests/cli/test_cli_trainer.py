@@ -109,6 +109,31 @@ def test_a_dry_run_shows_the_timeline_and_writes_nothing(train: Any, recipe: Pat
         assert shown in answer.err
 
 
+def test_a_dry_run_shows_what_the_cap_leaves_and_refuses_hessians_after_it(train: Any, recipe: Path) -> None:
+    capped = [f"--set=schedule.{key}" for key in ("steps=100000", "seconds=20.5", "hessian_seconds=4.0")]
+    answer = train(recipe, "--dry-run", "--step-seconds=0.5", "--looped-step-seconds=1", "--json", *capped)
+    assert answer.code == 0, answer.err
+    assert answer.json["reserve"] == {
+        "seconds": 5.0, "last_step": 1.0, "snapshot": 0.0, "hessians": 4.0, "origin": "estimated",
+    }  # fmt: skip
+    assert answer.json["seconds"] == 16.0  # a last step that began just before 15.5
+    assert "cap 20.5 s: 5 s reserved (last step 1 s" in answer.err
+    assert "training ends at 16.0 s, Hessians at 20.0 s" in answer.err
+    late = train(recipe, "--dry-run", "--step-seconds=0.5", "--json", *capped, "--set=schedule.reserve_seconds=2")
+    assert late.code == 2
+    assert [finding["key"] for finding in late.json["findings"] if finding["level"] == "refuse"] == [
+        "schedule.reserve_seconds"
+    ]
+    assert "Hessians would end at" in late.err
+
+
+def test_a_dry_run_measures_what_the_cap_must_leave(train: Any, recipe: Path) -> None:
+    answer = train(recipe, "--dry-run", "--json", "--set=schedule.seconds=1e6", "--set=schedule.hessian_seconds=auto")
+    assert answer.code == 0, answer.err
+    assert answer.json["reserve"]["origin"] == "measured"
+    assert answer.json["reserve"]["hessians"] > 0
+
+
 def test_a_dry_run_predicts_the_folders_of_the_run(train: Any, recipe: Path, tmp_path: Path) -> None:
     planned = train(recipe, "--dry-run", "--step-seconds", "0.5", "--json").json["boundaries"]
     assert train(recipe).code == 0

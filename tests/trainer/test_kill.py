@@ -15,6 +15,7 @@ import pytest
 
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.data import DataFolder
+from pgolf_post.ema_snapshots import list_snapshots, stream_tensors
 from pgolf_post.errors import PgolfError
 from tests.conftest import pico_recipe, write_recipe
 from trainer.config import Recipe
@@ -32,32 +33,51 @@ def recipe_for(data: DataFolder, root: Path, name: str) -> Recipe:
         run={"name": name},
         schedule={"steps": NUM_STEPS},
         checkpoint={"steps": tuple(range(2, NUM_STEPS, 2)), "fractions": (), "metric_tokens": 400},
-        optim={"swa_start": 0.5, "swa_every": 3},
+        optim={"swa_start": 0.5, "swa_every": 3, "power_ema_sigmas": (0.05, 0.1), "power_ema_snapshots": 10},
     )
 
 
-def killed_after_some_progress(command: list[str], root: Path, generator: random.Random) -> bool:
-    """Start a trainer, kill -9 it at a random moment after it has saved something new; False if it finished first."""
+def killed_after_some_progress(command: list[str], root: Path, generator: random.Random, amid_write: bool) -> bool:
+    """Start a trainer, kill -9 it once it has saved something new; False if it finished first.
+
+    It is killed at a random moment, or, with `amid_write`, while a folder or file that is not complete is there.
+    """
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = len(list_checkpoints(root))
     while process.poll() is None and len(list_checkpoints(root)) == before:
         time.sleep(0.01)
     time.sleep(generator.uniform(0.0, 0.3))
+    while amid_write and process.poll() is None and not list(root.glob("*/.tmp-*")):
+        time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
+def require_all_whole(root: Path) -> None:
+    """Whatever is there under its own name is complete and loads: folders, and snapshots of averages."""
+    folders = set(root.glob("killed/step_*"))
+    assert folders == {checkpoint.path for checkpoint in list_checkpoints(root)}
+    for checkpoint in list_checkpoints(root):
+        for view in checkpoint.meta["views"]:
+            checkpoint.load(view)
+    for snapshot in list_snapshots(root / "killed"):
+        for _ in stream_tensors([snapshot]):
+            pass
+
+
 def run_through_kills(data: DataFolder, folder: Path, times: int) -> tuple[Checkpoint, int]:
-    """Train with up to `times` kills, resuming from the newest complete checkpoint. Returns it and the kills made."""
+    """Train with up to `times` kills, resuming from the newest complete checkpoint. Returns it and the kills made.
+
+    Every second kill comes while something is being written.
+    """
     root, generator, kills = folder / "checkpoints", random.Random(5), 0
     recipe = write_recipe(recipe_for(data, root, "killed"), folder / "recipe.toml")
     command = [sys.executable, "-m", "trainer", str(recipe)]
-    for _ in range(times):
+    for turn in range(times):
         saved = list_checkpoints(root)
-        for checkpoint in saved:
-            checkpoint.load("raw")  # whatever is there is whole
+        require_all_whole(root)
         resume = ["--resume", str(max(saved, key=lambda c: int(c.meta["step"])).path)] if saved else []
-        if not killed_after_some_progress(command + resume, root, generator):
+        if not killed_after_some_progress(command + resume, root, generator, amid_write=turn % 2 == 0):
             break
         kills += 1
     saved = list_checkpoints(root)
@@ -78,6 +98,10 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_undisturbed_one_does
     assert killed.meta["phase"] == "final"
     for view in ("raw", "ema", "swa"):
         assert killed.view_id(view) == undisturbed.view_id(view)  # type: ignore[arg-type]
+    require_all_whole(killed.path.parents[1])
+    kept = [[(s.step, s.tensors_sha256) for s in list_snapshots(c.path.parent)] for c in (killed, undisturbed)]
+    assert kept[0] == kept[1]
+    assert not list(killed.path.parents[1].rglob(".tmp-*"))  # of killed processes, removed by those after them
     log = (killed.path.parent / "train.jsonl").read_text().splitlines()
     assert {json.loads(line)["step"] for line in log if line.endswith("}")} == set(range(1, NUM_STEPS + 1))
 

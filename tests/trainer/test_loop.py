@@ -202,12 +202,30 @@ def test_the_log_is_one_json_object_per_step(pico_run: Path, whole_run: Path) ->
     assert [record["step"] for record in records] == list(range(1, 13))
     wanted = {"step", "loss", "grad_norm", "lr_multiplier", "lr", "momentum", "active_loops", "train_seconds"}
     wanted |= {"tokens_per_second", "mean_tokens_per_second", "weight_decay_multiplier", "wall_seconds"}
+    wanted |= {"scoring_seconds", "snapshot_seconds", "waited_seconds"}
     assert all(wanted == record.keys() for record in records)
     matrix_lrs = [0.02] * 6 + [0.02 * left / 6 for left in range(6, 0, -1)]
     assert [record["lr"]["matrix"] for record in records] == pytest.approx(matrix_lrs)
     assert [record["active_loops"] for record in records] == [0] * 3 + [1] * 9
     assert [record["active_loops"] for record in log_of(whole_run)] == [0] * 3 + [1] * 5 + [2] * 4
     assert log_of(whole_run)[5]["momentum"] == pytest.approx(0.8595, abs=1e-4)  # 2 of 5 steps into the first cycle
+
+
+def test_a_line_at_the_terminal_says_step_loss_rates_and_clock(
+    tmp_path: Path, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(pico_recipe(pico_data, tmp_path, run={"log_every": 5})).run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2
+    record = log_of(tmp_path / "pico")[9]
+    rates = "  ".join(f"{group} {lr:.3g}" for group, lr in record["lr"].items())
+    assert rates.startswith("matrix 0.01  ")
+    for shown in (
+        "step     10", f"loss {record['loss']:.4f}", f"lr × {record['lr_multiplier']:.3f}: {rates}",
+        f"{record['tokens_per_second']:,.0f} tokens/s", f"{record['train_seconds']:.1f} s of training",
+        f"{record['wall_seconds']:.1f} s in all",
+    ):  # fmt: skip
+        assert shown in lines[1]
 
 
 def test_a_run_ends_with_one_line(tmp_path: Path, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:

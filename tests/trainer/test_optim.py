@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pgolf_post.errors import SettingsError
 from tests.trainer.test_model import pico_model
-from trainer.optim import (
-    EMA,
-    NewtonSchulz,
-    Optimizer,
-    OptimSettings,
-    RunningMean,
-    group_of,
-    muon_updates,
-    orthogonalize,
-)
+from trainer.averages import EMA, RunningMean
+from trainer.muon import NewtonSchulz, muon_updates, orthogonalize
+from trainer.optim import Optimizer, OptimSettings, assign_groups
 
 SETTINGS = OptimSettings(momentum_warmup_steps=0)
+MUON = ("polar_express", True)  # Newton-Schulz scheme, row normalisation
 SHAPES = [(8, 8), (6, 16), (16, 6), (1, 5)]
 
 
@@ -40,13 +35,13 @@ def test_newton_schulz_brings_singular_values_near_one(scheme: NewtonSchulz, sha
 def test_batched_update_equals_one_by_one(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     gradients, momenta = (torch.randn(3, *shape, generator=generator) for _ in range(2))
-    apart = torch.cat([muon_updates(gradients[i : i + 1], momenta[i : i + 1].clone(), 0.9, SETTINGS) for i in range(3)])
-    torch.testing.assert_close(muon_updates(gradients, momenta.clone(), 0.9, SETTINGS), apart, rtol=1e-4, atol=1e-5)
+    apart = torch.cat([muon_updates(gradients[i : i + 1], momenta[i : i + 1].clone(), 0.9, *MUON) for i in range(3)])
+    torch.testing.assert_close(muon_updates(gradients, momenta.clone(), 0.9, *MUON), apart, rtol=1e-4, atol=1e-5)
 
 
 def test_update_is_invariant_to_the_gradient_scale() -> None:
     gradient = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(2))
-    updates = [muon_updates(scale * gradient, torch.zeros(1, 6, 9), 0.9, SETTINGS) for scale in (1.0, 1e3)]
+    updates = [muon_updates(scale * gradient, torch.zeros(1, 6, 9), 0.9, *MUON) for scale in (1.0, 1e3)]
     torch.testing.assert_close(updates[0], updates[1], rtol=1e-3, atol=1e-4)
 
 
@@ -54,11 +49,32 @@ def test_update_is_invariant_to_the_gradient_scale() -> None:
 def test_every_parameter_is_in_exactly_one_group(tied: bool) -> None:
     model = pico_model(tie_embeddings=tied)
     optimizer = Optimizer(model, SETTINGS)
-    stepped = [name for names in optimizer.matrices.values() for name in names]
+    stepped = [name for bank in optimizer.banks for name in bank.names]
     stepped += [name for names in optimizer.adam_names.values() for name in names]
     assert sorted(stepped) == sorted(name for name, _ in model.named_parameters())
-    assert group_of("blocks.0.attn.q.weight", torch.zeros(2, 2)) == "matrix"
-    assert group_of("skip_weights", torch.zeros(2, 2)) == "scalar"
+    groups = assign_groups(model)
+    assert ("head" in groups) == (not tied)
+    assert "blocks.0.attn.q.weight" in groups["matrix"]
+    assert "skip_weights" in groups["scalar"]  # two dimensions, but no matrix of a linear map
+
+
+def test_a_parameter_in_no_group_is_an_error() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(2, 3, 4, bias=False)})
+    with pytest.raises(SettingsError, match=r"parameter conv\.weight of shape \(3, 2, 4\) is in no group"):
+        Optimizer(model, SETTINGS)
+
+
+def test_a_parameter_in_two_groups_is_an_error() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "lm_head": nn.Linear(4, 5, bias=False)})
+    model["lm_head"].weight = model["table"].weight
+    with pytest.raises(SettingsError, match=r"table\.weight = lm_head\.weight .* is in groups embed and head"):
+        Optimizer(model, SETTINGS)
+
+
+def test_a_tensor_under_two_names_of_one_group_steps_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    assert assign_groups(model) == {"matrix": ["a.weight"]}
 
 
 def test_a_step_moves_matrices_by_the_learning_rate_and_clips_the_rest() -> None:
@@ -136,7 +152,7 @@ def test_every_embedding_table_is_stepped_by_adam() -> None:
 
     optimizer = Optimizer(WithTable(), SETTINGS)
     assert optimizer.adam_names == {"embed": ["table.weight"]}
-    assert optimizer.matrices == {(4, 4): ["proj.weight"]}
+    assert [bank.names for bank in optimizer.banks] == [["proj.weight"]]
     assert optimizer.learning_rates(0.5) == {"matrix": 0.01, "embed": 0.015}
 
 
@@ -148,4 +164,19 @@ def test_a_matrix_that_a_step_did_not_use_stays_as_it_is() -> None:
     optimizer.step(1.0, 0.9)
     changed = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
     assert changed == [True, False, True, False]
-    assert [bool(momentum.any()) for momentum in optimizer.momenta[(4, 4)]] == [True, False, True]
+    assert [bool(momentum.any()) for momentum in optimizer.banks[0].momenta] == [True, False, True]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3, 1e9])
+def test_the_norm_is_of_all_gradients_and_clipping_scales_them_all(clip: float) -> None:
+    model = pico_model()
+    (model(torch.arange(12)[None]).square().mean() * 1e3).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    total = float(torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt())
+    optimizer = Optimizer(model, OptimSettings(grad_clip=clip))
+    assert optimizer.step(1.0, 0.9) == pytest.approx(total, rel=1e-5)
+    scale = min(1.0, clip / total) if clip else 1.0
+    state = optimizer.state()
+    for name, gradient in gradients.items():  # the first step's moments are the gradients
+        moment = state[f"momentum.{name}"] if f"momentum.{name}" in state else state[f"exp_avg.{name}"] / 0.1
+        torch.testing.assert_close(moment, scale * gradient, rtol=1e-4, atol=1e-7, msg=name)

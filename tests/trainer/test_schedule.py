@@ -143,6 +143,9 @@ def test_loops_only_ever_grow_and_two_phases_pass_through_one(
         ({"all_loops_at": 0.2, "loops_at": 0.4}, "all_loops_at 0.2 comes before loops_at 0.4"),
         ({"shape": "sine"}, "shape = 'sine'"),
         ({"weight_decay_taper_at": 1.0}, "weight_decay_taper_at = 1.0"),
+        ({"reserve_seconds": 5.0}, "are parts of schedule.seconds, which is not set"),
+        ({"hessian_seconds": "auto"}, "are parts of schedule.seconds, which is not set"),
+        ({"seconds": 5.0, "reserve_seconds": 5.0}, "reserve_seconds 5.0 leaves nothing of seconds 5.0"),
     ],
 )
 def test_a_schedule_that_contradicts_itself_is_refused(settings: dict[str, object], named: str) -> None:
@@ -169,6 +172,13 @@ def test_progress_is_whichever_limit_is_nearer() -> None:
     assert progress(both, 5000, 0) == 0.25
     assert progress(ScheduleSettings(steps=10), 5, 1e9) == 0.5
     assert progress(ScheduleSettings(seconds=10), 10**9, 5) == 0.5
+
+
+@given(seconds=st.floats(1, 1e4), share=st.floats(0, 0.9), elapsed=st.floats(0, 1e4))
+def test_what_is_reserved_shortens_the_cap(seconds: float, share: float, elapsed: float) -> None:
+    reserved = progress(ScheduleSettings(seconds=seconds), 0, elapsed, share * seconds)
+    assert reserved == progress(ScheduleSettings(seconds=seconds - share * seconds), 0, elapsed)
+    assert progress(ScheduleSettings(steps=10), 5, elapsed, share * seconds) == 0.5
 
 
 def test_a_run_without_an_end_is_refused() -> None:

@@ -27,7 +27,9 @@ def simulate(recipe: Recipe, times: StepTimes) -> tuple[dict[str, int], int, flo
     """The training loop without training: (phase → step, steps, seconds, models in the running mean)."""
     tracker, fired = PhaseTracker.from_recipe(recipe), {}
     step, second, averaged = 0, 0.0, 0
-    while (at := progress(recipe.schedule, step, second)) < 1.0:
+    kept = recipe.schedule.reserve_seconds
+    assert kept != "auto"
+    while (at := progress(recipe.schedule, step, second, kept)) < 1.0:
         for name in (tracker.due(step, at) or "").split("+"):
             fired[name] = step
         loops = active_loops_at(recipe.schedule, recipe.model.num_loops, at)
@@ -46,6 +48,7 @@ step_seconds = st.integers(1, 64).map(lambda number: number / 64)
 @given(
     steps=st.none() | st.integers(1, 90),
     seconds=st.integers(1, 16).map(float),
+    kept=eighths.map(lambda share: share * 7 / 8),
     loops=st.tuples(eighths, eighths).map(sorted),
     warmdown=eighths,
     plain=step_seconds,
@@ -56,6 +59,7 @@ step_seconds = st.integers(1, 64).map(lambda number: number / 64)
 def test_the_prediction_is_what_the_loop_does(
     steps: int | None,
     seconds: float,
+    kept: float,
     loops: list[float],
     warmdown: float,
     plain: float,
@@ -68,6 +72,7 @@ def test_the_prediction_is_what_the_loop_does(
         optim={"swa_start": 0.5, "swa_every": swa_every},
         schedule={
             "steps": steps, "seconds": seconds, "loops_at": loops[0], "all_loops_at": loops[1], "warmdown": warmdown,
+            "reserve_seconds": kept,
         },
         checkpoint={"steps": wanted, "fractions": [0.125, 0.6]},
     )  # fmt: skip
@@ -115,6 +120,7 @@ def test_a_row_says_what_holds_there() -> None:
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
+CAP = {"seconds": 300.0, "reserve_seconds": 0.0}
 GOOD: dict[str, dict[str, Any]] = {
     "schedule": {"steps": 600, "warmdown": 0.5, "loops_at": 0.25},
     "checkpoint": {"metric_tokens": 100},
@@ -136,7 +142,7 @@ def test_a_good_run_has_no_findings() -> None:
     ("tables", "key", "message"),
     [
         ({"checkpoint": {"steps": [600]}}, "checkpoint.steps", "step600 never comes; the run ends after 600 steps"),
-        ({"checkpoint": {"steps": [19000]}, "schedule": {"steps": 20000, "seconds": 300.0}}, "checkpoint.steps",
+        ({"checkpoint": {"steps": [19000]}, "schedule": {**CAP, "steps": 20000}}, "checkpoint.steps",
          "checkpoint.steps 19000: step19000 never comes; the run ends after 375 steps (schedule.seconds 300)"),
         ({"checkpoint": {"fractions": [0.999]}}, "checkpoint.fractions", "0.999: frac99.9 never comes"),
         ({"schedule": {"warmdown": 0.001}}, "schedule.warmdown", "warmdown 0.001: warmdown_start never comes"),
@@ -151,6 +157,9 @@ def test_a_good_run_has_no_findings() -> None:
         ({"optim": {"swa_start": 0.999}}, "optim.swa_start", "swa_start never comes"),
         ({"optim": {"swa_start": 0.9, "swa_every": 60}}, "optim.swa_every", "averages 1 model, at least 2"),
         ({"optim": {"ema_every": 601}}, "optim.ema_every", "no update"),
+        ({"schedule": {**CAP, "steps": None, "hessian_seconds": 4.0}}, "schedule.reserve_seconds",
+         "Hessians would end at 304.0 s, after schedule.seconds 300: training ends at 300.0 s, Hessians take 4 s; set"),
+        ({"schedule": {**CAP, "steps": 375, "hessian_seconds": 0.5}}, "schedule.reserve_seconds", "end at 300.5 s"),
         ({"run": {"min_tokens_per_second": 129}}, "run.min_tokens_per_second", "0.5 s a step is 128 tokens/s"),
     ],
 )  # fmt: skip
@@ -163,7 +172,7 @@ def test_what_can_never_act_is_refused(tables: dict[str, dict[str, Any]], key: s
 @pytest.mark.parametrize(
     ("tables", "key", "message"),
     [
-        ({"schedule": {"steps": 20000, "seconds": 300.0}}, "schedule.steps",
+        ({"schedule": {**CAP, "steps": 20000}}, "schedule.steps",
          "schedule.steps 20,000 will not be reached: the run ends after 375 steps (schedule.seconds 300), 2% of them"),
         ({"optim": {"ema_decay": 0.997}}, "optim.ema_decay", "averages over 333 steps, more than a third of the run's"),
         ({"optim": {"momentum_cycle_steps": 598}}, "optim.momentum_cycle_steps", "598 is longer than the 597 steps"),
@@ -171,6 +180,8 @@ def test_what_can_never_act_is_refused(tables: dict[str, dict[str, Any]], key: s
         ({"checkpoint": {"metric_tokens": 5000}}, "checkpoint.metric_tokens", "scoring 5,000 tokens at 6 checkpoints"),
         ({"checkpoint": {"metric_tokens": None}}, "checkpoint.metric_tokens", "whole validation split"),
         ({"checkpoint": {"phases": ["init"], "fractions": []}}, "checkpoint.fractions", "nothing to average"),
+        ({"schedule": {"steps": None, "seconds": 299.75, "reserve_seconds": 0.125}}, "schedule.reserve_seconds",
+         "the last step and its snapshot would end at 300.00 s, after schedule.seconds 299.75"),
         ({"schedule": {"warmdown": 0.0}}, "checkpoint.fractions", "1 checkpoint from progress 1.000 on"),
     ],
 )  # fmt: skip
@@ -182,11 +193,21 @@ def test_what_is_probably_not_meant_is_said(tables: dict[str, dict[str, Any]], k
 
 def test_a_warm_down_follows_whichever_limit_ends_the_run() -> None:
     """The classic failure: 20,000 steps under a cap that comes long before; here the learning rate still falls."""
-    recipe = recipe_with(schedule={"steps": 20000, "seconds": 300.0, "warmdown": 0.2})
+    recipe = recipe_with(schedule={**CAP, "steps": 20000, "warmdown": 0.2})
     timeline: Timeline = predict(recipe, StepTimes(0.5, 0.5, "given"))
     start = next(row for row in timeline.boundaries if row.phase == "warmdown_start")
     assert (start.step, timeline.clock.end_step) == (480, 600)
     assert timeline.boundaries[-1].lr_multiplier == 0
+
+
+@pytest.mark.parametrize("hessian_seconds", [None, 4.0, "auto"])
+def test_what_auto_reserves_keeps_everything_under_the_cap(hessian_seconds: float | str | None) -> None:
+    schedule = {"steps": None, "seconds": 300.3, "hessian_seconds": hessian_seconds, "hessian_tokens": 512}
+    timeline = predict(recipe_with(schedule=schedule, checkpoint=GOOD["checkpoint"]), StepTimes(0.5, 1.0, "given"))
+    assert timeline.reserve
+    end = timeline.seconds + timeline.reserve.after_last_step
+    assert 300.3 - 1.0 <= end <= 300.3  # less than a step is given away
+    assert [finding for finding in preflight(timeline) if finding.key == "schedule.reserve_seconds"] == []
 
 
 def test_views_of_the_running_mean_are_scored_too() -> None:

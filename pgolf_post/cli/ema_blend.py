@@ -1,0 +1,98 @@
+"""`pgolf-post ema-blend`: moving averages of any length, made after the run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
+from pgolf_post.progress import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from pgolf_post.checkpoint import Checkpoint
+    from pgolf_post.ema_profiles import Length
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them: 0.05,0.10."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers with commas between them, for example 0.05,0.10", param, ctx)
+
+
+@click.command("ema-blend")
+@checkpoint_argument
+@click.option("--sigma", "sigmas", type=Numbers(), help="Power-function widths as shares of the run: 0.05,0.10,0.15.")
+@click.option("--half-life-steps", "half_lives", type=Numbers(), help="Exponential half-lives in steps: 50,100.")
+@click.option("--end-step", type=int, help="The step at which the averages end.  [default: CHECKPOINT's]")
+@click.option(
+    "--max-error", type=float, help="Largest accepted reconstruction error of a profile, as a share.  [default: 0.05]"
+)
+@data_option
+@json_option
+def command(
+    checkpoint: Path | None,
+    sigmas: tuple[float, ...] | None,
+    half_lives: tuple[float, ...] | None,
+    end_step: int | None,
+    max_error: float | None,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Synthesise moving averages of CHECKPOINT's run from the snapshots it kept (optim.power_ema_sigmas).
+
+    Each length becomes a checkpoint folder beside the run's own, with the snapshots' shares and the reconstruction
+    error recorded, and its bpb measured as the run's checkpoints were.
+    """
+    from pgolf_post.ema_profiles import ExponentialLength, PowerLength
+    from pgolf_post.posthoc_ema import MAX_ERROR, posthoc_ema
+
+    lengths: list[Length] = [*map(PowerLength, sigmas or ()), *map(ExponentialLength, half_lives or ())]
+    if not lengths:
+        raise click.UsageError("say which lengths: --sigma 0.05,0.10 or --half-life-steps 50,100")
+    started = time.perf_counter()
+    final = find_checkpoint(checkpoint)
+    data, limit = find_data(final, data_dir), MAX_ERROR if max_error is None else max_error
+    made = [(str(length), *posthoc_ema(final, length, data, end_step, limit)) for length in lengths]
+    show(final, made)
+    if as_json:
+        seconds = round(time.perf_counter() - started, 3)
+        print_json({"averages": [facts(*one) for one in made], "seconds": seconds})
+
+
+def show(final: Checkpoint, made: list[tuple[str, Checkpoint, bool]]) -> None:
+    """The averages as a table, and what they are to be compared with."""
+    header = ("average", "mean age, steps", "error of profile", "snapshots", "bpb", "folder")
+    rows = [
+        (
+            label, f"{blend.meta['ema']['mean_age_steps']:,.1f}", f"{blend.meta['reconstruction_error']:.3%}",
+            str(len(blend.meta["parents"])), f"{blend.meta['views']['raw']['metric']['bpb']:.5f}", blend.path.name,
+        )
+        for label, blend, _ in made
+    ]  # fmt: skip
+    print_table(f"averages of {final.path.parent} at step {made[0][1].meta['step']:,}", header, rows)
+    references = {name: view["metric"]["bpb"] for name, view in final.meta["views"].items() if view["metric"]}
+    say(f"{final.path.name}: " + ", ".join(f"{name} {bpb:.5f}" for name, bpb in references.items()))
+    best = min(made, key=lambda one: one[1].meta["views"]["raw"]["metric"]["bpb"])[1]
+    say(f"next: pgolf-post requant {best.path}")
+
+
+def facts(label: str, blend: Checkpoint, cached: bool) -> dict[str, Any]:
+    """One average for machines."""
+    metric, meta = blend.meta["views"]["raw"]["metric"], blend.meta
+    return {
+        "average": label,
+        "checkpoint": str(blend.path),
+        "checkpoint_id": meta["id"],
+        **{key: metric[key] for key in ("bpb", "nats", "tokens", "bytes")},
+        **{key: meta[key] for key in ("ema", "reconstruction_error", "amplification", "no_op")},
+        "cached": cached,
+    }

@@ -1,0 +1,191 @@
+"""Real processes: any number of them gives the same sums under the same key, and a killed one is taken up again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.calibrate.partial import Partial
+from pgolf_post.calibrate.sums import Sums
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.ranks import ALONE
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+# The command line with batches of two windows; every batch is saved, and takes a while where a pause is given.
+SMALL_BATCHES = """
+import sys, time
+import pgolf_post.calibrate.collect as collect, pgolf_post.calibrate.partial as partial
+from pgolf_post.cli import main
+
+pause = float(sys.argv.pop(1))
+collect.FORWARD_TOKENS = collect.FISHER_TOKENS = 32
+partial.SAVE_SECONDS, partial.SAVE_SHARE = 0.0, 1e9
+add_batch = collect.Observed.add_batch
+
+def slow(*arguments):
+    time.sleep(pause)
+    add_batch(*arguments)
+
+collect.Observed.add_batch = slow
+main()
+"""
+
+
+@pytest.fixture
+def small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script above, and the same batches in this process."""
+    for name in ("FORWARD_TOKENS", "FISHER_TOKENS"):
+        monkeypatch.setattr(f"pgolf_post.calibrate.collect.{name}", 32)
+    script = tmp_path / "small_batches.py"
+    script.write_text(SMALL_BATCHES)
+    return script
+
+
+def copy_of(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    path = checkpoint.path.parent / name
+    shutil.copytree(checkpoint.path, path)
+    return Checkpoint.open(path)
+
+
+def all_sums(stats: Stats) -> dict[str, torch.Tensor]:
+    found = {}
+    kinds = {"hessian": stats.hessians, "abs": stats.abs_sums, "max": stats.abs_maxima, "trace": stats.pass_traces}
+    if stats.fisher is not None:
+        fisher = stats.fisher
+        kinds |= {"rows": fisher.rows, "weighted": fisher.weighted, "counts": fisher.lookup_counts}
+        kinds |= {"lookup": fisher.lookup_moments, "lookup rows": fisher.lookup_rows}
+    for kind, tensors in kinds.items():
+        found |= {f"{kind} {name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+def require_same(ours: Stats, theirs: Stats) -> None:
+    assert ours.id == theirs.id
+    mine, other = all_sums(ours), all_sums(theirs)
+    assert set(mine) == set(other)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-6 * float(tensor.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "settings"),
+    [
+        (2, ("--tokens", "160"), CalibrationSettings(tokens=160)),
+        (3, ("--tokens", "160", "--fisher"), CalibrationSettings(tokens=160, fisher=True)),
+        (3, ("--tokens", "64", "--source", "self"), CalibrationSettings(tokens=64, source="self")),  # two batches
+    ],
+)
+def test_any_number_of_processes_gives_the_same_sums_and_key(
+    pico_checkpoint: Checkpoint,
+    pico_data: DataFolder,
+    small_batches: Path,
+    processes: int,
+    arguments: tuple[str, ...],
+    settings: CalibrationSettings,
+) -> None:
+    """One rank writes; with two batches the third has nothing to do."""
+    shared = copy_of(pico_checkpoint, "shared")
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(small_batches), "0"]
+    words += ["calibrate", str(shared.path), "--data", str(pico_data.path), *arguments, "--json"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('{"checkpoint_id"') == 1
+    theirs = calibrate(shared.load(), pico_data, settings)
+    assert theirs.cached
+    require_same(calibrate(pico_checkpoint.load(), pico_data, settings), theirs)
+    assert not list(shared.path.glob("derived/stats/*.partial"))
+
+
+def test_the_module_is_an_entry_point_under_torchrun(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "pgolf_post", "calibrate"]
+    words += [str(pico_checkpoint.path), "--data", str(pico_data.path), "--tokens", "64"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert calibrate(pico_checkpoint.load(), pico_data, CalibrationSettings(tokens=64)).cached
+
+
+def test_a_killed_calibration_is_taken_up_where_it_was(
+    pico_checkpoint: Checkpoint, pico_data: DataFolder, small_batches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = CalibrationSettings(tokens=640, fisher=True)
+    killed = copy_of(pico_checkpoint, "killed")
+    command = [sys.executable, str(small_batches), "0.1", "calibrate", str(killed.path), "--data", str(pico_data.path)]
+    process = subprocess.Popen(
+        [*command, "--tokens", "640", "--fisher"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(killed.path.glob("derived/stats/*.partial/[0-9]*.safetensors")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    capsys.readouterr()
+    resumed = calibrate(killed.load(), pico_data, settings)
+    said = capsys.readouterr().err
+    assert "resuming: " in said
+    assert 1 <= int(said.split("resuming: ")[1].split()[0]) < 20
+    require_same(calibrate(pico_checkpoint.load(), pico_data, settings), resumed)
+    assert not list(killed.path.glob("derived/stats/*.partial"))
+
+
+# ---- partial sums -----------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, value: float, batches: set[int], name: str) -> Path:
+    """A partial file that another process left."""
+    partial = Partial(folder, 2, ALONE)
+    partial.path = folder / f"{name}.safetensors"
+    sums = Sums()
+    sums.add("hessian.site", torch.full((3, 3), value))
+    sums.add("max.site", torch.full((3,), value))
+    partial.save(sums, batches)
+    return partial.path
+
+
+def test_what_several_processes_left_is_added_up(tmp_path: Path) -> None:
+    saved(tmp_path, 1.0, {0, 2}, "a")
+    saved(tmp_path, 5.0, {1}, "b")
+    partial = Partial(tmp_path, 2, ALONE)
+    sums, done = partial.resume()
+    assert done == {0, 1, 2}
+    assert torch.equal(sums["hessian.site"].triu(), torch.full((3, 3), 6.0, dtype=torch.float64).triu())
+    assert torch.equal(sums["max.site"], torch.full((3,), 5.0, dtype=torch.float64))
+    partial.save(sums, done)
+    assert [path.name for path in tmp_path.iterdir()] == [partial.path.name]
+
+
+def test_overlapping_damaged_and_differently_cut_files_are_left_out_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path, 1.0, {0, 1, 2}, "merged")
+    saved(tmp_path, 1.0, {2}, "contained")
+    damaged = saved(tmp_path, 3.0, {3}, "damaged")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    sums, done = Partial(tmp_path, 2, ALONE).resume()
+    assert done == {0, 1, 2}
+    assert float(sums["hessian.site"][0, 0]) == 1.0
+    assert "damaged.safetensors: not these batches, or not what was written; its part is done again" in (
+        capsys.readouterr().err
+    )
+    assert Partial(tmp_path, 3, ALONE).resume()[1] == set()

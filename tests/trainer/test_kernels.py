@@ -1,0 +1,152 @@
+"""The Triton kernels against eager PyTorch, interpreted on the CPU and, where there is one, on the GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from tests.conftest import pico_recipe
+from trainer import kernels
+from trainer.loop import Trainer
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed; the test extra has it on Linux"
+)
+
+
+def run_cases(folder: Path, *arguments: str, interpret: bool = False) -> dict[str, Any]:
+    """The answer of `kernel_cases.py` in a process of its own."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "TRITON_INTERPRET": "1" if interpret else "0",
+    }
+    command = [sys.executable, "-m", "tests.trainer.kernel_cases", *arguments]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def answer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pico_data: DataFolder
+) -> dict[str, Any]:
+    """Of all cases: by Triton's interpreter, and on the GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    folder = tmp_path_factory.mktemp("kernels")
+    folders = (str(pico_data.path), str(folder / "checkpoints"))
+    return run_cases(folder, request.param, *folders, interpret=request.param == "cpu")
+
+
+@needs_triton
+def test_values_and_gradients_are_eager_float32s(answer: dict[str, Any]) -> None:
+    assert len(answer["exact"]) == 15
+    for name, error in answer["exact"].items():
+        assert error["value"] < 1e-5, (name, error)
+        assert error["gradient"] < 1e-4, (name, error)
+
+
+@needs_triton
+def test_narrow_types_are_rounded_only_at_the_ends(answer: dict[str, Any]) -> None:
+    loss, mlp = answer["rounded"]["loss bfloat16"], answer["rounded"]["mlp narrow"]
+    assert loss["value"] < 1e-5  # of the same rounded z
+    assert loss["gradient"] < 2**-7  # one bfloat16 step: the interpreter cuts where eager rounds
+    assert max(mlp.values()) < 2**-6
+    assert answer["autocast"]["types"] == ["torch.float16", *["torch.float32"] * 3]
+    assert answer["autocast"]["error"] < 2**-6
+
+
+@needs_triton
+def test_a_bad_logit_or_a_target_outside_the_vocabulary_is_not_a_number(answer: dict[str, Any]) -> None:
+    assert answer["not_numbers"] == [False, True, True, True, True]
+
+
+@needs_triton
+def test_what_does_not_fit_is_refused(answer: dict[str, Any]) -> None:
+    messages = answer["refusals"]
+    assert "z (3, 5) must be (tokens, vocab) and targets (2,)" in messages["shape"]
+    assert "torch.float64" in messages["type"]
+    assert "up (6, 8)" in messages["weights"]
+    assert "float64" in messages["double"]
+
+
+@needs_triton
+def test_torch_compile_takes_the_kernels_into_its_graph(answer: dict[str, Any]) -> None:
+    assert len(answer["registrations"]) == 4
+    assert set(answer["registrations"].values()) == {"{'SUCCESS'}"}
+    assert answer["compiled"] == {"same": True}
+
+
+@needs_triton
+def test_a_run_with_kernels_is_the_run_without(answer: dict[str, Any]) -> None:
+    training = answer["training"]
+    eager, triton = training["eager"], training["triton"]
+    assert len(eager) == len(triton) == 4
+    for ours, theirs in zip(triton, eager, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    assert (training["eager meta"], training["triton meta"]) == ("eager", "triton")
+    # two micro-batches a step; three visits, one more once the loop is on: training alone, none for scoring checkpoints
+    visits = sum(3 + line["active_loops"] for line in triton)
+    assert training["calls"] == {"loss": 2 * 4, "mlp": 2 * visits}
+
+
+@needs_triton
+def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    built = run_cases(tmp_path, "compile")
+    assert {name: code["tensor_core"] > 0 for name, code in built.items()} == {
+        "nats": False,
+        "gradient": False,
+        "up": True,
+        "down_backward": True,
+    }
+    assert max(code["shared"] for code in built.values()) <= 227 * 1024
+
+
+def test_eager_is_the_default_and_meta_says_so(pico_checkpoint: Checkpoint) -> None:
+    assert pico_checkpoint.meta["kernels"] == "eager"
+    assert pico_checkpoint.meta["recipe"]["run"]["kernels"] == "eager"
+
+
+def test_kernels_need_triton(tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = pico_recipe(pico_data, tmp_path, run={"kernels": "triton"})
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="triton is not installed") as caught:
+        Trainer(recipe)
+    assert "run.kernels=eager" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("device", "tables", "message"),
+    [
+        ("cpu", {}, 'needs a CUDA GPU, and this run is on "cpu"'),
+        ("cuda", {"run": {"precision": "fp64"}}, 'computes in float32, but run.precision = "fp64"'),
+        ("cuda", {"model": {"activation": "swiglu"}}, 'not for "swiglu"'),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_do(
+    tmp_path: Path,
+    pico_data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    tables: dict[str, dict[str, object]],
+    message: str,
+) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    run = {"kernels": "triton", **tables.get("run", {})}
+    recipe = pico_recipe(pico_data, tmp_path, **{**tables, "run": run})
+    with pytest.raises(SettingsError, match=message):
+        kernels.require_usable(recipe, device)
+    kernels.require_usable(pico_recipe(pico_data, tmp_path, **tables), device)  # eager: anything goes

@@ -1,0 +1,256 @@
+"""The kernels that compute causal attention, and which of them can run here.
+
+Softmax attention has one definition and several implementations; which is fastest depends on the device, the dtype and
+whether documents are isolated. A backend is a runtime choice, never part of the model: all give the same output to
+tolerance. Each reads who may attend to whom in a form of its own (a mask, a block mask, document boundaries), which is
+made once per forward pass and shared by all layers.
+
+SDPA (PyTorch's own) runs everywhere and is the definition the others are tested against. FlexAttention (Dong et al.
+2024) skips masked blocks. Variable-length attention (torch.nn.attention.varlen) and FlashAttention-3 (Shah et al. 2024)
+take all documents as one ragged batch and never look across a boundary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_post.errors import SettingsError
+from trainer.batches import to_device
+
+BackendName = Literal["sdpa", "flex", "varlen", "fa3"]
+BackendChoice = Literal["auto", "sdpa", "flex", "varlen", "fa3"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+Unavailable = str  # why a backend cannot run, as the end of a sentence
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Who may attend to whom in one forward pass, in the form that its backend reads."""
+
+    backend: Backend
+    within: Any  # None = the whole past, where the backend has that form; else see the backend's `reach`
+
+    def attend(
+        self,
+        q: Tensor,  # (batch, heads, seq_len, head_dim)
+        k: Tensor,  # (batch, kv_heads, seq_len, head_dim)
+        v: Tensor,
+    ) -> Tensor:  # (batch, heads, seq_len, head_dim)
+        """Softmax attention over what is in reach, scale 1/√head_dim; query head h reads kv head h // group."""
+        dtype = kernel_dtype(q)
+        return self.backend.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.within)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: whether it can run, the form of reach it reads, and the attention itself."""
+
+    name: BackendName
+    unavailable: Callable[[torch.device, torch.dtype, bool], Unavailable | None]  # device, dtype, training
+    reach: Callable[[Tensor, Tensor | None, torch.device], Any]  # tokens, document (batch, seq_len) → Reach.within
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q, k, v, Reach.within
+
+
+def kernel_dtype(q: Tensor) -> torch.dtype:
+    """What attention is computed in: autocast's dtype where it is on, as SDPA does by itself, else the query's."""
+    device = q.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+
+
+# ---- SDPA ----------------------------------------------------------------------------------------------------------
+
+
+def document_mask(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
+    """(batch, 1, seq_len, seq_len) bool: causal, and within equal values of `document`. None = plain causal."""
+    if document is None:
+        return None
+    document = document.to(device)
+    return torch.tril(document[:, :, None] == document[:, None, :])[:, None]
+
+
+def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention.
+
+    It shares keys between the queries of a group by itself, except in the CUDA kernels for masks and wide dtypes, where
+    asking for it would fall back to a matrix of all scores: there, keys and values are repeated.
+    """
+    group = q.size(1) // k.size(1)
+    if group > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        group = 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1)
+
+
+# ---- FlexAttention -------------------------------------------------------------------------------------------------
+
+
+def flex_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
+    """FlexAttention's backward pass has no CPU implementation (torch 2.13)."""
+    if training and device.type != "cuda":
+        return f"flex_attention has no backward pass on {device.type}"
+    return None
+
+
+def document_blocks(tokens: Tensor, document: Tensor | None, device: torch.device) -> Any:
+    """A BlockMask: causal, and within equal values of `document` if given."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    batch_size, seq_len = tokens.shape
+    if document is None:
+        return create_block_mask(causal, None, None, seq_len, seq_len, device=str(device))
+    ids = document.to(device)
+
+    def causal_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (ids[batch, query] == ids[batch, key])
+
+    return create_block_mask(causal_within, batch_size, None, seq_len, seq_len, device=str(device))
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
+    """torch.nn.attention.flex_attention, compiled on CUDA (by itself, or with what it is part of): else it computes all
+    scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    attend: Callable[..., Tensor] = _compiled_flex() if alone else flex_attention  # type: ignore[assignment]
+    return attend(q, k, v, block_mask=blocks, enable_gqa=q.size(1) != k.size(1))
+
+
+# ---- ragged batches: torch's varlen, FlashAttention-3 --------------------------------------------------------------
+
+
+def document_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor:
+    """cu_seqlens, (num_documents + 1,) int32: where each document starts in the flattened batch, then its length.
+
+    A row always starts a document, and so does every change of `document`, whose values must not come back in a row.
+    How many there are is data: asked of tokens on the CPU, it is known without waiting for a GPU.
+    """
+    if document is None:
+        batch_size, seq_len = tokens.shape
+        return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    offsets = starts.flatten().nonzero().flatten().to(torch.int32)
+    return to_device(torch.cat((offsets, offsets.new_tensor([document.numel()]))), device)
+
+
+def _ragged(x: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim) → (batch · seq_len, heads, head_dim)
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _half_on_cuda(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> Unavailable | None:
+    """What both ragged kernels ask for: a GPU of at least this capability and a 16-bit dtype."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if torch.cuda.get_device_capability(device) < capability:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"it needs compute capability {capability[0]}.{capability[1]}, this GPU has {found}"
+    if dtype not in HALF:
+        return f"it computes in bfloat16 or float16, this run in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
+    """torch's varlen attention is in torch ≥ 2.10 and takes grouped queries and a window only later."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return f"varlen_attn of torch {torch.__version__} takes no window_size or enable_gqa"
+    return _half_on_cuda(device, dtype, (8, 0))
+
+
+def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn over documents as a ragged batch; window (-1, 0) is causal."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch_size, heads, seq_len, head_dim = q.shape
+    out = varlen_attn(
+        _ragged(q), _ragged(k), _ragged(v), cu_seqlens, cu_seqlens, seq_len, seq_len,
+        window_size=(-1, 0), enable_gqa=heads != k.size(1),
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.view(batch_size, seq_len, heads, head_dim).transpose(1, 2)
+
+
+def fa3_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
+    """FlashAttention-3 is a package of its own, for Hopper GPUs."""
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "the package flash_attn_interface (FlashAttention-3) is not installed"
+    return _half_on_cuda(device, dtype, (9, 0))
+
+
+def packed_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
+    """cu_seqlens of isolated documents, None for whole rows, which FlashAttention-3 takes as they are."""
+    return None if document is None else document_boundaries(tokens, document, device)
+
+
+def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """FlashAttention-3: flash_attn_func over whole rows, flash_attn_varlen_func over documents."""
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    batch_size, heads, seq_len, head_dim = q.shape
+    if cu_seqlens is None:
+        out = flash_attn_func(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), causal=True)
+    else:
+        out = flash_attn_varlen_func(
+            _ragged(q), _ragged(k), _ragged(v),
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=seq_len, max_seqlen_k=seq_len, causal=True,
+        )  # fmt: skip
+    if isinstance(out, tuple):  # earlier releases give (output, log-sum-exp)
+        out = out[0]
+    return out.view(batch_size, seq_len, heads, head_dim).transpose(1, 2)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+BACKENDS: dict[BackendName, Backend] = {
+    "sdpa": Backend("sdpa", lambda device, dtype, training: None, document_mask, sdpa_attend),
+    "flex": Backend("flex", flex_unavailable, document_blocks, flex_attend),
+    "varlen": Backend("varlen", varlen_unavailable, document_boundaries, varlen_attend),
+    "fa3": Backend("fa3", fa3_unavailable, packed_boundaries, fa3_attend),
+}
+SDPA = BACKENDS["sdpa"]
+
+AUTO_ISOLATED: tuple[BackendName, ...] = ("fa3", "varlen", "sdpa")  # the first that is available
+AUTO_PACKED: tuple[BackendName, ...] = ("fa3", "sdpa")  # over whole rows SDPA is a flash kernel already
+
+
+def choose_backend(
+    choice: BackendChoice, device: torch.device, dtype: torch.dtype, isolated: bool, training: bool = True
+) -> Backend:
+    """The named backend or, for "auto", the fastest that can run. Raises SettingsError, saying why, if it cannot."""
+    if choice == "auto":
+        order = AUTO_ISOLATED if isolated else AUTO_PACKED
+        return next(BACKENDS[name] for name in order if not BACKENDS[name].unavailable(device, dtype, training))
+    reason = BACKENDS[choice].unavailable(device, dtype, training)
+    if reason:
+        possible = [name for name in get_args(BackendName) if not BACKENDS[name].unavailable(device, dtype, training)]
+        raise SettingsError(
+            f"run.attention {choice!r} is not available: {reason}",
+            hint=f"choose one of {', '.join(possible)}, or 'auto'",
+        )
+    return BACKENDS[choice]

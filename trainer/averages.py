@@ -1,0 +1,109 @@
+"""Averages that follow the raw weights, in float32 (or better) and off the gradient's path.
+
+An exponential one (EMA); from a share of the run on, a running equal-weight mean (SWA, Izmailov et al. 2018); and
+power-function ones (Karras et al. 2024, arXiv 2312.02696, section 3), whose snapshots along the run let any other EMA
+be synthesised after it (`pgolf_post.posthoc_ema`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_post.ema_profiles import gamma_of, power_beta
+from pgolf_post.errors import NotFoundError
+
+
+def _wide_copy(parameter: Tensor) -> Tensor:
+    """A copy in float32, or float64 where the weights are."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+class EMA:
+    """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
+
+    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
+        self.decay, self.every = decay, every
+        self.parameters = dict(model.named_parameters())
+        self.shadow = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the weights after optimizer step `step` (counted from 1), if it is one of every n."""
+        if step % self.every:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
+
+
+class RunningMean:
+    """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self.every, self.count = every, 0
+        self.parameters = dict(model.named_parameters())
+        self.mean: dict[str, Tensor] = {}  # empty until the first model enters
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
+        if step % self.every:
+            return
+        self.count += 1
+        if self.count == 1:
+            self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
+        else:
+            torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)
+
+
+class PowerEMA:
+    """Power-function averages, one for each relative width σ: θ̂ ← β(t) θ̂ + (1 - β(t)) θ, β(t) = (1 - 1/t)^(γ+1).
+
+    The first step's weights replace what was there, so the start of the run leaves nothing behind.
+    """
+
+    def __init__(self, model: nn.Module, sigmas: Sequence[float]) -> None:
+        self.gammas = {sigma: gamma_of(sigma) for sigma in sigmas}
+        self.parameters = dict(model.named_parameters())
+        self.tracks = {sigma: {name: _wide_copy(p) for name, p in self.parameters.items()} for sigma in sigmas}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the weights after optimizer step `step` (counted from 1): every step, in order."""
+        for sigma, track in self.tracks.items():
+            share = 1 - power_beta(self.gammas[sigma], step)
+            torch._foreach_lerp_(list(track.values()), list(self.parameters.values()), share)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every average as named tensors: power_ema[SIGMA].NAME."""
+        return {f"{_key(sigma)}.{name}": t for sigma, track in self.tracks.items() for name, t in track.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Restore what `state` returned. Raises NotFoundError naming a track that is not there."""
+        for sigma, track in self.tracks.items():
+            absent = [name for name in track if f"{_key(sigma)}.{name}" not in state]
+            if absent:
+                raise NotFoundError(
+                    f"{source} holds no power-function EMA of sigma {sigma:g}; the track cannot be taken up",
+                    hint="resume with the sigmas of the run, or without: --set optim.power_ema_sigmas=[]",
+                )
+            for name, tensor in track.items():
+                tensor.copy_(state[f"{_key(sigma)}.{name}"])
+
+
+def _key(sigma: float) -> str:
+    return f"power_ema[{sigma:g}]"
+
+
+def snapshots_due(before: float, after: float, num_snapshots: int) -> bool:
+    """Whether a step that took the run's progress from `before` to `after` passed one of n evenly spaced moments.
+
+    The moments are 1/n, 2/n, … 1 of the run, whatever limits it; a step that passes several has one snapshot.
+    """
+    passed_before, passed = (int(at * num_snapshots + 1e-9) for at in (before, after))
+    return passed > passed_before

@@ -1,0 +1,67 @@
+"""What a run will need on disk, known before it starts: checkpoints that stay and snapshots of averages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pgolf_post.data import DataFolder
+from trainer.architecture import GraphState
+from trainer.config import Recipe
+from trainer.model import GolfGPT
+from trainer.optim import assign_groups
+from trainer.timeline import Timeline
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes, at most."""
+
+    checkpoints: int
+    snapshots: int  # of power-function averages
+
+    def __str__(self) -> str:
+        line = f"{_human(self.checkpoints)} of checkpoints"
+        return f"{line}, {_human(self.snapshots)} of snapshots for post-hoc EMA" if self.snapshots else line
+
+
+def disk_need(timeline: Timeline) -> DiskNeed | None:
+    """The disk that a run needs, or None where the data folder, which decides the model's vocabulary, is not here."""
+    recipe = timeline.recipe
+    if not recipe.data.dir.is_dir():
+        return None
+    with torch.device("meta"):
+        model = GolfGPT(recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size), GraphState())
+    sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
+    matrices = sum(sizes[name] for name in assign_groups(model).get("matrix", []))
+    weights, num_tracks = sum(sizes.values()), len(recipe.optim.power_ema_sigmas)
+    moments = matrices + 2 * (weights - matrices) + num_tracks * weights  # Muon keeps one, AdamW two
+    return DiskNeed(
+        _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * moments,
+        num_tracks * (recipe.optim.power_ema_snapshots + timeline.num_checkpoints) * weights,
+    )
+
+
+def _num_kept(timeline: Timeline) -> int:
+    keep_last = timeline.recipe.checkpoint.keep_last
+    periodic = timeline.num_periodic if keep_last is None else min(keep_last, timeline.num_periodic)
+    return timeline.num_checkpoints + periodic
+
+
+def _num_resumable(timeline: Timeline) -> int:
+    """Folders that hold optimizer state in the end."""
+    settings = timeline.recipe.checkpoint
+    if not settings.optimizer_state:
+        return 0
+    return 1 if settings.keep_optimizer_state == "last" else _num_kept(timeline)
+
+
+def _num_views(recipe: Recipe) -> int:
+    return 1 + bool(recipe.optim.ema_decay) + (recipe.optim.swa_start is not None)
+
+
+def _human(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

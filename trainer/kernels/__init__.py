@@ -1,0 +1,74 @@
+"""Triton kernels for the two places where a training step writes a large tensor only to read it again.
+
+`loss.py` is the soft-capped cross-entropy: eager PyTorch makes several float32 tensors of (tokens, vocab_size) on the
+way from z = head(hidden) to the loss and back, the kernels one (dz, in z's own type). `mlp.py` is the (leaky-)relu²
+MLP: the activation and its gradient happen in the epilogues of the two matmuls beside them, and of the three
+hidden-sized tensors that eager keeps for backward, one is left, and a byte per element for the sign.
+
+`run.kernels = "triton"` switches both on for training. The default is "eager": the kernels are checked for values and
+gradients by Triton's interpreter, and compiled for sm_90, but have not been timed on a GPU yet; `python -m
+tests.bench.bench_kernels` there says whether they pay. Everything that scores a checkpoint is eager always: the switch
+is a property of a Trainer, not of a model or its config.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pgolf_post.errors import SettingsError
+
+if TYPE_CHECKING:
+    from trainer.attention_backends import Reach
+    from trainer.config import Recipe
+    from trainer.model import GolfGPT
+
+EAGER_HINT = "train with --set run.kernels=eager"
+
+
+def require_usable(recipe: Recipe, device_type: str) -> None:
+    """Raise SettingsError if this recipe asks for Triton kernels that it cannot have on this machine."""
+    if recipe.run.kernels == "eager":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise SettingsError(
+            'run.kernels = "triton", but triton is not installed', hint=f"pip install triton, or {EAGER_HINT}"
+        )
+    if device_type != "cuda":
+        raise SettingsError(
+            f'run.kernels = "triton" needs a CUDA GPU, and this run is on "{device_type}"', hint=EAGER_HINT
+        )
+    if recipe.run.precision == "fp64":
+        raise SettingsError('run.kernels = "triton" computes in float32, but run.precision = "fp64"', hint=EAGER_HINT)
+    if recipe.model.activation not in ("relu2", "leaky_relu2"):
+        raise SettingsError(
+            f'run.kernels = "triton" has an MLP for relu2 and leaky_relu2, not for "{recipe.model.activation}"',
+            hint=EAGER_HINT,
+        )
+
+
+def fuse_mlps(model: GolfGPT) -> None:
+    """From now on every MLP of this model is the fused one; its activation must be relu2 or leaky_relu2."""
+    from trainer.kernels.mlp import fused_mlp
+    from trainer.model import MLP
+
+    config = model.config
+    slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.fused = lambda x, up, down: fused_mlp(x, up, down, slope)
+
+
+def fused_loss(
+    model: GolfGPT,
+    inputs: Tensor,  # (batch, seq_len) int64
+    targets: Tensor,  # (batch, seq_len) int64
+    reach: Reach,  # of inputs
+) -> Tensor:  # () mean nats per token, float32
+    """The training loss with the head's output capped inside the cross-entropy."""
+    from trainer.kernels.loss import softcapped_nats
+
+    z = model.uncapped_logits(model.hidden(inputs, reach))
+    return softcapped_nats(z.flatten(0, 1), targets.flatten(), model.config.logit_softcap).mean()

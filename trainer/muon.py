@@ -1,0 +1,144 @@
+"""Muon: a matrix's step is the nearest orthogonal matrix to its momentum. Shared out over ranks, transfers overlapped.
+
+Muon (Jordan et al. 2024) orthogonalises Nesterov momentum by five Newton-Schulz iterations. Coefficients: Jordan's
+classic quintic, or Polar Express (Amsel et al. 2025) as the record scripts use it.
+
+Matrices of equal shape form a bank, one stack padded with zeros until ranks can share it equally. A rank holds the
+momentum of its share alone and orthogonalises that share alone. Right after backward all banks' gradients set out at
+once (reduce-scatter), the largest first, and AdamW's sums behind them; a bank's updates set out for all ranks
+(all-gather) as soon as they are known, while the next bank iterates, and are waited for only when weights change.
+Clipping needs the norm of everything before the first momentum changes, so with it the first wait is for all
+gradients; without it a bank starts when its own are there. Nothing is hooked into backward itself: a bank spans all
+layers, so it is complete only when backward is, and a compiled backward hands over all gradients at its end anyway.
+Method of the arrangement: "parallel Muon" of the public record scripts (openai/parameter-golf). On one rank nothing is
+padded, copied or sent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.distributed import Ranks, Transfer
+
+NewtonSchulz = Literal["classic", "polar_express"]
+
+COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
+    "classic": ((3.4445, -4.7750, 2.0315),) * 5,
+    "polar_express": (
+        (8.156555, -22.483293, 15.878769),
+        (4.042930, -2.808917, 0.500018),
+        (3.891668, -2.772484, 0.506065),
+        (3.285754, -2.368129, 0.464490),
+        (2.346541, -1.709783, 0.423236),
+    ),
+}
+
+
+def orthogonalize(
+    updates: Tensor,  # (n, rows, cols)
+    scheme: NewtonSchulz,
+) -> Tensor:  # (n, rows, cols), singular values near 1
+    """Five Newton-Schulz iterations on each matrix, in its smaller dimension."""
+    transposed = updates.size(-2) > updates.size(-1)
+    x = updates.mT if transposed else updates
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in COEFFICIENTS[scheme]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+def muon_updates(
+    gradients: Tensor,  # (n, rows, cols)
+    momenta: Tensor,  # (n, rows, cols)
+    momentum: float,
+    scheme: NewtonSchulz,
+    row_normalize: bool,
+) -> Tensor:  # (n, rows, cols)
+    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place."""
+    momenta.mul_(momentum).add_(gradients)
+    update = gradients + momentum * momenta
+    if row_normalize:
+        update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
+    rows, cols = update.shape[-2:]
+    return orthogonalize(update, scheme) * max(1.0, rows / cols) ** 0.5
+
+
+class Bank:
+    """The matrices of one shape. Row i of the stack is matrix i; rank r owns rows r · share to (r + 1) · share."""
+
+    def __init__(self, matrices: Mapping[str, Tensor], ranks: Ranks) -> None:
+        self.names, self.matrices, self.ranks = list(matrices), list(matrices.values()), ranks
+        self.share = -(-len(matrices) // ranks.world_size)
+        self.momenta = self.matrices[0].new_zeros(self.share, *self.matrices[0].shape)  # of this rank's rows
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole stack, padding included."""
+        return self.share * self.ranks.world_size
+
+    def used(self) -> list[int]:
+        """The matrices that this step's graph used: one that is not takes no step. The same on every rank."""
+        return [row for row, matrix in enumerate(self.matrices) if matrix.grad is not None]
+
+    def send_gradients(self) -> Transfer:  # (share, rows, cols)
+        """Begin to sum gradients over ranks; each receives its own rows."""
+        gradients = [matrix.grad for matrix in self.matrices] + [None] * (self.num_rows - len(self.matrices))
+        if any(gradient is None for gradient in gradients):
+            zeros = torch.zeros_like(self.matrices[0])
+            gradients = [zeros if gradient is None else gradient for gradient in gradients]
+        return self.ranks.reduce_scatter(torch.stack(gradients))  # type: ignore[arg-type]
+
+    def send_updates(
+        self,
+        gradients: Tensor,  # (share, rows, cols), this rank's rows, summed
+        momentum: float,
+        scheme: NewtonSchulz,
+        row_normalize: bool,
+    ) -> Transfer:  # (num_rows, rows, cols)
+        """Step the momenta of this rank's rows, and begin to share their updates with all ranks."""
+        first = self.ranks.rank * self.share
+        mine = [row - first for row in self.used() if first <= row < first + self.share]
+        if len(mine) == self.share:
+            return self.ranks.all_gather(muon_updates(gradients, self.momenta, momentum, scheme, row_normalize))
+        updates, momenta = torch.zeros_like(gradients), self.momenta[mine]
+        if mine:
+            updates[mine] = muon_updates(gradients[mine], momenta, momentum, scheme, row_normalize)
+            self.momenta[mine] = momenta
+        return self.ranks.all_gather(updates)
+
+    def apply(
+        self,
+        updates: Tensor,  # (num_rows, rows, cols)
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Decay the matrices that were used and step them along their updates."""
+        used = self.used()
+        matrices = [self.matrices[row] for row in used]
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_add_(matrices, [updates[row] for row in used], alpha=-lr)
+
+    def state(self) -> dict[str, Tensor]:
+        """Matrix name → its momentum, of all ranks' rows: every rank must ask."""
+        return dict(zip(self.names, self.ranks.all_gather(self.momenta).wait(), strict=False))
+
+    def load_state(self, momenta: Mapping[str, Tensor]) -> None:
+        """Take this rank's rows of what `state` returned, whatever the number of ranks was."""
+        first = self.ranks.rank * self.share
+        for row, name in enumerate(self.names[first : first + self.share]):
+            self.momenta[row].copy_(momenta[name])
+
+
+def make_banks(matrices: Mapping[str, Tensor], ranks: Ranks) -> list[Bank]:
+    """Matrices of equal shape together, the banks with most to send first."""
+    shapes: dict[torch.Size, dict[str, Tensor]] = defaultdict(dict)
+    for name, matrix in matrices.items():
+        shapes[matrix.shape][name] = matrix
+    by_size = sorted(shapes, key=lambda shape: -shape.numel() * len(shapes[shape]))
+    return [Bank(shapes[shape], ranks) for shape in by_size]
