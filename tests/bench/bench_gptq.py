@@ -1,9 +1,10 @@
 """Quantizing 36M parameters: our engine against the usual loop over one matrix at a time, in the same run.
 
 The set has the record model's shapes (11 blocks of 512, MLP 4×, vocabulary 8192), random weights, and Hessians of
-correlated inputs with a power-law spectrum and channels of very different size. The baseline is written as GPTQ usually
-is in PyTorch: one matrix after the other, its own Hessian inverted by two Cholesky factorizations, columns rounded one
-by one, updates of later columns lazy by blocks of 128. Ratios are medians over interleaved repeats.
+correlated inputs with a power-law spectrum and channels of very different size. The baseline is written as GPTQ
+usually is in PyTorch: one matrix after the other, its own Hessian inverted by two Cholesky factorizations, columns
+rounded one by one, updates of later columns lazy by blocks of 128. Ratios are medians over interleaved repeats, of wall
+seconds and, for machines shared with other work, of this process's CPU seconds (with OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgolf_post.progress import print_table
+from pgolf_post.progress import print_table, progress_bar
 from pgolf_post.quantize.clip import sdclip_scales
 from pgolf_post.quantize.factorize import FactorCache
 from pgolf_post.quantize.gptq import Job, gptq_jobs
@@ -83,7 +84,13 @@ def usual_loop(weight: Tensor, hessian: Tensor, scales: Tensor, block_size: int 
     return symbols[:, torch.argsort(order)].to(torch.int8)
 
 
-def engine(matrices: list[Matrix], factors: FactorCache, clip: float, trellis: Trellis | None = None) -> list[Tensor]:
+def engine(
+    matrices: list[Matrix],
+    factors: FactorCache,
+    clip: float,
+    trellis: Trellis | None = None,
+    compiled: bool | None = None,
+) -> list[Tensor]:
     """All matrices through ours; a trellis on half the spacing has the same bits."""
     factors.fill([matrix.site for matrix in matrices], DAMP, True)
     jobs = []
@@ -92,7 +99,12 @@ def engine(matrices: list[Matrix], factors: FactorCache, clip: float, trellis: T
         factor = factors.get(matrix.site, DAMP, True)
         largest = None if trellis else LARGEST
         jobs.append(Job(matrix.name, matrix.weight, factor, steps / 2 if trellis else steps, largest, trellis))
-    return gptq_jobs(jobs)
+    return gptq_jobs(jobs, compiled=compiled)
+
+
+def ratios(times: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[float]:
+    """Medians of wall and CPU seconds over those of other work in the same repeat."""
+    return [statistics.median(a[which] / b[which] for a, b in zip(times, others, strict=True)) for which in range(2)]
 
 
 def main() -> None:
@@ -115,6 +127,7 @@ def main() -> None:
         "baseline: the usual loop": usual,
         "scalar": fresh,
         "scalar, factors known": lambda: engine(matrices, known, CLIPS[0]),
+        "scalar, factors known, without numba": lambda: engine(matrices, known, CLIPS[0], None, False),
         f"scalar, sweep of {len(CLIPS)} clips": sweep,
         "trellis of 8 states": lambda: fresh(Trellis(8, 64)),
         "trellis of 8 states, factors known": lambda: engine(matrices, known, CLIPS[0], Trellis(8, 64)),
@@ -123,25 +136,24 @@ def main() -> None:
     }
     for trellis in (None, Trellis(8, 64)):
         engine(matrices[:1], known, CLIPS[0], trellis)  # compiles the kernels
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(REPEATS):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - started)
-    first, scalar = seconds["baseline: the usual loop"], seconds["scalar"]
-    rows = [
-        (
-            name,
-            f"{statistics.median(times):.2f}",
-            f"{statistics.median(a / b for a, b in zip(times, first, strict=True)):.3f}",
-            f"{statistics.median(a / b for a, b in zip(times, scalar, strict=True)):.2f}",
-        )
-        for name, times in seconds.items()
-    ]
+    known.fill(hessians, DAMP, True)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}  # (wall, CPU)
+    with progress_bar("measuring", REPEATS * len(works)) as advance:
+        for _ in range(REPEATS):
+            for name, work in works.items():
+                started = time.perf_counter(), time.process_time()
+                work()
+                seconds[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+                advance(1, note=name)
+    names = ("baseline: the usual loop", "scalar")
+    rows = []
+    for name, times in seconds.items():
+        medians = (f"{statistics.median(column):.2f}" for column in zip(*times, strict=True))
+        rows.append((name, *medians, *(f"{ratio:.3f}" for other in names for ratio in ratios(times, seconds[other]))))
     same = [float((a == b).float().mean()) for a, b in zip(usual(), fresh(), strict=True)]
+    header = ("", "wall s", "CPU s", "of baseline", "(CPU)", "of scalar", "(CPU)")
     title = f"GPTQ of {weights:,} weights, {torch.get_num_threads()} threads, medians of {REPEATS}"
-    print_table(title, ("", "seconds", "of baseline", "of scalar"), rows)
+    print_table(title, header, rows)
     print(f"symbols equal to the baseline's: {sum(same) / len(same):.4%} (mean over matrices)")
 
 

@@ -187,8 +187,9 @@ def test_compiled_and_torch_give_the_same_symbols(
     weight, hessian = problem(9, rows=300, width=70, tokens=200)
     factor = factorize("w", hessian, 0.01, act_order)
     steps = 0.2 + torch.rand(steps_shape, generator=torch.Generator().manual_seed(0))
+    pull = 0.01 if act_order else 0.02 * torch.rand(1, 70, generator=torch.Generator().manual_seed(1))
     compiled, plain = (
-        gptq(weight, factor, steps, None, 48, trellis=trellis, rate_pull=0.01, compiled=which)
+        gptq(weight, factor, steps, None, 48, trellis=trellis, rate_pull=pull, compiled=which)
         for which in (True, False)
     )
     assert compiled.dtype == torch.int16
@@ -322,15 +323,31 @@ def test_shapes_that_do_not_fit_name_the_tensor(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 200])
-def test_upper_factor_inverts_the_permuted_hessian(size: int) -> None:
+def test_factors_multiply_to_the_damped_hessian_and_lengths_are_those_of_its_inverse(size: int) -> None:
     _, hessian = problem(18, width=size, tokens=3 * size)
     factor = factorize("w", hessian, 0.01, act_order=True)
-    damped = hessian + factor.damp * hessian.diagonal().mean() * torch.eye(size)
-    upper = factor.upper.double()
-    assert torch.equal(upper, upper.triu())
-    product = upper.mT @ upper @ damped[factor.order][:, factor.order]
-    torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-3)
-    torch.testing.assert_close(factor.column_lengths[factor.order] * factor.upper.diagonal(), torch.ones(size))
+    damped = (hessian + factor.damp * hessian.diagonal().mean() * torch.eye(size))[factor.order][:, factor.order]
+    feedback, lengths = factor.feedback.double(), factor.lengths.double()
+    assert torch.equal(feedback, feedback.triu())
+    assert torch.equal(feedback.diagonal(), torch.ones(size, dtype=torch.float64))
+    torch.testing.assert_close((feedback * lengths**2) @ feedback.mT, damped, rtol=1e-4, atol=1e-4)
+    usual = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(lengths, 1 / usual.diagonal(), rtol=1e-3, atol=0)
+    assert torch.equal(factor.column_lengths[factor.order], factor.lengths)
+
+
+def test_symbols_are_those_of_the_usual_form() -> None:
+    """Errors over U_jj subtracted along the rows of U, H⁻¹ = UᵀU, in float64."""
+    weight, hessian = problem(21, rows=30, width=40, tokens=200)
+    factor = factorize("w", hessian, 0.01, act_order=True)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(40)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[factor.order][:, factor.order]), upper=True)
+    columns, expected = weight[:, factor.order].T.double(), torch.empty(40, 30)
+    for j in range(40):
+        expected[j] = torch.round(columns[j] / 0.3)
+        columns[j + 1 :] -= torch.outer(upper[j, j + 1 :], (columns[j] - 0.3 * expected[j]) / upper[j, j])
+    symbols = gptq(weight, factor, torch.full((30,), 0.3), None)
+    assert torch.equal(symbols[:, factor.order].T.float(), expected)
 
 
 def test_well_conditioned_hessians_take_float32_and_others_float64() -> None:
@@ -354,8 +371,8 @@ def test_a_cache_factorizes_each_site_once() -> None:
     first = cache.get("attn.in", 0.01, True)
     assert cache.get("attn.in", 0.01, True) is first
     assert sorted(asked) == ["attn.in", "mlp.in"]
-    assert torch.equal(first.upper, factorize("w", hessians["attn.in"], 0.01, True).upper)
-    assert not torch.equal(cache.get("attn.in", 0.1, True).upper, first.upper)
+    assert torch.equal(first.feedback, factorize("w", hessians["attn.in"], 0.01, True).feedback)
+    assert not torch.equal(cache.get("attn.in", 0.1, True).feedback, first.feedback)
     assert len(asked) == 3
 
 
