@@ -150,10 +150,10 @@ def main() -> None:
     for name, times in seconds.items():
         medians = (f"{statistics.median(column):.2f}" for column in zip(*times, strict=True))
         rows.append((name, *medians, *(f"{ratio:.3f}" for other in names for ratio in ratios(times, seconds[other]))))
-    same = [float((a == b).float().mean()) for a, b in zip(usual(), fresh(), strict=True)]
     header = ("", "wall s", "CPU s", "of baseline", "(CPU)", "of scalar", "(CPU)")
     title = f"GPTQ of {weights:,} weights, {torch.get_num_threads()} threads, medians of {REPEATS}"
     print_table(title, header, rows)
+    same = [float((a == b).float().mean()) for a, b in zip(usual(), fresh(), strict=True)]
     print(f"symbols equal to the baseline's: {sum(same) / len(same):.4%} (mean over matrices)")
 
 
