@@ -1,8 +1,10 @@
 """Factorizing Hessians, and keeping the factors: the part of GPTQ that does not depend on grids.
 
-GPTQ needs U, upper triangular with H⁻¹ = UᵀU. Reversing the order of the inputs turns a lower Cholesky factor into an
-upper one, H = VVᵀ, and U = V⁻¹ comes from a triangular inverse, so that H is never inverted. q, k and v read the same
-inputs, and a sweep of clips reads the same Hessians: `FactorCache` factorizes each once.
+GPTQ is usually told with U, the upper Cholesky factor of H⁻¹ = UᵀU. The same rounding follows without inverting
+anything (LDLQ, which arXiv 2307.13304 proves equal): reversing the order of the inputs turns a lower Cholesky factor
+into an upper one, H = VVᵀ, and V = F·diag(ℓ) with ones on F's diagonal. Column j is then rounded after adding F_kj
+times the error of every earlier column k. V is U⁻¹, so ℓ_j = 1 / U_jj. q, k and v read the same inputs, and a sweep of
+clips reads the same Hessians: `FactorCache` factorizes each once.
 """
 
 from __future__ import annotations
@@ -19,24 +21,24 @@ from pgolf_post.workers import map_items
 MAX_DAMP = 1.0  # of the mean diagonal: beyond this the Hessian says nothing any more
 # What must be left of a diagonal entry once earlier columns have explained theirs, for rounding not to be the rest.
 SMALLEST_PIVOTS = {torch.float32: 1e-4, torch.float64: 1e-12}
-LEAF = 64  # below this size a triangular inverse is one library call
 
 
 @dataclass(frozen=True)
 class Factor:
-    """U of H⁻¹ = UᵀU for the damped, permuted Hessian."""
+    """The damped, permuted Hessian as F·diag(ℓ²)·Fᵀ."""
 
-    upper: Tensor  # (in, in) float32
+    feedback: Tensor  # (in, in) float32 F: upper triangular, ones on its diagonal
+    lengths: Tensor  # (in,) float32 ℓ, in the order of the visit
     order: Tensor  # (in,) int64: column visited at each step
     damp: float  # share of the mean diagonal that made the Hessian positive definite
     dead_columns: int
-    precision: torch.dtype = torch.float64  # in which it was computed
+    precision: torch.dtype  # in which it was computed
 
     @property
     def column_lengths(self) -> Tensor:  # (in,) float32, columns in the matrix's own order
-        """ℓ_j = 1 / U_jj: the error of rounding column j costs ℓ_j² times its square once the later columns adapt."""
-        lengths = torch.empty_like(self.upper[0])
-        lengths[self.order] = 1 / self.upper.diagonal()
+        """ℓ: rounding column j off by r costs ℓ_j²·r² once the later columns have adapted; Σ over j is e H eᵀ."""
+        lengths = torch.empty_like(self.lengths)
+        lengths[self.order] = self.lengths
         return lengths
 
 
@@ -52,7 +54,8 @@ def factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> Facto
     input (zero diagonal) are decoupled, so they are rounded to nearest.
     Raises NumericsError naming the tensor for NaN, or if damping 1.0 of the mean diagonal does not suffice.
     """
-    return next(map_items(lambda _: _factorize(name, hessian, damp, act_order), [None]))
+    [factor] = map_items(lambda matrix: _factorize(name, matrix, damp, act_order), [hessian])
+    return factor
 
 
 def _factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> Factor:
@@ -65,9 +68,11 @@ def _factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> Fact
     raised = torch.where(dead, diagonal + mean, diagonal)
     while True:
         for precision in (torch.float32, torch.float64):
-            upper = _inverse_factor(hessian.to(precision), (raised + damp * mean).to(precision), order)
+            upper = _upper_factor(hessian.to(precision), (raised + damp * mean).to(precision), order)
             if upper is not None:
-                return Factor(upper.float(), order, damp, int(dead.sum()), precision)
+                lengths = upper.diagonal().clone()
+                feedback = upper.div_(lengths).float()
+                return Factor(feedback, lengths.float(), order, damp, int(dead.sum()), precision)
         if damp * 10 > MAX_DAMP:
             raise NumericsError(
                 f"{name}: its Hessian is not positive definite even with damping {damp:g} of the mean diagonal "
@@ -77,34 +82,18 @@ def _factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> Fact
         damp *= 10
 
 
-def _inverse_factor(
+def _upper_factor(
     hessian: Tensor,  # (n, n) float32 or float64
     diagonal: Tensor,  # (n,) to replace the Hessian's
     order: Tensor,  # (n,)
 ) -> Tensor | None:  # (n, n) upper
-    """U with (permuted Hessian)⁻¹ = UᵀU, or None if it is not positive definite by a margin over rounding errors."""
+    """V with permuted Hessian = VVᵀ, or None if it is not positive definite by a margin over rounding errors."""
     backwards = order.flip(0)
     matrix = hessian.index_select(0, backwards).index_select(1, backwards)
     matrix.diagonal().copy_(diagonal[backwards])
     lower, failed = torch.linalg.cholesky_ex(matrix)
     kept = (lower.diagonal() ** 2 / matrix.diagonal()).amin() if not failed else 0.0
-    if not kept >= SMALLEST_PIVOTS[hessian.dtype]:
-        return None
-    inverse = invert_lower(lower).flip(0, 1)
-    return inverse if is_finite(inverse) else None
-
-
-def invert_lower(lower: Tensor) -> Tensor:  # (n, n) lower triangular → its inverse
-    """By halves, so that nearly all of the work is matrix products: [[A, 0], [B, C]]⁻¹ holds -C⁻¹BA⁻¹ below."""
-    size = len(lower)
-    if size <= LEAF:
-        return torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype), upper=False)
-    half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = invert_lower(lower[:half, :half])
-    inverse[half:, half:] = invert_lower(lower[half:, half:])
-    inverse[half:, :half] = inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]).neg_()
-    return inverse
+    return lower.flip(0, 1).contiguous() if kept >= SMALLEST_PIVOTS[hessian.dtype] else None
 
 
 class FactorCache:

@@ -1,8 +1,9 @@
 """GPTQ: rounding one input column at a time, each column's error fed forward into those not yet rounded.
 
-It minimises Σ_i e_i H e_iᵀ, e = w - ŵ, greedily: with H⁻¹ = UᵀU (U upper triangular), rounding column j leaves the
-error (w_j - ŵ_j)/U_jj, which is subtracted from the later columns along row j of U. That is Babai's nearest-plane
-rounding in the lattice of H (arXiv 2507.18553); the algorithm is Frantar et al. 2022 (arXiv 2210.17323).
+It minimises Σ_i e_i H e_iᵀ, e = w - ŵ, greedily: with H = F·diag(ℓ²)·Fᵀ (F upper triangular, ones on its diagonal),
+column j is rounded after adding Σ_k<j F_kj·e_k, which is how far the errors already made want it moved. The algorithm
+is Frantar et al. 2022 (arXiv 2210.17323), there told with the factor of H⁻¹; this form is LDLQ (arXiv 2307.13304), and
+both are Babai's nearest-plane rounding in the lattice of H (arXiv 2507.18553).
 
 A 2×2 worked example: w = (0.6, 0.6), H = [[1, .9], [.9, 1]], scale 1. Round to nearest gives (1, 1), with error
 e = (-.4, -.4) and cost .16 + .16 + 2·.9·.16 = 0.608. GPTQ rounds 0.6 → 1, then moves the second weight by the error it
@@ -10,8 +11,8 @@ made: .6 - .4·.9 = 0.24 → 0, with e = (-.4, .6) and cost .16 + .36 - 2·.9·.
 
 Rounding a column is either nearest point by point (a scalar grid) or the cheapest trellis path down its rows; either
 way columns are coupled by U alone. So rows (lanes of a trellis) go through in chunks of one fixed shape, each a
-(columns, rows) buffer that stays in cache, in which errors take the place of the weights they came from. A block of
-columns first takes what all earlier errors do to it as one matrix product, then each 32 of it likewise, then column by
+(columns, rows) buffer that stays in cache: of corrections due to columns not yet rounded, of errors after. A block of
+columns first gets what all earlier errors do to it as one matrix product, then each 32 of it likewise, then column by
 column. No result depends on the number of threads, on what else is quantized beside it, or on numba being installed.
 (On a GPU the matrix products add in another order; its symbols are as good, and not always the same.)
 """
@@ -192,57 +193,64 @@ def _panels(job: Job, single: bool) -> Iterator[_Panel]:
         yield _Panel(full_lanes * lane_rows, 1, 1, rows - full_lanes * lane_rows)
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """What a panel's rounding works on, each (in, chunks, width)."""
+
+    weights: Tensor  # float32
+    steps: Tensor  # float32, (1, …) where all columns share them
+    shrink: Tensor  # likewise
+    errors: Tensor  # float32: corrections until a column is rounded, then its error
+    symbols: Tensor  # int16
+
+
 def _quantize(job: Job, panel: _Panel, block_size: int, fast: bool, symbols: Tensor) -> None:
     """Quantize a panel's rows into `symbols` (out, in)."""
-    upper, order = job.factor.upper.to(job.weight.device), job.factor.order.to(job.weight.device)
-    columns = panel.load(job.weight.detach(), order, 0.0)
+    feedback, order = (tensor.to(job.weight.device) for tensor in (job.factor.feedback, job.factor.order))
+    weights = panel.load(job.weight.detach(), order, 0.0)
     steps, shrink = (panel.load_broadcast(job, values, order) for values in (job.spread(job.steps), job.shrink))
-    found = torch.empty(columns.shape, dtype=torch.int16, device=columns.device)
-    round_block = (_compiled_rounding if fast else _torch_rounding)(job, panel, columns, steps, shrink, found)
-    for outer in range(0, len(columns), block_size):
-        end = min(outer + block_size, len(columns))
-        _feed_forward(columns, upper, 0, outer, end)
+    buffers = _Buffers(weights, steps, shrink, torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.int16))
+    round_columns = (_compiled_rounding if fast else _torch_rounding)(job, panel, buffers, feedback)
+    for outer in range(0, len(weights), block_size):
+        end = min(outer + block_size, len(weights))
+        _feed_forward(buffers.errors, feedback, 0, outer, end)
         for start in range(outer, end, INNER_COLUMNS):
             stop = min(start + INNER_COLUMNS, end)
-            _feed_forward(columns, upper, outer, start, stop)
-            round_block(start, stop)
-    panel.store(found, order, symbols)
+            _feed_forward(buffers.errors, feedback, outer, start, stop)
+            round_columns(start, stop)
+    panel.store(buffers.symbols, order, symbols)
 
 
-def _feed_forward(columns: Tensor, upper: Tensor, first: int, start: int, stop: int) -> None:
-    """Subtract from columns start .. stop-1 what the errors of columns first .. start-1 do to them."""
+def _feed_forward(errors: Tensor, feedback: Tensor, first: int, start: int, stop: int) -> None:
+    """Add to the corrections of columns start .. stop-1 what the errors of columns first .. start-1 ask for."""
     if first == start:
         return
-    along = upper[first:start, start:stop].T
-    for chunk in range(columns.size(1)):
-        columns[start:stop, chunk].addmm_(along, columns[first:start, chunk], alpha=-1)
+    along = feedback[first:start, start:stop].T
+    for chunk in range(errors.size(1)):
+        errors[start:stop, chunk].addmm_(along, errors[first:start, chunk])
 
 
-Rounding = Callable[[int, int], None]  # round columns start .. stop-1 of a block: weights in, errors and symbols out
+Rounding = Callable[[int, int], None]  # round columns start .. stop-1, corrected for all columns before start
 
 
-def _compiled_rounding(
-    job: Job, panel: _Panel, columns: Tensor, steps: Tensor, shrink: Tensor, found: Tensor
-) -> Rounding:
+def _compiled_rounding(job: Job, panel: _Panel, buffers: _Buffers, feedback: Tensor) -> Rounding:
     """The kernels' rule; a compiled panel is one chunk."""
     from pgolf_post.quantize import kernels
 
-    upper, symbols = job.factor.upper, found[:, 0].numpy()
-    buffers = [panel_tensor[:, 0].numpy() for panel_tensor in (columns, steps, shrink)]
-    common = (*buffers, upper.numpy(), (1 / upper.diagonal()).numpy())
+    tensors = (buffers.weights, buffers.steps, buffers.shrink, buffers.errors, buffers.symbols)
+    arrays = (*(tensor[:, 0].numpy() for tensor in tensors), feedback.numpy())
     largest = LARGEST if job.largest is None else job.largest
     if job.trellis is None:
-        return lambda start, stop: kernels.round_scalar(*common, np.float32(largest), start, stop, symbols)
+        return lambda start, stop: kernels.round_scalar(*arrays, np.float32(largest), start, stop)
     path = (predecessors(job.trellis.states), coset_bounds(largest), panel.lane_rows, panel.lanes)
-    return lambda start, stop: kernels.round_trellis(*common, *path, start, stop, symbols)
+    return lambda start, stop: kernels.round_trellis(*arrays, *path, start, stop)
 
 
-def _torch_rounding(job: Job, panel: _Panel, columns: Tensor, steps: Tensor, shrink: Tensor, found: Tensor) -> Rounding:
+def _torch_rounding(job: Job, panel: _Panel, buffers: _Buffers, feedback: Tensor) -> Rounding:
     """The same in torch, operation by operation."""
-    upper = job.factor.upper.to(columns.device)
-    inverse = 1 / upper.diagonal()
+    steps, shrink, errors = buffers.steps, buffers.shrink, buffers.errors
     largest = LARGEST if job.largest is None else job.largest
-    bounds = torch.from_numpy(coset_bounds(largest)).to(columns.device)
+    bounds = torch.from_numpy(coset_bounds(largest)).to(errors.device)
     used = panel.lanes * panel.lane_rows
 
     def nearest(targets: Tensor) -> tuple[Tensor, Tensor]:  # (chunks, width) → grid points, symbols
@@ -259,10 +267,10 @@ def _torch_rounding(job: Job, panel: _Panel, columns: Tensor, steps: Tensor, shr
     def run(start: int, stop: int) -> None:
         for j in range(start, stop):
             step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
-            points, symbols = nearest(columns[j] / step * factor)
-            found[j] = symbols.to(torch.int16)
-            columns[j] = (columns[j] - points * step) * inverse[j]
-            columns[j + 1 : stop] -= upper[j, j + 1 : stop, None, None] * columns[j]
+            points, symbols = nearest((buffers.weights[j] + errors[j]) / step * factor)
+            buffers.symbols[j] = symbols.to(torch.int16)
+            errors[j] = buffers.weights[j] - points * step
+            errors[j + 1 : stop] += feedback[j, j + 1 : stop, None, None] * errors[j]
 
     return run
 

@@ -98,33 +98,33 @@ def search(targets, came_from, bounds):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _feed(columns, upper, start, j):  # type: ignore[no-untyped-def]
-    """Subtract from column j what the errors of columns start .. j-1 of its block do to it."""
-    column = columns[j]
+def _feed(errors, feedback, start, j):  # type: ignore[no-untyped-def]
+    """Add to column j's correction what the errors of columns start .. j-1 of its block ask for."""
+    correction = errors[j]
     for k in range(start, j):
-        errors, weight = columns[k], upper[k, j]
-        for row in range(len(column)):
-            column[row] -= weight * errors[row]
+        error, weight = errors[k], feedback[k, j]
+        for row in range(len(correction)):
+            correction[row] += weight * error[row]
 
 
 @jit
-def round_scalar(columns, steps, shrink, upper, inverse, largest, start, stop, symbols):  # type: ignore[no-untyped-def]
-    """Round columns start .. stop-1 to their grids and leave their errors in their place; see gptq._round_scalar."""
+def round_scalar(weights, steps, shrink, errors, symbols, feedback, largest, start, stop):  # type: ignore[no-untyped-def]
+    """Round columns start .. stop-1 to their grids; see gptq._torch_rounding."""
     for j in range(start, stop):
-        _feed(columns, upper, start, j)
-        column, symbol = columns[j], symbols[j]
+        _feed(errors, feedback, start, j)
+        weight, error, symbol = weights[j], errors[j], symbols[j]
         step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
-        for row in range(len(column)):
-            nearest = np.rint(column[row] / step[row] * factor[row])
+        for row in range(len(weight)):
+            nearest = np.rint((weight[row] + error[row]) / step[row] * factor[row])
             nearest = -largest if nearest < -largest else nearest
             nearest = largest if nearest > largest else nearest
             symbol[row] = np.int16(nearest)
-            column[row] = (column[row] - nearest * step[row]) * inverse[j]
+            error[row] = weight[row] - nearest * step[row]
 
 
 @jit
 def round_trellis(  # type: ignore[no-untyped-def]
-    columns, steps, shrink, upper, inverse, came_from, bounds, rows, lanes, start, stop, symbols
+    weights, steps, shrink, errors, symbols, feedback, came_from, bounds, rows, lanes, start, stop
 ):
     """The same with a trellis down the rows; the first rows·lanes entries of a column are (rows, lanes)."""
     used = rows * lanes
@@ -132,12 +132,12 @@ def round_trellis(  # type: ignore[no-untyped-def]
     points = chosen.reshape(used)
     work = _workspace(rows, lanes, len(came_from))
     for j in range(start, stop):
-        _feed(columns, upper, start, j)
-        column = columns[j]
+        _feed(errors, feedback, start, j)
+        weight, error = weights[j], errors[j]
         step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
         for row in range(used):
-            targets[row] = column[row] / step[row] * factor[row]
+            targets[row] = (weight[row] + error[row]) / step[row] * factor[row]
         found = symbols[j, :used].reshape(rows, lanes)
         _search(targets.reshape(rows, lanes), came_from, bounds, work, chosen, found)
         for row in range(used):
-            column[row] = (column[row] - points[row] * step[row]) * inverse[j]
+            error[row] = weight[row] - points[row] * step[row]
