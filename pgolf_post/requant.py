@@ -22,7 +22,7 @@ from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.settings import parse_settings
 
-STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
+STAGE, STAGE_VERSION, PAYLOAD = "artifact", 2, ARTIFACT_FILE
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class Artifact:
         return str(self.meta["symbols_sha256"])
 
 
-def requant(
-    view: View, stats: Stats, settings: QuantizeSettings, codec: str = "brotli", fresh: bool = False
-) -> Artifact:
+def requant(view: View, stats: Stats, settings: QuantizeSettings, codec: str = "rans", fresh: bool = False) -> Artifact:
     """Quantize and pack a view; cached by view, statistics, settings and codec.
 
     Raises SettingsError for an unknown codec, VerificationError if decoding the written file does not give back the

@@ -22,7 +22,7 @@ from pgolf_post.cli.common import (
     settings_options,
     weights_option,
 )
-from pgolf_post.pack.codecs import CODECS
+from pgolf_post.pack.codecs import CHOICES
 from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.plan import QuantizeSettings
 from pgolf_post.progress import print_json, print_table
@@ -47,7 +47,7 @@ QUANTIZE_FLAGS = {
 @checkpoint_argument
 @weights_option
 @settings_options(QuantizeSettings, QUANTIZE_FLAGS)
-@click.option("--codec", default="brotli", show_default=True, help=f"One of {', '.join(CODECS)}, or best.")
+@click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
 @click.option(
     "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
 )

@@ -73,7 +73,7 @@ class RoleBytes:
     role: str
     codec: str
     stored_bytes: int
-    num_weights: int  # for the last two rows: scales, passthrough values
+    num_weights: int  # factors or passthrough values in rows of those; 0 for the manifest and the coder's own
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -134,8 +134,5 @@ def _refuse(error: OSError) -> None:
 
 
 def role_table(facts: ArtifactFacts) -> list[RoleBytes]:
-    """Stored bytes per role of one of our artifacts (`container.read_facts`), in file order."""
-    names = {"manifest": "(manifest)", "scales": "(row scales)", "passthrough": "(passthrough)"}
-    return [
-        RoleBytes(unit.role or names[unit.kind], unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units
-    ]
+    """Stored bytes per unit of one of our artifacts (`container.read_facts`), in file order."""
+    return [RoleBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]

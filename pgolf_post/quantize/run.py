@@ -55,7 +55,7 @@ def quantize_tensor(plan: TensorPlan, weight: Tensor, stats: Stats, settings: Qu
     facts["clipped"] = float((np.abs(array) == largest).mean()) if array.size else 0.0
     facts["seconds"] = round(time.perf_counter() - started, 4)
     row_scales = Factor("row", scales.to(torch.float16).numpy())
-    return QuantizedTensor(plan.name, array, (row_scales,), tuple(weight.shape), facts)
+    return QuantizedTensor(plan.name, array, (row_scales,), tuple(weight.shape), facts=facts)
 
 
 def keep_tensor(name: str, tensor: Tensor) -> np.ndarray:  # float16

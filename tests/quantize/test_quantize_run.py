@@ -39,8 +39,8 @@ def test_every_matrix_is_quantized_and_everything_else_kept(view: View, stats: S
     model = quantize_view(view, stats, SETTINGS)
     assert {*model.quantized, *model.passthrough} == set(view.tensors)
     assert all(name.endswith(".weight") for name in model.quantized)
-    assert model.quantized["tok_emb.weight"].bits == 8
-    assert model.quantized["blocks.0.mlp.fc.weight"].bits == 6
+    assert model.quantized["tok_emb.weight"].facts["bits"] == 8
+    assert model.quantized["blocks.0.mlp.fc.weight"].facts["bits"] == 6
     facts = model.quantized["blocks.0.mlp.fc.weight"].facts
     assert {"method", "bits", "clip", "damp_used", "error", "entropy_bits", "clipped", "seconds"} <= facts.keys()
 
