@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
+    "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
     "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact."),
 }

@@ -155,7 +155,7 @@ def pack_units(
         code_symbols(layout, streams)
     for _ in range(len(keys) - len(jobs) + 1):
         announce()
-    manifest = _manifest_bytes(model, layout)
+    manifest = manifest_bytes(model, layout)
     return [codecs.compress(manifest, codecs.BEST)] + [streams[key] for key in sorted(streams)]
 
 
@@ -289,7 +289,7 @@ def split_role(name: str) -> tuple[str, int | None]:
     return f"{name[: found.start()]}*{name[found.end() :]}", int(found.group())
 
 
-def _manifest_bytes(model: QuantizedModel, layout: Layout) -> bytes:
+def manifest_bytes(model: QuantizedModel, layout: Layout) -> bytes:
     """Compact JSON of everything that is not a tensor."""
     tree = {
         "config": dict(model.config),

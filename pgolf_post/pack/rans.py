@@ -47,12 +47,25 @@ def lane_count(num_symbols: int) -> int:
     return int(min(max(2 ** max(wanted, 2), 4), MAX_LANES))
 
 
-def encode(roles: Sequence[Sequence[Block]]) -> Coded:
-    """Choose scales, contexts and tables for all roles, then code them."""
+def fit(roles: Sequence[Sequence[Block]]) -> tuple[list[list[Block]], Model]:
+    """Blocks with the scales that `encode` would use, its contexts and tables, and what symbols cost by them."""
+    scaled, _, model = _walk(roles)
+    return scaled, model
+
+
+def _walk(
+    roles: Sequence[Sequence[Block]],
+) -> tuple[list[list[Block]], list[list[tuple[np.ndarray, np.ndarray]]], Model]:
+    """Blocks with their scales, every symbol's level and trellis bit, and the model fitted to them."""
     scaled = [contexts.with_scales(blocks) for blocks in roles]
     walked = [[contexts.levels_of(block) for block in blocks] for blocks in scaled]
     histograms = [contexts.histogram_of(*both) for both in zip(scaled, walked, strict=True)]
-    model = contexts.fit(histograms)
+    return scaled, walked, contexts.fit(histograms)
+
+
+def encode(roles: Sequence[Sequence[Block]]) -> Coded:
+    """Choose scales, contexts and tables for all roles, then code them."""
+    scaled, walked, model = _walk(roles)
     states = np.full(lane_count(sum(block.num_symbols for blocks in roles for block in blocks)), LOW, np.int64)
     coder = Coder(contexts.frequencies(model.weights), states)
     streams = [
