@@ -128,6 +128,31 @@ def test_a_fresh_process_without_this_package_decodes_the_same(alone: Path) -> N
         assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
 
 
+OLDER = ("numpy==1.26.4", "brotli==1.1.0")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="numpy 1.26 has no wheels for this Python")
+def test_older_numpy_and_brotli_decode_the_same(alone: Path) -> None:
+    """numpy 1 promotes types differently. Also on two threads instead of one: no answer may depend on either."""
+    subprocess.run([sys.executable, "-m", "venv", "old"], cwd=alone, check=True)
+    python = alone / "old" / "bin" / "python"
+    installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *OLDER], capture_output=True, check=False)
+    if installed.returncode != 0:
+        pytest.skip(f"cannot install {OLDER}: {installed.stderr.decode()[-200:]}")
+    code = ALONE.replace('["site", "."]', '["."]')
+    for codec in codecs.CHOICES:
+        (alone / "a.pgolf").write_bytes(pack(sample_model(), PackSettings(codec=codec)))
+        for threads in ("1", "2"):
+            environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+            done = subprocess.run(
+                [python, "-c", code], cwd=alone, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            with np.load(alone / "tensors.npz") as found:
+                assert all(found[name].tobytes() == array.tobytes() for name, array in sample_model().tensors().items())
+
+
 def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
