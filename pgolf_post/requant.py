@@ -23,7 +23,7 @@ from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.settings import parse_settings
 
-STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
+STAGE, STAGE_VERSION, PAYLOAD = "artifact", 2, ARTIFACT_FILE
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def requant(
     view: View,
     stats: Stats,
     plan: Plan,
-    codec: str = "brotli",
+    codec: str = "rans",
     fresh: bool = False,
     factors: StatsFactors | None = None,
 ) -> Artifact:

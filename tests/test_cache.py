@@ -13,7 +13,7 @@ from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, NotFoundError
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import read_plan
 from pgolf_post.requant import requant
 
 
@@ -23,7 +23,7 @@ def root(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> Path:
     settings = CalibrationSettings(tokens=64)
     for weights in ("raw", "ema"):
         stats = calibrate(pico_checkpoint.load(weights), pico_data, settings)  # type: ignore[arg-type]
-    requant(pico_checkpoint.load("ema"), stats, QuantizeSettings())
+    requant(pico_checkpoint.load("ema"), stats, read_plan("sdclip-1394"))
     return pico_checkpoint.path.parent.parent
 
 

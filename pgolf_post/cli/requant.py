@@ -24,7 +24,7 @@ from pgolf_post.cli.common import (
     weights_option,
 )
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plan, plan_options, plan_row
-from pgolf_post.pack.codecs import CODECS
+from pgolf_post.pack.codecs import CHOICES
 from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.progress import print_json, print_table, say
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @weights_option
 @plan_options
 @click.option("--show-plan", is_flag=True, help="Print what would happen to every tensor, and stop.")
-@click.option("--codec", default="brotli", show_default=True, help=f"One of {', '.join(CODECS)}, or best.")
+@click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
 @click.option(
     "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
 )

@@ -8,6 +8,7 @@ import click
 
 from pgolf_post import progress
 from pgolf_post.pack.container import ArtifactFacts, find_artifact, is_artifact, read_facts
+from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
 from pgolf_post.pack.size import BUDGET_BYTES, RoleBytes, SizeReport, count, role_table
 
 
@@ -15,11 +16,19 @@ from pgolf_post.pack.size import BUDGET_BYTES, RoleBytes, SizeReport, count, rol
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--code", multiple=True, type=click.Path(path_type=Path), help="A code file or folder; repeatable.")
 @click.option("--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes.")
+@click.option(
+    "--count",
+    "counted",
+    type=click.Choice(["strict", "convention"]),
+    default="strict",
+    show_default=True,
+    help="Real files as they lie on disk, or the code after minifying and wrapping.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
-def command(artifact: Path, code: tuple[Path, ...], budget: int, as_json: bool) -> None:
+def command(artifact: Path, code: tuple[Path, ...], budget: int, counted: str, as_json: bool) -> None:
     """Count ARTIFACT (any file, or a folder with artifact.pgolf) and the code against the budget; exit 3 when over."""
     path = find_artifact(artifact)
-    report = count(path, code, budget)
+    report = count(path, code, budget, counted == "convention")
     facts = read_facts(path) if is_artifact(path) else None
     show_report(report)
     if facts is not None:
@@ -33,9 +42,13 @@ def show_report(report: SizeReport) -> None:
     """The byte table: artifact, each code file, total, budget, headroom."""
     rows = [(f"artifact  {report.artifact.path}", f"{report.artifact_bytes:,}")]
     rows += [(f"code  {file.path}", f"{file.num_bytes:,}") for file in report.code]
-    rows += [("total", f"{report.total_bytes:,}"), ("budget", f"{report.budget_bytes:,}")]
+    rows += [("total, strict", f"{report.strict_total_bytes:,}")]
+    rows += [("total, convention (code minified and wrapped)", f"{report.convention_total_bytes:,}")]
+    rows += [("budget", f"{report.budget_bytes:,}")]
     rows += [("headroom", f"{report.headroom_bytes:,}")]
     progress.print_table("Size", ("part", "bytes"), rows)
+    if report.code and not has_minifier():
+        progress.say(MINIFIER_MISSING)
     if not report.code:
         progress.say("code is counted as 0 bytes because no --code file was given")
 
@@ -60,6 +73,8 @@ def report_json(report: SizeReport, facts: ArtifactFacts | None) -> dict[str, st
         "artifact_bytes": report.artifact_bytes,
         "code_bytes": report.code_bytes,
         "total_bytes": report.total_bytes,
+        "strict_total_bytes": report.strict_total_bytes,
+        "convention_total_bytes": report.convention_total_bytes,
         "budget_bytes": report.budget_bytes,
         "headroom_bytes": report.headroom_bytes,
     }

@@ -1,203 +1,177 @@
-"""Decode a Parameter Golf artifact: one file, shipped with a submission; standard library, numpy and brotli only.
-
-Format v1, little-endian. Header: "PGLF", version u8, unit count u16. Unit: codec u8, stored bytes u32, raw bytes u32,
-CRC32 u32 of those 9 bytes and the stored bytes, stored bytes. Units: JSON manifest; int8 symbols, one unit per role
-(the same matrix of every block); fp16 row scales; fp16 passthrough. fp16: all low bytes, then all high bytes. A weight
-is its symbol times its row's scale.
-
-Damaged or hostile bytes end in ArtifactError: sizes are checked against the tensor table before any array is made, and
-no stream expands past its declared size.
-"""
-
-from __future__ import annotations
+"""Decode a Parameter Golf artifact (container.py: format, rans.py: coder): standard library, numpy and brotli only."""
 
 import hashlib
 import json
 import lzma
 import math
 import struct
-import sys
 import zlib
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from itertools import groupby
 
 import brotli
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
-Shapes = dict[str, tuple]
-MAGIC, VERSION = b"PGLF", 1
-HEADER, FRAME = struct.Struct("<4sBH"), struct.Struct("<BIII")
-MAX_TENSOR_BYTES = 1 << 27  # 16 MB of symbols at one bit each
-MAX_TENSORS = 1 << 14
-MAX_MANIFEST_BYTES = 1 << 20
-LZMA: Any = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 24}]}
-LIMIT = {"output_buffer_limit": 1 << 16} if hasattr(brotli.Decompressor, "can_accept_more_data") else {}
-PIECE_BYTES = 4096 if LIMIT else 16  # brotli before 1.2 cannot limit its output
+MAGIC, FRAME = b"PGLF\2", struct.Struct("<BII")
+MAX_BYTES, MAX_MANIFEST, MAX_WIDTH = 1 << 27, 1 << 20, 1 << 20
+DTYPES = [np.dtype(code) for code in ("<i1", "<i2", "<f2", "<u2")]
+MANTISSAS = np.array([256, 279, 304, 332, 362, 395, 431, 470])  # 2^(8 + k/8)
 
 
 class ArtifactError(ValueError):
-    """Not a whole, undamaged artifact of this format."""
+    pass
 
 
-class Artifact:
-    """Arrays by tensor name, exactly as they were packed."""
-
-    def __init__(self, manifest: dict[str, Any], symbols: Arrays, scales: Arrays, passthrough: Arrays) -> None:
-        self.manifest = manifest  # config, lineage, symbols_sha256 and the tensor table
-        self.symbols = symbols  # (out, in) int8
-        self.scales = scales  # (out,) float16
-        self.passthrough = passthrough  # float16
-
-    @cached_property
-    def tensors(self) -> Arrays:
-        """Every tensor as float32."""
-        tensors = {name: array.astype(np.float32) for name, array in self.passthrough.items()}
-        for name, symbols in self.symbols.items():
-            tensors[name] = symbols.astype(np.float32) * self.scales[name].astype(np.float32)[:, None]
-        return tensors
-
-
-def need(condition: bool, message: str) -> None:
+def need(condition, message):
     if not condition:
         raise ArtifactError(message)
 
 
-def decode(data: bytes) -> Artifact:
-    """Decode and verify. Raises ArtifactError, and nothing else, whatever the bytes."""
+def decode(data):
+    """(manifest, tensors as float32, as packed: arrays or (symbols, shape, trellis, factors))."""
     try:
-        return _decode(memoryview(data))
-    except Exception as error:  # hostile bytes break json, numpy and codecs in many ways
-        raise ArtifactError(f"unreadable artifact: {error}") from error
+        return build(*read_units(memoryview(data)))
+    except Exception as error:  # hostile bytes break anything
+        raise ArtifactError(f"damaged artifact: {error}") from error
 
 
-def _decode(data: memoryview) -> Artifact:
-    first, *units = read_units(data)
-    manifest = read_manifest(first)
-    roles = expand(manifest["quantized"])
-    shapes, others = merge(roles), merge(expand(manifest["passthrough"]))
-    merge([shapes, others])
-    rows = {name: (out,) for name, (out, _) in shapes.items()}
-    sizes = [*map(values, roles), 2 * values(rows), 2 * values(others)]
-    need(sum(sizes) <= MAX_TENSOR_BYTES, f"declares {sum(sizes)} bytes of tensors, over {MAX_TENSOR_BYTES}")
-    need([raw_bytes for _, _, raw_bytes in units] == sizes, "unit sizes differ from the table")
-    *parts, scales, passthrough = (np.frombuffer(inflate(*unit), np.int8) for unit in units)
-    symbols = merge([cut(part, role) for part, role in zip(parts, roles, strict=True)])
-    need(symbols_sha256(symbols) == manifest["symbols_sha256"], "wrong sha256 of symbols")
-    return Artifact(manifest, symbols, cut(from_planes(scales), rows), cut(from_planes(passthrough), others))
-
-
-def read_units(data: memoryview) -> list[tuple]:
-    """(codec, stored bytes, raw size) of every unit; checks lengths and checksums."""
-    need(len(data) >= HEADER.size and data[:4] == MAGIC, "not a PGLF artifact")
-    _, version, count = HEADER.unpack_from(data)
-    need(version == VERSION, f"format version {version}, not {VERSION}")
-    units, at = [], HEADER.size
-    for number in range(count):
-        start = at + FRAME.size
-        need(start <= len(data), f"cut short at unit {number}")
-        codec, stored_bytes, raw_bytes, crc = FRAME.unpack_from(data, at)
-        end = start + stored_bytes
-        need(end <= len(data), f"cut short in unit {number}")
-        need(zlib.crc32(data[start:end], zlib.crc32(data[at : at + 9])) == crc, f"wrong CRC32 in unit {number}")
-        units.append((codec, data[start:end], raw_bytes))
-        at = end
-    need(at == len(data), f"{len(data) - at} bytes after the last unit")
+def read_units(data):
+    need(data[:5] == MAGIC, "no PGLF 2 artifact")
+    units, at = [], 5
+    while at < len(data):
+        codec, size, crc = FRAME.unpack_from(data, at)
+        head, start, at = data[at : at + 5], at + 9, at + 9 + size
+        need(at <= len(data) and zlib.crc32(data[start:at], zlib.crc32(head)) == crc, f"unit {len(units)} is damaged")
+        units.append((codec, data[start:at]))
     return units
 
 
-def read_manifest(unit: tuple) -> dict[str, Any]:
-    need(unit[2] <= MAX_MANIFEST_BYTES, f"manifest of {unit[2]} bytes")
-    return json.loads(bytes(inflate(*unit)))
+def build(first, *units):
+    manifest, arrays = json.loads(bytes(inflate(*first, MAX_MANIFEST))), {}
+    for (key, parts), (codec, data) in zip(lay_out(manifest), units, strict=True):
+        dtype, ends = DTYPES[key[2]], np.cumsum([math.prod(shape) for shape, *_ in parts])
+        if codec == 4:
+            flat = rans(data, dtype, parts, arrays)
+        else:
+            raw = np.frombuffer(inflate(codec, data, ends[-1] * dtype.itemsize), "u1")
+            flat = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0]
+        arrays[key] = [a.reshape(part[0]) for a, part in zip(np.split(flat, ends[:-1]), parts)][::-1]
+    packed = assemble(manifest, lambda key, *_: arrays[key] and arrays[key].pop())
+    tensors, digest = {}, hashlib.sha256()
+    for name, array in sorted(packed.items()):
+        if type(array) is tuple:
+            digest.update(f"{name}\0{array[0].shape}\0".encode() + array[0].astype("<i2").tobytes())
+            tensors[name] = dequantize(*array)
+        else:  # <u2 holds bfloat16
+            tensors[name] = (array.astype("<u4") << 16).view("<f4") if array.dtype == "<u2" else array.astype("<f4")
+    need(digest.hexdigest() == manifest["symbols_sha256"], "wrong sha256 of symbols")
+    for name in [name[:-4] for name in packed if name.endswith(".lqA")]:
+        left, right = tensors.pop(name + ".lqA"), tensors.pop(name + ".lqB")
+        need(right.ndim == 2 and left.shape[:-1] + right.shape[1:] == tensors[name].shape, "bad low rank")
+        tensors[name] = tensors[name] + left @ right
+    return manifest, tensors, packed
 
 
-def expand(table: list) -> list[Shapes]:
-    """The shape of every tensor by name, one dict per role, in storage order.
-
-    Row: [role, run, ...]; run: [first block, blocks, bits, *shape]; "*" in a role is the block number.
-    """
-    roles, left = [], MAX_TENSORS
-    for role, *runs in table:
-        shapes = {}
-        for run in runs:
-            need(all(type(n) is int and 0 <= n <= MAX_TENSOR_BYTES for n in run), f"impossible run in {role}")
-            first, count, _, *shape = run
-            left -= count
-            need(left >= 0, f"more than {MAX_TENSORS} tensors")
-            shapes.update(dict.fromkeys([role.replace("*", str(first + i)) for i in range(count)], tuple(shape)))
-        roles.append(shapes)
-    return roles
+def lay_out(manifest):  # units in file order
+    check([manifest["tensors"], manifest["rans"]])
+    layout = {(2, label, 0): [(shape,)] for label, shape in enumerate(manifest["rans"])}
+    assemble(manifest, lambda key, *part: layout.setdefault(key, []).append(part))
+    parts = [(key[0] > 2, part[0]) for key in layout for part in layout[key]]
+    size = sum(2 * math.prod(shape) + 256 * sum(shape[:is_matrix]) for is_matrix, shape in parts)
+    need(size <= MAX_BYTES, f"declares {size} bytes")
+    return sorted(layout.items())
 
 
-def merge(parts: list[dict]) -> dict:
-    whole = dict(pair for part in parts for pair in part.items())
-    need(len(whole) == sum(map(len, parts)), "a tensor is listed twice")
-    return whole
+def check(tree):
+    for n in tree:
+        check(n) if type(n) is list else need(type(n) is str or (n >= 0 and n.bit_length() < 28), "bad number")
 
 
-def values(shapes: Shapes) -> int:
-    return sum(map(math.prod, shapes.values()))
+def assemble(manifest, take):
+    """All tensors, of what take(key, shape, *coder settings) gives."""
+    tensors = {}
+    for name, role, table, shape, dtype, *more in manifest["tensors"]:
+        if more:
+            matrix, trellis, *factors = more
+            factors = [(axis, repeat, take((0, axis, form), [n])) for axis, form, repeat, n in factors]
+            if table:
+                take((2, 3, 0), matrix[:1])
+            tensors[name] = take((3, role, dtype), matrix, trellis, table), shape, trellis, factors
+        else:
+            tensors[name] = take((1, 0, dtype), shape)
+    return tensors
 
 
-def inflate(codec: int, stored: memoryview, raw_bytes: int) -> Any:
-    """Decompress a unit to its declared size."""
-    need(codec < 4, f"unknown codec {codec}")
+def dequantize(symbols, shape, trellis, factors):
+    scale, exponent = np.ones((1, 1), "<f4"), np.zeros((1, 1), "<i4")
+    for axis, repeat, values in factors:
+        values = values[None] if axis == 2 else values.repeat(repeat)[: symbols.size].reshape(symbols.shape)
+        if values.dtype == "<f2":
+            scale = scale * values.astype("<f4")
+        else:
+            exponent = exponent + values
+    scale = scale * np.ldexp((2.0 ** (np.arange(8) / 8)).astype("<f4")[exponent & 7], exponent >> 3)
+    points, state = symbols.astype("<i4") << len(trellis[:1]), np.zeros(symbols.shape[1], int)
+    for row in range(len(symbols) if trellis else 0):
+        state *= row % trellis[0] > 0
+        points[row] += state & 1
+        state = next_state(state, symbols[row], *trellis)
+    return (points.astype("<f4") * scale).reshape(shape)
+
+
+def next_state(state, symbol, _, h0, h1):
+    return state >> 1 ^ (state & 1) * h0 ^ (symbol & 1) * h1
+
+
+def rans(data, dtype, parts, arrays):
+    (states,), (classes,), (weights,) = (arrays[2, label, 0] for label in range(3))
+    states = arrays.setdefault("states", states.view("<u4")[:, 0].astype(int))  # they outlast the unit
+    (contexts, entries), weights, half = weights.shape, weights.astype(int), weights.shape[1] // 2
+    need(contexts <= 256, "many contexts")
+    ends = ((weights > 0) * MANTISSAS[weights & 7] << (weights >> 3)).cumsum(1)
+    freqs = np.diff(4096 * ends // ends[:, -1:], axis=1, prepend=0).ravel()
+    starts = np.cumsum(freqs) - freqs & 4095
+    table, n = np.arange(len(freqs)).repeat(freqs), np.arange(128)
+    log = np.searchsorted(MANTISSAS[n & 7] << (n >> 3) >> 8, np.arange(1 << 16), "right")
+    shrink = MANTISSAS[-n & 7] << 8 >> (8 - (64 - n >> 3))
+    words, flat = np.frombuffer(data, "<u2"), []
+    for ((rows, columns), trellis, group), same in groupby(parts):
+        levels = np.array([arrays[2, 3, 0].pop() for _ in same], int)
+        width = len(levels) * columns
+        need(width <= MAX_WIDTH, "wide")
+        out, line, path, means = np.zeros((rows, width), dtype), *np.full((3, width), [[0], [0], [1024]])
+        for row in range(rows):
+            level, odd = levels[:, row].repeat(columns), path & 1
+            context = 2 * classes[group - 1, log[means] + (level & 127)].astype(int) + odd
+            for at in range(0, width, len(states)):
+                here = context[at : at + len(states)]
+                state = states[: len(here)]
+                slot = state & 4095
+                which = table[(here << 12) + slot]
+                state[:] = freqs[which] * (state >> 12) + slot - starts[which]
+                low = np.flatnonzero(state < 1 << 16)
+                state[low] = state[low] << 16 | words[: len(low)]
+                words = words[len(low) :]
+                line[at : at + len(here)] = which - here * entries - half
+            wild = line == -half
+            words, raw = np.split(words, [len(words) - wild.sum()])
+            line[wild] = raw.view("<i2")
+            size = np.minimum(abs(2 * line + odd) * shrink[level & 127], 65535)
+            means += (size - means) >> min(6, (row + 2).bit_length() - 1)
+            out[row] = line + out[row - 1] * (level < 0)
+            if trellis:
+                path = next_state(path, out[row], *trellis) * ((row + 1) % trellis[0] > 0)
+        flat.append(out.reshape(rows, len(levels), columns).swapaxes(0, 1).ravel())
+    return np.concatenate(flat)
+
+
+def inflate(codec, data, size):
     if codec == 0:
-        raw: Any = stored
-    elif codec == 1:
-        raw = inflate_brotli(stored, raw_bytes)
-    else:
-        decoder: Any = zlib.decompressobj(-15) if codec == 3 else lzma.LZMADecompressor(**LZMA)
-        raw = decoder.decompress(stored, raw_bytes + 1)
-        need(decoder.eof and not decoder.unused_data, "a stream and its unit do not end together")
-    need(len(raw) == raw_bytes, f"a unit does not hold its {raw_bytes} bytes")
-    return raw
-
-
-def inflate_brotli(stored: memoryview, raw_bytes: int) -> bytearray:
-    decoder, raw = brotli.Decompressor(), bytearray()
-    for start in range(0, len(stored), PIECE_BYTES):
-        more = decoder.process(bytes(stored[start : start + PIECE_BYTES]), **LIMIT)
-        while more:
-            raw += more
-            need(len(raw) <= raw_bytes, "a unit expands past its declared size")
-            more = decoder.process(b"", **LIMIT)
-    need(decoder.is_finished(), "cut short")
-    return raw
-
-
-def from_planes(planes: np.ndarray) -> np.ndarray:  # (2n,) bytes → (n,) float16
-    return np.ascontiguousarray(planes.reshape(2, -1).T).view("<f2")[:, 0]
-
-
-def cut(flat: np.ndarray, shapes: Shapes) -> Arrays:
-    arrays, at = {}, 0
-    for name, shape in shapes.items():
-        start, at = at, at + math.prod(shape)
-        arrays[name] = flat[start:at].reshape(shape)
-    return arrays
-
-
-def symbols_sha256(symbols: Arrays) -> str:
-    """Hex sha256 in name order, with names and shapes."""
-    digest = hashlib.sha256()
-    for name in sorted(symbols):
-        digest.update(f"{name}\0{symbols[name].shape}\0".encode() + symbols[name].tobytes())
-    return digest.hexdigest()
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python decode.py ARTIFACT")
-    try:
-        artifact = decode(Path(sys.argv[1]).read_bytes())
-    except (OSError, ValueError) as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
-    for name, array in artifact.tensors.items():
-        print(name, array.shape)
-    print(artifact.manifest["symbols_sha256"])
-
-
-if __name__ == "__main__":
-    main()
+        return data
+    if codec == 1:
+        decoder, raw = brotli.Decompressor(), bytearray()
+        for at in range(0, len(data), 16):
+            raw += decoder.process(bytes(data[at : at + 16]))
+            need(len(raw) <= size, "too long")
+        return raw
+    decoder = zlib.decompressobj(-15) if codec == 3 else lzma.LZMADecompressor(lzma.FORMAT_ALONE, 1 << 25)
+    return decoder.decompress(data, size + 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pgolf_post.errors import NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.container import ArtifactFacts
+from pgolf_post.pack.script import local_imports, pack_source, read_script
 
 BUDGET_BYTES = 16_000_000
 SKIPPED_FOLDERS = {"__pycache__"}  # written by Python while it runs, not part of a submission
@@ -35,6 +36,8 @@ class SizeReport:
     artifact: FileBytes
     code: tuple[FileBytes, ...]
     budget_bytes: int
+    wrapped: tuple[FileBytes, ...] = ()  # the code again, every Python file as `pack-code` makes it
+    by_convention: bool = False  # whether the totals count the wrapped code
 
     @property
     def artifact_bytes(self) -> int:
@@ -42,7 +45,17 @@ class SizeReport:
 
     @property
     def code_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.code)
+        return sum(file.num_bytes for file in (self.wrapped if self.by_convention else self.code))
+
+    @property
+    def strict_total_bytes(self) -> int:
+        """The real files as they lie on disk."""
+        return self.artifact_bytes + sum(file.num_bytes for file in self.code)
+
+    @property
+    def convention_total_bytes(self) -> int:
+        """Weights and the code after wrapping."""
+        return self.artifact_bytes + sum(file.num_bytes for file in self.wrapped)
 
     @property
     def total_bytes(self) -> int:
@@ -73,7 +86,7 @@ class RoleBytes:
     role: str
     codec: str
     stored_bytes: int
-    num_weights: int  # for the last two rows: scales, passthrough values
+    num_weights: int  # factors or passthrough values in rows of those; 0 for the manifest and the coder's own
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -81,8 +94,12 @@ class RoleBytes:
         return 8 * self.stored_bytes / self.num_weights if self.num_weights else None
 
 
-def count(artifact: Path, code: Sequence[Path] = (), budget_bytes: int = BUDGET_BYTES) -> SizeReport:
-    """Count one artifact (any file) and the code: files, and all files of folders; a file named twice counts once.
+def count(
+    artifact: Path, code: Sequence[Path] = (), budget_bytes: int = BUDGET_BYTES, by_convention: bool = False
+) -> SizeReport:
+    """Count one artifact (any file) and the code: files, all files of folders, and what files import beside them.
+
+    A file named twice counts once. With `by_convention` the report's totals count the code as `pack-code` makes it.
 
     Raises NotFoundError for anything that is not there, SettingsError for a negative budget.
     """
@@ -96,7 +113,19 @@ def count(artifact: Path, code: Sequence[Path] = (), budget_bytes: int = BUDGET_
         if _identity(path) not in counted:
             counted.add(_identity(path))
             files.append(FileBytes(path, path.stat().st_size))
-    return SizeReport(FileBytes(artifact, artifact.stat().st_size), tuple(files), budget_bytes)
+    size, wrapped = FileBytes(artifact, artifact.stat().st_size), tuple(map(_wrap, files))
+    return SizeReport(size, tuple(files), budget_bytes, wrapped, by_convention)
+
+
+def _wrap(file: FileBytes) -> FileBytes:
+    """A Python file as the convention counts it, if that is smaller; any other file as it is."""
+    if file.path.suffix != ".py" or file.num_bytes == 0:
+        return file
+    try:
+        packed = len(pack_source(read_script(file.path)).data)
+    except SettingsError:  # not Python, whatever its name: it is counted as it lies there
+        return file
+    return FileBytes(file.path, min(packed, file.num_bytes))
 
 
 def _identity(path: Path) -> str:
@@ -110,8 +139,18 @@ def _code_files(code: Iterable[Path]) -> Iterator[Path]:
             yield from _files_below(path)
         elif path.is_file():
             yield path
+            yield from _imports(path)
         else:
             raise NotFoundError(f"no such code file: {path}; a missing file is never counted as 0 bytes")
+
+
+def _imports(path: Path) -> list[Path]:
+    if path.suffix != ".py":
+        return []
+    try:
+        return local_imports(path)
+    except SettingsError:  # not text: nothing to follow
+        return []
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -134,8 +173,5 @@ def _refuse(error: OSError) -> None:
 
 
 def role_table(facts: ArtifactFacts) -> list[RoleBytes]:
-    """Stored bytes per role of one of our artifacts (`container.read_facts`), in file order."""
-    names = {"manifest": "(manifest)", "scales": "(row scales)", "passthrough": "(passthrough)"}
-    return [
-        RoleBytes(unit.role or names[unit.kind], unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units
-    ]
+    """Stored bytes per unit of one of our artifacts (`container.read_facts`), in file order."""
+    return [RoleBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]

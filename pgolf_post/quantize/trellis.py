@@ -1,9 +1,9 @@
 """Trellis-coded quantization: the same bits per weight, a finer grid.
 
 Rows of a column are visited in order, and a small state machine says which half of the union grid the next weight may
-use: a symbol m means the grid point n = 2m + z0, z0 being the state's first bit, and the branch bit m mod 2 moves the
-state on. An encoder that searches the paths (Viterbi) gains 0.17 to 0.22 bit per weight over a scalar grid of the same
-rate (Marcellin & Fischer 1990; entropy-coded, with Ungerboeck's codes). The state restarts at 0 in every lane of
+use: a symbol m means the grid point n = 2m + z0, where z0 is the state's first bit, and the branch bit m mod 2 moves
+the state on. An encoder that searches the paths (Viterbi) gains 0.17 to 0.22 bit per weight over a scalar grid of the
+same rate (Marcellin & Fischer 1990; entropy-coded, with Ungerboeck's codes). The state restarts at 0 in every lane of
 `lane_rows` rows, so that lanes can be searched side by side.
 
 States are ν-bit registers in observer form, r1 the lowest bit: z0 = r1, and with z1 the branch bit

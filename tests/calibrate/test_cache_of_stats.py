@@ -14,7 +14,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
 from pgolf_post.families import get_family, load_module
 from pgolf_post.pack.container import read_artifact
-from pgolf_post.plan import QuantizeSettings
+from pgolf_post.plan import read_plan
 from pgolf_post.requant import requant
 from tests.calibrate.conftest import SETTINGS
 
@@ -142,7 +142,7 @@ def views(pico_checkpoint: Checkpoint) -> tuple[View, View]:
 def test_statistics_of_other_weights_are_refused(views: tuple[View, View], pico_data: DataFolder) -> None:
     stats = calibrate(views[0], pico_data, SETTINGS)
     with pytest.raises(MismatchError, match="are of weights") as refused:
-        requant(views[1], stats, QuantizeSettings())
+        requant(views[1], stats, read_plan("sdclip-1394"))
     assert refused.value.hint is not None
     assert "--allow-stale" in refused.value.hint
 
@@ -161,10 +161,10 @@ def test_statistics_let_in_are_probed_and_recorded_in_what_is_made_from_them(
     probe = stats.stale["probe"]
     assert set(probe) == set(own.hessians)
     assert any(row["distance"] > 1e-6 for row in probe.values())
-    artifact = requant(views[1], stats, QuantizeSettings())
+    artifact = requant(views[1], stats, read_plan("sdclip-1394"))
     assert artifact.meta["stale"] == stats.stale
     assert read_artifact(artifact.path).manifest["lineage"]["stale_view_id"] == views[0].id[:12]
-    assert "stale" not in requant(views[0], own, QuantizeSettings()).meta
+    assert "stale" not in requant(views[0], own, read_plan("sdclip-1394")).meta
 
 
 def test_a_probe_on_the_same_weights_and_text_finds_no_difference(

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 import pgolf_post.cli
 from pgolf_post.cli.size import command
 from pgolf_post.errors import DamagedFileError, NotFoundError, OverBudgetError, SettingsError
-from pgolf_post.pack.container import pack, read_facts, write_artifact
+from pgolf_post.pack.container import PackSettings, pack, read_facts, write_artifact
 from pgolf_post.pack.size import count, role_table
-from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 
 
 def file_of(path: Path, num_bytes: int) -> Path:
@@ -31,14 +31,17 @@ def sample_model() -> QuantizedModel:
     rng = np.random.default_rng(0)
     names = [f"blocks.{i}.mlp.fc.weight" for i in range(2)] + ["tok_emb.weight"]
     symbols = {name: rng.integers(-7, 8, (6, 10)).astype(np.int8) for name in names}
-    quantized = {name: QuantizedTensor(name, array, np.ones(6, np.float16), 4) for name, array in symbols.items()}
+    quantized = {
+        name: QuantizedTensor(name, array, (Factor("row", np.ones(6, np.float16)),), (6, 10))
+        for name, array in symbols.items()
+    }
     return QuantizedModel({}, {}, quantized, {"gain": np.ones(3, np.float16)})
 
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     path = tmp_path / "derived" / "artifact.pgolf"
-    write_artifact(path, pack(sample_model()))
+    write_artifact(path, pack(sample_model(), PackSettings(codec="brotli")))
     return path
 
 
@@ -94,12 +97,12 @@ def test_a_missing_artifact_or_negative_budget_is_an_error(tmp_path: Path) -> No
 
 def test_role_rows_add_up_to_the_artifact(ours: Path) -> None:
     rows = role_table(read_facts(ours))
-    roles = ["(manifest)", "blocks.*.mlp.fc.weight", "tok_emb.weight", "(row scales)", "(passthrough)"]
+    roles = ["manifest", "row factors, float16", "passthrough, float16", "blocks.*.mlp.fc.weight", "tok_emb.weight"]
     assert [row.role for row in rows] == roles
-    assert [row.num_weights for row in rows] == [0, 120, 60, 18, 3]
+    assert [row.num_weights for row in rows] == [0, 18, 3, 120, 60]
     assert sum(row.stored_bytes for row in rows) == ours.stat().st_size
     assert rows[0].bits_per_weight is None
-    assert rows[1].bits_per_weight == 8 * rows[1].stored_bytes / 120
+    assert rows[3].bits_per_weight == 8 * rows[3].stored_bytes / 120
 
 
 def test_size_of_our_artifact_in_its_folder(ours: Path, tmp_path: Path) -> None:
@@ -112,6 +115,8 @@ def test_size_of_our_artifact_in_its_folder(ours: Path, tmp_path: Path) -> None:
         "artifact_bytes": artifact_bytes,
         "code_bytes": 12_345,
         "total_bytes": artifact_bytes + 12_345,
+        "strict_total_bytes": artifact_bytes + 12_345,
+        "convention_total_bytes": artifact_bytes + 12_345,
         "budget_bytes": 16_000_000,
         "headroom_bytes": 16_000_000 - 12_345 - artifact_bytes,
         "symbols_sha256": sample_model().symbols_sha256(),

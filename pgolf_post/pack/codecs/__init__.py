@@ -1,8 +1,8 @@
 """Codecs: bytes in, fewer bytes out. One file and one row of `CODECS` each.
 
 Only compression lives here. Decompression lives once, in `pack/decode.py`, which ships with a submission and therefore
-imports nothing from this package; a codec's `id` is its branch in `decode.inflate`. Ids are written into artifacts:
-they are never reused or renumbered.
+imports nothing from this package; a codec's `id` is its branch there. Ids are written into artifacts: they are never
+reused or renumbered. Symbols have a codec of their own, `rans` (pack/rans.py), which needs to know what they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.pack.codecs import brotli, lzma, none, zlib
 
 BEST = "best"  # every codec is tried on every unit, the smallest stream is kept
+RANS, RANS_ID = "rans", 4  # symbols by rANS, everything else by the best of the codecs below
 
 
 class Codec(NamedTuple):
@@ -30,18 +31,20 @@ CODECS: dict[str, Codec] = {
     "lzma": Codec(2, lzma.compress),
     "zlib": Codec(3, zlib.compress),
 }
+CHOICES = (*CODECS, RANS, BEST)
 
 
 def check_codec(name: str) -> str:
     """Return `name` if it names a codec or is "best". Raises SettingsError naming the valid ones."""
-    if name not in CODECS and name != BEST:
-        raise SettingsError(f"unknown codec {name!r}; valid codecs: {', '.join(CODECS)}, {BEST}")
+    if name not in CHOICES:
+        raise SettingsError(f"unknown codec {name!r}; valid codecs: {', '.join(CHOICES)}")
     return name
 
 
 def compress(raw: bytes, name: str) -> tuple[int, bytes]:
     """(codec id, stream) of `raw`. Of equally small streams "best" keeps the lowest id. Raises SettingsError."""
-    check_codec(name)
+    if name not in CODECS and name != BEST:
+        raise SettingsError(f"codec {name!r} does not take plain bytes; those that do: {', '.join(CODECS)}, {BEST}")
     tried = CODECS.values() if name == BEST else [CODECS[name]]
     streams = [(codec.id, codec.compress(raw)) for codec in tried]
     return min(streams, key=lambda stream: (len(stream[1]), stream[0]))
@@ -49,7 +52,7 @@ def compress(raw: bytes, name: str) -> tuple[int, bytes]:
 
 def codec_name(codec_id: int) -> str:
     """The name of a codec id found in a file. Raises SettingsError for an id that no codec has."""
-    for name, codec in CODECS.items():
-        if codec.id == codec_id:
-            return name
-    raise SettingsError(f"unknown codec id {codec_id}; valid ids: {', '.join(str(c.id) for c in CODECS.values())}")
+    known = {codec.id: name for name, codec in CODECS.items()} | {RANS_ID: RANS}
+    if codec_id not in known:
+        raise SettingsError(f"unknown codec id {codec_id}; valid ids: {', '.join(map(str, known))}")
+    return known[codec_id]

@@ -1,0 +1,64 @@
+"""`pgolf-post pack-code train_gpt.py`: the self-extracting file that the convention counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pgolf_post.cli.common import json_option
+from pgolf_post.progress import print_json, print_table, say
+
+
+@click.command("pack-code")
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: SCRIPT's name with .packed.py]")
+@click.option(
+    "--beside",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A file the script reads; repeatable. Runs both forms.",
+)
+@json_option
+def command(
+    script: Path, arguments: tuple[str, ...], out: Path | None, beside: tuple[Path, ...], as_json: bool
+) -> None:
+    """Minify and compress SCRIPT into a file that unpacks itself, and count that file.
+
+    \b
+    pgolf-post pack-code train_gpt.py
+    pgolf-post pack-code train_gpt.py --beside artifact.pgolf --beside tokens.bin -- artifact.pgolf tokens.bin
+
+    With --beside, script and packed script are run with ARGUMENTS, each in an empty folder beside those files, and must
+    print the same: exit code 4 if not.
+    """
+    from pgolf_post.errors import NotFoundError
+    from pgolf_post.pack.script import MINIFIER_MISSING, check_same_output, local_imports, pack_source, read_script
+    from pgolf_post.storage import atomic_file
+
+    source = read_script(script)
+    packed = pack_source(source)
+    for path in beside:
+        if not path.is_file():
+            raise NotFoundError(f"no such file: {path}")
+    output = check_same_output(source, packed.data, beside, arguments) if beside else None
+    out = out or script.with_suffix(".packed.py")
+    with atomic_file(out) as temporary:
+        temporary.write_bytes(packed.data)
+    rows = [(str(script), f"{len(source.encode()):,}"), (f"{out}  ({packed.codec})", f"{len(packed.data):,}")]
+    print_table("Code", ("file", "bytes"), rows)
+    if not packed.minified:
+        say(MINIFIER_MISSING)
+    for path in local_imports(script):
+        say(f"{script} imports {path}, which is part of the submission and not in the packed file")
+    if output is not None:
+        say(f"run in an empty folder: both print {output.strip()[:200]!r}")
+    if as_json:
+        answer = {
+            "script": str(script),
+            "out": str(out),
+            "source_bytes": len(source.encode()),
+            "minified": packed.minified,
+        }
+        print_json({**answer, "code_bytes": len(packed.data), "codec": packed.codec, "checked": output is not None})

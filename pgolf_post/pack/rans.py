@@ -1,0 +1,126 @@
+"""rANS: symbols → words of 16 bits, as close to their contexts' entropy as the frequency tables say.
+
+Range asymmetric numeral systems (Duda, arXiv 1311.2540), interleaved: each lane has a 32-bit state x ≥ 2^16. Coding a
+symbol of frequency f, starting at s in its table of 4,096, turns x into 4096·⌊x/f⌋ + x mod f + s, after moving x's low
+16 bits out while x ≥ f·2^20. The decoder undoes it from the last symbol to the first, so the encoder walks backwards
+and the decoder forwards. A row of a block is coded in vectors of at most `lanes` symbols, one per lane; states last
+over all units of an artifact, so that they are stored once, and cost 3 bytes a lane beyond their information.
+
+A unit is its words in the order read, then escaped symbols as int16, the first row's last. What a symbol's context is
+decides `contexts.py`; the decoder is in `decode.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgolf_post.pack import contexts
+from pgolf_post.pack.contexts import Block, Model
+
+LOW = 1 << 16  # states stay in [LOW, 2^32)
+SYMBOLS_PER_LANE_LOG2 = 14  # 3 bytes per lane are then 0.04 % of 3.5 bits per symbol
+MAX_LANES = 4096
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Units of symbols as rANS stores them."""
+
+    streams: tuple[bytes, ...]  # one per role
+    model: Model
+    states: np.ndarray  # (lanes,) uint32, before the first symbol is read
+    scales: tuple[np.ndarray, ...]  # per role: (rows of all its tensors,) uint8
+
+    @property
+    def unit_bits(self) -> list[float]:
+        """Per role: expected bits of its symbols and row scales; shared tables and states are not counted."""
+        scale_bits = [len(scales) * contexts.entropy(np.bincount(scales)) for scales in self.scales]
+        return [bits + side for bits, side in zip(self.model.coded_bits, scale_bits, strict=True)]
+
+
+def lane_count(num_symbols: int) -> int:
+    """A power of two, so that the states cost about 0.04 % of the symbols."""
+    wanted = round(np.log2(max(1, num_symbols) / (1 << SYMBOLS_PER_LANE_LOG2)))
+    return int(min(max(2 ** max(wanted, 2), 4), MAX_LANES))
+
+
+def fit(roles: Sequence[Sequence[Block]]) -> tuple[list[list[Block]], Model]:
+    """Blocks with the scales that `encode` would use, its contexts and tables, and what symbols cost by them."""
+    scaled, _, model = _walk(roles)
+    return scaled, model
+
+
+def _walk(
+    roles: Sequence[Sequence[Block]],
+) -> tuple[list[list[Block]], list[list[tuple[np.ndarray, np.ndarray]]], Model]:
+    """Blocks with their scales, every symbol's level and trellis bit, and the model fitted to them."""
+    scaled = [contexts.with_scales(blocks) for blocks in roles]
+    walked = [[contexts.levels_of(block) for block in blocks] for blocks in scaled]
+    histograms = [contexts.histogram_of(*both) for both in zip(scaled, walked, strict=True)]
+    return scaled, walked, contexts.fit(histograms)
+
+
+def encode(roles: Sequence[Sequence[Block]]) -> Coded:
+    """Choose scales, contexts and tables for all roles, then code them."""
+    scaled, walked, model = _walk(roles)
+    states = np.full(lane_count(sum(block.num_symbols for blocks in roles for block in blocks)), LOW, np.int64)
+    coder = Coder(contexts.frequencies(model.weights), states)
+    streams = [
+        coder.encode_role(blocks, walks, model.classes[group])
+        for blocks, walks, group in reversed(list(zip(scaled, walked, model.group_of, strict=True)))
+    ]
+    scales = tuple(np.concatenate([block.scales.ravel() for block in blocks]) for blocks in scaled)
+    return Coded(tuple(reversed(streams)), model, states.astype(np.uint32), scales)
+
+
+class Coder:
+    """The encoder's side of `decode.Rans`: roles, rows and vectors come in backwards."""
+
+    def __init__(self, freqs: np.ndarray, states: np.ndarray) -> None:
+        self.width = freqs.shape[1]
+        self.freqs, self.starts = freqs.ravel(), (freqs.cumsum(axis=1) - freqs).ravel()
+        self.states = states  # (lanes,) int64, changed in place
+
+    def encode_role(
+        self,
+        blocks: Sequence[Block],
+        walks: Sequence[tuple[np.ndarray, np.ndarray]],
+        classes: np.ndarray,  # (LEVELS,)
+    ) -> bytes:
+        """One unit."""
+        words: list[np.ndarray] = []
+        escaped: list[np.ndarray] = []
+        for block, (levels, odds) in reversed(list(zip(blocks, walks, strict=True))):
+            for row in reversed(range(len(levels))):
+                contexts_of_row = 2 * classes[levels[row]].astype(np.int64) + odds[row]
+                self._encode_row(block.residuals[row], contexts_of_row, words, escaped)
+        parts = [part.astype("<u2") for part in reversed(words)] + [part.astype("<i2").view("<u2") for part in escaped]
+        return b"".join(part.tobytes() for part in parts)
+
+    def _encode_row(
+        self, symbols: np.ndarray, row_contexts: np.ndarray, words: list[np.ndarray], escaped: list[np.ndarray]
+    ) -> None:
+        entries = symbols.astype(np.int64) + self.width // 2
+        entries[(entries < 1) | (entries >= self.width)] = 0
+        which = row_contexts * self.width + entries
+        wild = self.freqs[which] == 0
+        which[wild] = row_contexts[wild] * self.width
+        wild |= entries == 0
+        freqs, starts = self.freqs[which], self.starts[which]
+        if wild.any():
+            escaped.append(symbols[wild])
+        lanes = len(self.states)
+        for at in reversed(range(0, len(symbols), lanes)):
+            self._push(freqs[at : at + lanes], starts[at : at + lanes], words)
+
+    def _push(self, freqs: np.ndarray, starts: np.ndarray, words: list[np.ndarray]) -> None:
+        """Code one symbol in each of the first lanes. float64 gives ⌊x/f⌋ exactly: x < 2^32, f ≤ 2^12."""
+        state = self.states[: len(freqs)]
+        full = np.flatnonzero(state >= freqs << 20)
+        words.append(state[full] & 0xFFFF)
+        state[full] >>= 16
+        quotient = (state / freqs).astype(np.int64)
+        state += quotient * (contexts.TOTAL - freqs) + starts

@@ -1,0 +1,167 @@
+"""The entropy coder: as small as its contexts' entropy, never wrong, and no worse where there is nothing to gain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pgolf_post.cli.compress import command
+from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.pack import codecs, compare, contexts, rans
+from pgolf_post.pack.codecs import lrzip, zstd
+from pgolf_post.pack.container import PackSettings, pack, unpack, write_artifact
+from pgolf_post.pack.predict import predict_bytes
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.trellis import Trellis, first_bits
+
+
+def gaussian_model(row_spread: float, column_spread: float, blocks: int = 2, seed: int = 0) -> QuantizedModel:
+    """Two roles of Gaussian symbols whose deviation varies log-normally over rows and columns."""
+    rng = np.random.default_rng(seed)
+    quantized = {}
+    for name in [f"blocks.{i}.{part}.weight" for i in range(blocks) for part in ("mlp.fc", "attn.q")]:
+        rows, columns = (512, 256) if "fc" in name else (256, 256)
+        deviation = 3 * np.exp(rng.normal(0, row_spread, (rows, 1)) + rng.normal(0, column_spread, columns))
+        symbols = np.clip(np.rint(rng.normal(0, 1, (rows, columns)) * deviation), -127, 127).astype(np.int8)
+        factor = Factor("row", rng.integers(-40, -20, rows).astype(np.int8))
+        quantized[name] = QuantizedTensor(name, symbols, (factor,), symbols.shape)
+    return QuantizedModel({}, {}, quantized, {"gain": np.ones(3, np.float16)})
+
+
+def order0_bytes(model: QuantizedModel) -> float:
+    symbols = np.concatenate([tensor.symbols.ravel() for tensor in model.quantized.values()])
+    return contexts.entropy(np.unique(symbols, return_counts=True)[1]) * symbols.size / 8
+
+
+@pytest.mark.parametrize(("row_spread", "column_spread"), [(0, 0), (0, 0.3), (0.5, 0), (0.4, 0.4)])
+def test_the_stream_is_as_long_as_the_entropy_of_its_contexts(row_spread: float, column_spread: float) -> None:
+    model = gaussian_model(row_spread, column_spread)
+    found = compare.compare(model, ["rans", "brotli"])
+    ours, theirs = found.rows
+    assert found.context_bytes <= ours.symbol_bytes < 1.015 * found.context_bytes  # 400K weights: tables weigh more
+    assert ours.artifact_bytes < theirs.artifact_bytes
+
+
+def test_row_and_column_scales_are_worth_more_than_three_percent() -> None:
+    model = gaussian_model(0.35, 0.35)
+    assert len(pack(model)) <= 0.97 * order0_bytes(model)
+
+
+def test_equal_rows_cost_no_side_information() -> None:
+    model = gaussian_model(0, 0.2)
+    blocks = [contexts.make_block([t.symbols], None) for t in model.quantized.values()]
+    scaled, _ = rans.fit([blocks])
+    assert len({int(scale) for block in scaled[0] for scale in block.scales.ravel()}) == 1
+
+
+def test_rows_that_nearly_repeat_are_coded_as_differences() -> None:
+    rng = np.random.default_rng(0)
+    symbols = rng.integers(-9, 10, (64, 256)).astype(np.int8)
+    symbols[20:40] = symbols[19] + rng.integers(0, 2, (20, 256))
+    block = contexts.with_residuals(contexts.make_block([symbols], None))
+    assert np.flatnonzero(block.scales[0] & contexts.DIFFERENCE).tolist() == list(range(20, 40))
+    model = QuantizedModel({}, {}, {"w": QuantizedTensor("w", symbols, (), symbols.shape)}, {})
+    assert np.array_equal(unpack(pack(model)).symbols["w"], symbols)
+
+
+def test_the_trellis_bit_is_a_context() -> None:
+    """Symbols of odd states are centred on -1/2: knowing the bit must save what the mixture loses."""
+    rng, trellis = np.random.default_rng(0), Trellis(8, 64)
+    symbols = np.zeros((256, 256), np.int8)
+    for row in range(256):
+        bits = first_bits(symbols[: row + 1], trellis)[row]
+        symbols[row] = np.rint((rng.normal(0, 3, 256) - bits) / 2)
+    tensors = [QuantizedTensor("w", symbols, (), symbols.shape, kind) for kind in (trellis, None)]
+    with_bit, without = (len(pack(QuantizedModel({}, {}, {"w": tensor}, {}))) for tensor in tensors)
+    assert with_bit < 0.995 * without
+
+
+def test_levels_and_bits_are_what_the_decoder_recomputes() -> None:
+    symbols = np.random.default_rng(0).integers(-3, 4, (70, 6)).astype(np.int8)
+    trellis = Trellis(16, 32)
+    _, odds = contexts.levels_of(contexts.make_block([symbols], trellis))
+    assert np.array_equal(odds, first_bits(symbols, trellis))
+
+
+def test_stored_tables_give_every_occurring_symbol_a_frequency() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 2, (40, contexts.ENTRIES)) * rng.integers(1, 10**6, (40, contexts.ENTRIES))
+    counts[:, 0] = 0
+    freqs = contexts.frequencies(contexts.weights_of(counts))
+    assert (freqs.sum(axis=1) == contexts.TOTAL).all()
+    assert ((freqs > 0).sum(axis=1) > 50).all()
+
+
+@pytest.mark.parametrize(
+    ("num_symbols", "lanes"), [(0, 4), (10**5, 8), (4_600_000, 256), (36_000_000, 2048), (10**9, 4096)]
+)
+def test_lanes_cost_little(num_symbols: int, lanes: int) -> None:
+    assert rans.lane_count(num_symbols) == lanes
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_prediction_is_within_a_third_of_a_percent(spread: float) -> None:
+    model = gaussian_model(spread, spread, blocks=4)
+    assert predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
+
+
+# the comparison
+
+
+def test_every_codec_has_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gaussian_model(0, 0.2, blocks=1)
+    found = compare.compare(model, ["all"])
+    assert {row.codec for row in found.rows} | set(found.missing) == set(compare.ALL)
+    sizes = {row.codec: row.artifact_bytes for row in found.rows if row.ships}
+    assert sizes["best"] == min(sizes.values())
+    assert all(row.artifact_bytes > row.symbol_bytes >= sum(row.role_bytes.values()) for row in found.rows)
+    monkeypatch.setattr(lrzip, "PROGRAM", "no-such-program")
+    assert compare.compare(model, ["lrzip"]).missing == {
+        "lrzip": "the program lrzip is not installed (apt-get install lrzip)"
+    }
+    with pytest.raises(NotFoundError, match="no-such-program is not installed"):
+        lrzip.compress(b"abc")
+
+
+@pytest.mark.skipif(not lrzip.is_installed(), reason="lrzip is a package of its own")
+def test_lrzip_there_and_back() -> None:
+    raw = np.random.default_rng(0).integers(-5, 6, 5000).astype(np.int8).tobytes()
+    assert lrzip.decompress(lrzip.compress(raw)) == raw
+
+
+def test_zstd_there_and_back() -> None:
+    raw = np.random.default_rng(0).integers(-5, 6, 50_000).astype(np.int8).tobytes()
+    for dictionary in (b"", zstd.train([raw] * 20)):
+        assert zstd.decompress(zstd.compress(raw, dictionary), dictionary) == raw
+
+
+def test_yardsticks_are_never_in_an_artifact() -> None:
+    for name in compare.YARDSTICKS:
+        assert name not in codecs.CHOICES
+        with pytest.raises(ValueError, match="unknown codec"):
+            PackSettings(codec=name)
+    with pytest.raises(SettingsError, match="unknown codec zip; valid codecs: all, none, brotli"):
+        compare.check_names(["rans", "zip"])
+
+
+def test_similar_rows_are_neighbours() -> None:
+    base = np.random.default_rng(0).integers(-50, 51, (2, 30))
+    rows = np.array([base[0], base[1], base[0] + 1, base[1] + 1, base[0] + 2])
+    assert compare.similarity_order(rows).tolist() == [0, 2, 4, 3, 1]
+
+
+def test_the_command_leaves_the_artifact_alone(tmp_path: Path) -> None:
+    path = tmp_path / "artifact.pgolf"
+    write_artifact(path, pack(gaussian_model(0, 0.2, blocks=1)))
+    before = path.read_bytes()
+    result = CliRunner().invoke(command, [str(tmp_path), "--codecs", "rans,zlib,zstd", "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert [(row["codec"], row["ships"]) for row in answer["rows"]] == [("rans", True), ("zlib", True), ("zstd", False)]
+    assert answer["rows"][0]["artifact_bytes"] == len(before)
+    assert path.read_bytes() == before
+    assert "in rANS' contexts" in result.stderr
