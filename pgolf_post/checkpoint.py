@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
+from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.families import build_module, check_finite, check_tensors, get_family
 from pgolf_post.settings import canonical_json
 from pgolf_post.storage import atomic_folder, atomic_symlink, read_json, write_json
@@ -110,15 +110,21 @@ class Checkpoint:
         path = self.path / VIEW_FILES[name]
         tensors = read_tensors(path)
         check_tensors(build_module(self.config), tensors, str(path))
-        recorded, found = self.view_id(name), view_id(tensors, self.config)
+        found = view_id(tensors, self.config)
+        self.require_id(name, found)
+        for tensor_name, tensor in tensors.items():
+            check_finite(tensor_name, tensor, str(path))
+        return View(self, name, found, tensors)
+
+    def require_id(self, name: ViewName, found: str) -> None:
+        """Raise DamagedFileError if a view's tensors and config do not hash to the recorded id."""
+        recorded = self.view_id(name)
         if recorded != found:
+            path = self.path / VIEW_FILES[name]
             raise DamagedFileError(
                 f"{path} or its config.json changed after saving: recorded id {recorded[:12]}, found {found[:12]}",
                 hint="use another checkpoint of the run: pgolf-post checkpoint list",
             )
-        for tensor_name, tensor in tensors.items():
-            check_finite(tensor_name, tensor, str(path))
-        return View(self, name, found, tensors)
 
     def derived(self, stage: str, derived_id: str) -> Path:
         """Where a stage's result with this id lives."""
@@ -148,17 +154,27 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
-            digest.update(flat.view(torch.uint8).numpy().data)
+        update_digest(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def update_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    """One more tensor of `tensors_sha256`; feed them in name order."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+    if tensor.numel():
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     """sha256(tensors ‖ config): the id that everything derived from a view starts from."""
-    return hashlib.sha256(tensors_sha256(tensors).encode() + canonical_json(config)).hexdigest()
+    return view_id_of(tensors_sha256(tensors), config)
+
+
+def view_id_of(tensors_digest: str, config: Mapping[str, Any]) -> str:
+    """The id of a view from its tensors' hex sha256."""
+    return hashlib.sha256(tensors_digest.encode() + canonical_json(config)).hexdigest()
 
 
 def save_checkpoint(
@@ -218,24 +234,26 @@ def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
 
 
 def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The training checkpoints beside this one (same run), in step order, itself included."""
+    """The checkpoints of a training run beside this one, its own or imported, in step order, itself included."""
     siblings = []
     for meta_path in checkpoint.path.parent.glob("step_*/meta.json"):
         sibling = Checkpoint.open(meta_path.parent)
-        if sibling.meta.get("kind") == "raw":
+        if sibling.meta.get("kind") in ("raw", "imported"):
             siblings.append(sibling)
     return sorted(siblings, key=lambda sibling: int(sibling.meta["step"]))
 
 
-def require_same_config(checkpoints: list[Checkpoint]) -> None:
-    """Raise MismatchError naming every config key in which the checkpoints differ from the last one."""
-    reference = _flatten(complete_config(checkpoints[-1].config))
-    for other in checkpoints[:-1]:
-        flat = _flatten(complete_config(other.config))
-        keys = [key for key in sorted(reference.keys() | flat.keys()) if reference.get(key) != flat.get(key)]
-        if keys:
-            differences = ", ".join(f"{key}: {flat.get(key)!r} / {reference.get(key)!r}" for key in keys)
-            raise MismatchError(f"{other.path.name} and {checkpoints[-1].path.name} differ in config: {differences}")
+def config_differences(checkpoints: Sequence[Checkpoint]) -> dict[str, dict[str, Any]]:
+    """Dotted config keys in which the checkpoints are not all alike → each folder's value."""
+    flats = {str(c.path): flat_config(c.config) for c in checkpoints}
+    keys = sorted({key for flat in flats.values() for key in flat})
+    values = {key: {path: flat.get(key) for path, flat in flats.items()} for key in keys}
+    return {key: named for key, named in values.items() if any(v != next(iter(named.values())) for v in named.values())}
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A complete config by dotted key."""
+    return _flatten(complete_config(config))
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:

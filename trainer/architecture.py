@@ -69,6 +69,9 @@ class ArchitectureSettings(Settings):
     )
     lane_output: LaneOutput = "mean"
     isolate_documents: bool = Field(False, description="attention stays within a document, each opened by BOS")
+    document_cut: int | None = Field(
+        None, ge=2, description="isolated documents are cut into pieces of so many tokens that do not see each other"
+    )
     value_residual: bool = Field(False, description="mix each attention's values with those of the first visit")
     value_embed_layers: tuple[int, ...] = Field((), description="layers whose values get a token embedding, ascending")
     value_embed_dim: int = Field(0, ge=0, description="width of the value embedding's table")
@@ -138,6 +141,12 @@ class ArchitectureSettings(Settings):
             raise ValueError(f"value_embed_layers must ascend without repeats, got {list(self.value_embed_layers)}")
         if bool(self.value_embed_layers) != bool(self.value_embed_dim):
             raise ValueError("value_embed_layers and value_embed_dim go together: set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_consistent(self) -> ArchitectureSettings:
+        if self.document_cut is not None and not self.isolate_documents:
+            raise ValueError("document_cut does nothing without isolate_documents = true")
         return self
 
     @property

@@ -80,5 +80,6 @@ class Recipe(Settings):
     checkpoint: CheckpointSettings
 
     def model_config_for(self, vocab_size: int) -> ModelConfig:
-        """The architecture, completed by what the data decides."""
-        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=self.data.seq_len)
+        """The architecture, completed by what the data decides: what attention sees at most is a training length."""
+        train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
+        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=train_seq_len)

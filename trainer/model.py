@@ -46,6 +46,19 @@ def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) ->
     return F.leaky_relu(x, leaky_slope if activation == "leaky_relu2" else 0.0).square()
 
 
+def document_pieces(
+    tokens: Tensor,  # (batch, seq_len)
+    cut: int | None,  # tokens in a piece at most; None = whole documents
+) -> Tensor:  # (batch, seq_len) int64
+    """A number for each document, or each piece of one; a window opens a document, with or without its BOS."""
+    starts = tokens == BOS_ID
+    if cut is not None:
+        position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        start = torch.where(starts, position, 0).cummax(1).values
+        starts = starts | ((position - start) % cut == 0)
+    return starts.cumsum(1)
+
+
 class MLP(nn.Module):
     """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
 
@@ -178,8 +191,9 @@ class GolfGPT(nn.Module):
         config = self.config
         dims = config.rope_dims or config.model_dim // config.num_heads
         base = config.rope_base
-        if config.rope_ntk and seq_len > config.train_seq_len:
-            base *= (seq_len / config.train_seq_len) ** (dims / (dims - 2))
+        longest = min(seq_len, config.document_cut or seq_len)  # what attention can see
+        if config.rope_ntk and longest > config.train_seq_len:
+            base *= (longest / config.train_seq_len) ** (dims / (dims - 2))
         return rotary_angles(seq_len, dims, base, device, at_least_float32(self.tok_emb.weight.dtype))
 
     def _skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
@@ -242,7 +256,7 @@ class GolfGPT(nn.Module):
         """The head's input: final hidden states after the last norm (and head_proj)."""
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
         if document is None and self.config.isolate_documents:
-            document = (tokens == BOS_ID).cumsum(1)
+            document = document_pieces(tokens, self.config.document_cut)
         context = Context(*self._rotary(tokens.size(1), tokens.device), document, value_embeddings)
         recurrence = self._recurrence()
         x = x0 = self._embed(tokens)

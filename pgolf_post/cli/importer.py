@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pgolf_post.settings import apply_override, read_toml
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One hyperparameter; repeatable.")
 @click.option("--active-loops", type=click.IntRange(min=0), help="Runtime loops when it was saved.  [default: all]")
+@click.option("--phase", default="imported", show_default=True, help="Its moment of the run: warmdown_start, final …")
 @click.option("--metric-tokens", type=click.IntRange(min=2), default=65536, show_default=True)
 @json_option
 def command(
@@ -35,36 +37,48 @@ def command(
     log_path: Path | None,
     overrides: tuple[str, ...],
     active_loops: int | None,
+    phase: str,
     metric_tokens: int,
     as_json: bool,
 ) -> None:
     """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or an int8 .ptz.
 
     Shapes are believed; what they do not say comes from --config, --log and --set (later ones win), in our names or the
-    public scripts'. What is still missing is asked for by name.
+    public scripts'; a key of neither is refused. What is still missing is asked for by name.
 
     \b
     pgolf-post import final_model.pt --log train.log --data data/sp1024 --name pr1855
+    pgolf-post import ckpt_step652.pt --config run.toml --data data/sp1024 --name mine --phase warmdown_start
+
+    Several checkpoints of one run imported under one --name can be averaged: pgolf-post swa-blend.
     """
     from pgolf_post.data import DataFolder
-    from pgolf_post.importers.foreign_config import read_log
+    from pgolf_post.errors import SettingsError
+    from pgolf_post.importers.foreign_config import read_log, require_known, split_log
     from pgolf_post.importers.run import import_file
 
     started = time.perf_counter()
-    given: dict[str, Any] = {
-        **(read_log(log_path) if log_path else {}),
-        **(read_toml(config_path) if config_path else {}),
-    }
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+]*", phase):
+        raise SettingsError(f"--phase {phase!r}: letters, digits, '.', '_' and '+' only")
+    given: dict[str, Any] = {}
+    if log_path:
+        given, other = split_log(read_log(log_path))
+        say(f"{log_path}: {len(given)} settings of the model; {len(other)} others passed over: {', '.join(other)}")
+    given |= read_toml(config_path) if config_path else {}
     for override in overrides:
         apply_override(given, override)
+    require_known(given)
     data = DataFolder.open(data_dir)
-    imported = import_file(file, given, data, name or file.name.split(".")[0], active_loops, metric_tokens)
+    folder = name or file.name.split(".")[0]
+    imported = import_file(file, given, data, folder, active_loops, metric_tokens, phase=phase)
     checkpoint = imported.checkpoint
     views = checkpoint.meta["views"]
     rows = [(view, fields["id"][:12], f"{fields['metric']['bpb']:.6f}") for view, fields in views.items()]
     print_table(f"{checkpoint.path}  ({imported.format} format)", ("weights", "id", "bpb"), rows)
     assumed = ", ".join(f"{key} = {value}" for key, value in imported.assumed.items())
     say(f"assumed, because nothing said otherwise: {assumed or 'nothing'}")
+    if imported.unused:
+        say(f"without a meaning here, because the model has no such part: {', '.join(imported.unused)}")
     say(f"next: pgolf-post requant {checkpoint.path} --eval")
     if as_json:
         metrics = {view: fields["metric"] for view, fields in views.items()}

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError
-from pgolf_post.importers.names import rename
+from pgolf_post.importers.names import (
+    PART_RENAMES,
+    PARTS,
+    gather_layer_scales,
+    rename,
+    reversed_names,
+    spread_layer_scales,
+)
 
 BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
     "qo_bank": ("attn.q", "attn.proj"),
@@ -26,17 +33,7 @@ BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
     "mlp_down_bank": ("mlp.proj",),
 }
 
-RENAMES = {  # foreign suffix: canonical suffix
-    ".attn.attn_gate_w": ".attn.gate",
-    ".attn.attn_gate_proj.weight": ".attn.double_gate",
-    "smear_gate.weight": "smear_gate",
-}
-
-KEPT = re.compile(
-    r"tok_emb\.weight|lm_head\.weight|skip_weights|skip_gates|smear_lambda|recur_(alpha|beta)|parallel_(post|resid)_lambdas"
-    r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|attn_gate_w|attn_gate_proj\.weight))"
-    r"|smear_gate\.weight"
-)
+KEPT = re.compile(rf"{PARTS}|recur_(alpha|beta)|parallel_(post|resid)_lambdas")
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -50,7 +47,8 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     problems += [f"unknown {name}" for name in sorted(state) if name not in BANKS and not KEPT.fullmatch(name)]
     if problems:
         raise MismatchError("not a whole banked state dict: " + "; ".join(problems))
-    canonical = {rename(name, RENAMES): tensor for name, tensor in state.items() if name not in BANKS}
+    rest = gather_layer_scales({name: tensor for name, tensor in state.items() if name not in BANKS})
+    canonical = {rename(name, PART_RENAMES): tensor for name, tensor in rest.items()}
     for bank in BANKS:
         canonical.update(_split_bank(bank, state[bank]))
     return canonical
@@ -76,8 +74,9 @@ def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {bank: _bank_names(bank, num_layers) for bank in BANKS}
     state = {bank: torch.stack([tensors[name] for name in names[bank]]) for bank in BANKS}
     banked = {name for bank in names.values() for name in bank}
-    back = {canonical: foreign for foreign, canonical in RENAMES.items()}
-    rest = {rename(name, back): tensor for name, tensor in tensors.items() if name not in banked}
+    back = reversed_names(PART_RENAMES)
+    spread = spread_layer_scales(tensors)
+    rest = {rename(name, back): tensor for name, tensor in spread.items() if name not in banked}
     unknown = sorted(name for name in rest if not KEPT.fullmatch(name))
     if unknown:
         raise MismatchError(f"the banked format has no place for: {', '.join(unknown)}")

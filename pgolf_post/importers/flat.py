@@ -1,7 +1,7 @@
 """The flat format: one tensor per matrix, named `blocks.i.attn.c_q.weight` and so on.
 
 Used by the official baseline script and by most records to mid-April (openai/parameter-golf). Apart from the names of
-q, k and v, and of control tensors listed below, it is the canonical layout.
+q, k and v, and of the parts listed in `names.py`, it is the canonical layout.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError
-from pgolf_post.importers.names import rename
+from pgolf_post.importers.names import (
+    PART_RENAMES,
+    PARTS,
+    gather_layer_scales,
+    rename,
+    reversed_names,
+    spread_layer_scales,
+)
 
 RENAMES = {  # foreign suffix: canonical suffix
     ".attn.c_q.weight": ".attn.q.weight",
     ".attn.c_k.weight": ".attn.k.weight",
     ".attn.c_v.weight": ".attn.v.weight",
+    **PART_RENAMES,
 }
 
-KNOWN = re.compile(
-    r"tok_emb\.weight|lm_head\.weight|embed_proj\.weight|head_proj\.weight|skip_weights|skip_gates"
-    r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
-    r"|blocks\.\d+\.attn\.(q_gain|(c_q|c_k|c_v|proj)\.weight)|blocks\.\d+\.mlp\.(fc|proj)\.weight"
-)
+KNOWN = re.compile(rf"{PARTS}|blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight|blocks\.\d+\.mlp\.(fc|proj)\.weight")
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -37,13 +41,13 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"tensors that are not part of the flat format: {', '.join(unknown)}")
-    return {rename(name, RENAMES): tensor for name, tensor in state.items()}
+    return {rename(name, RENAMES): tensor for name, tensor in gather_layer_scales(state).items()}
 
 
 def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The flat state dict. Raises MismatchError for tensors that the format cannot hold."""
-    back = {canonical: foreign for foreign, canonical in RENAMES.items()}
-    state = {rename(name, back): tensor for name, tensor in tensors.items()}
+    back = reversed_names(RENAMES)
+    state = {rename(name, back): tensor for name, tensor in spread_layer_scales(tensors).items()}
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"the flat format has no place for: {', '.join(unknown)}")

@@ -7,10 +7,12 @@ first; the rest comes from the public scripts' hyperparameter names (a TOML file
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +22,6 @@ from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
 from pgolf_post.families import get_family
 
 FAMILY = "golf_gpt"
-OUR_KEYS = {
-    "vocab_size",
-    "embedding_dim",
-    "num_layers",
-    "model_dim",
-    "num_heads",
-    "num_kv_heads",
-    "mlp_mult",
-    "tie_embeddings",
-    "logit_softcap",
-    "rope_base",
-    "rope_dims",
-    "rope_ntk",
-    "xsa_last_n",
-    "ln_scale",
-    "train_seq_len",
-    "num_loops",
-    "loop_start",
-    "loop_end",
-    "leaky_slope",
-    "q_gain_init",
-    "gptj_start",
-    "lanes_start",
-    "activation",
-    "lane_output",
-    "attn_gate_scale",
-    "attn_gate_source",
-    "gate_window",
-    "embedding_init_std",
-    "carry",
-    "isolate_documents",
-    "visits",
-    "encoder_visits",
-}
 OTHER_NAME = {
     "rope_yarn": "rope_ntk",
     "parallel_residual_start": "gptj_start",
@@ -64,6 +32,18 @@ OTHER_NAME = {
     "qk_gain_init": "q_gain_init",
     "tied_embed_init_std": "embedding_init_std",
     "rope_train_seq_len": "train_seq_len",
+    "skip_gates_enabled": "skip_gates",
+    "smear_gate_enabled": "smear_gate",
+    "untie_loop_mlps": "untied_loop_mlps",
+    "bigram_vocab_size": "bigram_buckets",
+    "ve_dim": "value_embed_dim",
+    "ve_layers": "value_embed_layers",
+}
+OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says only what the model is not
+    "gated_attn_enabled": ("attn_gate", "dense"),
+    "sparse_attn_gate_enabled": ("attn_gate", "sparse"),
+    "attn_out_gate_enabled": ("attn_gate", "double_sigmoid"),
+    "ve_enabled": None,
 }
 OTHER_VALUE = {
     ("activation", "relu_squared"): "relu2",
@@ -72,6 +52,12 @@ OTHER_VALUE = {
     ("attn_gate_source", "q"): "query",
     ("rope_dims", "all"): 0,
     ("gptj_start", -1): None,
+}
+DETAILS = {  # what has no meaning where the shapes say that the model lacks the part; scripts state it anyway
+    "num_loops": ("loop_start", "loop_end"),
+    "bigram_buckets": ("bigram_dim", "trigram"),
+    "value_embed_dim": ("value_embed_layers",),
+    "attn_gate": ("attn_gate_scale", "attn_gate_source"),
 }
 LOG_LINE = re.compile(r"^\s+([a-z][a-z0-9_]*):\s+(.*?)\s*$")
 
@@ -82,17 +68,53 @@ class Inferred:
 
     model: Mapping[str, Any]  # complete settings of family golf_gpt
     assumed: Mapping[str, Any]  # keys that nobody gave and no shape determines, and the defaults taken for them
+    unused: Sequence[str]  # given, but about a part that the model does not have
+
+
+@cache
+def our_keys() -> frozenset[str]:
+    """The model settings of the family, as config.json has them."""
+    return frozenset(get_family(FAMILY).complete({"vocab_size": 2, "train_seq_len": 2}))
+
+
+def known_keys() -> frozenset[str]:
+    """Every name that a setting may be given by: ours, and the public scripts'."""
+    return our_keys() | OTHER_NAME.keys() | OTHER_SWITCH.keys()
+
+
+def require_known(given: Mapping[str, Any]) -> None:
+    """Raise SettingsError naming each key that is neither ours nor the public scripts', and the nearest that are."""
+    unknown = []
+    for name in given:
+        if name not in known_keys():
+            close = difflib.get_close_matches(name, sorted(known_keys()), n=3)
+            unknown.append(f"{name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""))
+    if unknown:
+        raise SettingsError(
+            f"not a setting of the model: {', '.join(unknown)}",
+            hint=f"settings are {', '.join(sorted(known_keys()))}",
+        )
+
+
+def split_log(logged: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a log says of the model, and the names of its other hyperparameters (optimizer, paths and so on)."""
+    other = [name for name in logged if name not in known_keys()]
+    return {name: value for name, value in logged.items() if name in known_keys()}, other
 
 
 def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Inferred:
-    """Settings for canonical tensors. `given` is in our names or the public scripts'; names of neither are passed over.
+    """Settings for canonical tensors. `given` is in our names or the public scripts'.
 
-    Raises SettingsError listing keys that no shape determines and nobody gave, MismatchError where a given value
-    contradicts the shapes.
+    Raises SettingsError for names of neither and for keys that no shape determines and nobody gave, MismatchError where
+    a given value contradicts the shapes.
     """
     shapes, stated = settings_from_shapes(tensors), translate(given)
     if stated.get("embedding_dim") == shapes["model_dim"]:
         stated["embedding_dim"] = None  # our word for "as wide as the model"
+    known = {**stated, **shapes}
+    idle = {detail for part in DETAILS if known.get(part) in (0, "none") for detail in DETAILS[part]}
+    unused = sorted(idle & stated.keys())
+    stated, known = ({key: value for key, value in tree.items() if key not in idle} for tree in (stated, known))
     contradictions = [
         f"{key}: shapes say {shapes[key]!r}, given {value!r}"
         for key, value in stated.items()
@@ -100,9 +122,6 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     ]
     if contradictions:
         raise MismatchError("settings contradict the tensors: " + "; ".join(contradictions))
-    known = {**stated, **shapes}
-    if known.get("num_loops") == 0:  # without repeats the loop's bounds mean nothing; the scripts state them anyway
-        known["loop_start"] = known["loop_end"] = 0
     taken = {"carry": "frozen"} if "recur_beta" in tensors and "carry" not in known else {}  # buffers in the scripts
     known |= taken
     missing = [key for key in required_keys(tensors, known) if key not in known]
@@ -112,8 +131,8 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
             hint="give them with --set key=value, --config FILE.toml, or --log train.log of the run",
         )
     complete = get_family(FAMILY).complete(known)
-    assumed = {key: value for key, value in complete.items() if key not in known or key in taken}
-    return Inferred(complete, assumed)
+    assumed = {key: value for key, value in complete.items() if (key not in known and key not in idle) or key in taken}
+    return Inferred(complete, assumed, unused)
 
 
 def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> list[str]:
@@ -128,6 +147,8 @@ def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
         required.append("attn_gate_source")
     if "parallel_post_lambdas" in tensors:
         required += ["lanes_start", "lane_output"]
+    if known["value_embed_dim"]:
+        required.append("value_embed_layers")
     return required
 
 
@@ -156,6 +177,9 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "skip_gates": "skip_gates" in tensors,
         "smear_gate": "smear_gate" in tensors,
         "attn_gate": "none",
+        "untied_loop_mlps": any(name.startswith("override_mlps.") for name in tensors),
+        "value_residual": any(name.endswith(".attn.value_mix") for name in tensors),
+        **_settings_of_tables(tensors, embedding_dim),
     }
     if gate is not None:
         settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
@@ -167,15 +191,35 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**settings, "gate_window": windows[0].size(1)} if windows else settings
 
 
+def _settings_of_tables(tensors: Mapping[str, Tensor], embedding_dim: int) -> dict[str, Any]:
+    """What the n-gram and value-embedding tables say; 0 rows or columns where there is none."""
+    bigram, values = tensors.get("bigram.embed.weight"), tensors.get("value_embed.embed.weight")
+    found: dict[str, Any] = {"bigram_buckets": 0, "value_embed_dim": 0 if values is None else values.size(1)}
+    if bigram is not None:
+        found["bigram_buckets"], width = bigram.shape
+        found["bigram_dim"] = width if width != embedding_dim else None
+    return found
+
+
 def translate(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in the public scripts' names and values → ours. Keys that are neither's are left out."""
+    """Settings in the public scripts' names and values → ours. Raises SettingsError for names of neither."""
+    require_known(given)
     translated: dict[str, Any] = {}
     for name, value in given.items():
-        key = OTHER_NAME.get(name, name)
-        if key in OUR_KEYS:
-            is_list = isinstance(value, list)  # no list has another name, and none can be looked up
-            translated[key] = value if is_list else OTHER_VALUE.get((key, value), value)
+        if name in OTHER_SWITCH:
+            meaning = OTHER_SWITCH[name]
+            translated |= dict([meaning]) if meaning and value else {}
+        else:
+            key = OTHER_NAME.get(name, name)
+            translated[key] = _our_value(key, value)
     return translated
+
+
+def _our_value(key: str, value: Any) -> Any:
+    """A public script's way of writing a value → ours; lists and tables have no other way."""
+    if key == "value_embed_layers" and isinstance(value, str | int):
+        return [layer.strip() for layer in str(value).split(",") if layer.strip()]
+    return value if isinstance(value, list | dict) else OTHER_VALUE.get((key, value), value)
 
 
 def read_log(path: Path) -> dict[str, Any]:

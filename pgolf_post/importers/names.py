@@ -1,8 +1,41 @@
-"""Renaming tensors between formats by the ends of their names."""
+"""What the formats share: renaming by the ends of names, and the parts that some models have and most have not.
+
+Names of parts are those of the public scripts (openai/parameter-golf): hashed n-grams (`bigram`), value embeddings
+(`ve_shared`, one scale per layer in `ve_layer_scales`), value residual (`vr_lambda`), untied loop MLPs
+(`override_mlps.{block}_p{re-visit}`), head gates, the smear gate. The older `smear.gate`, one gate per channel, is
+another formula and is not read.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import MismatchError
+
+PART_RENAMES = {  # foreign suffix: canonical suffix
+    ".attn.attn_gate_w": ".attn.gate",
+    ".attn.attn_gate_proj.weight": ".attn.double_gate",
+    ".attn.vr_lambda": ".attn.value_mix",
+    "smear_gate.weight": "smear_gate",
+    "ve_shared.embed.weight": "value_embed.embed.weight",
+    "ve_shared.proj.weight": "value_embed.proj.weight",
+    "ve_shared.scale": "value_embed.scale",
+}
+
+PARTS = (
+    r"tok_emb\.weight|lm_head\.weight|embed_proj\.weight|head_proj\.weight|skip_weights|skip_gates"
+    r"|smear_gate\.weight|smear_lambda|bigram\.(embed\.weight|proj\.weight|scale)"
+    r"|ve_shared\.(embed\.weight|proj\.weight|scale)|ve_layer_scales\.\d+"
+    r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
+    r"|blocks\.\d+\.attn\.(q_gain|vr_lambda|attn_gate_w|attn_gate_proj\.weight)"
+)
+
+LAYER_SCALE = re.compile(r"ve_layer_scales\.(\d+)")
+LAYER_SCALES = "value_embed.layer_scales"
 
 
 def rename(name: str, suffixes: Mapping[str, str]) -> str:
@@ -11,3 +44,31 @@ def rename(name: str, suffixes: Mapping[str, str]) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
+
+
+def reversed_names(suffixes: Mapping[str, str]) -> dict[str, str]:
+    """Canonical suffix → foreign suffix."""
+    return {canonical: foreign for foreign, canonical in suffixes.items()}
+
+
+def gather_layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`ve_layer_scales.0`, `.1`, … of one element each → one canonical vector; everything else as it is.
+
+    Raises MismatchError if one of them is missing or has more than one element.
+    """
+    scales = {int(match[1]): tensor for name, tensor in state.items() if (match := LAYER_SCALE.fullmatch(name))}
+    rest = {name: tensor for name, tensor in state.items() if not LAYER_SCALE.fullmatch(name)}
+    if not scales:
+        return rest
+    wrong = [f"ve_layer_scales.{i} is {tuple(t.shape)}" for i, t in sorted(scales.items()) if t.numel() != 1]
+    wrong += [f"ve_layer_scales.{i} is missing" for i in range(max(scales)) if i not in scales]
+    if wrong:
+        raise MismatchError(f"one scale of one element per layer with value embeddings expected: {'; '.join(wrong)}")
+    return {**rest, LAYER_SCALES: torch.cat([scales[i].reshape(1) for i in range(len(scales))])}
+
+
+def spread_layer_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The foreign vectors of one element again."""
+    rest = {name: tensor for name, tensor in tensors.items() if name != LAYER_SCALES}
+    scales = tensors.get(LAYER_SCALES, torch.zeros(0))
+    return {**rest, **{f"ve_layer_scales.{i}": scale.reshape(1).clone() for i, scale in enumerate(scales)}}

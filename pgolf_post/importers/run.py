@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Imported:
     checkpoint: Checkpoint
     format: str
     assumed: Mapping[str, Any]
+    unused: Sequence[str]  # settings given for parts that the model does not have
 
 
 def import_file(
@@ -40,9 +41,11 @@ def import_file(
     active_loops: int | None = None,
     metric_tokens: int | None = 65536,
     root: Path = CHECKPOINT_ROOT,
+    phase: str = "imported",
 ) -> Imported:
-    """Turn `path` into `<root>/<name>/step_…-imported`, raw and EMA views, metrics measured on `data`.
+    """Turn `path` into `<root>/<name>/step_…-<phase>`, raw and EMA views, metrics measured on `data`.
 
+    Files of one run imported under one name are one run: they can be averaged, by step or from a phase on.
     `active_loops` is runtime graph state, which no foreign file records; all configured loops by default, as at the end
     of a run. Raises SettingsError for settings that are missing, MismatchError for tensors that do not fit.
     """
@@ -67,10 +70,10 @@ def import_file(
     metrics = _measure(config, views, data, metric_tokens)
     source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed}
     step = foreign.step or 0
-    meta = {"kind": "imported", "run": name, "phase": "imported", "step": step, "parents": [], "source": source}
-    folder = root / name / f"step_{step:06d}-imported"
+    meta = {"kind": "imported", "run": name, "phase": phase, "step": step, "parents": [], "source": source}
+    folder = root / name / f"step_{step:06d}-{phase}"
     checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
-    return Imported(checkpoint, form, assumed)
+    return Imported(checkpoint, form, assumed, inferred.unused)
 
 
 def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:

@@ -21,7 +21,7 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.plain import PlainProtocol, score_folder
 from pgolf_post.storage import sha256_file
 
-STAGE, STAGE_VERSION, PAYLOAD = "score", 1, "documents.safetensors"
+STAGE, STAGE_VERSION, PAYLOAD = "score", 2, "documents.safetensors"
 
 CachedScore = tuple[dict[str, Any], bool]  # {bpb, nats, tokens, bytes, documents, …}, whether it was cached
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 from pgolf_post.progress import progress_bar
-from pgolf_post.score.bpb import Score, per_document
+from pgolf_post.score.bpb import Score, sum_units
 from pgolf_post.settings import Settings
 
 BATCH_TOKENS = 16384
@@ -56,7 +56,6 @@ def _batches(tokens: np.ndarray, spans: list[tuple[int, int]]) -> Iterator[tuple
         start = stop
 
 
-@torch.no_grad()
 def score_plain(
     module: Any,  # a LanguageModel
     tokens: np.ndarray,  # (n,) uint16
@@ -65,19 +64,43 @@ def score_plain(
     description: str = "scoring",
 ) -> Score:
     """Score a text in float32. Raises MismatchError if it is shorter than one window."""
+    spans = protocol_windows(tokens, protocol)
+    return score_windows(module, tokens, token_bytes, spans, np.arange(len(spans)), description)
+
+
+def protocol_windows(tokens: np.ndarray, protocol: PlainProtocol) -> list[tuple[int, int]]:
+    """A text's windows under a protocol. Raises MismatchError if it is shorter than one."""
     spans = windows(len(tokens), protocol.seq_len, protocol.tail)
     if not spans:
         raise MismatchError(f"{len(tokens)} tokens are fewer than one window of {protocol.seq_len} + 1")
+    return spans
+
+
+@torch.no_grad()
+def score_windows(
+    module: Any,  # a LanguageModel
+    tokens: np.ndarray,  # (n,) uint16
+    token_bytes: np.ndarray,  # (n,) int64
+    spans: list[tuple[int, int]],  # the text's windows
+    chosen: np.ndarray,  # (windows,) int64, which of them to score
+    description: str = "scoring",
+    pieces: np.ndarray | None = None,  # (n,) int64, to cut units finer than documents
+) -> Score:
+    """Score some windows of a text in float32."""
     started = time.perf_counter()
     device = next(module.parameters()).device
-    pieces: list[np.ndarray] = []
-    with progress_bar(description, len(spans)) as advance:
-        for inputs, targets in _batches(tokens, spans):
+    picked = [spans[i] for i in chosen]
+    nats: list[np.ndarray] = []
+    with progress_bar(description, len(picked)) as advance:
+        for inputs, targets in _batches(tokens, picked):
             logits = module.logits(module.hidden(inputs.to(device)))
-            nats = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-            pieces.append(nats.double().cpu().numpy())
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+            nats.append(loss.double().cpu().numpy())
             advance(len(inputs))
-    return per_document(tokens, np.concatenate(pieces), token_bytes, time.perf_counter() - started)
+    places = np.concatenate([np.arange(start + 1, start + length + 1) for start, length in picked])
+    window = np.repeat(chosen, [length for _, length in picked])
+    seconds = time.perf_counter() - started
+    return sum_units(tokens, places, window, np.concatenate(nats), token_bytes, seconds, pieces)
 
 
 def score_folder(module: nn.Module, data: DataFolder, protocol: PlainProtocol, description: str = "scoring") -> Score:

@@ -245,3 +245,50 @@ def test_a_blend_is_requantized_and_verified_like_any_checkpoint(pgolf: Any, pic
     assert requanted["bpb"] != pgolf("requant", "--json", "--eval", *FEW).json["bpb"]
     assert pgolf("checkpoint", "verify", blended["checkpoint"]).code == 0
     assert pgolf("swa-blend", "--ema-share", 1.5).code == 2
+
+
+def test_members_shares_and_parts_are_named_on_the_command_line(pgolf: Any, pico_checkpoint: Checkpoint) -> None:
+    steps = pgolf("swa-blend", "--steps", "6,12", "--shares", "1,3", "--json").json
+    parents = Checkpoint.open(Path(steps["checkpoint"])).meta["parents"]
+    assert [(parent["folder"], parent["share"]) for parent in parents] == [
+        ("step_000006-warmdown_start", 0.25),
+        ("step_000012-final", 0.75),
+    ]
+    run = pico_checkpoint.path.parent
+    parts = ("--part", f"{run}/step_000006-warmdown_start:raw=1/4", "--part", f"{pico_checkpoint.path}:raw=0.75")
+    named = pgolf("swa-blend", *parts, "--json").json
+    assert named["checkpoint_id"] == steps["checkpoint_id"]
+    assert Path(named["checkpoint"]).name.startswith("blend_")
+    assert pgolf("swa-blend", "--last", 1, "--ema-share", 0.5).code == 0
+
+
+def test_a_search_writes_its_winner(pgolf: Any, pico_checkpoint: Checkpoint) -> None:
+    answer = pgolf("swa-blend", "--search", "--search-tokens", 800, "--json")
+    assert answer.code == 0
+    found = answer.json["search"]
+    assert found["winner"] in {row["name"] for row in found["candidates"]}
+    assert len(found["candidates"]) == 8
+    winner = Checkpoint.open(Path(answer.json["checkpoint"]))
+    assert winner.meta["search"]["winner"] == found["winner"]
+    assert "against EMA" in answer.err
+    assert pgolf("checkpoint", "verify", winner.path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--search-tokens", 100), "--search-tokens does nothing without --search"),
+        (("--search", "--ema-share", 0.5), "leave out --ema-share"),
+        (("--part", "x=1", "--last", 2), "--part names all that is blended; leave out --last"),
+        (("--part", "nothing"), "expected PATH[:VIEW]=SHARE"),
+        (("--part", "a=1/0"), "expected PATH[:VIEW]=SHARE"),
+        (("--steps", "6,x"), "expected numbers with commas"),
+        (("--steps", "6", "--last", 2), "steps and last are different ways"),
+        (("--last", 0), "greater than or equal to 1"),
+        (("--allow-different", "graph.loops"), "no such config key"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(pgolf: Any, words: tuple[Any, ...], message: str) -> None:
+    answer = pgolf("swa-blend", *words)
+    assert answer.code == 2
+    assert message in answer.err.replace("\n", " ")

@@ -17,22 +17,32 @@ from torch import Tensor
 from pgolf_post.checkpoint import Checkpoint, default_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
-from pgolf_post.families import load_module
+from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.importers import FORMATS, recognise
-from pgolf_post.importers.foreign_config import infer_model, read_log, translate
+from pgolf_post.importers.foreign_config import infer_model, read_log, split_log, translate
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.run import export_view, import_file
 from pgolf_post.score.metric import verify_metric
 
 PARITY = Path(__file__).parent.parent / "parity"
-FIXTURES = {"baseline": "flat", "flat_loops_gptj": "flat", "banked_record": "banked", "banked_out_gate": "banked"}
+FIXTURES = {
+    "baseline": "flat",
+    "flat_loops_gptj": "flat",
+    "flat_embed_proj": "flat",
+    "flat_untied_plain": "flat",
+    "banked_dense_gate": "banked",
+    "banked_record": "banked",
+    "banked_out_gate": "banked",
+}
+ANNOTATIONS = {"format", "eps", "bos_id", "skips", "phases"}  # what the fixtures say about themselves
 STATED = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0}
 
 
 def fixture_state(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A fixture's settings in the public scripts' words, and its foreign state dict."""
     with safe_open(PARITY / f"{name}.safetensors", "pt") as file:
-        given = {**STATED, **json.loads(file.metadata()["config"])}
+        config = json.loads(file.metadata()["config"])
+        given = {**STATED, **{key: value for key, value in config.items() if key not in ANNOTATIONS}}
         names = [key for key in file.keys() if key.startswith("state.")]  # noqa: SIM118
         return given, {key.removeprefix("state."): file.get_tensor(key) for key in names}
 
@@ -115,6 +125,86 @@ def test_given_settings_may_not_contradict_the_shapes() -> None:
     canonical = FORMATS["flat"].to_canonical(state)
     with pytest.raises(MismatchError, match="num_layers: shapes say 5, given 9"):
         infer_model(canonical, {**given, "num_layers": 9})
+
+
+def test_a_name_that_is_nobodys_is_refused_with_the_nearest() -> None:
+    given, state = fixture_state("baseline")
+    canonical = FORMATS["flat"].to_canonical(state)
+    with pytest.raises(SettingsError, match=r"'rope_dimz' \(did you mean 'rope_dims'.*'data_path'") as caught:
+        infer_model(canonical, {**given, "rope_dimz": 16, "data_path": "./data"})
+    assert "sparse_attn_gate_scale" in str(caught.value.hint)
+    with pytest.raises(SettingsError, match="rope_dims"):
+        infer_model(canonical, {**given, "rope_dims": {"x": 1}})
+
+
+def test_a_public_switch_is_checked_against_the_tensors() -> None:
+    given, state = fixture_state("banked_record")
+    canonical = FORMATS["banked"].to_canonical(state)
+    with pytest.raises(MismatchError, match="attn_gate: shapes say 'sparse', given 'dense'"):
+        infer_model(canonical, {**given, "sparse_attn_gate_enabled": False, "gated_attn_enabled": True})
+    with pytest.raises(MismatchError, match="smear_gate: shapes say True, given False"):
+        infer_model(canonical, {**given, "smear_gate_enabled": False})
+
+
+def test_settings_of_parts_that_a_model_lacks_are_named_as_unused() -> None:
+    given, state = fixture_state("baseline")
+    canonical = FORMATS["flat"].to_canonical(state)
+    logged = {**given, "ve_enabled": False, "ve_layers": "3,4", "bigram_vocab_size": 0, "bigram_dim": 8}
+    assert infer_model(canonical, logged).unused == ["bigram_dim", "value_embed_layers"]
+    with pytest.raises(MismatchError, match="bigram_buckets: shapes say 0, given 64"):
+        infer_model(canonical, {**logged, "bigram_vocab_size": 64})
+
+
+EVERY_PART = {  # of the older line and its relatives, in our words
+    "embedding_dim": 24,
+    "tie_embeddings": False,
+    "smear_gate": True,
+    "attn_gate": "double_sigmoid",
+    "bigram_buckets": 32,
+    "bigram_dim": 8,
+    "trigram": True,
+    "value_residual": True,
+    "value_embed_layers": [2, 4],
+    "value_embed_dim": 12,
+    "untied_loop_mlps": True,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_part_of_the_older_line_goes_there_and_back_and_is_inferred(form: str) -> None:
+    given, _ = fixture_state("flat_loops_gptj")
+    basis = {**infer_model(FORMATS["flat"].to_canonical(fixture_state("flat_loops_gptj")[1]), given).model}
+    model = get_family("golf_gpt").complete({**basis, **EVERY_PART, "rope_base": 5000.0})
+    module = build_module({"family": "golf_gpt", "model": model, "graph": {"active_loops": 2}})
+    canonical = {name: torch.randn(tensor.shape) for name, tensor in module.state_dict().items()}
+    foreign = FORMATS[form].from_canonical(canonical)
+    assert {"ve_shared.proj.weight", "ve_layer_scales.1", "bigram.scale", "blocks.0.attn.vr_lambda"} <= foreign.keys()
+    assert {
+        "override_mlps.1_p2.fc.weight",
+        "smear_gate.weight",
+        "blocks.0.attn.attn_gate_proj.weight",
+    } <= foreign.keys()
+    again = FORMATS[form].to_canonical(foreign)
+    assert again.keys() == canonical.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in canonical.items())
+    inferred = infer_model(
+        again,
+        {
+            **given,
+            "embedding_dim": 24,
+            "tie_embeddings": False,
+            "rope_base": 5000,
+            "ve_layers": "2,4",
+            "bigram_vocab_size": 32,
+            "trigram": True,
+            "attn_out_gate_src": "proj",
+            "xsa_last_n": 3,
+        },
+    )
+    assert inferred.model == model
+    missing = {name: tensor for name, tensor in foreign.items() if name != "ve_layer_scales.0"}
+    with pytest.raises(MismatchError, match=r"ve_layer_scales\.0 is missing"):
+        FORMATS[form].to_canonical(missing)
 
 
 def test_unknown_and_missing_tensors_are_all_listed() -> None:
@@ -228,7 +318,9 @@ def test_a_training_log_gives_the_hyperparameters(tmp_path: Path) -> None:
     read = read_log(log)
     assert read["rope_dims"] == 16
     assert "step" not in read
-    assert translate(read) == {
+    known, other = split_log(read)
+    assert other == ["data_path"]
+    assert translate(known) == {
         "rope_dims": 16,
         "ln_scale": True,
         "gptj_start": None,
@@ -243,7 +335,9 @@ def test_a_training_log_gives_the_hyperparameters(tmp_path: Path) -> None:
 def test_a_format_without_a_place_for_a_tensor_says_which(pico_checkpoint: Checkpoint, tmp_path: Path) -> None:
     _, state = fixture_state("banked_record")
     canonical = FORMATS["banked"].to_canonical(state)
-    with pytest.raises(MismatchError, match=r"flat format has no place for: .*smear_gate"):
+    with pytest.raises(
+        MismatchError, match=r"flat format has no place for: parallel_post_lambdas, parallel_resid_lambdas"
+    ):
         FORMATS["flat"].from_canonical(canonical)
     with pytest.raises(SettingsError, match=r"write a \.pt or a \.safetensors file"):
         export_view(pico_checkpoint.load(), "flat", tmp_path / "model.bin")

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import BOS_ID, DataFolder
-from pgolf_post.errors import MismatchError, VerificationError
+from pgolf_post.errors import DamagedFileError, MismatchError, VerificationError
 from pgolf_post.families import load_module
 from pgolf_post.score import plain
-from pgolf_post.score.bpb import per_document
+from pgolf_post.score.bpb import Score, sum_units
 from pgolf_post.score.byte_ngram import ByteNgram, byte_ngram_bpb, decode_documents
 from pgolf_post.score.cached import score_view
 from pgolf_post.score.metric import verify_metric
-from pgolf_post.score.plain import PlainProtocol, score_folder, score_plain, windows
+from pgolf_post.score.plain import PlainProtocol, score_folder, score_plain, score_windows, windows
 
 
 class Uniform(nn.Module):
@@ -101,6 +101,38 @@ def test_per_document_sums_add_up_and_follow_bos(pico_data: DataFolder, tmp_path
     assert int(saved["bytes"].sum()) == score.bytes
 
 
+def test_units_are_what_a_window_holds_of_a_document(pico_data: DataFolder, tmp_path: Path) -> None:
+    score = score_folder(Uniform(320), pico_data, PlainProtocol(seq_len=16, tail="score"))
+    tokens = pico_data.tokens("val")
+    pairs = list(zip(score.window.tolist(), score.document.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    inner_bos = sum(1 for place in np.flatnonzero(tokens == BOS_ID) if place and (place - 1) % 16)
+    assert len(pairs) == len(windows(len(tokens), 16, "score")) + inner_bos
+    score.save(tmp_path / "documents.safetensors")
+    again = Score.load(tmp_path / "documents.safetensors")
+    assert np.array_equal(again.unit_nats, score.unit_nats)
+    assert again.sums() == score.sums()
+    (tmp_path / "documents.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(DamagedFileError, match="not a score's sums"):
+        Score.load(tmp_path / "documents.safetensors")
+
+
+def test_some_windows_score_as_they_do_among_all(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
+    view = pico_checkpoint.load()
+    module = load_module(view.config, view.tensors, "test")
+    tokens = pico_data.tokens("val")
+    text = tokens, pico_data.token_bytes("val", tokens)
+    whole = score_plain(module, *text, PlainProtocol(seq_len=16))
+    chosen = np.array([7, 2, 11])
+    some = score_windows(module, *text, windows(len(tokens), 16, "drop"), chosen)
+    assert dict.fromkeys(some.window.tolist()) == dict.fromkeys(chosen.tolist())
+    for window in chosen:
+        mine, theirs = some.window == window, whole.window == window
+        assert some.document[mine].tolist() == whole.document[theirs].tolist()
+        assert some.unit_bytes[mine].tolist() == whole.unit_bytes[theirs].tolist()
+        np.testing.assert_allclose(some.unit_nats[mine], whole.unit_nats[theirs], rtol=1e-6)
+
+
 def test_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(MismatchError, match="fewer than one window"):
         score_plain(Uniform(4), np.zeros(5, dtype=np.uint16), np.ones(5, dtype=np.int64), PlainProtocol(seq_len=5))
@@ -108,7 +140,7 @@ def test_text_shorter_than_a_window_is_refused() -> None:
 
 def test_text_without_bytes_is_refused() -> None:
     with pytest.raises(MismatchError, match="no bytes"):
-        per_document(np.ones(5, dtype=np.uint16), np.ones(4), np.zeros(5, dtype=np.int64), 0.0)
+        sum_units(np.ones(5, dtype=np.uint16), np.arange(1, 5), np.zeros(4), np.ones(4), np.zeros(5, dtype=np.int64), 0)
 
 
 def test_scores_are_cached_by_text_and_protocol(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.importers import FORMATS, recognise
-from pgolf_post.importers.foreign_config import infer_model
+from pgolf_post.importers.foreign_config import infer_model, split_log
 from pgolf_post.settings import parse_settings
 from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
+from trainer.model import GolfGPT, document_pieces
 
 PARITY = Path(__file__).parent.parent / "parity"
 FLAT = ("baseline", "flat_loops_gptj", "flat_untied_plain", "flat_embed_proj")
@@ -36,7 +37,7 @@ def load_fixture(name: str) -> tuple[GolfGPT, dict[str, Tensor]]:
     public, tensors = read_fixture(name)
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     canonical = FORMATS[recognise(state, name)].to_canonical(state)
-    stated = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0, **public}
+    stated = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0, **split_log(public)[0]}
     model = GolfGPT(ModelConfig(**infer_model(canonical, stated).model), GraphState())
     model.load_state_dict(canonical)
     return model, tensors
@@ -81,6 +82,25 @@ def test_isolated_documents_score_as_if_each_stood_alone() -> None:
         packed = model(tokens, document)[0]
         alone = torch.cat([model(tokens[:, :5])[0], model(tokens[:, 5:])[0]])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cut_document_scores_as_if_each_piece_stood_alone() -> None:
+    model = pico_model(isolate_documents=True, document_cut=4)
+    tokens = torch.randint(2, 32, (1, 16), generator=torch.Generator().manual_seed(5))
+    tokens[0, 3] = 1  # a window's first document has lost its BOS
+    bounds = [0, 3, 7, 11, 15, 16]
+    with torch.no_grad():
+        whole = model(tokens)[0]
+        alone = torch.cat([model(tokens[:, a:b])[0] for a, b in pairwise(bounds)])
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-5)
+    document = document_pieces(tokens, 4)[0]
+    assert document.tolist() == [i + 1 for i, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
+    assert torch.equal(document_pieces(tokens, None), (tokens == 1).cumsum(1))
+
+
+def test_a_cut_without_isolation_is_refused() -> None:
+    with pytest.raises(ValueError, match="document_cut does nothing"):
+        pico_model(document_cut=4)
 
 
 def test_a_model_that_isolates_documents_finds_them_by_their_bos() -> None:
