@@ -155,6 +155,7 @@ class GolfGPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
+        self.head_out = nn.Identity()  # and the head's product, before the soft-cap
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
@@ -282,7 +283,9 @@ class GolfGPT(nn.Module):
         return self.head_in(x)
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
-        return F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
+        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+        product: Tensor = self.head_out(F.linear(hidden, head))
+        return product
 
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
         """Soft-capped logits: cap·tanh(z / cap)."""
