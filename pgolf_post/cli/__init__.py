@@ -25,7 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
-    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact."),
+    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
+    "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
+    "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
 }
 
 
