@@ -65,7 +65,7 @@ class Subject:
         """A model under one of our protocols."""
 
         def run(tokens: np.ndarray, observer: Observer | None) -> Ledger:
-            return run_protocol(module, family, tokens, protocol, Session(observer=observer))[0]
+            return run_protocol(module, family, tokens, protocol, Session(observer=observer, quiet=True))[0]
 
         return cls(module, family, isolates_documents, protocol, run)
 

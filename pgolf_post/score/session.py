@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -66,12 +66,13 @@ class Session:
     partial: Path | None = None  # where a stopped pass is kept
     identity: str = ""  # of subject, text and protocol: a partial result of another is not continued
     description: str = "scoring"
+    quiet: bool = False  # part of other work that reports for it
 
     def run(self, work: Pass) -> None:
         """All steps of a pass. Raises StoppedError with the partial result kept."""
         first = self._restore(work)
         total = float(work.costs.sum())
-        with interruptible() as interrupted, progress_bar(self.description, len(work.costs)) as advance:
+        with interruptible() as interrupted, self._progress(len(work.costs)) as advance:
             advance(first)
             started = time.perf_counter()
             for index in range(first, len(work.costs)):
@@ -85,9 +86,14 @@ class Session:
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
 
+    def _progress(self, steps: int) -> AbstractContextManager[Callable[..., None]]:
+        if self.quiet:
+            return nullcontext(lambda *_: None)
+        return progress_bar(self.description, steps)
+
     def _estimate(self, steps: int, whole: float) -> None:
         """Say once, after a few timed steps, what the pass will cost."""
-        if steps == ESTIMATE_AFTER and whole > ESTIMATE_WORTH_SECONDS:
+        if steps == ESTIMATE_AFTER and whole > ESTIMATE_WORTH_SECONDS and not self.quiet:
             budget = self.clock.budget_seconds
             against = f" of a budget of {budget:.0f} s" if budget else ""
             say(f"{self.description}: about {whole:.0f} s{against}")

@@ -70,9 +70,9 @@ class Bench:
 
 @pytest.fixture
 def bench(pico_data: DataFolder) -> Bench:
-    """The record-like pico model on 700 tokens: the beginnings of documents, of 17 to 90 tokens each."""
+    """The record-like pico model on 500 tokens: the beginnings of documents, of 17 to 90 tokens each."""
     documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(found.text)]) for found in pico_documents()]
-    tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:700].astype(np.uint16)
+    tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:500].astype(np.uint16)
     counts = pico_data.byte_table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens)
     return Bench(record_model(), get_family("golf_gpt"), tokens, counts)
 

@@ -163,7 +163,7 @@ def test_screening_real_models(bench: Bench) -> None:
     pieces = np.arange(len(bench.tokens)) // 10
     scorer = window_scorer(other, bench.module, bench.tokens, bench.token_bytes, spans, pieces)
     settings = ScreenSettings(half_width_bpb=1e-9, stop_at_zero=False, look_every=16)
-    found = screen(scorer, len(spans), 87 * 8, settings)
+    found = screen(scorer, len(spans), 62 * 8, settings)
     control = bench.score(PlainProtocol(seq_len=8)).bpb
     bench.module = other
     assert found.last.bpb == pytest.approx(bench.score(PlainProtocol(seq_len=8)).bpb - control, abs=1e-6)

@@ -22,9 +22,9 @@ from tests.score.conftest import Bench, ttt
 
 PASSES: list[tuple[Any, type]] = [
     (SlidingProtocol(seq_len=32, stride=8, tail="score"), SpanPass),
-    (ttt("sgd", "optimizer=adamw", "learning_rate=0.01"), ChunkPass),
-    (ttt("sgd"), ChunkPass),
-    (ttt("sgd", "optimizer=muon"), ChunkPass),
+    (ttt("sgd", "chunk_tokens=80", "optimizer=adamw", "learning_rate=0.01"), ChunkPass),
+    (ttt("sgd", "chunk_tokens=80"), ChunkPass),
+    (ttt("sgd", "chunk_tokens=80", "optimizer=muon"), ChunkPass),
     (ttt("lora"), LoraPass),
     (ttt("phased"), LoraPass),
 ]

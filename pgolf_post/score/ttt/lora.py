@@ -21,6 +21,7 @@ from torch import Tensor
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import ModelFamily
+from pgolf_post.progress import say
 from pgolf_post.score.nats import observe, target_nats
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import is_out_of_memory
@@ -83,6 +84,9 @@ class LoraPass:
         self.adapters = Adapters(module, family, settings)
         self.adapters.require_zero_is_plain()
         self.tuning = GlobalTuning(module, ledger, settings) if settings.method == "phased" else None
+        number = sum(map(len, self.batches))
+        if self.tuning and number < settings.phases[0] and not session.quiet:
+            say(f"warning: no phase will run: the text has {number} documents, the first is at {settings.phases[0]}")
         self.optimizers: Optimizers = {}
         self.optimizer_steps = 0
 
