@@ -18,7 +18,7 @@ from pgolf_post.errors import MismatchError
 from pgolf_post.progress import progress_bar
 from pgolf_post.score.bpb import Score, require_finite, sum_units
 from pgolf_post.score.session import Session
-from pgolf_post.score.spans import Span, batch_nats, batches_of, places_of
+from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
 from pgolf_post.settings import Settings
 
 BATCH_TOKENS = 16384
@@ -76,7 +76,7 @@ def score_windows(
     picked = [Span(spans[i][0], spans[i][1], spans[i][1]) for i in chosen]
     nats: list[np.ndarray] = []
     with progress_bar(description, len(picked)) as advance:
-        for batch in batches_of(picked, BATCH_TOKENS):
+        for batch in batches_of(picked, fitting(BATCH_TOKENS, module)):
             nats.append(batch_nats(module, tokens, batch, Session()))
             require_finite(tokens, places_of(batch), nats[-1])
             advance(len(batch))

@@ -19,7 +19,7 @@ from pgolf_post.score.clock import Clock
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.protocols import Protocol, protocol_spans
 from pgolf_post.score.sliding import num_targets
-from pgolf_post.score.spans import Span, batches_of
+from pgolf_post.score.spans import Span, batches_of, fitting
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import canonical_json
 
@@ -68,7 +68,8 @@ class ModelPool:
         if isinstance(protocol, TTTProtocol):
             raise SettingsError("--compile is for protocols that do not learn; adapters hang on the eager forward")
         spans = protocol_spans(protocol, num_targets(num_tokens, protocol.seq_len, protocol.tail))
-        shapes = {(len(batch), batch[0].length, batch[0].scored): batch[0] for batch in batches_of(spans, BATCH_TOKENS)}
+        size = fitting(BATCH_TOKENS, model)
+        shapes = {(len(batch), batch[0].length, batch[0].scored): batch[0] for batch in batches_of(spans, size)}
         with clock.phase("compile"), torch.no_grad():
             for shape, span in shapes.items():
                 if shape not in self._warm:

@@ -17,7 +17,7 @@ from pgolf_post.score.bpb import Score, documents_of, sum_units
 from pgolf_post.score.plain import BATCH_TOKENS, PlainProtocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol, num_targets, sliding_spans
-from pgolf_post.score.spans import Span, SpanPass
+from pgolf_post.score.spans import Span, SpanPass, fitting
 from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.settings import TTTProtocol
 
@@ -37,7 +37,8 @@ def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Pr
     """A protocol as steps over a text. Raises MismatchError for a text too short, SettingsError for TTT on ranks."""
     ledger = Ledger(tokens, num_targets(len(tokens), protocol.seq_len, protocol.tail))
     if not isinstance(protocol, TTTProtocol):
-        return SpanPass(module, ledger, protocol_spans(protocol, ledger.num_targets), BATCH_TOKENS, session)
+        spans = protocol_spans(protocol, ledger.num_targets)
+        return SpanPass(module, ledger, spans, fitting(BATCH_TOKENS, module), session)
     if session.ranks.world_size > 1:
         raise SettingsError("test-time training learns from left to right; run it in one process, without torchrun")
     from pgolf_post.score.ttt.lora import LoraPass

@@ -20,7 +20,7 @@ from pgolf_post.score.compare import Look, Screening, look
 from pgolf_post.score.paired import ClusterBy, pair
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.session import Session
-from pgolf_post.score.spans import Span, batch_nats, batches_of, places_of
+from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
 from pgolf_post.settings import Settings
 
 MIN_CLUSTERS = 30  # before which nothing is decided: the sequence holds for sample sizes from there on
@@ -85,7 +85,8 @@ def window_scorer(
 
     def one(module: Any, chosen: np.ndarray) -> Score:
         picked = [spans[i] for i in chosen]
-        nats = np.concatenate([batch_nats(module, tokens, b, Session()) for b in batches_of(picked, BATCH_TOKENS)])
+        batches = batches_of(picked, fitting(BATCH_TOKENS, module))
+        nats = np.concatenate([batch_nats(module, tokens, batch, Session()) for batch in batches])
         places = places_of(picked)
         require_finite(tokens, places, nats)
         windows = np.repeat(chosen, [span.scored for span in picked])

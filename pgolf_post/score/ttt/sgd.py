@@ -20,7 +20,7 @@ from pgolf_post.score.nats import target_nats
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import later_spans, sliding_spans
-from pgolf_post.score.spans import Span, batch_nats, batches_of, is_out_of_memory, places_of
+from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, is_out_of_memory, places_of
 from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.optimizers import (
     cosine,
@@ -63,7 +63,7 @@ class ChunkPass:
 
     def step(self, index: int) -> None:
         with self.session.clock.phase("score"):
-            for batch in batches_of(self.spans(index), BATCH_TOKENS):
+            for batch in batches_of(self.spans(index), fitting(BATCH_TOKENS, self.module)):
                 nats = batch_nats(self.module, self.ledger.tokens, batch, self.session)
                 self.ledger.commit(places_of(batch), nats)
         if index + 1 < len(self.chunks):
@@ -121,10 +121,10 @@ def pad(sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def micro_batches(sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+def micro_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Sequence]]:
     """Parts of one step that fit in memory at once."""
     longest = max(len(inputs) for inputs, _ in sequences)
-    size = max(1, BATCH_TOKENS // longest)
+    size = max(1, batch_tokens // longest)
     for first in range(0, len(sequences), size):
         yield sequences[first : first + size]
 
@@ -137,7 +137,7 @@ def backward(module: Any, parameters: Mapping[str, Tensor], sequences: list[Sequ
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        for part in micro_batches(sequences):
+        for part in micro_batches(sequences, fitting(BATCH_TOKENS, module)):
             inputs, targets = (tensor.to(device) for tensor in pad(part))
             real = targets != IGNORED
             nats = target_nats(module, module.hidden(inputs)[real], targets[real])
