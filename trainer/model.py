@@ -310,9 +310,9 @@ class GolfGPT(nn.Module):
         return self.head_in(x)
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
-        return self.head_out(
-            F.linear(hidden, self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight)
-        )
+        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+        product: Tensor = self.head_out(F.linear(hidden, head))
+        return product
 
     def start_past(self, batch: int, capacity: int) -> Past:
         """An empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""

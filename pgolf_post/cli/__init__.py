@@ -31,7 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack-code": ("pack_code", "A script → the self-extracting file that the convention counts."),
     "export-decoder": ("export_decoder", "The decoder as a snippet for your own single-file script."),
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
-    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact."),
+    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
+    "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
+    "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
 }
 
 

@@ -1,9 +1,8 @@
-"""`pgolf-post eval`: bits per byte of a checkpoint or of what an artifact decodes to."""
+"""`pgolf-post eval`: bits per byte of a checkpoint or of what an artifact decodes to, by any protocol."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import click
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
-    find_checkpoint,
-    find_data,
     fresh_option,
     json_option,
-    load_view,
     weights_option,
 )
-from pgolf_post.errors import NotFoundError
+from pgolf_post.cli.scoring import open_subject, parse_protocol, protocol_options
 from pgolf_post.progress import print_json, print_table
 
 
@@ -27,83 +23,76 @@ from pgolf_post.progress import print_json, print_table
 @checkpoint_argument
 @weights_option
 @data_option
-@click.option("--protocol", type=click.Choice(["plain"]), default="plain", show_default=True, help="How to score.")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
-@click.option("--seq-len", type=click.IntRange(min=1), help="Window length.  [default: the model's training length]")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Score only the first so many tokens.")
+@protocol_options
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the model first (not for ttt).")
 @click.option(
-    "--tail", type=click.Choice(["drop", "score"]), default="drop", show_default=True, help="Last partial window."
+    "--time-budget", type=click.FloatRange(min=0, min_open=True), help="Seconds; warn at 80 %, stop and keep at 100 %."
 )
 @fresh_option
 @json_option
 def command(
-    checkpoint: Path | None, weights: str | None, data_dir: Path | None, fresh: bool, as_json: bool, **options: Any
+    checkpoint: Path | None,
+    weights: str | None,
+    data_dir: Path | None,
+    compiled: bool,
+    time_budget: float | None,
+    fresh: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Score CHECKPOINT, which may also be an artifact file or the folder that holds one.
 
-    Per-document sums are kept beside what was scored, so that two scores can be compared document by document.
+    \b
+    pgolf-post eval CKPT                                        the challenge's plain windows
+    pgolf-post eval CKPT --protocol sliding --stride 64
+    pgolf-post eval CKPT --protocol ttt --ttt record-1855 --seq-len 512 --set "phases=[44,88]"
+    torchrun --standalone --nproc_per_node=8 -m pgolf_post eval CKPT --protocol sliding
+
+    Sums by document are kept beside what was scored, so that two scores can be compared document by document. Ctrl-C
+    and an exhausted --time-budget keep what was done; the same command goes on from there.
     """
+    from pgolf_post.ranks import Ranks
+    from pgolf_post.score.clock import Clock
+    from pgolf_post.score.pool import ModelPool
+    from pgolf_post.score.session import Session
+
     started = time.perf_counter()
-    is_artifact = checkpoint is not None and _is_artifact(checkpoint)
-    subject, score, cached = (_score_artifact if is_artifact else _score_checkpoint)(
-        checkpoint, weights, data_dir, fresh, options
-    )
-    rows = [("bits per byte", f"{score['bpb']:.6f}"), ("nats per token", f"{score['nats'] / score['tokens']:.6f}")]
-    rows += [("tokens", f"{score['tokens']:,}"), ("bytes of text", f"{score['bytes']:,}")]
-    rows += [("documents", f"{score['documents']:,}"), ("from cache", "yes" if cached else "no")]
-    print_table(str(subject), ("", "value"), rows)
+    ranks = Ranks.join()
+    try:
+        session = Session(Clock(time_budget), ranks)
+        with session.clock.phase("load"):
+            subject = open_subject(checkpoint, weights, data_dir)
+        protocol = parse_protocol(options, subject.config, "eval")
+        session.description = f"scoring ({protocol.protocol})"
+        score, cached = subject.score(protocol, fresh, session, ModelPool(compiled))
+    finally:
+        ranks.leave()
+    if not ranks.is_main:
+        return
+    print_table(str(subject.name), ("", "value"), _rows(score, cached))
     if as_json:
         sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes", "documents")}
+        phases = {key: value for key, value in score.items() if key.endswith("_seconds")}
         seconds = round(time.perf_counter() - started, 3)
-        print_json({"path": str(checkpoint or subject), **sums, "cached": cached, "seconds": seconds})
+        named = {"path": str(checkpoint or subject.name), "protocol": protocol.model_dump(mode="json")}
+        print_json({**named, **sums, **_evidence(score), **phases, "cached": cached, "seconds": seconds})
 
 
-def _is_artifact(path: Path) -> bool:
-    from pgolf_post.pack.container import find_artifact, is_artifact
-
-    try:
-        return is_artifact(find_artifact(path))
-    except NotFoundError:
-        return False
+def _evidence(score: dict[str, Any]) -> dict[str, Any]:
+    """What a protocol that learns says it did."""
+    names = ("optimizer_steps", "trained_parameters", "learned_tokens", "adapters", "phases_run", "global_steps")
+    return {name: score[name] for name in names if name in score}
 
 
-def _protocol(options: dict[str, Any], config: Mapping[str, Any]) -> Any:
-    from pgolf_post.families import train_seq_len
-    from pgolf_post.score.plain import PlainProtocol
-    from pgolf_post.settings import parse_settings
-
-    return parse_settings(PlainProtocol, {**options, "seq_len": options["seq_len"] or train_seq_len(config)}, "eval")
-
-
-def _score_checkpoint(
-    path: Path | None, weights: str | None, data_dir: Path | None, fresh: bool, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any], bool]:
-    from pgolf_post.score.cached import score_view
-
-    found = find_checkpoint(path)
-    view = load_view(found, weights)
-    protocol = _protocol(options, view.config)
-    return (view, *score_view(view, find_data(found, data_dir), protocol, fresh))
-
-
-def _score_artifact(
-    path: Path | None, weights: str | None, data_dir: Path | None, fresh: bool, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any], bool]:
-    from pgolf_post.checkpoint import Checkpoint
-    from pgolf_post.data import DataFolder
-    from pgolf_post.pack.container import find_artifact, read_facts
-    from pgolf_post.score.cached import score_artifact
-
-    assert path is not None
-    if weights:
-        raise click.UsageError("--weights chooses a checkpoint's weights; an artifact has only one set")
-    artifact = find_artifact(path)
-    config = read_facts(artifact).manifest["config"]
-    protocol = _protocol(options, config)
-    folder = artifact.parent.parent.parent.parent  # <checkpoint>/derived/artifact/<id>/artifact.pgolf
-    if data_dir is None and not (folder / "meta.json").is_file():
-        raise NotFoundError(
-            f"{artifact} does not lie in a checkpoint folder that names its data", hint="pass --data FOLDER"
-        )
-    data = DataFolder.open(data_dir) if data_dir else find_data(Checkpoint.open(folder), None)
-    return (artifact, *score_artifact(artifact, data, protocol, fresh))
+def _rows(score: dict[str, Any], cached: bool) -> list[tuple[str, str]]:
+    rows = [("bits per byte", f"{score['bpb']:.6f}"), ("nats per token", f"{score['nats'] / score['tokens']:.6f}")]
+    rows += [("tokens", f"{score['tokens']:,}"), ("bytes of text", f"{score['bytes']:,}")]
+    rows += [("documents", f"{score['documents']:,}")]
+    rows += [(name.replace("_", " "), f"{value:,}") for name, value in _evidence(score).items()]
+    for key, value in score.items():
+        if key.endswith("_seconds") and not key.startswith(("strict", "convention")):
+            rows.append((f"{key.removesuffix('_seconds')}, s", f"{value:.1f}"))
+    if "strict_seconds" in score:
+        rows.append(("strict sum, s of 600", f"{score['strict_seconds']:.1f}"))
+        rows.append(("by convention (score + adapt), s of 600", f"{score['convention_seconds']:.1f}"))
+    return [*rows, ("from cache", "yes" if cached else "no")]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.data.tokenizer import BOS_ID
-from pgolf_post.errors import DamagedFileError, MismatchError
+from pgolf_post.errors import DamagedFileError, MismatchError, NumericsError
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,22 @@ def documents_of(tokens: np.ndarray) -> np.ndarray:  # (n,) → (n,) int64
     starts = np.asarray(tokens == BOS_ID)
     starts[:1] = False
     return np.cumsum(starts)
+
+
+def require_finite(
+    tokens: np.ndarray,  # (n,) the text
+    places: np.ndarray,  # (k,) int64, places of targets in it
+    nats: np.ndarray,  # (k,)
+) -> None:
+    """Raise NumericsError naming the first target whose nats are NaN or infinite, and its document."""
+    bad = np.flatnonzero(~np.isfinite(nats))
+    if len(bad):
+        place = int(places[bad[0]])
+        raise NumericsError(
+            f"the score of target {place} (document {int(documents_of(tokens)[place])}, token id {int(tokens[place])}) "
+            f"is {float(nats[bad[0]])}; {len(bad)} of {len(places)} scored together are not finite",
+            hint="look for NaN or infinity in the weights, or lower the learning rate of test-time training",
+        )
 
 
 def sum_units(

@@ -6,6 +6,7 @@ An artifact's score is that of the tensors which the shipped decoder gives back,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +14,121 @@ import torch
 
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.errors import MismatchError
-from pgolf_post.families import load_module
+from pgolf_post.derived import derived_id, load_or_make, verified_meta
+from pgolf_post.errors import MismatchError, PgolfError
+from pgolf_post.families import get_family
 from pgolf_post.pack.container import read_artifact
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.plain import PlainProtocol, score_folder
-from pgolf_post.storage import sha256_file
+from pgolf_post.score.pool import ModelPool
+from pgolf_post.score.protocols import Protocol, folder_text, score_text
+from pgolf_post.score.session import Session
+from pgolf_post.storage import read_json, sha256_file
 
 STAGE, STAGE_VERSION, PAYLOAD = "score", 2, "documents.safetensors"
 
 CachedScore = tuple[dict[str, Any], bool]  # {bpb, nats, tokens, bytes, documents, …}, whether it was cached
 
 
-def score_view(view: View, data: DataFolder, protocol: PlainProtocol, fresh: bool = False) -> CachedScore:
+def score_view(
+    view: View,
+    data: DataFolder,
+    protocol: Protocol,
+    fresh: bool = False,
+    session: Session | None = None,
+    pool: ModelPool | None = None,
+) -> CachedScore:
     """The score of a view's own weights."""
     require_tokenizer(view.config, data, str(view))
-
-    def run() -> Score:
-        return score_folder(load_module(view.config, view.tensors, str(view)), data, protocol, "scoring checkpoint")
-
-    return _cached(view.checkpoint.path / "derived", view.id, data, protocol, run, fresh)
+    subject = Subject(view.id, view.config, str(view), view.checkpoint.path / "derived")
+    return score_subject(subject, lambda: view.tensors, data, protocol, fresh, session, pool)
 
 
-def score_artifact(path: Path, data: DataFolder, protocol: PlainProtocol, fresh: bool = False) -> CachedScore:
+def score_artifact(
+    path: Path,
+    data: DataFolder,
+    protocol: Protocol,
+    fresh: bool = False,
+    session: Session | None = None,
+    pool: ModelPool | None = None,
+) -> CachedScore:
     """The score of what an artifact decodes to, kept in the checkpoint folder that holds it, else beside the file."""
-    decoded = read_artifact(path)
+    session = session or Session()
+    with session.clock.phase("decompress"):
+        decoded = read_artifact(path)
     config = decoded.manifest["config"]
     require_tokenizer(config, data, str(path))
-
-    def run() -> Score:
-        tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
-        return score_folder(load_module(config, tensors, str(path)), data, protocol, "scoring artifact")
-
     folder = path.parent.parent
     root = folder.parent if (folder.name, folder.parent.name) == ("artifact", "derived") else path.parent / "derived"
-    return _cached(root, sha256_file(path), data, protocol, run, fresh)
+    subject = Subject(sha256_file(path), config, str(path), root)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
+
+    return score_subject(subject, tensors, data, protocol, fresh, session, pool)
 
 
-def _cached(
-    root: Path, subject_id: str, data: DataFolder, protocol: PlainProtocol, run: Callable[[], Score], fresh: bool
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: its id, config, name for people, and the folder that keeps its scores."""
+
+    id: str
+    config: Mapping[str, Any]
+    name: str
+    root: Path
+
+
+def score_subject(
+    subject: Subject,
+    tensors: Callable[[], Mapping[str, torch.Tensor]],
+    data: DataFolder,
+    protocol: Protocol,
+    fresh: bool = False,
+    session: Session | None = None,
+    pool: ModelPool | None = None,
 ) -> CachedScore:
-    """Look a score up by subject, text and protocol, or run it and keep its per-document sums."""
+    """Look a score up by subject, text and protocol, or run it and keep its sums."""
+    session, pool = session or Session(), pool or ModelPool()
     identity = {**protocol.model_dump(mode="json"), "data_manifest_sha256": data.manifest_sha256}
-    folder = root / STAGE / derived_id(STAGE, STAGE_VERSION, [subject_id], identity)[:12]
+    whole_id = derived_id(STAGE, STAGE_VERSION, [subject.id], identity)
+    folder = subject.root / STAGE / whole_id[:12]
+    session.identity, session.partial = whole_id, folder.with_name(f"{folder.name}.partial.safetensors")
 
-    def make(building: Path) -> Mapping[str, Any]:
-        score = run()
+    def run() -> tuple[Score, dict[str, Any]]:
+        with session.clock.phase("load"):
+            text = folder_text(data, protocol)
+            module = pool.load(subject.config, tensors(), subject.name, session.ranks.device)
+        pool.warm_up(module, protocol, len(text[0]), session.clock)
+        return score_text(module, get_family(subject.config["family"]), *text, protocol, session)
+
+    def keep(building: Path, found: tuple[Score, dict[str, Any]]) -> Mapping[str, Any]:
+        score, facts = found
         score.save(building / PAYLOAD)
-        return {**score.sums(), "documents": len(score.document_nats), "subject_id": subject_id}
+        return {**score.sums(), "documents": len(score.document_nats), "subject_id": subject.id, **facts}
 
-    return load_or_make(folder, PAYLOAD, {"stage": STAGE, "version": STAGE_VERSION, **identity}, make, fresh)
+    config = {"stage": STAGE, "version": STAGE_VERSION, **identity}
+    if session.ranks.world_size == 1:
+        found, cached = load_or_make(folder, PAYLOAD, config, lambda building: keep(building, run()), fresh)
+        return {**found, "folder": str(folder)}, cached
+    if session.ranks.main_says(not fresh and _is_intact(folder)):
+        return {**read_json(folder / "meta.json"), "folder": str(folder)}, True
+    result = run()
+    if session.ranks.is_main:
+        load_or_make(folder, PAYLOAD, config, lambda building: keep(building, result), fresh=True)
+    session.ranks.wait()
+    return {**read_json(folder / "meta.json"), "folder": str(folder)}, False
+
+
+def load_score(facts: Mapping[str, Any]) -> Score:
+    """The sums, by unit, of what `score_view` and `score_artifact` returned."""
+    return Score.load(Path(facts["folder"]) / PAYLOAD)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verified_meta(folder, PAYLOAD)
+    except PgolfError:
+        return False
+    return True
 
 
 def require_tokenizer(config: Mapping[str, Any], data: DataFolder, source: str) -> None:

@@ -7,19 +7,18 @@ out the last partial window, as the challenge does; `tail="score"` scores it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 from pgolf_post.progress import progress_bar
-from pgolf_post.score.bpb import Score, sum_units
+from pgolf_post.score.bpb import Score, require_finite, sum_units
+from pgolf_post.score.session import Session
+from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
 from pgolf_post.settings import Settings
 
 BATCH_TOKENS = 16384
@@ -43,19 +42,6 @@ def windows(num_tokens: int, seq_len: int, tail: str) -> list[tuple[int, int]]: 
     return [*spans, (full * seq_len, rest)] if tail == "score" and rest else spans
 
 
-def _batches(tokens: np.ndarray, spans: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stack windows of equal length: (inputs, targets), each (batch, length) int64."""
-    start = 0
-    while start < len(spans):
-        length = spans[start][1]
-        stop = min(len(spans), start + max(1, BATCH_TOKENS // length))
-        stop = next((i for i in range(start, stop) if spans[i][1] != length), stop)
-        rows = np.stack([tokens[offset : offset + length + 1] for offset, _ in spans[start:stop]]).astype(np.int64)
-        batch = torch.from_numpy(rows)
-        yield batch[:, :-1], batch[:, 1:]
-        start = stop
-
-
 def score_plain(
     module: Any,  # a LanguageModel
     tokens: np.ndarray,  # (n,) uint16
@@ -76,7 +62,6 @@ def protocol_windows(tokens: np.ndarray, protocol: PlainProtocol) -> list[tuple[
     return spans
 
 
-@torch.no_grad()
 def score_windows(
     module: Any,  # a LanguageModel
     tokens: np.ndarray,  # (n,) uint16
@@ -88,17 +73,15 @@ def score_windows(
 ) -> Score:
     """Score some windows of a text in float32."""
     started = time.perf_counter()
-    device = next(module.parameters()).device
-    picked = [spans[i] for i in chosen]
+    picked = [Span(spans[i][0], spans[i][1], spans[i][1]) for i in chosen]
     nats: list[np.ndarray] = []
     with progress_bar(description, len(picked)) as advance:
-        for inputs, targets in _batches(tokens, picked):
-            logits = module.logits(module.hidden(inputs.to(device)))
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-            nats.append(loss.double().cpu().numpy())
-            advance(len(inputs))
-    places = np.concatenate([np.arange(start + 1, start + length + 1) for start, length in picked])
-    window = np.repeat(chosen, [length for _, length in picked])
+        for batch in batches_of(picked, fitting(BATCH_TOKENS, module)):
+            nats.append(batch_nats(module, tokens, batch, Session()))
+            require_finite(tokens, places_of(batch), nats[-1])
+            advance(len(batch))
+    places = places_of(picked)
+    window = np.repeat(chosen, [span.scored for span in picked])
     seconds = time.perf_counter() - started
     return sum_units(tokens, places, window, np.concatenate(nats), token_bytes, seconds, pieces)
 

@@ -1,0 +1,69 @@
+"""`pgolf-post audit`: is this score legal? The challenge's rules, run as tests."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgolf_post.cli.common import checkpoint_argument, data_option, json_option, weights_option
+from pgolf_post.cli.scoring import open_subject, parse_protocol, protocol_options
+from pgolf_post.progress import print_json, print_table, say
+
+WORDS = {True: "pass", False: "FAIL", None: "n/a"}
+
+
+@click.command("audit")
+@checkpoint_argument
+@weights_option
+@data_option
+@protocol_options
+@click.option("--tokens", type=click.IntRange(min=3), help="Length of the excerpt.  [default: as the protocol needs]")
+@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Tokens that are changed.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which positions are sampled.")
+@json_option
+def command(
+    checkpoint: Path | None,
+    weights: str | None,
+    data_dir: Path | None,
+    tokens: int | None,
+    samples: int,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run the challenge's rules as tests on CHECKPOINT (or an artifact) under a protocol.
+
+    \b
+    pgolf-post audit ARTIFACT --protocol sliding
+    pgolf-post audit CKPT --protocol ttt --ttt lora --tokens 3000
+
+    The protocol scores an excerpt again and again with single tokens changed: what was scored before must be the same
+    bit for bit, weights that learn included. Bytes and documents are counted on the whole split. Exit code 4 if a test
+    fails.
+    """
+    from pgolf_post.families import get_family, load_module
+    from pgolf_post.score.audit import Subject, audit, audit_text, document_excerpt, excerpt_tokens, require_passed
+    from pgolf_post.score.protocols import folder_text
+
+    started = time.perf_counter()
+    opened = open_subject(checkpoint, weights, data_dir)
+    protocol = parse_protocol(options, opened.config, "audit")
+    module = load_module(opened.config, {name: x.clone() for name, x in opened.tensors().items()}, opened.name)
+    whole = folder_text(opened.data, protocol.model_copy(update={"max_tokens": None}))
+    excerpt = document_excerpt(whole[0], tokens or excerpt_tokens(protocol))
+    say(f"excerpt: {len(excerpt):,} tokens of {len(whole[0]):,}, scored {samples + 3} times")
+    isolates = bool(opened.config["model"].get("isolate_documents"))
+    subject = Subject.of(module, get_family(opened.config["family"]), isolates, protocol)
+    findings = [*audit(subject, excerpt, samples, seed), *audit_text(opened.data, protocol.split, *whole)]
+    rows = [(finding.test, WORDS[finding.passed], finding.evidence) for finding in findings]
+    print_table(f"{opened.name}, {protocol.protocol}", ("test", "", "evidence"), rows)
+    if as_json:
+        passed = all(finding.passed is not False for finding in findings)
+        seconds = round(time.perf_counter() - started, 3)
+        named = {"path": str(checkpoint or opened.name), "protocol": protocol.model_dump(mode="json")}
+        tests = [finding.facts() for finding in findings]
+        print_json({**named, "passed": passed, "tests": tests, "excerpt_tokens": len(excerpt), "seconds": seconds})
+    require_passed(findings, opened.name)

@@ -1,0 +1,176 @@
+"""`pgolf-post compare`: is A better than B, by how much, and how sure is that."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from pgolf_post.cli.common import data_option, json_option
+from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
+from pgolf_post.errors import MismatchError
+from pgolf_post.progress import print_json, print_table
+
+if TYPE_CHECKING:
+    from pgolf_post.score.bpb import Score
+
+
+@click.command("compare")
+@click.argument("candidate")
+@click.argument("control")
+@data_option
+@protocol_options
+@click.option("--record", is_flag=True, help="The challenge's rule over groups of seeds (comma-separated).")
+@click.option("--until-ci", type=click.FloatRange(min=0, min_open=True), help="Screen until known to ± so many bpb.")
+@click.option("--cluster", type=click.Choice(["document", "piece"]), default="piece", show_default=True)
+@click.option("--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of bootstrap and sampling.")
+@click.option("--bytes-per-token", type=float, help="--record with numbers: bytes of text per token.")
+@click.option("--variant", type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]), help="… or a published one.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile one model for both (not for ttt).")
+@json_option
+def command(candidate: str, control: str, as_json: bool, **options: Any) -> None:
+    """The difference in bits per byte of CANDIDATE (a checkpoint or an artifact) against CONTROL; negative is better.
+
+    \b
+    pgolf-post compare ARTIFACT CKPT                                 paired by document: t, bootstrap, sign test
+    pgolf-post compare A B --until-ci 0.0003                         as little text as the question needs
+    pgolf-post compare --record 1.0791,1.0802,1.0799 1.0812,1.0810,1.0808 --variant sp8192
+    pgolf-post compare --record A1,A2,A3 B1,B2,B3                    the same from checkpoints or artifacts
+
+    Scores are read from the cache where they are there. --until-ci samples plain windows at random and looks after each
+    batch; its interval is a confidence sequence, which stays valid however often it is looked at.
+    """
+    started = time.perf_counter()
+    if options["record"] and options["until_ci"]:
+        raise click.UsageError("--record compares groups of seeds, --until-ci two models; choose one")
+    work = _record if options["record"] else (_screen if options["until_ci"] else _paired)
+    facts = work(candidate, control, options)
+    if as_json:
+        seconds = round(time.perf_counter() - started, 3)
+        print_json({"candidate": candidate, "control": control, **facts, "seconds": seconds})
+
+
+def _open(text: str, options: dict[str, Any]) -> Opened:
+    return open_subject(Path(text), None, options["data_dir"])
+
+
+def _score(opened: Opened, options: dict[str, Any], pool: Any) -> Score:
+    from pgolf_post.score.cached import load_score
+    from pgolf_post.score.session import Session
+
+    protocol = parse_protocol(options, opened.config, "compare")
+    return load_score(opened.score(protocol, False, Session(), pool)[0])
+
+
+def _scores(names: list[str], options: dict[str, Any]) -> list[Score]:
+    """Scores of several paths, with one model for all that share a config."""
+    from pgolf_post.score.pool import ModelPool
+
+    pool = ModelPool(options["compiled"])
+    return [_score(_open(name, options), options, pool) for name in names]
+
+
+def _paired(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+    from pgolf_post.score.compare import paired_documents, sign_test
+    from pgolf_post.score.paired import bootstrap_interval, t_interval
+
+    first, second = _scores([candidate, control], options)
+    clusters = paired_documents(first, second)
+    by_t = t_interval(clusters, options["level"])
+    by_bootstrap = bootstrap_interval(clusters, options["level"], seed=options["seed"])
+    signs = sign_test(clusters)
+    percent = f"{100 * options['level']:g} %"
+    rows = [("candidate, bpb", f"{first.bpb:.6f}"), ("control, bpb", f"{second.bpb:.6f}")]
+    rows += [("difference", f"{by_t.bpb:+.6f}"), (f"t interval, {percent}", f"{by_t.low:+.6f} … {by_t.high:+.6f}")]
+    rows += [(f"bootstrap over documents, {percent}", f"{by_bootstrap.low:+.6f} … {by_bootstrap.high:+.6f}")]
+    rows += [("documents better / worse", f"{signs.better:,} / {signs.worse:,}"), ("sign test, p", f"{signs.p:.2g}")]
+    rows += [("documents (as many equal ones)", f"{by_t.clusters:,} ({by_t.effective_clusters:.0f})")]
+    print_table(f"{candidate} against {control}", ("", "value"), rows)
+    resampled = {"bootstrap_low_bpb": by_bootstrap.low, "bootstrap_high_bpb": by_bootstrap.high}
+    finite = {key: value for key, value in resampled.items() if np.isfinite(value)}
+    sign = {"better": signs.better, "worse": signs.worse, "sign_p": signs.p}
+    return {"bpb": first.bpb, "control_bpb": second.bpb, **by_t.facts(), **finite, **sign}
+
+
+def _record(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+    from pgolf_post.score.compare import RECORD_MARGIN_NATS, record_rule
+
+    first, first_ratio = _group(candidate, options)
+    second, second_ratio = _group(control, options)
+    ratio = _bytes_per_token(options) or first_ratio or second_ratio
+    if ratio is None:
+        raise click.UsageError("0.005 nats per token are how many bpb? pass --variant or --bytes-per-token")
+    verdict = record_rule(first, second, ratio)
+    zero, margin = verdict.against_zero, verdict.against_margin
+    rows = [
+        (f"{name}, mean of {len(g)}", f"{g.mean():.7f} ± {g.std(ddof=1):.7f}")
+        for name, g in (
+            ("candidate", first),
+            ("control", second),
+        )
+    ]
+    rows += [("difference, bpb", f"{zero.difference:+.7f}")]
+    rows += [("difference, nats per token", f"{zero.difference * np.log(2) * ratio:+.6f}")]
+    rows += [("Welch t, degrees of freedom", f"{zero.t:.2f}, {zero.degrees:.2f}"), ("p, one-sided", f"{zero.p:.4f}")]
+    rows += [(f"p that it is better by {RECORD_MARGIN_NATS} nats ({margin.margin:.5f} bpb)", f"{margin.p:.4f}")]
+    rows += [("three seeds each", "yes" if verdict.enough_seeds else "no")]
+    rows += [("a record by the rule", "yes" if verdict.is_record else "no")]
+    print_table(f"{candidate} against {control}", ("", "value"), rows)
+    return {"candidate_bpb": first.tolist(), "control_bpb": second.tolist(), **verdict.facts()}
+
+
+def _bytes_per_token(options: dict[str, Any]) -> float | None:
+    from pgolf_post.score.compare import BYTES_PER_TOKEN
+
+    if options["variant"]:
+        return BYTES_PER_TOKEN[options["variant"]]
+    given: float | None = options["bytes_per_token"]
+    return given
+
+
+def _group(text: str, options: dict[str, Any]) -> tuple[np.ndarray, float | None]:  # bpb of seeds, bytes per token
+    """A comma-separated group of numbers, or of paths that are scored."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return np.array([float(part) for part in parts]), None
+    except ValueError:
+        scores = _scores(parts, options)
+    return np.array([score.bpb for score in scores]), scores[0].bytes / scores[0].tokens
+
+
+def _screen(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+    from pgolf_post.families import load_module
+    from pgolf_post.score.bpb import documents_of
+    from pgolf_post.score.pieces import cut_documents
+    from pgolf_post.score.protocols import folder_text, protocol_spans
+    from pgolf_post.score.screen import ScreenSettings, screen, window_scorer
+    from pgolf_post.score.sliding import num_targets
+    from pgolf_post.settings import parse_settings
+
+    opened = [_open(name, options) for name in (candidate, control)]
+    protocol = parse_protocol(options, opened[0].config, "compare")
+    if protocol.protocol == "ttt":
+        raise click.UsageError("--until-ci samples windows; test-time training needs the whole text")
+    if opened[0].data.manifest_sha256 != opened[1].data.manifest_sha256:
+        raise MismatchError(f"{candidate} and {control} belong to different data", hint="pass --data FOLDER")
+    data = opened[0].data
+    tokens, token_bytes = folder_text(data, protocol)
+    pieces = cut_documents(data, tokens, token_bytes) if options["cluster"] == "piece" else documents_of(tokens)
+    modules = [load_module(some.config, some.tensors(), some.name) for some in opened]
+    targets = num_targets(len(tokens), protocol.seq_len, protocol.tail)
+    spans = protocol_spans(protocol, targets)
+    wanted = {"half_width_bpb": options["until_ci"], "level": options["level"], "seed": options["seed"]}
+    settings = parse_settings(ScreenSettings, {**wanted, "cluster_by": "piece"}, "compare")
+    scorer = window_scorer(modules[0], modules[1], tokens, token_bytes, spans, pieces)
+    found = screen(scorer, len(spans), targets, settings)
+    last = found.last
+    rows = [("difference, bpb", f"{last.bpb:+.6f}")]
+    rows += [(f"confidence sequence, {100 * settings.level:g} %", f"{last.low:+.6f} … {last.high:+.6f}")]
+    rows += [("tokens", f"{last.tokens:,} of {targets:,} ({100 * last.tokens / targets:.1f} %)")]
+    rows += [("windows, clusters, looks", f"{last.windows:,}, {last.clusters:,}, {len(found.looks):,}")]
+    print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
+    return found.facts()

@@ -1,0 +1,90 @@
+"""One built (and compiled) model for many sets of weights.
+
+Building and compiling cost far more than copying 36M numbers. Weights of the same config are copied into the module
+that is there, in place, so that what torch.compile made of it stays valid. Warm-up runs on made-up tokens: nothing of
+the text is seen before it is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_post.errors import SettingsError
+from pgolf_post.families import check_tensors, load_module
+from pgolf_post.score.clock import Clock
+from pgolf_post.score.plain import BATCH_TOKENS
+from pgolf_post.score.protocols import Protocol, protocol_spans
+from pgolf_post.score.sliding import num_targets
+from pgolf_post.score.spans import Span, batches_of, fitting
+from pgolf_post.score.ttt.settings import TTTProtocol
+from pgolf_post.settings import canonical_json
+
+
+class CompiledModel:
+    """A language model whose `hidden` and `logits` torch.compile has made; shapes are fixed, one graph for each."""
+
+    def __init__(self, module: Any, backend: str) -> None:
+        self.module = module
+        self.hidden = torch.compile(module.hidden, backend=backend, dynamic=False)
+        self.logits = torch.compile(module.logits, backend=backend, dynamic=False)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from self.module.parameters()
+
+
+class ModelPool:
+    """Keeps the last module; weights of the same config go into it in place."""
+
+    def __init__(self, compiled: bool = False, backend: str = "inductor") -> None:
+        self.compiled, self.backend = compiled, backend
+        self._key = b""
+        self._module: nn.Module | None = None
+        self._model: Any = None
+        self._warm: set[tuple[int, int, int]] = set()  # (batch, length, scored) that have run
+
+    def load(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, device: torch.device
+    ) -> Any:  # a LanguageModel
+        """A model that holds `tensors`. Raises MismatchError if they do not fit the config."""
+        key = canonical_json({"family": config["family"], "model": config["model"], "graph": config["graph"]})
+        if self._module is not None and key == self._key:
+            check_tensors(self._module, tensors, source)
+            swap_weights(self._module, tensors)
+        else:
+            module = load_module(config, {name: tensor.clone() for name, tensor in tensors.items()}, source)
+            self._module = module.to(device)
+            self._model = CompiledModel(self._module, self.backend) if self.compiled else self._module
+            self._key, self._warm = key, set()
+        return self._model
+
+    def warm_up(self, model: Any, protocol: Protocol, num_tokens: int, clock: Clock) -> None:
+        """Compile for every shape of batch that a pass will have. Raises SettingsError for a protocol that learns."""
+        if not self.compiled:
+            return
+        if isinstance(protocol, TTTProtocol):
+            raise SettingsError("--compile is for protocols that do not learn; adapters hang on the eager forward")
+        spans = protocol_spans(protocol, num_targets(num_tokens, protocol.seq_len, protocol.tail))
+        size = fitting(BATCH_TOKENS, model)
+        shapes = {(len(batch), batch[0].length, batch[0].scored): batch[0] for batch in batches_of(spans, size)}
+        with clock.phase("compile"), torch.no_grad():
+            for shape, span in shapes.items():
+                if shape not in self._warm:
+                    self._run(model, shape[0], span)
+                    self._warm.add(shape)
+
+    def _run(self, model: Any, batch: int, span: Span) -> None:
+        device = next(model.parameters()).device
+        tokens = torch.full((batch, span.length), 2, device=device)
+        model.logits(model.hidden(tokens)[:, -span.scored :].flatten(0, 1))
+
+
+@torch.no_grad()
+def swap_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module's own, in place: addresses stay, so compiled code stays valid."""
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)

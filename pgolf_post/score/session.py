@@ -1,0 +1,170 @@
+"""One scoring pass as a list of steps: timed, stopped where it is safe, kept, and continued where it stopped.
+
+Ctrl-C and an exhausted time budget are the same event: at the next step boundary the ledger and whatever the pass has
+learned go to a file, and the same command goes on from there and ends with the same number. A second Ctrl-C stops at
+once. Under torchrun nothing is kept: the launcher kills its processes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import DamagedFileError, PgolfError
+from pgolf_post.progress import progress_bar, say
+from pgolf_post.ranks import ALONE, Ranks
+from pgolf_post.score.clock import Clock
+from pgolf_post.score.nats import Observer
+from pgolf_post.score.ttt.ledger import Ledger
+from pgolf_post.storage import atomic_file
+
+ESTIMATE_AFTER = 3  # timed steps
+ESTIMATE_WORTH_SECONDS = 10.0
+
+
+class StoppedError(PgolfError):
+    """A pass that stopped before its end, by Ctrl-C (exit 130) or its time budget (exit 1)."""
+
+
+class Pass(Protocol):
+    """What a protocol does, cut into steps."""
+
+    costs: np.ndarray  # (steps,) relative
+    ledger: Ledger
+
+    def step(self, index: int) -> None:
+        """Score, or train on, the next part of the text."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What was learned so far, beside the ledger."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON facts: evidence of what was learned."""
+
+
+@dataclass
+class Session:
+    """What a pass runs in."""
+
+    clock: Clock = field(default_factory=Clock)
+    ranks: Ranks = ALONE
+    observer: Observer | None = None
+    partial: Path | None = None  # where a stopped pass is kept
+    identity: str = ""  # of subject, text and protocol: a partial result of another is not continued
+    description: str = "scoring"
+    quiet: bool = False  # part of other work that reports for it
+
+    def run(self, work: Pass) -> None:
+        """All steps of a pass. Raises StoppedError with the partial result kept."""
+        first = self._restore(work)
+        total = float(work.costs.sum())
+        with interruptible() as interrupted, self._progress(len(work.costs)) as advance:
+            advance(first)
+            started = time.perf_counter()
+            for index in range(first, len(work.costs)):
+                if interrupted or self.clock.over_budget():
+                    self._stop(work, index, bool(interrupted))
+                work.step(index)
+                spent, done = time.perf_counter() - started, float(work.costs[first : index + 1].sum())
+                rest = spent / done * (total - float(work.costs[: index + 1].sum())) if done else 0.0
+                self._estimate(index - first + 1, self.clock.strict + rest)
+                advance(1, f"≈ {self.clock.strict + rest:.0f} s in all")
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
+
+    def _progress(self, steps: int) -> AbstractContextManager[Callable[..., None]]:
+        if self.quiet:
+            return nullcontext(lambda *_: None)
+        return progress_bar(self.description, steps)
+
+    def _estimate(self, steps: int, whole: float) -> None:
+        """Say once, after a few timed steps, what the pass will cost."""
+        if steps == ESTIMATE_AFTER and whole > ESTIMATE_WORTH_SECONDS and not self.quiet:
+            budget = self.clock.budget_seconds
+            against = f" of a budget of {budget:.0f} s" if budget else ""
+            say(f"{self.description}: about {whole:.0f} s{against}")
+
+    def _stop(self, work: Pass, index: int, by_hand: bool) -> None:
+        done = int(work.ledger.scored.sum())
+        what = "interrupted" if by_hand else f"the time budget of {self.clock.budget_seconds:.0f} s is spent"
+        message = f"{what} with {done:,} of {work.ledger.num_targets:,} targets scored"
+        if done:
+            message += f" ({work.ledger.nats.sum() / done:.6f} nats per token so far)"
+        hint = None
+        if self.partial is not None and self.ranks.world_size == 1:
+            self._keep(work, index)
+            how = "run the same command again" if by_hand else "raise --time-budget"
+            hint = f"{how} to go on from there (kept in {self.partial})"
+        error = StoppedError(message, hint=hint)
+        error.exit_code = 130 if by_hand else 1
+        raise error
+
+    def _keep(self, work: Pass, index: int) -> None:
+        """Write the ledger, what was learned, and where to go on."""
+        from safetensors.torch import save_file
+
+        assert self.partial is not None
+        arrays = {f"ledger.{key}": torch.from_numpy(np.ascontiguousarray(x)) for key, x in work.ledger.state().items()}
+        tensors = {f"work.{key}": value.detach().cpu().contiguous().clone() for key, value in work.state().items()}
+        what = f"{self.identity} in {len(work.costs)} steps"
+        note = {"identity": what, "step": str(index), "seconds": json.dumps(self.clock.seconds)}
+        with atomic_file(self.partial) as path:
+            save_file({**arrays, **tensors}, path, note)
+
+    def _restore(self, work: Pass) -> int:
+        """The step to begin with: 0, or where a kept pass of the same identity stopped."""
+        if self.partial is None or not self.partial.is_file() or self.ranks.world_size > 1:
+            return 0
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.partial, "pt") as file:
+                note: dict[str, Any] = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            index, seconds = int(note["step"]), json.loads(note["seconds"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise DamagedFileError(f"{self.partial} is not a kept pass: {error}", hint=f"rm {self.partial}") from None
+        if note["identity"] != f"{self.identity} in {len(work.costs)} steps":
+            return 0
+        ledger = {key.removeprefix("ledger."): x.numpy() for key, x in tensors.items() if key.startswith("ledger.")}
+        work.ledger.load_state(ledger)
+        work.load_state({key.removeprefix("work."): x for key, x in tensors.items() if key.startswith("work.")})
+        self.clock.load(seconds)
+        say(f"{self.description}: going on from {self.partial}, {int(work.ledger.scored.sum()):,} targets scored")
+        return index
+
+
+@contextmanager
+def interruptible() -> Iterator[Sequence[bool]]:
+    """Yield a list that fills on the first Ctrl-C; the second one raises KeyboardInterrupt."""
+    asked: list[bool] = []
+    usual = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, usual)
+        say("stopping after this step; Ctrl-C again to stop at once")
+
+    try:
+        signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread, which alone may choose what a signal does
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, usual)

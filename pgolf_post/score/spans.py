@@ -1,0 +1,120 @@
+"""The forward pass behind every protocol: a batch of windows in, nats of some of their targets out.
+
+A span is a window of the text and how many of its last positions are scored; logits are computed for those alone. The
+batches do not depend on how many processes share them, so neither does any token's score. Where memory runs out, a
+batch is halved, which is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import PgolfError
+from pgolf_post.progress import say
+from pgolf_post.score.nats import observe, target_nats
+from pgolf_post.score.session import Session
+from pgolf_post.score.ttt.ledger import Ledger
+
+CPU_BATCH_TOKENS = 2048  # a sixth faster than 16,384 at width 256
+
+
+class Span(NamedTuple):
+    """Inputs [start, start + length); the last `scored` of the positions predict scored targets."""
+
+    start: int
+    length: int
+    scored: int
+
+    @property
+    def targets(self) -> tuple[int, int]:
+        """First and one past the last scored target, as places in the text."""
+        stop = self.start + self.length + 1
+        return stop - self.scored, stop
+
+
+def places_of(spans: list[Span]) -> np.ndarray:  # (Σ scored,) int64
+    """The scored targets of spans, in their order."""
+    return np.concatenate([np.arange(*span.targets) for span in spans])
+
+
+def batches_of(spans: list[Span], batch_tokens: int) -> list[list[Span]]:
+    """Neighbouring spans of equal shape, `batch_tokens` input tokens at most (or one span)."""
+    found = []
+    for (length, _), same in groupby(spans, key=lambda span: (span.length, span.scored)):
+        rows, size = list(same), max(1, batch_tokens // length)
+        found += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return found
+
+
+def fitting(batch_tokens: int, module: Any) -> int:
+    """Input tokens of one batch: fewer on a CPU, in whose caches they should stay, than on a GPU to be filled."""
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    return min(batch_tokens, CPU_BATCH_TOKENS) if on_cpu else batch_tokens
+
+
+def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
+    """Inputs (batch, length) and scored targets (batch, scored), int64."""
+    rows = np.stack([tokens[s.start : s.start + s.length + 1] for s in batch]).astype(np.int64)
+    whole = torch.from_numpy(rows)
+    return whole[:, :-1], whole[:, -batch[0].scored :]
+
+
+@torch.no_grad()
+def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
+    """(batch · scored,) float64 nats of the targets of spans of one shape. Halves the batch where memory runs out."""
+    device = next(module.parameters()).device
+    inputs, targets = stack(tokens, batch)
+    try:
+        hidden = module.hidden(inputs.to(device))[:, -batch[0].scored :].flatten(0, 1)
+        nats = target_nats(module, hidden, targets.to(device).flatten())
+        observe(session.observer, module, hidden, places_of(batch))
+        return nats.double().cpu().numpy()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(batch) == 1:
+        raise PgolfError(
+            f"out of memory on a single window of {batch[0].length} tokens", hint="score shorter windows: --seq-len"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    say(f"out of memory with {len(batch)} windows of {batch[0].length} tokens at once; trying {half}")
+    parts = [batch_nats(module, tokens, part, session) for part in (batch[:half], batch[half:])]
+    return np.concatenate(parts)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the CPU (whose allocator has no exception of its own)."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+
+
+class SpanPass:
+    """Scoring without learning: every step is a batch of spans; ranks take turns."""
+
+    def __init__(self, module: Any, ledger: Ledger, spans: list[Span], batch_tokens: int, session: Session) -> None:
+        self.module, self.ledger, self.session = module, ledger, session
+        batches = batches_of(spans, batch_tokens)
+        self.batches = [batches[i] for i in session.ranks.share(range(len(batches)))]
+        self.costs = np.array([float(len(b) * b[0].length) for b in self.batches])
+
+    def step(self, index: int) -> None:
+        batch = self.batches[index]
+        with self.session.clock.phase("score"):
+            self.ledger.commit(places_of(batch), batch_nats(self.module, self.ledger.tokens, batch, self.session))
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing is learned."""
+
+    def facts(self) -> dict[str, Any]:
+        return {}

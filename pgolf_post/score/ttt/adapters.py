@@ -1,0 +1,168 @@
+"""Low-rank adapters on the one forward: one per document, side by side, and one per visit of a looped layer.
+
+LoRA (Hu et al. 2021) adds B·A·x, scaled, to a matrix's product. Here every row of a batch has an A and a B of its own,
+so that many documents adapt in one forward without knowing of each other, and a layer that is visited three times has
+three adapters. They hang on forward hooks: the model's own code runs, whatever it does, and with B = 0 its output is
+bit for bit what it was. On q, k, v an adapter runs beside its weight; `o` reads the attention's input and adds to its
+output; `mlp` reads the MLP's input and adds to its output; `head` adds logits before the soft-cap (openai/
+parameter-golf, PR #1855).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_post.errors import SettingsError, VerificationError
+from pgolf_post.families import ModelFamily
+from pgolf_post.score.ttt.settings import TTTProtocol
+from pgolf_post.score.ttt.sgd import synthetic_tokens
+
+HEAD = "head_out"  # the module through which a family passes its head's product, before the soft-cap
+ROLES = {"q": "q", "k": "k", "v": "v", "attn_proj": "o", "mlp_proj": "mlp"}  # role of a matrix → what adapts there
+
+
+def adapted_modules(module: nn.Module, family: ModelFamily, settings: TTTProtocol) -> list[str]:
+    """Dotted paths of the modules whose output an adapter adds to. Raises SettingsError if a wanted kind has none."""
+    found: dict[str, list[str]] = {kind: [] for kind in settings.adapt}
+    for name, _ in module.named_parameters():
+        kind = ROLES.get(family.role(name), "")
+        if kind in found:
+            owner = name.rpartition(".")[0]
+            found[kind].append(owner if kind in "qkv" else owner.rpartition(".")[0])
+    if "head" in found and HEAD in dict(module.named_modules()):
+        found["head"].append(HEAD)
+    missing = [kind for kind, paths in found.items() if not paths]
+    if missing:
+        raise SettingsError(f"this model has nowhere to put adapters on {', '.join(missing)}", hint="see --set adapt=…")
+    return [path for paths in found.values() for path in paths]
+
+
+class Adapters:
+    """A language model with adapters: `hidden`, `logits` and `parameters` as the model's own."""
+
+    def __init__(self, module: Any, family: ModelFamily, settings: TTTProtocol) -> None:
+        self.module, self.settings = module, settings
+        self.scale = settings.alpha / settings.rank
+        self.paths = adapted_modules(module, family, settings)
+        self.a: dict[str, Tensor] = {}  # "path@visit" → (documents, rank, in)
+        self.b: dict[str, Tensor] = {}  # "path@visit" → (documents, out, rank)
+        self.rows = 0  # documents in the forward that runs
+        self._visits: dict[str, int] = {}
+        self._head_input: Tensor | None = None
+        self._make()
+        if hasattr(module, "log_probs"):
+            self.log_probs = self._log_probs
+
+    def _make(self) -> None:
+        """One pair of matrices for each visit that a forward makes, A ~ U(±1/√in), B = 0."""
+        settings, device = self.settings, next(self.module.parameters()).device
+        random = torch.Generator().manual_seed(settings.seed)
+        for key, (width_in, width_out) in self._shapes().items():
+            a = torch.rand(settings.batch_documents, settings.rank, width_in, generator=random)
+            self.a[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
+            self.b[key] = torch.zeros(settings.batch_documents, width_out, settings.rank, device=device)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Widths in and out of every visit, seen on a forward over made-up tokens."""
+        shapes: dict[str, tuple[int, int]] = {}
+
+        def look(key: str, x: Tensor, output: Tensor) -> Tensor:
+            shapes[key] = x.size(-1), output.size(-1)
+            return output
+
+        tokens = synthetic_tokens(self.module, 2)
+        with torch.no_grad(), self._hooked(look):
+            self.logits(self.hidden(tokens).flatten(0, 1))
+        return shapes
+
+    @contextmanager
+    def _hooked(self, adapt: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Every adapted module's output goes through `adapt(key, input, output)`."""
+        modules = dict(self.module.named_modules())
+        handles = [modules[path].register_forward_hook(self._hook(path, adapt)) for path in self.paths]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, path: str, adapt: Callable[[str, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            visit = self._visits.get(path, 0)
+            self._visits[path] = visit + 1
+            x = self._head_input if path == HEAD else inputs[0]
+            assert x is not None
+            return adapt(f"{path}@{visit}", x, output)
+
+        return hook
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Adapters act on every forward inside."""
+        with self._hooked(self._adapt):
+            yield
+
+    def _adapt(self, key: str, x: Tensor, output: Tensor) -> Tensor:
+        """output + scale · B A x, with each row's own A and B."""
+        a, b = self.a[key][: self.rows], self.b[key][: self.rows]
+        by_row = x.reshape(self.rows, -1, x.size(-1)).to(a.dtype)
+        added = self.scale * torch.bmm(torch.bmm(by_row, a.mT), b.mT)
+        return output + added.view_as(output).to(output.dtype)
+
+    # ---- as a language model --------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from self.module.parameters()
+
+    def hidden(self, tokens: Tensor) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
+        """The model's hidden states; row i uses the adapters of document i of the batch."""
+        self._visits, self.rows = {}, tokens.size(0)
+        found: Tensor = self.module.hidden(tokens)
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (rows · k, dim), row by row → (rows · k, vocab_size)
+        """The model's logits of equally many positions of each row."""
+        self._head_input = hidden
+        self._visits.pop(HEAD, None)
+        found: Tensor = self.module.logits(hidden)
+        return found
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        self._head_input = hidden
+        self._visits.pop(HEAD, None)
+        found: Tensor = self.module.log_probs(hidden)
+        return found
+
+    # ---- what is learned -------------------------------------------------------------------------------------------
+
+    def trained(self) -> dict[str, Tensor]:
+        """Every matrix of every adapter."""
+        named = {f"{key}.a": tensor for key, tensor in self.a.items()}
+        return {**named, **{f"{key}.b": tensor for key, tensor in self.b.items()}}
+
+    def reset(self) -> None:
+        """Between documents: B ← 0, so that the next forward is the plain model's; A stays as it is."""
+        for tensor in self.b.values():
+            tensor.zero_()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.trained().items():
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def require_zero_is_plain(self) -> None:
+        """Raise VerificationError unless adapters with B = 0 leave the forward bit for bit as it is."""
+        tokens = synthetic_tokens(self.module)[: self.settings.batch_documents]
+        plain_hidden = self.module.hidden(tokens).flatten(0, 1)
+        plain = self.module.logits(plain_hidden)
+        with self.attached():
+            adapted = self.logits(self.hidden(tokens).flatten(0, 1))
+        if not torch.equal(plain, adapted):
+            worst = float((plain - adapted).abs().max())
+            raise VerificationError(f"adapters that add nothing change the model's logits by {worst:g}")

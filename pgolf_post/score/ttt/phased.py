@@ -1,0 +1,77 @@
+"""Tuning the weights themselves, a few times, on the documents that are fully scored by then.
+
+Adapters forget between documents; what documents have in common is left to one epoch of SGD over all that have been
+scored, whenever their number passes the next phase's boundary. Sequences stay within a document; the last chunk of the
+epoch is skipped. Source: openai/parameter-golf, PR #1855.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.progress import say
+from pgolf_post.score.ttt.ledger import Ledger
+from pgolf_post.score.ttt.optimizers import cosine, optimizer_step
+from pgolf_post.score.ttt.settings import TTTProtocol
+from pgolf_post.score.ttt.sgd import Sequence, backward, cut_sequences
+
+if TYPE_CHECKING:
+    from pgolf_post.score.ttt.lora import Text
+
+
+class GlobalTuning:
+    """The weights' own learning, at phase boundaries."""
+
+    def __init__(self, module: Any, ledger: Ledger, settings: TTTProtocol) -> None:
+        self.module, self.ledger, self.settings = module, ledger, settings
+        self.parameters: dict[str, Tensor] = dict(module.named_parameters())
+        self.phases_run = 0
+        self.steps = 0
+
+    def after(self, scored: list[Text]) -> None:
+        """Run the phases whose boundary the number of fully scored documents has reached; one if it passed several."""
+        reached = sum(boundary <= len(scored) for boundary in self.settings.phases)
+        if reached > self.phases_run:
+            self.phases_run = reached
+            self.tune(scored)
+            say(f"phase {reached} of {len(self.settings.phases)}: weights tuned on {len(scored)} scored documents")
+
+    def tune(self, scored: list[Text]) -> None:
+        """One epoch over documents, in the text's order."""
+        chunks = self.chunks(sorted(scored, key=lambda text: text.start))
+        momentum = self.settings.global_momentum
+        sgd = torch.optim.SGD(list(self.parameters.values()), lr=self.settings.global_lr, momentum=momentum)
+        for number, sequences in enumerate(chunks[:-1]):
+            backward(self.module, self.parameters, sequences)
+            rate = self.settings.global_lr * cosine(number, len(chunks))
+            optimizer_step({"sgd": sgd}, self.parameters, rate, self.settings.global_grad_clip)
+            self.steps += 1
+
+    def chunks(self, texts: list[Text]) -> list[list[Sequence]]:
+        """Sequences of scored tokens, gathered until a chunk is full."""
+        found: list[list[Sequence]] = [[]]
+        held = 0
+        for text in texts:
+            own = self.ledger.hand_out(text.start + 1, text.stop + 1)
+            tokens = torch.cat([torch.tensor([int(self.ledger.tokens[text.start])]), torch.from_numpy(own)]).numpy()
+            for sequence in cut_sequences(tokens, self.settings.global_seq_len):
+                if held and held + len(sequence[1]) > self.settings.global_chunk_tokens:
+                    found.append([])
+                    held = 0
+                found[-1].append(sequence)
+                held += len(sequence[1])
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        counts = {"phases_run": torch.tensor(self.phases_run), "steps": torch.tensor(self.steps)}
+        return {**{f"weight.{name}": parameter for name, parameter in self.parameters.items()}, **counts}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[f"weight.{name}"])
+        self.phases_run, self.steps = int(state["phases_run"]), int(state["steps"])

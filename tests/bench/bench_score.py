@@ -1,0 +1,289 @@
+"""What scoring costs, as ratios in one run; with a checkpoint and an artifact, what each protocol says about them.
+
+    python -m tests.bench.bench_score      speed: sliding, adapters side by side, compiled swap
+    python -m tests.bench.bench_score screening ARTIFACT_A ARTIFACT_B --data FOLDER
+    python -m tests.bench.bench_score shown CHECKPOINT ARTIFACT --data FOLDER
+
+Speed uses the small CPU recipe's shape (4.6M parameters) with random weights, which cost the same as trained ones; the
+two sides of a ratio take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pgolf_post.data import BOS_ID, DataFolder
+from pgolf_post.data.build import BuildSettings, build
+from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
+from pgolf_post.families import get_family, load_module
+from pgolf_post.progress import print_table, say
+from pgolf_post.score.compare import paired_documents
+from pgolf_post.score.paired import pair, t_interval
+from pgolf_post.score.pieces import cut_documents
+from pgolf_post.score.plain import PlainProtocol
+from pgolf_post.score.pool import ModelPool
+from pgolf_post.score.protocols import Protocol, folder_text, protocol_spans, score_text
+from pgolf_post.score.screen import ScreenSettings, screen, window_scorer
+from pgolf_post.score.session import Session
+from pgolf_post.score.sliding import SlidingProtocol, num_targets, sliding_spans
+from pgolf_post.score.spans import stack
+from pgolf_post.score.ttt.settings import ttt_protocol
+from tests.bench.bench_hot_start import random_checkpoint
+
+REPEATS = 3
+SEQ_LEN = 512
+SLIDING_TOKENS = 512 + 64 * 32 + 1
+SCREEN_SHARE = 0.12
+PIECE_TOKENS, PIECE_DOCUMENTS = 320, 8  # of the excerpt that `shown` scores
+
+
+def interleaved(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median CPU seconds of each, taking turns: unlike wall time they say little about the machine's other work."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(REPEATS):
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def random_model(root: Path) -> tuple[Any, DataFolder, Any]:
+    """A checkpoint's view, its data, and its module."""
+    out = root / "data"
+    data = build(stdlib_documents(), out, BuildSettings(name="bench"), source=stdlib_source())
+    view = random_checkpoint(root, data).load()
+    return view, data, load_module(view.config, view.tensors, "bench")
+
+
+@torch.no_grad()
+def straightforward_sliding(module: Any, tokens: np.ndarray, targets: int, stride: int) -> float:
+    """Every position of every window to the end, logits and loss; then the scored ones are picked."""
+    total = 0.0
+    spans = sliding_spans(targets, SEQ_LEN, stride)
+    groups: list[list[Any]] = [spans[:1], *(spans[i : i + 32] for i in range(1, len(spans), 32))]
+    for group in groups:
+        inputs, _ = stack(tokens, group)
+        whole = np.stack([tokens[s.start + 1 : s.start + s.length + 1] for s in group]).astype(np.int64)
+        wanted = torch.from_numpy(whole)
+        logits = module.logits(module.hidden(inputs))
+        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        total += float(nats[:, -group[0].scored :].double().sum())
+    return total
+
+
+def bench_sliding(view: Any, data: DataFolder, module: Any) -> None:
+    tokens = data.tokens("val", SLIDING_TOKENS)
+    family = get_family(view.config["family"])
+    protocol = SlidingProtocol(seq_len=SEQ_LEN, stride=64, tail="score")
+    counts = data.token_bytes("val", tokens)
+    theirs = straightforward_sliding(module, tokens, len(tokens) - 1, 64)
+    ours = score_text(module, family, tokens, counts, protocol)[0].nats
+    assert abs(theirs - ours) < 1e-5 * ours
+    seconds = interleaved(
+        {
+            "plain way": lambda: straightforward_sliding(module, tokens, len(tokens) - 1, 64),
+            "ours": lambda: score_text(module, family, tokens, counts, protocol),
+        }
+    )
+    ratio = seconds["ours"] / seconds["plain way"]
+    rows = [("every position of every window", f"{seconds['plain way']:.2f}", "1.000")]
+    rows += [("logits only where scored", f"{seconds['ours']:.2f}", f"{ratio:.3f}")]
+    title = f"Sliding window, stride 64 of {SEQ_LEN}, {len(tokens) - 1:,} targets"
+    print_table(title, ("", "CPU seconds", "ratio"), rows)
+
+
+def bench_swap(view: Any, data: DataFolder, root: Path) -> None:
+    """A second set of weights on a compiled model."""
+    tokens = data.tokens("val", 4 * SEQ_LEN + 1)
+    counts, family = data.token_bytes("val", tokens), get_family(view.config["family"])
+    protocol, pool = PlainProtocol(seq_len=SEQ_LEN), ModelPool(compiled=True)
+    rows = []
+    for number in (1, 2):
+        session = Session()
+        started = time.perf_counter()
+        tensors = {name: tensor * (1 + 0.001 * number) for name, tensor in view.tensors.items()}
+        model = pool.load(view.config, tensors, "bench", torch.device("cpu"))
+        pool.warm_up(model, protocol, len(tokens), session.clock)
+        score_text(model, family, tokens, counts, protocol, session)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        compiling = session.clock.seconds.get("compile", 0.0)
+        rows.append((f"artifact {number}", f"{time.perf_counter() - started:.1f}", f"{compiling:.1f}", str(graphs)))
+    print_table("Compiled model, weights swapped in place", ("", "seconds", "compiling", "graphs so far"), rows)
+
+
+def bench_lora(view: Any, data: DataFolder, module: Any) -> None:
+    """Documents side by side against one at a time, tokens per second."""
+    split = data.tokens("val", 200_000)
+    starts = np.flatnonzero(split == BOS_ID)
+    long_enough = [a for a, b in zip(starts, [*starts[1:], len(split)], strict=True) if b - a >= 160][:8]
+    tokens = np.concatenate([split[a : a + 160] for a in long_enough])
+    counts, family = np.ones(len(tokens), dtype=np.int64), get_family(view.config["family"])
+
+    def run(documents: int) -> Callable[[], object]:
+        overrides = [f"batch_documents={documents}", "rank=16", "alpha=28.8", "tail=score"]
+        protocol = ttt_protocol("lora", overrides, {}, SEQ_LEN)
+        return lambda: score_text(module, family, tokens, counts, protocol)
+
+    seconds = interleaved({"one": run(1), "many": run(len(long_enough))})
+    rows = [
+        (name, f"{len(tokens) / value:.0f}", f"{seconds['one'] / value:.2f}")
+        for name, value in (("one document at a time", seconds["one"]), ("8 side by side", seconds["many"]))
+    ]
+    title = f"LoRA-TTT, rank 16, chunks of 48, {len(long_enough)} documents of 160 tokens"
+    print_table(title, ("", "tokens per CPU second", "ratio"), rows)
+
+
+def artifact_module(path: Path) -> tuple[Any, dict[str, Any]]:
+    from pgolf_post.pack.container import find_artifact, read_artifact
+
+    decoded = read_artifact(find_artifact(path))
+    config = decoded.manifest["config"]
+    tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
+    return load_module(config, tensors, str(path)), config
+
+
+def bench_screening(first: Path, second: Path, data: DataFolder) -> None:
+    """How tight the difference of two artifacts is at 12 % of the text, and how often that is true of texts like it."""
+    (candidate, config), (control, _) = artifact_module(first), artifact_module(second)
+    seq_len = get_family(config["family"]).train_seq_len(candidate)
+    protocol = PlainProtocol(seq_len=seq_len)
+    tokens, counts = folder_text(data, protocol)
+    pieces = cut_documents(data, tokens, counts)
+    targets = num_targets(len(tokens), seq_len, "drop")
+    spans = protocol_spans(protocol, targets)
+    scorer = window_scorer(candidate, control, tokens, counts, spans, pieces)
+    most = int(SCREEN_SHARE * len(spans))
+    started = time.perf_counter()
+    chosen = np.random.default_rng(0).permutation(len(spans))[:most]
+    parts = []
+    for at in range(0, most, 32):
+        parts.append(scorer(np.sort(chosen[at : at + 32])))
+        if at % 128 == 0:
+            say(f"{at} of {most} windows, {time.perf_counter() - started:.0f} s")
+    from pgolf_post.score.screen import joined
+
+    held = parts[0]
+    rows = []
+    for number, part in enumerate(parts[1:], start=2):
+        held = joined(held[0], part[0]), joined(held[1], part[1])
+        interval = t_interval(pair(*held, "piece"))
+        share = interval.tokens / targets
+        half = (interval.high - interval.low) / 2
+        if number % 3 == 0 or number == len(parts):
+            rows.append((f"{100 * share:.1f} %", f"{interval.bpb:+.6f}", f"±{half:.6f}", str(interval.clusters)))
+    print_table(f"{first.name} against {second.name}, 95 %", ("text", "Δ bpb", "t interval", "pieces"), rows)
+    resample(held, len(spans), seq_len)
+
+
+def resample(held: tuple[Any, Any], total: int, seq_len: int, texts: int = 300) -> None:
+    """Draw whole texts from the windows that were scored, screen each, and count how often the truth was covered."""
+    random = np.random.default_rng(1)
+    windows = np.unique(held[0].window)
+    rows_of = {int(w): np.flatnonzero(held[0].window == w) for w in windows}
+    bits = np.array([(held[0].unit_nats[r] - held[1].unit_nats[r]).sum() for r in rows_of.values()]) / np.log(2)
+    size = np.array([held[0].unit_bytes[r].sum() for r in rows_of.values()])
+    covered_once = covered_always = 0
+    used = []
+    for text in range(texts):
+        drawn = random.integers(0, len(windows), total)
+        truth = bits[drawn].sum() / size[drawn].sum()
+
+        def scores(chosen: np.ndarray, drawn: np.ndarray = drawn) -> tuple[Any, Any]:
+            from pgolf_post.score.bpb import Score
+
+            place, count = chosen, np.full(len(chosen), seq_len)
+            base = np.full(len(chosen), 1000.0)
+            nats = (base + np.log(2) * bits[drawn[chosen]], base)
+            made = [Score(place, place, place, x, count, size[drawn[chosen]], 0.0) for x in nats]
+            return made[0], made[1]
+
+        settings = ScreenSettings(half_width_bpb=0.0005, seed=text, stop_at_zero=False)
+        found = screen(scores, total, total * seq_len, settings)
+        used.append(found.last.tokens / found.total_tokens)
+        late = [look for look in found.looks if look.clusters >= 30]
+        covered_always += all(look.low <= truth <= look.high for look in late)
+        final = t_interval(pair(*scores(np.arange(int(SCREEN_SHARE * total))), "window"))
+        covered_once += final.low <= truth <= final.high
+    rows = [(f"t interval at {100 * SCREEN_SHARE:g} %, looked at once", f"{covered_once / texts:.3f}", "")]
+    rows += [("confidence sequence to ±0.0005, at every look", f"{covered_always / texts:.3f}")]
+    rows[1] = (*rows[1], f"{100 * np.median(used):.1f} %")  # type: ignore[assignment]
+    print_table(f"{texts} resampled texts", ("95 % interval", "covers the truth", "median text used"), rows)
+
+
+def excerpt(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
+    """The beginnings of the first documents that are long enough, each with its BOS."""
+    tokens, counts = folder_text(data, PlainProtocol(seq_len=SEQ_LEN))
+    starts = np.flatnonzero(tokens == BOS_ID)
+    long_enough = [a for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= PIECE_TOKENS]
+    places = np.concatenate([np.arange(a, a + PIECE_TOKENS) for a in long_enough[:PIECE_DOCUMENTS]])
+    return tokens[places], counts[places]
+
+
+def shown_protocols() -> dict[str, Protocol]:
+    """What the table shows; learning rates and phases for an excerpt of this size and a model of this width."""
+    chunk = ["chunk_tokens=512", "tail=score"]
+    lora = ["chunk_tokens=64", "rank=16", "alpha=28.8", "learning_rate=0.001", "tail=score"]
+    phases = ["batch_documents=2", "phases=[2,4,6]", "global_seq_len=512", "global_chunk_tokens=320"]
+    return {
+        "plain": PlainProtocol(seq_len=SEQ_LEN, tail="score"),
+        "sliding": SlidingProtocol(seq_len=SEQ_LEN, stride=64, tail="score"),
+        "ttt sgd": ttt_protocol("sgd", chunk, {}, SEQ_LEN),
+        "ttt scales": ttt_protocol("scales", chunk, {}, SEQ_LEN),
+        "ttt lora": ttt_protocol("lora", lora, {}, SEQ_LEN),
+        "ttt phased": ttt_protocol("phased", [*lora, *phases], {}, SEQ_LEN),
+    }
+
+
+def shown(checkpoint: Path, artifact: Path, data: DataFolder) -> None:
+    """bpb, seconds and interval of every protocol, against the quantized model's plain score."""
+    from pgolf_post.checkpoint import Checkpoint
+
+    tokens, counts = excerpt(data)
+    view = Checkpoint.open(checkpoint).load()
+    family = get_family(view.config["family"])
+    module, _ = artifact_module(artifact)
+    subjects = [("not quantized, plain", load_module(view.config, view.tensors, "shown"), shown_protocols()["plain"])]
+    subjects += [(f"quantized, {name}", module, protocol) for name, protocol in shown_protocols().items()]
+    scores, rows = {}, []
+    for name, model, protocol in subjects:
+        started = time.perf_counter()
+        scores[name] = score_text(model, family, tokens, counts, protocol, Session(description=name))[0]
+        seconds = time.perf_counter() - started
+        rows.append([name, f"{scores[name].bpb:.5f}", f"{seconds:.0f}"])
+        say(f"{name}: {scores[name].bpb:.5f} bpb, {seconds:.0f} s")
+    for row in rows:
+        if row[0] != "quantized, plain":
+            d = t_interval(paired_documents(scores[row[0]], scores["quantized, plain"]))
+            row += [f"{d.bpb:+.5f}", f"{d.low:+.5f} … {d.high:+.5f}"]
+        else:
+            row += ["", ""]
+    title = f"{len(tokens):,} tokens: the first {PIECE_TOKENS} of {PIECE_DOCUMENTS} documents"
+    print_table(title, ("", "bpb", "seconds", "against plain", "95 %, by document"), rows)
+
+
+def main(arguments: tuple[str, ...] = ()) -> None:
+    if arguments:
+        kind, first, second, _, folder = arguments
+        data = DataFolder.open(Path(folder))
+        (bench_screening if kind == "screening" else shown)(Path(first), Path(second), data)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        view, data, module = random_model(Path(folder))
+        bench_sliding(view, data, module)
+        bench_lora(view, data, module)
+        bench_swap(view, data, Path(folder))
+
+
+if __name__ == "__main__":
+    main(tuple(sys.argv[1:]))

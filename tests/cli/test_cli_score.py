@@ -1,0 +1,142 @@
+"""eval by every protocol, audit and compare: what a shell sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pgolf_post.data import DataFolder
+from pgolf_post.data.shards import read_shard, write_shard
+from tests.cli.conftest import Call
+
+CKPT = "checkpoints/latest"
+SHORT = ("--max-tokens", 300, "--json")
+LORA_SET = ("--set", "chunk_tokens=8", "--set", "rank=2", "--set", "batch_documents=4")
+LORA = ("--protocol", "ttt", "--ttt", "lora", *LORA_SET)
+
+
+def test_eval_by_every_protocol(pgolf: Call) -> None:
+    plain = pgolf("eval", CKPT, *SHORT).json
+    slid = pgolf("eval", CKPT, "--protocol", "sliding", "--stride", 4, *SHORT).json
+    learned = pgolf("eval", CKPT, *LORA, *SHORT).json
+    assert plain["tokens"] == slid["tokens"] == learned["tokens"]
+    assert slid["protocol"]["stride"] == 4
+    assert learned["optimizer_steps"] > 0
+    assert learned["strict_seconds"] >= learned["adapt_seconds"] + learned["score_seconds"] - 0.01
+    again = pgolf("eval", CKPT, *LORA, *SHORT)
+    assert again.json["cached"]
+    assert "by convention" in again.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ttt", "lora"), "belong to --protocol ttt"),
+        (("--stride", 4), "--stride belongs to"),
+        (("--protocol", "ttt"), "needs --ttt"),
+        (("--protocol", "ttt", "--ttt", "lara"), "there are: sgd-1493, record-1855"),
+        (
+            ("--protocol", "ttt", "--ttt", "lora", "--set", "chunk_tokens=8", "--set", "epochs=2"),
+            "does not read epochs",
+        ),
+        (("--protocol", "ttt", "--ttt", "lora", "--compile", "--set", "chunk_tokens=8"), "--compile is for"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(pgolf: Call, flags: tuple[Any, ...], message: str) -> None:
+    answer = pgolf("eval", CKPT, *flags, "--max-tokens", 300)
+    assert answer.code == 2
+    assert message in answer.err
+
+
+def test_a_time_budget_stops_and_the_rest_is_done_later(pgolf: Call) -> None:
+    stopped = pgolf("eval", CKPT, *LORA, "--max-tokens", 300, "--time-budget", 0.0001)
+    assert stopped.code == 1
+    assert "the time budget" in stopped.err
+    assert "raise --time-budget" in stopped.err
+    done = pgolf("eval", CKPT, *LORA, *SHORT)
+    assert done.code == 0
+    assert "going on from" in done.err
+
+
+def test_audit_passes_and_says_why(pgolf: Call) -> None:
+    answer = pgolf("audit", CKPT, "--protocol", "sliding", "--stride", 8, "--samples", 2, "--json")
+    assert answer.code == 0, answer.err
+    tests = {test["test"]: test for test in answer.json["tests"]}
+    assert tests["flip"]["passed"]
+    assert tests["implied bytes"]["passed"]
+    assert tests["score before update"]["passed"] is None
+    assert "bit-identical" in tests["flip"]["evidence"]
+    learned = pgolf("audit", CKPT, *LORA, "--tokens", 200, "--samples", 1, "--json")
+    assert learned.code == 0, learned.err
+
+
+def test_audit_fails_with_4(pgolf: Call, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = DataFolder.token_bytes
+
+    def doubled(self: DataFolder, split: Any, tokens: np.ndarray) -> np.ndarray:
+        return honest(self, split, tokens) + self.byte_table.has_leading_space[tokens]
+
+    monkeypatch.setattr(DataFolder, "token_bytes", doubled)
+    answer = pgolf("audit", CKPT, "--samples", 1, "--json")
+    assert answer.code == 4
+    assert "implied bytes" in answer.err
+    assert not answer.json["passed"]
+
+
+def test_compare_two_checkpoints(pgolf: Call) -> None:
+    earlier = sorted(str(path) for path in Path("checkpoints/pico").iterdir() if path.is_dir())[1]
+    answer = pgolf("compare", CKPT, earlier, "--seq-len", 16, "--json")
+    assert answer.code == 0, answer.err
+    found = answer.json
+    assert found["difference_bpb"] == pytest.approx(found["bpb"] - found["control_bpb"], abs=1e-9)
+    assert found["low_bpb"] <= found["difference_bpb"] <= found["high_bpb"]
+    assert found["better"] + found["worse"] == found["clusters"]
+    same = pgolf("compare", CKPT, CKPT, "--json").json
+    assert (same["difference_bpb"], same["sign_p"]) == (0.0, 1.0)
+    screened = pgolf("compare", CKPT, earlier, "--until-ci", 0.0003, "--json").json
+    assert 0 < screened["share"] <= 1
+    assert "stopped" in screened
+
+
+def test_the_record_rule_from_numbers(pgolf: Call) -> None:
+    new, old = "1.1150812,1.11437394,1.11475014", "1.11922988,1.12002032,1.11888882"
+    found = pgolf("compare", "--record", new, old, "--variant", "sp1024", "--json").json
+    assert round(found["t"], 2) == -11.83
+    assert round(found["degrees"], 2) == 3.31
+    assert round(found["p"], 4) == 0.0004
+    assert found["record"]
+    without = pgolf("compare", "--record", new, old)
+    assert without.code == 2
+    assert "--variant" in without.err
+
+
+def test_a_sidecar_of_another_length_is_refused(pgolf: Call, pico_data: DataFolder, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "with_sidecar"
+    shutil.copytree(pico_data.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shard = manifest["splits"]["val"]["shards"][0]
+    write_shard(folder / "val_bytes.bin", np.ones(len(read_shard(folder / shard["file"])) - 5, dtype=np.uint16))
+    manifest["splits"]["val"]["byte_sidecars"] = [{**shard, "file": "val_bytes.bin"}]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    answer = pgolf("eval", CKPT, "--data", folder)
+    assert answer.code == 1
+    assert "byte sidecar of 'val' holds" in answer.err
+
+
+def test_a_text_shorter_than_a_window_is_refused(pgolf: Call) -> None:
+    answer = pgolf("eval", CKPT, "--seq-len", 400, "--max-tokens", 300)
+    assert answer.code == 1
+    assert "fewer than one window" in answer.err
+    assert "--tail score" in answer.err
+
+
+def test_another_tokenizer_is_refused(pgolf: Call, other_data: DataFolder) -> None:
+    answer = pgolf("audit", CKPT, "--data", other_data.path)
+    assert answer.code == 1
+    assert "has tokenizer" in answer.err

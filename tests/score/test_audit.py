@@ -1,0 +1,222 @@
+"""The audit passes what is legal and catches what is planted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_post.data import BOS_ID, DataFolder
+from pgolf_post.errors import VerificationError
+from pgolf_post.score.audit import Finding, Subject, audit, audit_text, earlier_than, require_passed
+from pgolf_post.score.nats import Observer
+from pgolf_post.score.plain import PlainProtocol
+from pgolf_post.score.protocols import Protocol, folder_text
+from pgolf_post.score.session import Session
+from pgolf_post.score.sliding import SlidingProtocol
+from pgolf_post.score.ttt.ledger import Ledger
+from pgolf_post.score.ttt.sgd import ChunkPass
+from tests.score.conftest import Bench, record_model, ttt
+
+PLAIN = PlainProtocol(seq_len=32, tail="score")
+PROTOCOLS: list[Any] = [
+    PLAIN,
+    SlidingProtocol(seq_len=32, stride=8, tail="score"),
+    *(ttt(method) for method in ("sgd", "scales", "lora", "phased")),
+]
+
+
+def outcome(bench: Bench, protocol: Protocol, isolates: bool = False, **changes: Any) -> dict[str, Finding]:
+    """Test → finding, on the bench's text."""
+    subject = replace(Subject.of(bench.module, bench.family, isolates, protocol), **changes)
+    return {finding.test: finding for finding in audit(subject, bench.tokens, samples=2, seed=1)}
+
+
+def failures(findings: dict[str, Finding]) -> set[str]:
+    return {test for test, finding in findings.items() if finding.passed is False}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_our_protocols_pass(bench: Bench, protocol: Any) -> None:
+    findings = outcome(bench, protocol)
+    assert not failures(findings), findings
+    assert findings["flip"].passed
+    learns = protocol.protocol == "ttt"
+    assert findings["score before update"].passed is (True if learns else None)
+
+
+def test_documents_that_are_isolated_pass(bench: Bench) -> None:
+    bench.module = record_model(isolate_documents=True)
+    findings = outcome(bench, PLAIN, isolates=True)
+    assert findings["document isolation"].passed
+    assert not failures(findings)
+
+
+# ---- planted faults --------------------------------------------------------------------------------------------------
+
+
+class Wrapped:
+    """A model with one thing changed."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class Peeking(Wrapped):
+    """Each position adds a little of the next token's embedding."""
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        found = self.module.hidden(tokens)
+        following = self.module.tok_emb(tokens.roll(-1, dims=1))
+        following[:, -1] = 0
+        peeked: Tensor = found + 0.01 * following
+        return peeked
+
+
+class Unnormalised(Wrapped):
+    """Probabilities that are a mixture with something that was never divided by its sum."""
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        return torch.logaddexp(F.log_softmax(self.module.logits(hidden), -1), torch.tensor(-12.0))
+
+
+def test_a_model_that_peeks_is_caught(bench: Bench) -> None:
+    bench.module = Peeking(bench.module)
+    for protocol in (PLAIN, ttt("sgd")):
+        findings = outcome(bench, protocol)
+        assert "flip" in failures(findings)
+        assert "its own distribution by" in findings["flip"].evidence
+
+
+def test_a_smear_across_bos_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.module = record_model(isolate_documents=True)
+    with torch.no_grad():
+        bench.module.smear_lambda.fill_(0.7)
+    assert not failures(outcome(bench, PLAIN, isolates=True))
+    original = type(bench.module)._embed
+
+    def careless(self: Any, tokens: Tensor) -> Tensor:
+        x = self.tok_emb(tokens)
+        gate = torch.sigmoid(F.linear(x[:, 1:, : self.config.gate_window], self.smear_gate))
+        x = torch.cat((x[:, :1], x[:, 1:] + self.smear_lambda * gate * x[:, :-1]), dim=1)
+        return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+    inner = torch.arange(2, 20)[None]
+    assert torch.allclose(careless(bench.module, inner), original(bench.module, inner), atol=1e-6)
+    monkeypatch.setattr(type(bench.module), "_embed", careless)
+    assert failures(outcome(bench, PLAIN, isolates=True)) == {"document isolation"}
+
+
+def test_a_loop_that_trains_before_scoring_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ChunkPass.step
+
+    def asks_first(self: ChunkPass, index: int) -> None:
+        self.learn(index)
+        original(self, index)
+
+    monkeypatch.setattr(ChunkPass, "step", asks_first)
+    findings = outcome(bench, ttt("sgd"))
+    assert "score before update" in failures(findings)
+    assert findings["weights restored"].passed
+
+
+def test_a_loop_that_trains_before_scoring_behind_the_ledgers_back_is_caught(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ChunkPass.step
+
+    def takes_first(self: ChunkPass, index: int) -> None:
+        honest = self.ledger.hand_out
+        self.ledger.hand_out = lambda a, b: self.ledger.tokens[a:b].astype(np.int64)  # type: ignore[method-assign]
+        self.learn(index)
+        self.ledger.hand_out = honest  # type: ignore[method-assign]
+        original(self, index)
+
+    monkeypatch.setattr(ChunkPass, "step", takes_first)
+    assert {"flip", "truncation"} <= failures(outcome(bench, ttt("sgd", "learning_rate=0.05")))
+
+
+def test_an_unnormalised_head_is_caught(bench: Bench) -> None:
+    bench.module = Unnormalised(bench.module)
+    for protocol in (PLAIN, ttt("lora")):
+        assert failures(outcome(bench, protocol)) == {"sum to one"}
+
+
+def test_a_doubled_leading_space_is_caught(pico_data: DataFolder) -> None:
+    tokens, token_bytes = folder_text(pico_data, PlainProtocol(seq_len=16))
+    honest = {finding.test: finding for finding in audit_text(pico_data, "val", tokens, token_bytes)}
+    assert honest["implied bytes"].passed
+    assert honest["BOS count"].passed
+    table = pico_data.byte_table
+    doubled = table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens) + table.has_leading_space[tokens]
+    wrong = {finding.test: finding for finding in audit_text(pico_data, "val", tokens, doubled)}
+    assert wrong["implied bytes"].passed is False
+    assert wrong["BOS count"].passed
+
+
+# ---- what else it must notice ----------------------------------------------------------------------------------------
+
+
+def test_a_missing_bos_is_noticed(pico_data: DataFolder) -> None:
+    tokens, token_bytes = folder_text(pico_data, PlainProtocol(seq_len=16))
+    without = tokens.copy()
+    without[np.flatnonzero(tokens == BOS_ID)[2]] = 5
+    assert not audit_text(pico_data, "val", without, token_bytes)[1].passed
+    assert not audit_text(pico_data, "val", without[1:], token_bytes[1:])[1].passed
+
+
+def test_a_score_that_is_not_the_distributions_is_noticed(bench: Bench) -> None:
+    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+
+    def flattering(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+        ledger = honest(tokens, observer)
+        ledger.nats *= 0.99
+        return ledger
+
+    assert failures(outcome(bench, PLAIN, run=flattering)) == {"sum to one"}
+
+
+def test_a_target_left_out_is_noticed(bench: Bench) -> None:
+    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+
+    def forgetful(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+        ledger = honest(tokens, observer)
+        ledger.turn[100] = -1
+        return ledger
+
+    assert "score once" in failures(outcome(bench, PLAIN, run=forgetful))
+
+
+def test_weights_left_behind_are_noticed(bench: Bench) -> None:
+    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+
+    def messy(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+        ledger = honest(tokens, observer)
+        with torch.no_grad():
+            bench.module.skip_weights.add_(1e-7)
+        return ledger
+
+    assert "weights restored" in failures(outcome(bench, PLAIN, run=messy))
+
+
+def test_earlier_is_by_scoring_order(bench: Bench) -> None:
+    ledger = bench.ledger(ttt("lora"), Session())
+    place = int(np.flatnonzero(ledger.turn == 3)[0])
+    early = earlier_than(ledger, place)
+    assert set(np.flatnonzero((ledger.turn >= 0) & (ledger.turn < 3))) <= set(early.tolist())
+    assert (early > place).any()  # longer documents come first, wherever they stand
+
+
+def test_failures_are_named() -> None:
+    findings = [Finding("flip", True, ""), Finding("ledger", None, ""), Finding("sum to one", False, "")]
+    with pytest.raises(VerificationError, match="x fails 1 of 3 tests: sum to one"):
+        require_passed(findings, "x")
+    require_passed(findings[:2], "x")

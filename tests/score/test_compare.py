@@ -1,0 +1,171 @@
+"""Comparisons: the published Welch numbers, pairs across protocols, and a sequence that survives being looked at."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pgolf_post.errors import MismatchError
+from pgolf_post.score.bpb import Score
+from pgolf_post.score.compare import (
+    BYTES_PER_TOKEN,
+    paired_documents,
+    record_rule,
+    sequence_factor,
+    sign_test,
+    welch,
+)
+from pgolf_post.score.paired import Clusters, t_interval
+from pgolf_post.score.plain import PlainProtocol
+from pgolf_post.score.protocols import protocol_spans
+from pgolf_post.score.screen import ScreenSettings, joined, screen, window_scorer
+from pgolf_post.score.sliding import SlidingProtocol, num_targets
+from tests.score.conftest import Bench, record_model, ttt
+
+
+def test_the_published_welch_numbers() -> None:
+    new = np.array([1.1150812, 1.11437394, 1.11475014])
+    old = np.array([1.11922988, 1.12002032, 1.11888882])
+    found = welch(new, old)
+    assert found.t == pytest.approx(-11.83, abs=0.005)
+    assert found.degrees == pytest.approx(3.31, abs=0.005)
+    assert round(found.p, 4) == 0.0004
+    found = welch(np.array([1.07928348, 1.07996676, 1.08024795]), np.array([1.08079, 1.08103, 1.08118]))
+    assert found.p == pytest.approx(
+        0.0207, abs=4e-4
+    )  # published from unrounded runs; these five digits allow .0201-.0207
+
+
+@pytest.mark.parametrize(("variant", "margin"), [("sp1024", 0.00296), ("sp8192", 0.00194), ("caseops", 0.00228)])
+def test_the_margin_in_bpb(variant: str, margin: float) -> None:
+    groups = np.array([1.0, 1.1, 1.2]), np.array([1.3, 1.4, 1.5])
+    assert record_rule(*groups, BYTES_PER_TOKEN[variant]).against_margin.margin == pytest.approx(margin, abs=6e-6)
+
+
+def test_the_record_rule() -> None:
+    old = np.array([1.1000, 1.1002, 1.1001])
+    ratio = BYTES_PER_TOKEN["sp1024"]
+    verdict = record_rule(old - 0.0040, old, ratio)
+    assert verdict.is_record
+    assert verdict.against_margin.p < 0.01
+    assert not record_rule(old - 0.0020, old, ratio).is_record  # significant, but by less than the margin
+    assert record_rule(old - 0.0020, old, ratio).against_zero.p < 0.01
+    assert not record_rule(old[:2] - 0.0040, old, ratio).is_record  # two seeds
+    noisy = np.array([1.05, 1.10, 1.13])
+    assert not record_rule(noisy, old, ratio).is_record
+    with pytest.raises(MismatchError, match="has 1 run"):
+        record_rule(old[:1], old, ratio)
+    with pytest.raises(MismatchError, match="without any spread"):
+        record_rule(np.ones(3), np.ones(3), ratio)
+
+
+def test_scores_by_different_protocols_are_paired_by_document(bench: Bench) -> None:
+    plain = bench.score(PlainProtocol(seq_len=32, tail="score"))
+    for protocol in (SlidingProtocol(seq_len=32, stride=8, tail="score"), ttt("lora")):
+        other = bench.score(protocol)
+        clusters = paired_documents(other, plain)
+        assert clusters.bpb == pytest.approx(other.bpb - plain.bpb, abs=1e-12)
+        assert t_interval(clusters).clusters == len(np.unique(plain.document))
+    short = bench.score(PlainProtocol(seq_len=32, tail="drop"))
+    with pytest.raises(MismatchError, match="different text"):
+        paired_documents(short, plain)
+
+
+def test_the_sign_test() -> None:
+    def signs(better: int, worse: int) -> float:
+        bits = np.array([-1.0] * better + [1.0] * worse + [0.0])
+        return sign_test(Clusters(bits, np.ones(len(bits), dtype=np.int64), len(bits), 1, 0.0)).p
+
+    assert signs(10, 0) == pytest.approx(2 / 1024)
+    assert signs(5, 5) == 1.0
+    assert signs(0, 0) == 1.0
+
+
+# ---- screening -------------------------------------------------------------------------------------------------------
+
+
+class Population:
+    """A made-up text of windows in pieces of documents, and two models whose sums differ by a chosen amount."""
+
+    def __init__(self, random: np.random.Generator, windows: int, shift: float) -> None:
+        self.bytes = random.integers(900, 1300, windows)
+        piece = np.repeat(np.arange(windows), 3)[:windows]
+        shared = random.standard_t(5, windows)[piece]  # windows of one piece have a subject in common
+        noise = random.standard_t(4, windows) * (1 + 2 * (random.random(windows) < 0.05))
+        bits = (0.5 * shared + noise) * 2.0
+        bits += self.bytes * (shift - bits.sum() / self.bytes.sum())  # over the whole text, exactly `shift`
+        self.bits, self.piece = bits, piece
+
+    def scores(self, chosen: np.ndarray) -> tuple[Score, Score]:
+        places = chosen, self.piece[chosen], self.piece[chosen]
+        rest = np.full(len(chosen), 512), self.bytes[chosen]
+        base = 700.0 + np.zeros(len(chosen))
+        return tuple(  # type: ignore[return-value]
+            Score(*places, nats, *rest, 0.0) for nats in (base + math.log(2) * self.bits[chosen], base)
+        )
+
+
+def excluded(runs: int, shift: float, seed: int) -> tuple[float, float]:
+    """Shares of runs that excluded zero, and that missed the true difference at some look."""
+    random = np.random.default_rng(seed)
+    wrong = missed = 0
+    for run in range(runs):
+        population = Population(random, 600, shift)
+        settings = ScreenSettings(half_width_bpb=1e-9, seed=run, look_every=8)
+        found = screen(population.scores, 600, 600 * 512, settings)
+        wrong += found.reason == "zero is excluded"
+        late = [some for some in found.looks if some.clusters >= 30]
+        missed += any(not some.low - 1e-12 <= shift <= some.high + 1e-12 for some in late)
+    return wrong / runs, missed / runs
+
+
+def test_looking_often_does_not_invent_differences() -> None:
+    wrong, _ = excluded(60, 0.0, seed=1)
+    assert wrong <= 0.06
+
+
+@pytest.mark.long
+def test_a_thousand_comparisons_of_a_model_with_its_equal_err_in_at_most_six_percent() -> None:
+    wrong, missed = excluded(1000, 0.0, seed=2)
+    assert wrong <= 0.06
+    assert missed <= 0.06
+
+
+def test_a_difference_is_found_early_and_covered() -> None:
+    random = np.random.default_rng(5)
+    tokens = []
+    for run in range(20):
+        population = Population(random, 600, -0.004)
+        found = screen(population.scores, 600, 600 * 512, ScreenSettings(half_width_bpb=1e-9, seed=run))
+        assert found.reason == "zero is excluded"
+        assert found.last.high < 0
+        assert found.last.low <= -0.004 <= found.last.high
+        tokens.append(found.last.tokens / found.total_tokens)
+    assert np.median(tokens) < 0.5
+
+
+def test_the_sequence_is_wider_than_an_interval_and_ends_at_nothing() -> None:
+    assert sequence_factor(100, 0.05, 100) == pytest.approx(2.9, abs=0.3)  # 1.96 would be valid for one look
+    assert all(sequence_factor(t, 0.05, 100) > 2.5 for t in (10, 50, 100, 1000, 10_000))
+    population = Population(np.random.default_rng(3), 200, 0.0)
+    settings = ScreenSettings(half_width_bpb=1e-9, stop_at_zero=False)
+    last = screen(population.scores, 200, 1, settings).last
+    assert last.half == 1e-9
+    assert last.bpb == pytest.approx(0.0, abs=1e-12)
+
+
+def test_screening_real_models(bench: Bench) -> None:
+    other = record_model(seed=0)
+    other.skip_weights.mul_(1.3)
+    spans = protocol_spans(PlainProtocol(seq_len=8), num_targets(len(bench.tokens), 8, "drop"))
+    pieces = np.arange(len(bench.tokens)) // 10
+    scorer = window_scorer(other, bench.module, bench.tokens, bench.token_bytes, spans, pieces)
+    settings = ScreenSettings(half_width_bpb=1e-9, stop_at_zero=False, look_every=16)
+    found = screen(scorer, len(spans), 62 * 8, settings)
+    control = bench.score(PlainProtocol(seq_len=8)).bpb
+    bench.module = other
+    assert found.last.bpb == pytest.approx(bench.score(PlainProtocol(seq_len=8)).bpb - control, abs=1e-6)
+    halves = joined(*scorer(np.array([1, 2])))
+    assert len(halves.window) == 2 * len(scorer(np.array([1, 2]))[0].window)
