@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class Ranks:
     local_rank: int = 0
 
     @classmethod
-    def join(cls) -> Ranks:
+    def join(cls) -> Self:
         """Join the process group that torchrun describes: NCCL where every rank has a GPU, else gloo.
 
         Ranks beside the first fall silent. Raises SettingsError if a rank has no GPU of its own on a GPU machine.
@@ -53,8 +54,13 @@ class Ranks:
         return ranks
 
     def leave(self) -> None:
-        """Leave the process group, if there is one."""
+        """Leave the process group, if there is one: together, unless an error is on its way out.
+
+        A rank that is gone while another still works can bring down gloo's threads in the one that stays.
+        """
         if self.world_size > 1 and dist.is_initialized():
+            if sys.exc_info()[0] is None:
+                dist.barrier()
             dist.destroy_process_group()
 
     @property

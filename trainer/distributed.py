@@ -11,7 +11,6 @@ only environment that is read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf_post.errors import SettingsError
+from pgolf_post.ranks import Ranks as PlainRanks
 
 # torch 2.13 renamed both and warns of the old names; 2.9, the oldest we run on, knows only those.
 REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -44,52 +43,15 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place among the others. The default is a run of one process, in which every method is local."""
+class Ranks(PlainRanks):
+    """The toolkit's ranks, and what a training step moves between them."""
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def join(cls) -> Ranks:
-        """Join the process group that torchrun describes: NCCL where every rank has a GPU, else gloo."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
-            return cls()
-        ranks = cls(int(os.environ["RANK"]), world_size, int(os.environ["LOCAL_RANK"]))
-        if torch.cuda.is_available():
-            if ranks.local_rank >= torch.cuda.device_count():
-                raise SettingsError(
-                    f"rank {ranks.rank} has no GPU of its own: local rank {ranks.local_rank}, "
-                    f"{torch.cuda.device_count()} GPUs here",
-                    hint=f"torchrun --nproc_per_node={torch.cuda.device_count()}",
-                )
-            torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return ranks
-
-    def leave(self) -> None:
-        """Leave the process group, if there is one."""
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes checkpoints and talks to the terminal."""
-        return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        """The device this rank computes on."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def sum_each_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
         self.begin_sum_(tensors)()
 
     def begin_sum_(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin `sum_`, one flat transfer per dtype. What is returned waits and puts sums in place: call it once."""
+        """Begin `sum_each_`, one flat transfer per dtype; call what is returned once: it waits and puts sums in place."""
         if self.world_size == 1 or not tensors:
             return lambda: None
         begun = []
@@ -142,11 +104,6 @@ class Ranks:
         held = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.broadcast(held, src=0)
         return float(held)
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
 
 
 ALONE = Ranks()  # a run of one process

@@ -204,7 +204,7 @@ class Optimizer:
         """The global gradient norm: `own` are this rank's rows of the matrices, `rest` is the same on every rank."""
         device = next(iter(self.parameters.values())).device
         squares = _sum_of_squares(own, device)
-        self.ranks.sum_([squares])
+        self.ranks.sum_(squares)
         return (squares + _sum_of_squares(rest, device)).sqrt()
 
     def _clip(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64

@@ -157,7 +157,7 @@ assert under_way[0].wait() is changed and not changed.any()  # waiting again bri
 finish()
 assert late.tolist() == [ranks.world_size] * 2
 mixed = [torch.full((2, 3), float(ranks.rank)), torch.ones(4, dtype=torch.float64), torch.ones(())]
-ranks.sum_(mixed)
+ranks.sum_each_(mixed)
 total = sum(range(ranks.world_size))
 assert torch.equal(mixed[0], torch.full((2, 3), float(total)))
 assert torch.equal(mixed[1], torch.full((4,), float(ranks.world_size), dtype=torch.float64))
