@@ -51,7 +51,7 @@ class Ranks(PlainRanks):
         self.begin_sum_(tensors)()
 
     def begin_sum_(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin `sum_each_`, one flat transfer per dtype; call what is returned once: it waits and puts sums in place."""
+        """Begin `sum_each_`, one flat transfer per dtype; call the result once: it waits and puts sums in place."""
         if self.world_size == 1 or not tensors:
             return lambda: None
         begun = []
