@@ -46,8 +46,12 @@ class Entry:
         return (time.time() - self.modified_unix) / DAY_SECONDS
 
     def made_by(self) -> str:
-        """The settings that made it, shortened."""
-        kept = {key: value for key, value in self.config.items() if key not in NOT_SETTINGS and value is not None}
+        """The settings that made it, shortened; a plan by its name."""
+        kept = {
+            key: value
+            for key, value in self.config.items()
+            if key not in NOT_SETTINGS and value is not None and not isinstance(value, list | dict)
+        }
         parts = [f"{key}={value[:12] if isinstance(value, str) else value}" for key, value in kept.items()]
         return ", ".join([f"{self.config['view']} weights"] * ("view" in self.config) + parts)
 

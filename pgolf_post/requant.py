@@ -74,5 +74,6 @@ def requant(
         return {"symbols_sha256": packed, "view_id": view.id, **stale, "tensors": rows}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, "stats_id": stats.id}
+    config["plan"] = plan.name
     meta, cached = load_or_make(folder, PAYLOAD, {**config, **identity}, make, fresh)
     return Artifact(folder, artifact_id, meta, cached)

@@ -42,7 +42,7 @@ def test_what_is_kept_is_listed_with_what_made_it(root: Path) -> None:
         assert entry.num_bytes == sum(path.stat().st_size for path in entry.path.iterdir())
         assert entry.checkpoint.name == "step_000012-final"
         assert 0 <= entry.age_days < 1
-        assert ("tokens=64" if entry.stage == "stats" else "bits=6") in entry.made_by()
+        assert ("tokens=64" if entry.stage == "stats" else "plan=sdclip-1394") in entry.made_by()
         verify_entry(entry)
     with pytest.raises(NotFoundError, match="no folder"):
         list_entries(root / "nowhere")

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
     "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
     "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
-    "prune": ("prune", "Zero the weights that matter least → a new checkpoint; bytes and bpb before and after."),
+    "prune": ("prune", "Zero the weights that matter least; bytes and bpb before and after."),
     "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
     "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
