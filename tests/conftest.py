@@ -13,7 +13,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models: threads would only wait for each other
 
-from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document
@@ -111,3 +112,15 @@ def pico_run(tmp_path: Path, pico_run_original: Path) -> Path:
 def pico_checkpoint(pico_run: Path) -> Checkpoint:
     """The final checkpoint of a private copy of the pico run, loops on, raw and EMA views."""
     return Checkpoint.open(pico_run / "latest")
+
+
+@pytest.fixture
+def view(pico_checkpoint: Checkpoint) -> View:
+    """The EMA weights of the pico run."""
+    return pico_checkpoint.load()
+
+
+@pytest.fixture
+def stats(view: View, pico_data: DataFolder) -> Stats:
+    """Their statistics over 640 tokens."""
+    return calibrate(view, pico_data, CalibrationSettings(tokens=640))

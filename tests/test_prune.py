@@ -5,24 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.checkpoint import Checkpoint, View
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.plan import read_plan
 from pgolf_post.prune import PruneSettings, prune_checkpoint, prune_view
 
 PLAN = read_plan("sdclip-1394")
-
-
-@pytest.fixture
-def view(pico_checkpoint: Checkpoint) -> View:
-    return pico_checkpoint.load()
-
-
-@pytest.fixture
-def stats(view: View, pico_data: DataFolder) -> Stats:
-    return calibrate(view, pico_data, CalibrationSettings(tokens=640))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ones"])

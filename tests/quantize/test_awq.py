@@ -8,23 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.checkpoint import Checkpoint, View
-from pgolf_post.data import DataFolder
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
 from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.awq import FLOOR, column_scales, stored_factor, stretch, stretched_hessian
 from pgolf_post.quantize.run import plan_view, quantize_view
-
-
-@pytest.fixture
-def view(pico_checkpoint: Checkpoint) -> View:
-    return pico_checkpoint.load()
-
-
-@pytest.fixture
-def stats(view: View, pico_data: DataFolder) -> Stats:
-    return calibrate(view, pico_data, CalibrationSettings(tokens=640))
 
 
 def logits(view: View, tensors: dict[str, Tensor]) -> Tensor:

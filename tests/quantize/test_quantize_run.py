@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.checkpoint import Checkpoint, View
+from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, get_family
@@ -29,16 +29,6 @@ def plan_of(*overrides: str, source: str = "sdclip-1394") -> Plan:
 
 
 SETTINGS = plan_of("*.hessian_lambda=0.1")
-
-
-@pytest.fixture
-def view(pico_checkpoint: Checkpoint) -> View:
-    return pico_checkpoint.load()
-
-
-@pytest.fixture
-def stats(view: View, pico_data: DataFolder) -> Stats:
-    return calibrate(view, pico_data, CalibrationSettings(tokens=640))
 
 
 def test_every_matrix_is_quantized_and_everything_else_kept(view: View, stats: Stats) -> None:
