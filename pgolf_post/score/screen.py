@@ -8,6 +8,7 @@ blank lines. It stops when the sequence is as tight as asked, or excludes zero, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -37,13 +38,20 @@ class ScreenSettings(Settings):
     stop_at_zero: bool = Field(True, description="stop as soon as zero is excluded, however wide the interval")
 
 
-def screen(score_windows: ScoreWindows, total_windows: int, total_tokens: int, settings: ScreenSettings) -> Screening:
+def screen(
+    score_windows: ScoreWindows,
+    total_windows: int,
+    total_tokens: int,
+    settings: ScreenSettings,
+    quiet: bool = False,  # part of other work that reports for it
+) -> Screening:
     """Score windows until the difference is known well enough."""
     order = np.random.default_rng(settings.seed).permutation(total_windows)
     tightest_at = max(2.0 * MIN_CLUSTERS, 0.1 * total_windows)
     held: tuple[Score, Score] | None = None
     looks: list[Look] = []
-    with progress_bar("screening", total_windows) as advance:
+    silent: AbstractContextManager[Callable[..., None]] = nullcontext(lambda *_: None)
+    with silent if quiet else progress_bar("screening", total_windows) as advance:
         for first in range(0, total_windows, settings.look_every):
             chosen = np.sort(order[first : first + settings.look_every])
             scored = score_windows(chosen)

@@ -209,7 +209,7 @@ def resample(held: tuple[Any, Any], total: int, seq_len: int, texts: int = 300) 
             return made[0], made[1]
 
         settings = ScreenSettings(half_width_bpb=0.0005, seed=text, stop_at_zero=False)
-        found = screen(scores, total, total * seq_len, settings)
+        found = screen(scores, total, total * seq_len, settings, quiet=True)
         used.append(found.last.tokens / found.total_tokens)
         late = [look for look in found.looks if look.clusters >= 30]
         covered_always += all(look.low <= truth <= look.high for look in late)

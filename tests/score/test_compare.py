@@ -114,7 +114,7 @@ def excluded(runs: int, shift: float, seed: int) -> tuple[float, float]:
     for run in range(runs):
         population = Population(random, 600, shift)
         settings = ScreenSettings(half_width_bpb=1e-9, seed=run, look_every=8)
-        found = screen(population.scores, 600, 600 * 512, settings)
+        found = screen(population.scores, 600, 600 * 512, settings, quiet=True)
         wrong += found.reason == "zero is excluded"
         late = [some for some in found.looks if some.clusters >= 30]
         missed += any(not some.low - 1e-12 <= shift <= some.high + 1e-12 for some in late)
