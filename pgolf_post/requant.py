@@ -15,7 +15,8 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.errors import VerificationError
-from pgolf_post.pack.container import ARTIFACT_FILE, PackSettings, count_units, pack, read_artifact, write_artifact
+from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
+from pgolf_post.pack.container import PackSettings, count_units, pack
 from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.factors import StatsFactors

@@ -9,7 +9,7 @@ import pytest
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import default_checkpoint
 from pgolf_post.demo import Demo, show
-from pgolf_post.pack.container import read_artifact
+from pgolf_post.pack.artifact import read_artifact
 
 FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "model.num_layers=3", "checkpoint.metric_tokens=2048")
 

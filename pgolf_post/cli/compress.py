@@ -28,8 +28,8 @@ def command(artifact: Path, names: str, as_json: bool) -> None:
 
     Codecs marked * are yardsticks: the decoder that ships does not know them. The artifact itself is left as it is.
     """
+    from pgolf_post.pack.artifact import find_artifact, read_artifact
     from pgolf_post.pack.compare import check_names, compare
-    from pgolf_post.pack.container import find_artifact, read_artifact
 
     wanted = check_names([name.strip() for name in names.split(",")])
     model = read_artifact(find_artifact(artifact)).model

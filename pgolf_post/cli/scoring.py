@@ -99,7 +99,7 @@ def open_subject(path: Path | None, weights: str | None, data_dir: Path | None) 
 
 
 def _is_artifact(path: Path) -> bool:
-    from pgolf_post.pack.container import find_artifact, is_artifact
+    from pgolf_post.pack.artifact import find_artifact, is_artifact
 
     try:
         return is_artifact(find_artifact(path))
@@ -125,7 +125,7 @@ def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None
 
     from pgolf_post.checkpoint import Checkpoint
     from pgolf_post.data import DataFolder
-    from pgolf_post.pack.container import find_artifact, read_artifact, read_facts
+    from pgolf_post.pack.artifact import find_artifact, read_artifact, read_facts
     from pgolf_post.score.cached import require_tokenizer, score_artifact
 
     assert path is not None

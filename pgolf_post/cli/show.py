@@ -37,7 +37,7 @@ def command(path: Path | None, as_json: bool) -> None:
 def describe(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
     """(what it is, rows for people, next commands, facts for machines). Raises NotFoundError for anything else."""
     from pgolf_post.data.folder import MANIFEST_NAME
-    from pgolf_post.pack.container import is_artifact
+    from pgolf_post.pack.artifact import is_artifact
 
     if path.is_file() and is_artifact(path):
         return _artifact(path)
@@ -106,7 +106,7 @@ def _derived(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
 
 
 def _artifact(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
-    from pgolf_post.pack.container import read_facts
+    from pgolf_post.pack.artifact import read_facts
 
     facts = read_facts(path)
     manifest, stored = facts.manifest, path.stat().st_size

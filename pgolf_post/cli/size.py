@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pgolf_post import progress
-from pgolf_post.pack.container import ArtifactFacts, find_artifact, is_artifact, read_facts
+from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
 from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
 from pgolf_post.pack.size import BUDGET_BYTES, RoleBytes, SizeReport, count, role_table
 

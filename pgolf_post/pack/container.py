@@ -28,33 +28,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 from pydantic import field_validator
 
-from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
+from pgolf_post.errors import MismatchError, PgolfError, SettingsError
 from pgolf_post.pack import codecs, decode, rans
 from pgolf_post.pack.contexts import Block, make_block
-from pgolf_post.quantize.tensor import LOW_RANK, Axis, Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.pack.packable import check_packable
+from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor
 from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.settings import Settings, canonical_json
-from pgolf_post.storage import atomic_file
 
-ARTIFACT_FILE = "artifact.pgolf"
 AXES: tuple[Axis, ...] = ("tensor", "row", "column", "group")
 INT8, INT16, FLOAT16, BFLOAT16 = range(4)
 FACTORS, PASSTHROUGH, CODER, SYMBOLS = range(4)  # sections
-SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
-CODER_NAMES = ("lane states", "context classes", "frequency tables", "row scales")
-PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
-MAX_TENSOR_BYTES = decode.MAX_BYTES - (1 << 20)  # the rest is for the coder's own units
 BLOCK_INDEX = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,5})(?=\.)")  # no leading zeros: the number must give back the text
 
 Key = tuple[int, int, int]  # section, label, dtype
@@ -77,40 +70,6 @@ class PackSettings(Settings):
 
 
 DEFAULT_SETTINGS = PackSettings()
-
-
-@dataclass(frozen=True)
-class UnitFacts:
-    """What one unit of an artifact costs. Header and frames are included: units add up to the file."""
-
-    kind: str  # manifest, factors, passthrough, coder or symbols
-    label: str  # role of a symbols unit, axis of factors …; empty for the manifest
-    codec: str
-    stored_bytes: int
-    raw_bytes: int
-    num_values: int  # weights, factors or passthrough values; 0 for the manifest and the coder's own
-
-
-@dataclass(frozen=True)
-class ArtifactFacts:
-    """What a verified artifact says about itself."""
-
-    manifest: Mapping[str, Any]  # config, lineage, symbols_sha256 and the tensor table
-    units: tuple[UnitFacts, ...]  # in file order
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A decoded file."""
-
-    manifest: Mapping[str, Any]
-    model: QuantizedModel  # as packed, its tensors' facts empty
-    tensors: Mapping[str, np.ndarray]  # float32, as the decoder that ships made them
-
-    @property
-    def symbols(self) -> dict[str, np.ndarray]:
-        """Symbols of the quantized tensors, (rows, columns) each."""
-        return {name: tensor.symbols for name, tensor in self.model.quantized.items()}
 
 
 def pack(
@@ -305,188 +264,3 @@ def manifest_bytes(model: QuantizedModel, layout: Layout) -> bytes:
     if len(manifest) > decode.MAX_MANIFEST:
         raise PgolfError(f"the manifest has {len(manifest):,} bytes; the limit is {decode.MAX_MANIFEST:,}")
     return manifest
-
-
-# what the format holds
-
-
-def check_packable(model: QuantizedModel) -> None:
-    """Refuse what the format cannot hold, listing every offender. Raises MismatchError, NumericsError, PgolfError."""
-    problems = [*_table_problems(model)]
-    for name, tensor in model.quantized.items():
-        problems += _tensor_problems(name, tensor)
-    for name, array in model.passthrough.items():
-        if not is_kind(array, "f2", "u2"):
-            problems.append(f"{name}: passthrough dtype {array.dtype}, expected float16, or uint16 for bfloat16")
-    problems += _low_rank_problems(model)
-    if problems:
-        raise MismatchError("this model cannot be packed: " + "; ".join(problems))
-    floats = {f"{name} {f.axis} factor": f.values for name, t in model.quantized.items() for f in t.factors}
-    broken = [name for name, array in {**floats, **model.passthrough}.items() if not is_finite(array)]
-    if broken:
-        raise NumericsError(f"NaN or infinity in 16-bit floats: {', '.join(broken)}")
-    check_limits(model)
-
-
-def check_limits(model: QuantizedModel) -> None:
-    """Raise PgolfError for a model that is larger than a decoder accepts: 2 bytes for a number, 256 for a row."""
-    arrays = [f.values for t in model.quantized.values() for f in t.factors] + list(model.passthrough.values())
-    matrices = [tensor.symbols for tensor in model.quantized.values()]
-    size = sum(2 * array.size for array in arrays + matrices) + sum(256 * len(matrix) for matrix in matrices)
-    if size > MAX_TENSOR_BYTES:
-        raise PgolfError(f"the tensors have {size:,} bytes before compression; the limit is {MAX_TENSOR_BYTES:,}")
-
-
-def _table_problems(model: QuantizedModel) -> Iterable[str]:
-    names = [*model.quantized, *model.passthrough]
-    for name in sorted(model.quantized.keys() & model.passthrough.keys()):
-        yield f"{name}: both quantized and passed through"
-    shapes = [t.shape for t in model.quantized.values()] + [a.shape for a in model.passthrough.values()]
-    if any(length > MAX_TENSOR_BYTES for shape in shapes for length in shape):
-        yield f"a tensor is longer than {MAX_TENSOR_BYTES:,} in one dimension"
-    for name in names:
-        if "*" in name or not name.isascii():
-            yield f"{name!r}: a tensor name must be ASCII and without '*'"
-
-
-def _tensor_problems(name: str, tensor: QuantizedTensor) -> Iterable[str]:
-    symbols = tensor.symbols
-    if tensor.name != name:
-        yield f"{name}: holds a tensor named {tensor.name}"
-    if symbols.ndim != 2 or not is_kind(symbols, "i1", "i2"):
-        yield f"{name}: symbols are {symbols.dtype} {symbols.shape}, expected int8 or int16 (rows, columns)"
-        return
-    if symbols.size != int(np.prod(tensor.shape, dtype=np.int64)):
-        yield f"{name}: symbols {symbols.shape} do not make a tensor of {tensor.shape}"
-    if tensor.trellis and (tensor.trellis.states not in POLYNOMIALS or tensor.trellis.lane_rows < 1):
-        known = ", ".join(map(str, POLYNOMIALS))
-        yield f"{name}: {tensor.trellis}, expected one of {known} states and lanes of at least one row"
-    for factor in tensor.factors:
-        yield from _factor_problems(name, factor, *symbols.shape)
-
-
-def _factor_problems(name: str, factor: Factor, rows: int, columns: int) -> Iterable[str]:
-    if factor.axis == "group" and factor.group_size < 1:
-        yield f"{name}: groups of {factor.group_size} weights"
-        return
-    lengths = {"tensor": 1, "row": rows, "column": columns, "group": -(-rows * columns // max(1, factor.group_size))}
-    expected = (lengths[factor.axis],)
-    if factor.values.shape != expected or not is_kind(factor.values, "i1", "i2", "f2"):
-        found = f"{factor.values.dtype} {factor.values.shape}"
-        yield f"{name}: {factor.axis} factor is {found}, expected float16, int8 or int16 {expected}"
-
-
-def _low_rank_problems(model: QuantizedModel) -> Iterable[str]:
-    shapes = {name: array.shape for name, array in model.passthrough.items()}
-    shapes |= {name: tensor.shape for name, tensor in model.quantized.items()}
-    left, right = LOW_RANK
-    for name in sorted(name[: -len(left)] for name in shapes if name.endswith(left)):
-        parts = [shapes.get(part) for part in (name + left, name + right, name)]
-        if None in parts or any(len(part or ()) != 2 for part in parts):
-            yield f"{name}{left}: needs matrices {name}{right} and {name}"
-        elif (parts[0][0], parts[1][1]) != parts[2] or parts[0][1] != parts[1][0]:  # type: ignore[index]
-            yield f"{name}: {parts[0]} @ {parts[1]} does not make {parts[2]}"
-    for name in sorted(name for name in shapes if name.endswith(right)):
-        if name.removesuffix(right) + left not in shapes:
-            yield f"{name}: its other half {name.removesuffix(right)}{left} is missing"
-
-
-def is_kind(array: np.ndarray, *kinds: str) -> bool:
-    """Whether an array is of one of these kinds, such as "i1", whatever its byte order."""
-    return f"{array.dtype.kind}{array.dtype.itemsize}" in kinds
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; uint16 holds bfloat16."""
-    if array.dtype.kind == "u":
-        return not bool(((array & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(array).all())
-
-
-# files
-
-
-def write_artifact(path: Path, data: bytes) -> None:
-    """Write an artifact in one rename: `path` holds the old file or the whole new one. Raises PgolfError."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def find_artifact(path: Path) -> Path:
-    """`path` if it is a file, or the artifact inside it if it is a derived artifact folder. Raises NotFoundError."""
-    found = path / ARTIFACT_FILE if path.is_dir() else path
-    if not found.is_file():
-        raise NotFoundError(f"no such artifact: {found}", hint="pgolf-post requant writes one")
-    return found
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether a file is, or by its suffix claims to be, one of our artifacts. Raises OSError."""
-    with path.open("rb") as file:
-        return path.suffix == ".pgolf" or file.read(4) == decode.MAGIC[:4]
-
-
-def read_artifact(path: Path) -> Artifact:
-    """Decode and verify a file with the decoder that ships. Raises NotFoundError, DamagedFileError naming the file."""
-    return _decode_file(path, _read_bytes(path))
-
-
-def unpack(data: bytes) -> Artifact:
-    """Decode an artifact's bytes. Raises decode.ArtifactError."""
-    manifest, tensors, packed = decode.decode(data)
-    passthrough = {name: array for name, array in packed.items() if not isinstance(array, tuple)}
-    quantized = {name: _tensor(name, *parts) for name, parts in packed.items() if isinstance(parts, tuple)}
-    return Artifact(manifest, QuantizedModel(manifest["config"], manifest["lineage"], quantized, passthrough), tensors)
-
-
-def _tensor(name: str, symbols: np.ndarray, shape: list[int], stored: list[int], factors: list[Any]) -> QuantizedTensor:
-    trellis = None
-    if stored:
-        states = {tuple(h >> 1 for h in both): states for states, both in POLYNOMIALS.items()}
-        trellis = Trellis(states[tuple(stored[1:])], stored[0])
-    made = [Factor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, values in factors]
-    return QuantizedTensor(name, symbols, tuple(made), tuple(shape), trellis)
-
-
-def read_facts(path: Path) -> ArtifactFacts:
-    """The manifest and the cost of every unit; the whole file is verified. Raises NotFoundError, DamagedFileError."""
-    data = _read_bytes(path)
-    manifest = _decode_file(path, data).manifest
-    first, *units = decode.read_units(memoryview(data))
-    frame = decode.FRAME.size
-    raw = len(decode.inflate(first[0], first[1], decode.MAX_MANIFEST))
-    head = len(first[1]) + frame + len(decode.MAGIC)
-    facts = [UnitFacts("manifest", "", codecs.codec_name(first[0]), head, raw, 0)]
-    roles = {row[1]: split_role(row[0])[0] for row in manifest["tensors"] if len(row) > 5}
-    for (key, parts), (codec_id, stored) in zip(decode.lay_out(manifest), units, strict=True):
-        values = sum(int(np.prod(part[0], dtype=np.int64)) for part in parts)
-        raw_bytes, num_values = values * decode.DTYPES[key[2]].itemsize, 0 if key[0] == CODER else values
-        codec = codecs.codec_name(codec_id)
-        label = label_of(key, roles)
-        facts.append(UnitFacts(SECTION_NAMES[key[0]], label, codec, len(stored) + frame, raw_bytes, num_values))
-    return ArtifactFacts(manifest, tuple(facts))
-
-
-def label_of(key: Key, roles: Mapping[int, str]) -> str:
-    """What a unit holds, for people."""
-    section, label, dtype = key
-    if section == FACTORS:
-        return f"{AXES[label]} factors, {decode.DTYPES[dtype].name}"
-    if section == PASSTHROUGH:
-        return f"passthrough, {PASSTHROUGH_NAMES[dtype]}"
-    return CODER_NAMES[label] if section == CODER else roles[label]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise NotFoundError(f"no such artifact: {path}", hint="pgolf-post requant writes one") from None
-
-
-def _decode_file(path: Path, data: bytes) -> Artifact:
-    try:
-        return unpack(data)
-    except decode.ArtifactError as error:
-        hint = "write it again with pgolf-post requant from the checkpoint it came from"
-        raise DamagedFileError(f"{path}: {error}", hint=hint) from error

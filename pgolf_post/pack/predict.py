@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pgolf_post.pack import codecs, decode, rans
-from pgolf_post.pack.container import SYMBOLS, Layout, check_packable, manifest_bytes
+from pgolf_post.pack.container import SYMBOLS, Layout, manifest_bytes
 from pgolf_post.pack.contexts import Block, make_block
+from pgolf_post.pack.packable import check_packable
 from pgolf_post.quantize.tensor import QuantizedModel
 
 SAMPLE_SYMBOLS = 1 << 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf_post.errors import NotFoundError, OverBudgetError, SettingsError
-from pgolf_post.pack.container import ArtifactFacts
+from pgolf_post.pack.artifact import ArtifactFacts
 from pgolf_post.pack.script import local_imports, pack_source, read_script
 
 BUDGET_BYTES = 16_000_000
@@ -173,5 +173,5 @@ def _refuse(error: OSError) -> None:
 
 
 def role_table(facts: ArtifactFacts) -> list[RoleBytes]:
-    """Stored bytes per unit of one of our artifacts (`container.read_facts`), in file order."""
+    """Stored bytes per unit of one of our artifacts (`artifact.read_facts`), in file order."""
     return [RoleBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]

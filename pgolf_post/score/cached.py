@@ -17,7 +17,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
-from pgolf_post.pack.container import read_artifact
+from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_post.cli.compress import show
+from pgolf_post.pack.artifact import read_artifact, unpack
 from pgolf_post.pack.compare import compare
-from pgolf_post.pack.container import PackSettings, pack, read_artifact, unpack
+from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.progress import print_table, say
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor

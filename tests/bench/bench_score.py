@@ -145,7 +145,7 @@ def bench_lora(view: Any, data: DataFolder, module: Any) -> None:
 
 
 def artifact_module(path: Path) -> tuple[Any, dict[str, Any]]:
-    from pgolf_post.pack.container import find_artifact, read_artifact
+    from pgolf_post.pack.artifact import find_artifact, read_artifact
 
     decoded = read_artifact(find_artifact(path))
     config = decoded.manifest["config"]

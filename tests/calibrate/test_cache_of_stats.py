@@ -13,7 +13,7 @@ from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
 from pgolf_post.families import get_family, load_module
-from pgolf_post.pack.container import read_artifact
+from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.plan import read_plan
 from pgolf_post.requant import requant
 from tests.calibrate.conftest import SETTINGS

@@ -12,7 +12,7 @@ import pytest
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.pack.container import read_artifact
+from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.quantize.tensor import symbols_sha256
 
 FEW = ("--calibration-tokens", 512)

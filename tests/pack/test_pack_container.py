@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
-from pgolf_post.pack import codecs, container, decode
-from pgolf_post.pack.container import Artifact, PackSettings, pack, unpack
+from pgolf_post.pack import artifact, codecs, container, decode
+from pgolf_post.pack.artifact import Artifact, unpack
+from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, symbols_sha256
 from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.settings import parse_settings
@@ -224,8 +225,8 @@ def test_inputs_are_untouched() -> None:
 def test_best_is_the_smallest_of_every_codec_per_unit(tmp_path: Path) -> None:
     sizes = {}
     for codec in [*codecs.CODECS, codecs.BEST]:  # rANS never pays in so small a model
-        container.write_artifact(tmp_path / codec, pack(tiny_model(), PackSettings(codec=codec)))
-        sizes[codec] = [unit.stored_bytes for unit in container.read_facts(tmp_path / codec).units]
+        artifact.write_artifact(tmp_path / codec, pack(tiny_model(), PackSettings(codec=codec)))
+        sizes[codec] = [unit.stored_bytes for unit in artifact.read_facts(tmp_path / codec).units]
     best = sizes.pop(codecs.BEST)
     assert best[1:] == [min(column) for column in zip(*sizes.values(), strict=True)][1:]
 
@@ -271,8 +272,8 @@ def test_role_is_the_name_without_its_block_index(name: str, role: str, index: i
 
 def test_units_report_the_whole_file(tmp_path: Path) -> None:
     data = pack(tiny_model(), PackSettings(codec="brotli"))
-    container.write_artifact(tmp_path / "a.pgolf", data)
-    facts = container.read_facts(tmp_path / "a.pgolf")
+    artifact.write_artifact(tmp_path / "a.pgolf", data)
+    facts = artifact.read_facts(tmp_path / "a.pgolf")
     assert sum(unit.stored_bytes for unit in facts.units) + 0 == len(data)
     assert {unit.label: unit.num_values for unit in facts.units} == {
         "": 0,
@@ -367,16 +368,16 @@ def test_a_manifest_over_the_limit_is_refused() -> None:
 def test_reading_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pgolf"
     with pytest.raises(NotFoundError, match=r"a\.pgolf"):
-        container.read_artifact(path)
+        artifact.read_artifact(path)
     path.write_bytes(pack(tiny_model())[:-1])
-    for read in (container.read_artifact, container.read_facts):
+    for read in (artifact.read_artifact, artifact.read_facts):
         with pytest.raises(DamagedFileError, match=r"a\.pgolf: damaged artifact: "):
             read(path)
 
 
 def test_a_failed_write_leaves_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "artifact.pgolf"
-    container.write_artifact(path, b"old")
+    artifact.write_artifact(path, b"old")
 
     def full_disk(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
@@ -385,6 +386,6 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(PgolfError, match="No space left on device"):
-        container.write_artifact(path, b"new bytes")
+        artifact.write_artifact(path, b"new bytes")
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["artifact.pgolf"]

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from pgolf_post.cli.compress import command
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.pack import codecs, compare, contexts, rans
+from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
-from pgolf_post.pack.container import PackSettings, pack, unpack, write_artifact
+from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 from pgolf_post.quantize.trellis import Trellis, first_bits

@@ -22,7 +22,7 @@ from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.size import count
 from pgolf_post.pack.snippet import decoder_snippet
 from pgolf_post.quantize.tensor import QuantizedModel
-from tests.pack.test_pack_decode import sample_model
+from tests.pack.samples import sample_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_gpt.py"
 SOURCE = (

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 import pgolf_post.cli
 from pgolf_post.cli.size import command
 from pgolf_post.errors import DamagedFileError, NotFoundError, OverBudgetError, SettingsError
-from pgolf_post.pack.container import PackSettings, pack, read_facts, write_artifact
+from pgolf_post.pack.artifact import read_facts, write_artifact
+from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.size import count, role_table
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 

@@ -1,0 +1,145 @@
+"""Artifacts on disk: written in one rename, and read back by nothing but the decoder that ships.
+
+The format is container.py's. Whoever reads a file verifies all of it: checksums, sizes, the sha256 of the symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgolf_post.errors import DamagedFileError, NotFoundError
+from pgolf_post.pack import codecs, decode
+from pgolf_post.pack.container import AXES, BFLOAT16, CODER, FACTORS, FLOAT16, PASSTHROUGH, Key, split_role
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
+from pgolf_post.storage import atomic_file
+
+ARTIFACT_FILE = "artifact.pgolf"
+SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
+CODER_NAMES = ("lane states", "context classes", "frequency tables", "row scales")
+PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """What one unit of an artifact costs. Header and frames are included: units add up to the file."""
+
+    kind: str  # manifest, factors, passthrough, coder or symbols
+    label: str  # role of a symbols unit, axis of factors …; empty for the manifest
+    codec: str
+    stored_bytes: int
+    raw_bytes: int
+    num_values: int  # weights, factors or passthrough values; 0 for the manifest and the coder's own
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """What a verified artifact says about itself."""
+
+    manifest: Mapping[str, Any]  # config, lineage, symbols_sha256 and the tensor table
+    units: tuple[UnitFacts, ...]  # in file order
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A decoded file."""
+
+    manifest: Mapping[str, Any]
+    model: QuantizedModel  # as packed, its tensors' facts empty
+    tensors: Mapping[str, np.ndarray]  # float32, as the decoder that ships made them
+
+    @property
+    def symbols(self) -> dict[str, np.ndarray]:
+        """Symbols of the quantized tensors, (rows, columns) each."""
+        return {name: tensor.symbols for name, tensor in self.model.quantized.items()}
+
+
+def write_artifact(path: Path, data: bytes) -> None:
+    """Write an artifact in one rename: `path` holds the old file or the whole new one. Raises PgolfError."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def find_artifact(path: Path) -> Path:
+    """`path` if it is a file, or the artifact inside it if it is a derived artifact folder. Raises NotFoundError."""
+    found = path / ARTIFACT_FILE if path.is_dir() else path
+    if not found.is_file():
+        raise NotFoundError(f"no such artifact: {found}", hint="pgolf-post requant writes one")
+    return found
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a file is, or by its suffix claims to be, one of our artifacts. Raises OSError."""
+    with path.open("rb") as file:
+        return path.suffix == ".pgolf" or file.read(4) == decode.MAGIC[:4]
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Decode and verify a file with the decoder that ships. Raises NotFoundError, DamagedFileError naming the file."""
+    return _decode_file(path, _read_bytes(path))
+
+
+def unpack(data: bytes) -> Artifact:
+    """Decode an artifact's bytes. Raises decode.ArtifactError."""
+    manifest, tensors, packed = decode.decode(data)
+    passthrough = {name: array for name, array in packed.items() if not isinstance(array, tuple)}
+    quantized = {name: _tensor(name, *parts) for name, parts in packed.items() if isinstance(parts, tuple)}
+    return Artifact(manifest, QuantizedModel(manifest["config"], manifest["lineage"], quantized, passthrough), tensors)
+
+
+def _tensor(name: str, symbols: np.ndarray, shape: list[int], stored: list[int], factors: list[Any]) -> QuantizedTensor:
+    trellis = None
+    if stored:
+        states = {tuple(h >> 1 for h in both): states for states, both in POLYNOMIALS.items()}
+        trellis = Trellis(states[tuple(stored[1:])], stored[0])
+    made = [Factor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, values in factors]
+    return QuantizedTensor(name, symbols, tuple(made), tuple(shape), trellis)
+
+
+def read_facts(path: Path) -> ArtifactFacts:
+    """The manifest and the cost of every unit; the whole file is verified. Raises NotFoundError, DamagedFileError."""
+    data = _read_bytes(path)
+    manifest = _decode_file(path, data).manifest
+    first, *units = decode.read_units(memoryview(data))
+    frame = decode.FRAME.size
+    raw = len(decode.inflate(first[0], first[1], decode.MAX_MANIFEST))
+    head = len(first[1]) + frame + len(decode.MAGIC)
+    facts = [UnitFacts("manifest", "", codecs.codec_name(first[0]), head, raw, 0)]
+    roles = {row[1]: split_role(row[0])[0] for row in manifest["tensors"] if len(row) > 5}
+    for (key, parts), (codec_id, stored) in zip(decode.lay_out(manifest), units, strict=True):
+        values = sum(int(np.prod(part[0], dtype=np.int64)) for part in parts)
+        raw_bytes, num_values = values * decode.DTYPES[key[2]].itemsize, 0 if key[0] == CODER else values
+        codec = codecs.codec_name(codec_id)
+        label = label_of(key, roles)
+        facts.append(UnitFacts(SECTION_NAMES[key[0]], label, codec, len(stored) + frame, raw_bytes, num_values))
+    return ArtifactFacts(manifest, tuple(facts))
+
+
+def label_of(key: Key, roles: Mapping[int, str]) -> str:
+    """What a unit holds, for people."""
+    section, label, dtype = key
+    if section == FACTORS:
+        return f"{AXES[label]} factors, {decode.DTYPES[dtype].name}"
+    if section == PASSTHROUGH:
+        return f"passthrough, {PASSTHROUGH_NAMES[dtype]}"
+    return CODER_NAMES[label] if section == CODER else roles[label]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(f"no such artifact: {path}", hint="pgolf-post requant writes one") from None
+
+
+def _decode_file(path: Path, data: bytes) -> Artifact:
+    try:
+        return unpack(data)
+    except decode.ArtifactError as error:
+        hint = "write it again with pgolf-post requant from the checkpoint it came from"
+        raise DamagedFileError(f"{path}: {error}", hint=hint) from error
