@@ -21,7 +21,8 @@ from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import train_seq_len
 from pgolf_post.pack.size import count
-from pgolf_post.plan import DEFAULT_PRESET, read_plan
+from pgolf_post.plan import read_plan
+from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.progress import print_table, say
 from pgolf_post.requant import requant
 from pgolf_post.score.byte_ngram import byte_ngram_bpb

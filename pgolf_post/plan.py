@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +18,12 @@ from pydantic import Field, field_validator, model_validator
 
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import ModelFamily, Site
+from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.quantize.lqer import LqerSettings
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
 DepthName = Literal["early", "loop", "mid", "late"]
 ScaleName = Literal["sdclip", "absmax", "percentile", "percentile-hessian"]
-DEFAULT_PRESET = "sdclip-1394"
 
 
 class Rule(Settings):
@@ -178,16 +177,10 @@ def parse_rule(table: Mapping[str, Any], source: str) -> Rule:
     return parse_settings(RULES[method], table, source)
 
 
-def preset_names() -> list[str]:
-    """The plans that ship."""
-    folder = files("pgolf_post") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def read_plan(source: str, overrides: Iterable[str] = ()) -> Plan:
     """A preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides. Raises SettingsError, NotFoundError."""
     if source in preset_names():
-        tree = read_toml(Path(str(files("pgolf_post"))) / "presets" / f"{source}.toml")
+        tree = read_toml(FOLDER / f"{source}.toml")
     elif source.endswith(".toml"):
         tree = read_toml(Path(source))
     else:

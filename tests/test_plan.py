@@ -8,7 +8,8 @@ import pytest
 
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import get_family
-from pgolf_post.plan import GridRule, Plan, depth_name, make_plan, parse_plan, preset_names, read_plan
+from pgolf_post.plan import GridRule, Plan, depth_name, make_plan, parse_plan, read_plan
+from pgolf_post.presets import preset_names
 from tests.conftest import PICO_RECIPE
 from trainer.architecture import GraphState, ModelConfig
 from trainer.model import GolfGPT

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from pgolf_post.errors import SettingsError
+from pgolf_post.presets import DEFAULT_PRESET, preset_names
 
 if TYPE_CHECKING:
     from pgolf_post.plan import Plan, TensorPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
-DEFAULT_PLAN = "sdclip-1394"
 
 
 class Shorthand(NamedTuple):
@@ -44,7 +44,11 @@ def plan_options(function: F) -> F:
     change = "Change a value of the plan: RULE.KEY=VALUE, or *.KEY=VALUE for every rule that has it; repeatable."
     function = click.option("--set", "overrides", multiple=True, metavar="RULE.KEY=VALUE", help=change)(function)
     return click.option(
-        "--plan", "plan_source", default=DEFAULT_PLAN, show_default=True, help="A preset's name or a TOML file."
+        "--plan",
+        "plan_source",
+        default=DEFAULT_PRESET,
+        show_default=True,
+        help=f"{', '.join(preset_names())}, or a TOML file.",
     )(function)
 
 
@@ -59,9 +63,9 @@ def chosen_plan(plan_source: str, overrides: tuple[str, ...], **options: Any) ->
     try:
         return read_plan(plan_source, [*changes, *overrides])
     except SettingsError as error:
-        if changes and plan_source != DEFAULT_PLAN and "has no rule" in str(error):
+        if changes and plan_source != DEFAULT_PRESET and "has no rule" in str(error):
             raise SettingsError(
-                f"{error}; short flags such as --clip mean the rules of {DEFAULT_PLAN}",
+                f"{error}; short flags such as --clip mean the rules of {DEFAULT_PRESET}",
                 hint=f"address this plan's own rules with --set, or leave out --plan {plan_source}",
             ) from None
         raise

@@ -38,11 +38,16 @@ class Prepared:
     """One tensor, ready to be rounded."""
 
     row: TensorPlan
-    rule: GridRule
     weight: Tensor  # (rows, columns) float32, stretched and pruned
     scales: Tensor  # (units,) float32, exact in fp16
     shape: tuple[int, ...]
     seconds: float
+
+    @property
+    def rule(self) -> GridRule:
+        """The row's rule."""
+        assert isinstance(self.row.rule, GridRule)
+        return self.row.rule
 
     @property
     def steps(self) -> Tensor:  # (rows, 1) or (rows, columns)
@@ -104,7 +109,7 @@ def prepare(row: TensorPlan, tensor: Tensor, stats: Stats) -> Prepared:
     diagonal = None if hessian is None else hessian.diagonal()
     weight = _pruned(as_matrix(tensor.float()), rule, diagonal)
     scales = grid_scales(row.name, weight, rule if row.site else _without_hessian(rule), row.clip, diagonal)
-    return Prepared(row, rule, weight, scales, tuple(tensor.shape), time.perf_counter() - started)
+    return Prepared(row, weight, scales, tuple(tensor.shape), time.perf_counter() - started)
 
 
 def _gptq_symbols(items: Sequence[Prepared], factors: StatsFactors, advance: Any) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
-from pgolf_post.plan import DEFAULT_PRESET, read_plan
+from pgolf_post.plan import read_plan
+from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.progress import print_table
 from pgolf_post.requant import requant
 from pgolf_post.settings import read_settings

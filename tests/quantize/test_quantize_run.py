@@ -14,7 +14,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, get_family
-from pgolf_post.pack.container import read_artifact
+from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.plan import KeepRule, Plan, TensorPlan, make_plan, read_plan
 from pgolf_post.quantize.awq import Stretched
 from pgolf_post.quantize.factors import StatsFactors

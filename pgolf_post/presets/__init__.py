@@ -1,0 +1,13 @@
+"""The plans that ship: one TOML file each. Kept light, so that the command line can name them without loading torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEFAULT_PRESET = "sdclip-1394"
+FOLDER = Path(__file__).parent
+
+
+def preset_names() -> list[str]:
+    """The presets, in name order."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
