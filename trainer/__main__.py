@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.progress import print_json, say, silence
+from pgolf_post.progress import print_json, say
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -64,8 +64,6 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
     from trainer.loop import Trainer
 
     ranks = Ranks.join()
-    if not ranks.is_main:
-        silence()
     try:
         trainer = Trainer(recipe, ranks)
         if resume:

@@ -89,9 +89,13 @@ class Trainer:
         eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
         self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
         self.optimizer = Optimizer(self.model, recipe.optim, ranks)
-        runtime: dict[str, Any] = {"attention": self.model.attention_backend.name, "compile": self.compiled}
-        runtime["kernels"] = recipe.run.kernels
-        self.provenance = {**provenance(self.device), "world_size": ranks.world_size, **runtime}
+        self.provenance: dict[str, Any] = {
+            **provenance(self.device),
+            "world_size": ranks.world_size,
+            "attention": self.model.attention_backend.name,
+            "compile": self.compiled,
+            "kernels": recipe.run.kernels,
+        }
         optim = recipe.optim
         self.ema = EMA(self.model, optim.ema_decay, optim.ema_every) if optim.ema_decay else None
         self.swa = RunningMean(self.model, optim.swa_every) if optim.swa_start is not None else None
@@ -104,12 +108,11 @@ class Trainer:
         self.step = 0
         self.train_seconds = 0.0
         self.clock = StepClock(recipe.data.batch_tokens, self.train_seconds)
-        self.started = self.ledger.started
         self.earlier_wall_seconds = 0.0  # of the processes that this one resumes
         self.parents: list[str] = []
         self.resumed_from: Path | None = None
         self.reserve: Reserve | None = None  # under a cap, settled before the first step
-        self.ledger.add("load", time.perf_counter() - self.started)
+        self.ledger.add("load", time.perf_counter() - self.ledger.started)
 
     @property
     def progress(self) -> float:
@@ -118,7 +121,7 @@ class Trainer:
 
     @property
     def wall_seconds(self) -> float:
-        return round(self.earlier_wall_seconds + time.perf_counter() - self.started, 3)
+        return round(self.earlier_wall_seconds + time.perf_counter() - self.ledger.started, 3)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
