@@ -117,6 +117,11 @@ def count(
     return SizeReport(size, tuple(files), budget_bytes, wrapped, by_convention)
 
 
+def count_code(code: Sequence[Path]) -> int:
+    """Bytes of the code alone, as `count` counts it."""
+    return sum(path.stat().st_size for path in {_identity(path): path for path in _code_files(code)}.values())
+
+
 def _wrap(file: FileBytes) -> FileBytes:
     """A Python file as the convention counts it, if that is smaller; any other file as it is."""
     if file.path.suffix != ".py" or file.num_bytes == 0:

@@ -1,0 +1,270 @@
+"""`pgolf-post fit`: the lowest loss at a given number of bytes, with no knob to tune."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pgolf_post.calibrate.settings import CalibrationSettings
+from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
+from pgolf_post.cli.common import (
+    allow_stale_option,
+    checkpoint_argument,
+    data_option,
+    find_checkpoint,
+    find_data,
+    fresh_option,
+    given_settings,
+    json_option,
+    load_view,
+    settings_options,
+    weights_option,
+)
+from pgolf_post.errors import SettingsError
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, count_code
+from pgolf_post.progress import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from pgolf_post.fit.run import Fitter
+    from pgolf_post.requant import Artifact
+
+FIT_FLAGS = {
+    "rows": "--rows",
+    "columns": "--columns",
+    "weighted": "--weighted",
+    "trellis_states": "--trellis-states",
+    "shrink": "--shrink",
+    "kappa": "--kappa",
+    "kappa_tokens": "--kappa-tokens",
+    "kappa_seed": "--kappa-seed",
+}
+
+
+@click.command("fit")
+@checkpoint_argument
+@weights_option
+@click.option("--budget", type=click.IntRange(min=0), help=f"Bytes of code and artifact.  [default: {BUDGET_BYTES}]")
+@click.option("--budgets", metavar="BYTES,…", help="Several budgets from the same statistics: a Pareto front.")
+@click.option("--target-gap", type=float, metavar="BPB", help="Find the bytes at which quantizing costs this much.")
+@click.option(
+    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
+)
+@click.option("--train-seconds", type=float, help="Leave out steps so that training data is read for no longer.")
+@click.option("--explain", "explained", is_flag=True, help="Where the bytes went, and what more would buy, by tensor.")
+@click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
+@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
+@data_option
+@settings_options(FitSettings, FIT_FLAGS)
+@settings_options(CalibrationSettings, CALIBRATION_FLAGS)
+@allow_stale_option
+@fresh_option
+@json_option
+def command(
+    checkpoint: Path | None,
+    weights: str | None,
+    budget: int | None,
+    budgets: str | None,
+    target_gap: float | None,
+    code: tuple[Path, ...],
+    train_seconds: float | None,
+    explained: bool,
+    evaluate: bool,
+    eval_tokens: int | None,
+    data_dir: Path | None,
+    allow_stale: str | None,
+    fresh: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Turn CHECKPOINT into the best artifact that, with its code, fills the budget.
+
+    \b
+    pgolf-post fit --budget 16000000 --code train_gpt.py --eval
+    pgolf-post fit --budgets 8e6,10e6,12e6,14e6,16e6 --code train_gpt.py
+    pgolf-post fit --target-gap 0.005
+    pgolf-post fit --explain
+
+    Every weight gets the step size at which one more bit buys the same loss everywhere, solved for the total bytes:
+    within 2,000 of the budget, never over. Statistics are collected on the first call and read from the cache
+    afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
+    `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
+    """
+    from pgolf_post.fit.run import limit_for_gap, prepare, solve
+    from pgolf_post.pack.size import count
+    from pgolf_post.ranks import Ranks
+
+    started = time.perf_counter()
+    given = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
+    settings = given_settings(FitSettings, {key: options.pop(key) for key in FIT_FLAGS}, "fit")
+    wanted = chosen_budgets(budget, budgets, target_gap)
+    code_bytes = count_code(code)
+    found = find_checkpoint(checkpoint)
+    view = load_view(found, weights)
+    data = find_data(found, data_dir)
+    ranks = Ranks.join()
+    try:
+        fitter = _prepared(view, data, given, settings, train_seconds, allow_stale, fresh, ranks)
+    finally:
+        ranks.leave()
+    if not ranks.is_main:
+        return
+    _show_training(fitter)
+    if target_gap is not None:
+        wanted = [limit_for_gap(fitter, target_gap) + code_bytes]
+    answers = []
+    for total in wanted:
+        artifact = solve(fitter, _artifact_limit(total, code_bytes), fresh=fresh)
+        report = count(artifact.path, code, total)
+        score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
+        answers.append(_answer(fitter, artifact, report, score))
+        if explained:
+            _show_explained(fitter, artifact)
+    _show(answers, bool(code))
+    if as_json:
+        shared = {"checkpoint_id": view.id, "stats_id": fitter.stats.id, "train_seconds": dict(fitter.train_seconds)}
+        shared |= {"kappa": {role: found.facts() for role, found in fitter.kappas.items()}}
+        shared["seconds"] = round(time.perf_counter() - started, 3)
+        print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
+
+
+def chosen_budgets(budget: int | None, budgets: str | None, target_gap: float | None) -> list[int]:
+    """The totals to solve for. Raises SettingsError if they are asked for in two ways, or are no numbers."""
+    if sum(value is not None for value in (budget, budgets, target_gap)) > 1:
+        raise SettingsError("--budget, --budgets and --target-gap each say what to solve for; give one of them")
+    if budgets is None:
+        return [BUDGET_BYTES if budget is None else budget]
+    try:
+        values = [int(float(text)) for text in budgets.split(",")]
+    except (ValueError, OverflowError):
+        raise SettingsError(f"--budgets {budgets!r}: numbers of bytes with commas between, such as 8e6,16e6") from None
+    if min(values) < 0:
+        raise SettingsError(f"--budgets {budgets!r}: {min(values):,} bytes cannot be filled")
+    return values
+
+
+def _prepared(
+    view: Any,
+    data: Any,
+    calibration: CalibrationSettings,
+    settings: FitSettings,
+    train_seconds: float | None,
+    allow_stale: str | None,
+    fresh: bool,
+    ranks: Any,
+) -> Fitter:
+    from pgolf_post.calibrate import stale_stats
+    from pgolf_post.fit.budget import TrainingClock
+    from pgolf_post.fit.run import prepare
+
+    stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
+    return prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats)
+
+
+def _artifact_limit(total: int, code_bytes: int) -> int:
+    if code_bytes >= total:
+        raise SettingsError(f"the code takes {code_bytes:,} of {total:,} bytes: nothing is left for weights")
+    return total - code_bytes
+
+
+def _score(artifact: Artifact, data: Any, config: Any, eval_tokens: int | None, fresh: bool) -> dict[str, Any]:
+    from pgolf_post.families import train_seq_len
+    from pgolf_post.score.cached import score_artifact
+    from pgolf_post.score.plain import PlainProtocol
+
+    protocol = PlainProtocol(seq_len=train_seq_len(config), max_tokens=eval_tokens)
+    return score_artifact(artifact.path, data, protocol, fresh)[0]
+
+
+def _show_training(fitter: Fitter) -> None:
+    seconds = fitter.train_seconds
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    say(f"{sum(seconds.values()):.1f} s on training data ({parts}): the challenge counts them as training")
+    if fitter.kappas:
+        header = ("role", "predicted nats", "measured nats", "± 2 s.e.", "κ used")
+        rows = [
+            (role, f"{k.predicted:.5f}", f"{k.measured:.5f}", f"{2 * k.error:.5f}", f"{k.kappa:.3f}")
+            for role, k in fitter.kappas.items()
+        ]
+        print_table("What an error costs, by role, against its prediction", header, rows)
+
+
+def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
+    meta = artifact.meta
+    weights = sum(int(row["weights"]) for row in meta["tensors"])
+    sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
+    return {
+        **sums,
+        "artifact": str(artifact.path),
+        "artifact_bytes": report.artifact_bytes,
+        "code_bytes": report.code_bytes,
+        "total_bytes": report.total_bytes,
+        "budget_bytes": report.budget_bytes,
+        "headroom_bytes": report.headroom_bytes,
+        "bits_per_weight": 8 * report.artifact_bytes / weights,
+        "constant": meta["constant"],
+        "predicted_nats": meta["predicted_nats"],
+        "equal_slope_nats": meta["equal_slope_nats"],
+        "builds": meta["builds"],
+        "symbols_sha256": artifact.symbols_sha256,
+        "artifact_cached": artifact.cached,
+        "fit_seconds": meta["seconds"],
+    }
+
+
+def _show(answers: list[dict[str, Any]], has_code: bool) -> None:
+    header = (
+        "budget",
+        "artifact",
+        "code",
+        "headroom",
+        "bits/weight",
+        "c",
+        "predicted nats",
+        "bpb",
+        "seconds",
+        "builds",
+    )
+    rows = [
+        (
+            *(f"{row[key]:,}" for key in ("budget_bytes", "artifact_bytes", "code_bytes", "headroom_bytes")),
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['constant']:.3e}",
+            f"{row['predicted_nats']:.5f}",
+            f"{row['bpb']:.5f}" if "bpb" in row else "",
+            f"{row['fit_seconds']:.1f}",
+            str(row["builds"]),
+        )
+        for row in answers
+    ]
+    print_table("" if has_code else "no --code given: code counted as 0 bytes", header, rows)
+    for row in answers:
+        say(row["artifact"])
+
+
+def _show_explained(fitter: Fitter, artifact: Artifact) -> None:
+    from pgolf_post.fit.explain import by_role, explain
+
+    header = ("tensor", "role", "weights", "bits/weight", "share of bits", "predicted nats", "nats per 100 KB")
+    rows = explain(artifact.meta["tensors"], fitter.kappa)
+    total = sum(row.bits for row in rows)
+    for title, table in (("by tensor", rows), ("by role", by_role(rows))):
+        print_table(
+            f"Where the bytes went, {title}",
+            header,
+            [
+                (
+                    row.name,
+                    row.role,
+                    f"{row.num_weights:,}",
+                    f"{row.bits_per_weight:.3f}",
+                    f"{row.bits / total:.1%}",
+                    f"{row.loss:.6f}",
+                    f"{row.slope:.6f}",
+                )
+                for row in table
+            ],
+        )

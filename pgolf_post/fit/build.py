@@ -1,0 +1,150 @@
+"""One constant c in, a quantized model out: the function that the byte budget is solved for.
+
+What does not depend on c (sensitivities, factorized moments, relative steps) is made once and kept; a build is then one
+pass of GPTQ over all matrices. Only what some linear map reads or a table looks up is quantized so; the rest, gains and
+mixes, stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
+from pgolf_post.families import build_module, get_family
+from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.steps import UNION_GRID, Shape, relative_steps
+from pgolf_post.plan import KeepRule, TensorPlan
+from pgolf_post.quantize.factorize import Factor as HessianFactor
+from pgolf_post.quantize.factorize import factorize
+from pgolf_post.quantize.gptq import Job, gptq_jobs
+from pgolf_post.quantize.run import as_matrix, entropy_bits, keep_tensor
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, scale_of, smallest_dtype
+from pgolf_post.quantize.trellis import Trellis
+
+Advance = Callable[[int], object]
+SMALLEST_DAMP = 1e-6  # the ridge has made the moments positive definite already
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of one matrix before c is."""
+
+    name: str
+    role: str
+    weight: Tensor  # (out, in) float32
+    sensitivity: Sensitivity
+    factor: HessianFactor
+    shape: Shape
+
+    @property
+    def num_weights(self) -> int:
+        return self.weight.numel()
+
+
+class Builder:
+    """Builds quantized models of one view for any c."""
+
+    def __init__(self, view: View, stats: Stats, settings: FitSettings) -> None:
+        """Raises MismatchError, NumericsError as `sensitivity` and `factorize` do."""
+        stats.require_view(view.id)
+        self.view, self.stats, self.settings = view, stats, settings
+        family, module = get_family(view.config["family"]), build_module(view.config)
+        sites = family.sites(module)
+        tables = [lookup.tensor for lookup in family.lookups(module)]
+        names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)
+        self.roles = {name: family.role(name) for name in view.tensors}
+        minded = sensitivities(names, sites, stats, settings)
+        self.parts = {name: self._part(name, minded[name]) for name in names}
+        self.passthrough = {
+            name: keep_tensor(TensorPlan(name, self.roles[name], KeepRule(name="float"), None, None), tensor)
+            for name, tensor in view.tensors.items()
+            if name not in self.parts
+        }
+
+    @property
+    def num_weights(self) -> int:
+        """Of all matrices."""
+        return sum(part.num_weights for part in self.parts.values())
+
+    def _part(self, name: str, minded: Sensitivity) -> Part:
+        factor = factorize(name, minded.moments, SMALLEST_DAMP, act_order=True)
+        shape = relative_steps(minded.rows, factor.column_lengths, self.settings.columns)
+        weight = as_matrix(self.view.tensors[name].float())
+        return Part(name, self.roles[name], weight, minded, factor, shape)
+
+    def quantize(
+        self,
+        constants: Mapping[str, float],  # name → c/√κ
+        advance: Advance = lambda weights: None,
+    ) -> dict[str, QuantizedTensor]:
+        """The named matrices, each by its own constant."""
+        factors = {name: self._factors(name, constant) for name, constant in constants.items()}
+        jobs = [self._job(self.parts[name], factors[name]) for name in constants]
+        found = gptq_jobs(jobs, advance=advance)
+        return {
+            job.name: self._finish(self.parts[job.name], symbols, factors[job.name], job.trellis, constants[job.name])
+            for job, symbols in zip(jobs, found, strict=True)
+        }
+
+    def model(self, quantized: Mapping[str, QuantizedTensor]) -> QuantizedModel:
+        """A whole model."""
+        lineage = {"checkpoint_id": self.view.id[:12], **self.stats.lineage()}
+        ordered = {name: quantized[name] for name in self.parts}
+        return QuantizedModel(self.view.config, lineage, ordered, self.passthrough)
+
+    def _factors(self, name: str, constant: float) -> tuple[Factor, ...]:
+        finer = UNION_GRID if self.settings.trellis_states else 1.0
+        return self.parts[name].shape.factors(constant * finer, name)
+
+    def _job(self, part: Part, factors: tuple[Factor, ...]) -> Job:
+        steps = torch.from_numpy(scale_of(factors, *part.weight.shape))
+        states = self.settings.trellis_states
+        trellis = Trellis(states, min(self.settings.lane_rows, max(1, len(part.weight)))) if states else None
+        return Job(part.name, part.weight, part.factor, steps, None, trellis)
+
+    def _finish(
+        self, part: Part, symbols: Tensor, factors: tuple[Factor, ...], trellis: Trellis | None, constant: float
+    ) -> QuantizedTensor:
+        array = smallest_dtype(symbols.numpy())
+        shape = tuple(self.view.tensors[part.name].shape)
+        made = QuantizedTensor(part.name, array, factors, shape, trellis)
+        if self.settings.shrink:
+            made = _towards_centroid(made, part)
+        error = torch.from_numpy(as_rows(made.dequantize())) - part.weight
+        facts = {
+            "method": "fit",
+            "role": part.role,
+            "weights": part.num_weights,
+            "constant": constant,
+            "damp_used": part.factor.damp,
+        }
+        facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": part.sensitivity.loss(error)}
+        return QuantizedTensor(part.name, array, made.factors, shape, trellis, facts)
+
+
+def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:
+    """The tensor factor times the α that minimises the loss of W - α·Ŵ: uniform grids decode a little too far out."""
+    restored = torch.from_numpy(as_rows(made.dequantize())).double()
+    minded = part.sensitivity.rows[:, None] * (restored @ part.sensitivity.moments)
+    energy = float((minded * restored).sum())
+    alpha = float((minded * part.weight).sum()) / energy if energy > 0 else 1.0
+    tensor, *others = made.factors
+    scaled = np.float16(alpha * tensor.values.astype(np.float32))
+    return QuantizedTensor(made.name, made.symbols, (Factor("tensor", scaled), *others), made.shape, made.trellis)
+
+
+def as_rows(array: np.ndarray) -> np.ndarray:  # any shape → (rows, columns)
+    """As `as_matrix`, of an array."""
+    return array.reshape(1, -1) if array.ndim < 2 else array.reshape(len(array), -1)
+
+
+def constants_of(parts: Iterable[Part], constant: float, kappa: Mapping[str, float]) -> dict[str, float]:
+    """c/√κ of each matrix, κ by role."""
+    return {part.name: constant / kappa.get(part.role, 1.0) ** 0.5 for part in parts}

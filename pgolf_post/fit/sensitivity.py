@@ -1,0 +1,115 @@
+"""How much the loss minds an error in a matrix: what every step size follows from.
+
+For an error E = Ŵ - W of one matrix, in nats per token,
+
+    ΔL ≈ ½ · Σ_i r_i · e_i M e_iᵀ
+
+M (in, in) is the second moment of the inputs, weighted by how much the loss minds the token (the mean over rows of δ²,
+δ = ∂L/∂(Wx) with labels drawn from the model), and r_i is row i's own mean of δ² relative to the average row's. It is
+the Kronecker factoring of the Fisher information with the token weights kept (GuidedQuant, arXiv 2505.07004, with one
+group of rows); each visit of a looped layer brings its own δ to its own x. A tied embedding is minded twice: as the
+head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an error enters as often as its row is looked up.
+
+Both are estimates from little text, so both are shrunk: off-diagonal moments by 5 %, a ridge on the diagonal, row
+statistics towards their mean in the logarithm and to within a factor of 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgolf_post.calibrate import Stats
+from pgolf_post.errors import MismatchError, NumericsError
+from pgolf_post.families import Site
+from pgolf_post.fit.settings import FitSettings
+
+LARGEST_ROW_RATIO = 16.0  # of sensitivities; of step sizes 4
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One matrix's share of the quadratic model of the loss."""
+
+    moments: Tensor  # (in, in) float64 M, shrunk: nats per token and squared weight of the average row
+    rows: Tensor  # (out,) float64 r: relative, mean 1
+
+    def loss(self, error: Tensor) -> float:  # (out, in) → nats per token
+        """What an error costs."""
+        e = error.to(self.moments)
+        return 0.5 * float(((e @ self.moments) * e).sum(1) @ self.rows)
+
+
+def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSettings) -> Sensitivity:
+    """The sensitivity of one matrix. Raises MismatchError if its statistics lack the backward half.
+
+    Raises NumericsError, naming the matrix, if the loss minds nothing in it: no calibration token reached it.
+    """
+    fisher = stats.fisher
+    if fisher is None:
+        raise MismatchError(
+            f"statistics {stats.id[:12]} have no backward half, so {name} has no sensitivities",
+            hint="pgolf-post calibrate --fisher",
+        )
+    sides = []
+    if site is not None:
+        sides.append((_product_moments(name, site, stats, settings), fisher.mean_rows(name)))
+    if name in fisher.lookup_rows:
+        sides.append((fisher.lookup_moments[name] / fisher.num_tokens, fisher.lookup_rows[name]))
+    total = sum(float(moments.trace()) for moments, _ in sides)
+    if not (math.isfinite(total) and total > 0):
+        raise NumericsError(
+            f"{name}: the loss minds no error in it (Σ δ²|x|² = {total:g})",
+            hint="calibrate on more text: --calibration-tokens",
+        )
+    # An average row is minded by all sides together; a row's weight is what each side brings to it.
+    num_rows = len(sides[0][1])
+    weights = torch.zeros(num_rows, dtype=torch.float64)
+    moments = torch.zeros_like(sides[0][0])
+    for side, minded in sides:
+        is_product = side is sides[0][0] and site is not None
+        per_row = side if is_product else side / num_rows  # Σ over lookups is shared out among the rows
+        moments += per_row
+        weights += per_row.trace() * minded / minded.mean()
+    rows = weights / weights.mean()
+    if name in fisher.lookup_rows:
+        rows = rows.clamp_min(settings.lookup_floor)
+    return Sensitivity(_shrunk(moments, settings), _trusted(rows, settings))
+
+
+def sensitivities(
+    names: Iterable[str], sites: Iterable[Site], stats: Stats, settings: FitSettings
+) -> dict[str, Sensitivity]:
+    """The sensitivities of several matrices."""
+    site_of = {tensor: site for site in sites for tensor in site.tensors}
+    return {name: sensitivity(name, site_of.get(name), stats, settings) for name in names}
+
+
+def _product_moments(name: str, site: Site, stats: Stats, settings: FitSettings) -> Tensor:  # (in, in)
+    """Weighted moments, mixed with the plain ones, which are less noisy, at equal trace."""
+    assert stats.fisher is not None
+    weighted = stats.fisher.mean_weighted(name)
+    if settings.weighted == 1:
+        return weighted
+    plain = stats.mean_hessian(site.name)
+    plain *= weighted.trace() / plain.trace()
+    return settings.weighted * weighted + (1 - settings.weighted) * plain
+
+
+def _shrunk(moments: Tensor, settings: FitSettings) -> Tensor:
+    diagonal = moments.diagonal().clone()
+    shrunk = moments * settings.hessian_share
+    shrunk.diagonal().copy_(diagonal + settings.ridge * diagonal.mean())
+    return shrunk
+
+
+def _trusted(rows: Tensor, settings: FitSettings) -> Tensor:
+    """Rows shrunk towards their mean in the logarithm, within a factor of it, and of mean 1 again."""
+    if not settings.rows:
+        return torch.ones_like(rows)
+    trusted = rows.clamp_min(1e-12).pow(settings.row_trust).clamp(1 / LARGEST_ROW_RATIO, LARGEST_ROW_RATIO)
+    return trusted / trusted.mean()

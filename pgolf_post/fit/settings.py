@@ -1,0 +1,38 @@
+"""The settings of a fit. There is no knob to tune: each switch takes one step out, so that its worth can be measured."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from pgolf_post.quantize.trellis import POLYNOMIALS
+from pgolf_post.settings import Settings
+
+
+class FitSettings(Settings):
+    """Which steps are taken, and how much text each may read. All of it is part of the artifact's identity."""
+
+    rows: bool = Field(True, description="steps differ by row, from the Fisher information of its output")
+    columns: bool = Field(True, description="steps differ by column, from what the Hessian leaves of each input")
+    weighted: float = Field(
+        0.5, ge=0, le=1, description="share of the Fisher-weighted input moments; the rest is the plain Hessian"
+    )
+    trellis_states: int = Field(8, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
+    lane_rows: int = Field(256, ge=1, description="rows after which a trellis restarts")
+    shrink: bool = Field(True, description="decode towards the centroid: one factor per tensor, in closed form")
+    kappa: bool = Field(True, description="measure each role's sensitivity instead of trusting the quadratic model")
+    kappa_tokens: int = Field(32768, ge=512, description="training tokens that each role's measurement reads, twice")
+    kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
+
+    hessian_share: float = Field(0.95, ge=0, le=1, description="off-diagonal moments are multiplied by it")
+    ridge: float = Field(0.003, gt=0, description="added to the moments' diagonal, as a share of its mean")
+    row_trust: float = Field(0.8, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
+    lookup_floor: float = Field(0.03, gt=0, le=1, description="least sensitivity of a table's row, to the mean")
+
+    @field_validator("trellis_states")
+    @classmethod
+    def _known(cls, states: int) -> int:
+        if states and states not in POLYNOMIALS:
+            raise ValueError(
+                f"a trellis of {states} states; there are {', '.join(map(str, POLYNOMIALS))}, and 0 for none"
+            )
+        return states

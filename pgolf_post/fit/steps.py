@@ -1,0 +1,73 @@
+"""Step sizes of equal slope: where one more bit buys the same loss everywhere.
+
+With H = F·diag(ℓ²)·Fᵀ, GPTQ's error feedback leaves e M eᵀ = Σ_j ℓ_j² r_j², r_j the rounding error of column j after
+feedback. A step Δ leaves r² = Δ²/12 and costs -log2 Δ bits, so the loss at given bytes is least where
+
+    Δ_ij = c / (√(κ·r_i) · ℓ_j)
+
+with one constant c for the whole model; weights' own magnitudes do not enter. Then every weight costs c²/24 nats per
+token (κ in it), whatever its tensor. c is the square root of a loss: 0.0001 to 0.0004 for a few million weights.
+
+Rows and columns are stored as integers v that mean 2^(v/8); rounding them so costs 0.0009 bit per weight. What is left,
+one number per tensor, is fp16, so that c can be anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import NumericsError
+from pgolf_post.quantize.tensor import Factor
+
+FP16_RANGE = 6.2e-5, 65504.0  # normal numbers
+UNION_GRID = 0.5  # a trellis of the same bits has a grid twice as fine
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The relative steps of one matrix: what does not depend on c or κ."""
+
+    rows: np.ndarray  # (out,) int8 eighths of an octave
+    columns: np.ndarray  # (in,) int8, about 0
+    unit: float  # the step at exponents 0 and c = 1
+
+    def factors(self, constant: float, name: str) -> tuple[Factor, Factor, Factor]:
+        """Tensor, row and column factor for c/√κ = `constant`. Raises NumericsError if fp16 cannot hold the first."""
+        step = constant * self.unit
+        if not FP16_RANGE[0] <= step <= FP16_RANGE[1]:
+            low, high = FP16_RANGE
+            raise NumericsError(f"{name}: a step of {step:.3g} is outside what fp16 holds, {low:g} to {high:g}")
+        tensor = np.array([step], np.float16)
+        return Factor("tensor", tensor), Factor("row", self.rows), Factor("column", self.columns)
+
+
+def relative_steps(
+    row_weights: Tensor,  # (out,) float64 r, of mean 1
+    lengths: Tensor,  # (in,) float ℓ
+    by_column: bool = True,
+) -> Shape:
+    """The exponents of 1/√r and 1/ℓ; without columns, one ℓ for all of them (their geometric mean)."""
+    logs = -8 * torch.log2(lengths.double())
+    middle = float(logs.mean())
+    columns = (logs - middle).round() if by_column else torch.zeros_like(logs)
+    rows = (-4 * torch.log2(row_weights.double())).round()
+    return Shape(_int8(rows), _int8(columns), 2 ** (middle / 8))
+
+
+def expected_loss(num_weights: int, constant: float) -> float:
+    """N·c²/24, nats per token: what scalar grids cost where every step is small against its weights."""
+    return num_weights * constant**2 / 24
+
+
+def constant_for(num_weights: int, loss: float) -> float:
+    """The c that costs `loss` nats per token."""
+    return math.sqrt(24 * loss / num_weights)
+
+
+def _int8(exponents: Tensor) -> np.ndarray:
+    return exponents.clamp(-127, 127).to(torch.int8).numpy()
