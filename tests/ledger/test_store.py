@@ -91,10 +91,11 @@ def test_many_rows_are_added_all_or_none(ledger):
 
 def test_completing_keeps_what_was_known(ledger):
     assert ledger.complete(row(seconds=3.0))
-    assert not ledger.complete(row(result={"total_bytes": 9}, seconds=5.0, device="cpu"))
+    assert not ledger.complete(row(name="other", result={"total_bytes": 9}, seconds=5.0, device="cpu"))
+    assert not ledger.complete(row(device="gpu"))
     known = ledger.get("trial", "a1")
     assert known.result == {"bpb": 1.1, "total_bytes": 9}
-    assert (known.seconds, known.device) == (3.0, "cpu")
+    assert (known.name, known.seconds, known.device) == ("control", 5.0, "cpu")
 
 
 def test_notes_stand_on_the_row_and_outlive_its_replacement(ledger):
