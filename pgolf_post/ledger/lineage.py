@@ -29,11 +29,14 @@ class Node:
     delta_bytes: int | None = None
     other_parents: tuple[str, ...] = ()
     children: list[Node] = field(default_factory=list)
+    scores: dict[str, Row] = field(default_factory=dict, repr=False)  # of this very thing, by settings
     parent: Node | None = field(default=None, repr=False)
 
     def adopt(self, child: Node) -> None:
         self.children.append(child)
         child.parent = self
+        if child.row is not None and child.row.kind == "score":
+            self.scores.setdefault(child.row.settings_hash, child.row)
 
     def walk(self) -> Iterator[tuple[int, Node]]:
         """The node and all below it with their depth, each before its children."""
@@ -117,11 +120,11 @@ def _is_hex(text: str) -> bool:
 
 def _is_circle(row: Row, parents: dict[int, tuple[Row | None, str | None]]) -> bool:
     """Whether going from parent to parent comes back to the row, and the row is the eldest of that circle."""
-    seen, at = [row], parents[id(row)][0]
-    while at is not None and all(at is not earlier for earlier in seen):
-        seen.append(at)
+    seen, at = {id(row): row}, parents[id(row)][0]
+    while at is not None and id(at) not in seen:
+        seen[id(at)] = at
         at = parents[id(at)][0]
-    return at is row and row is min(seen, key=lambda member: (member.created, member.kind, member.id))
+    return at is row and row is min(seen.values(), key=lambda member: (member.created, member.kind, member.id))
 
 
 def _measure(root: Node) -> None:
@@ -154,8 +157,7 @@ def _delta_bpb(row: Row, line: list[Node]) -> float | None:
 
 def _numbers_of(node: Node) -> list[Row]:
     """A node's row, and the scores of exactly that thing."""
-    own = [node.row] if node.row is not None else []
-    return own + [child.row for child in node.children if child.row is not None and child.row.kind == "score"]
+    return ([node.row] if node.row is not None else []) + list(node.scores.values())
 
 
 def comparable(first: Row, second: Row) -> bool:

@@ -6,6 +6,7 @@ ledger from being written (a read-only folder, a damaged file, a full disk) is a
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -65,6 +66,7 @@ def _signed(row: Row) -> Row:
     return replace(row, commit=row.commit or code_commit(), device=row.device or device_name())
 
 
+@functools.cache
 def code_commit() -> str | None:
     """The commit of the code that runs; None outside a git checkout."""
     command = ["git", "rev-parse", "HEAD"]

@@ -12,6 +12,7 @@ of the rows below it, not a row.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,10 @@ from pgolf_post.errors import DamagedFileError, NotFoundError
 from pgolf_post.ledger.columns import Field, field_of, is_blank
 
 Form = Literal["markdown", "csv", "tabs", "rendered"]
-SEPARATOR = re.compile(r"^\s*\|?\s*:?-{2,}:?\s*(\|\s*:?-{2,}:?\s*)*\|?\s*$")
+SEPARATOR = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
+CLEAR_SEPARATOR = re.compile(
+    r"^\s*\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)*\|?\s*$"
+)  # amid rows, where dashes may say nothing
 UNESCAPED_PIPE = re.compile(r"(?<!\\)\|")
 HEADING = re.compile(r"^\s{0,3}#{1,6}\s+(?P<text>\S.*?)\s*#*\s*$")
 MAX_TITLE = 120
@@ -72,7 +76,7 @@ def read_tables(path: Path) -> list[Table]:
 
 def find_tables(text: str) -> list[Table]:
     """The tables in a text that is not one sheet, in order."""
-    lines = text.splitlines()
+    lines = text.split("\n")
     found, at = [], 0
     while at < len(lines):
         table, end = _markdown(lines, at) or _tabs(lines, at) or _rendered(lines, at) or (None, at + 1)
@@ -88,16 +92,16 @@ def _markdown(lines: Sequence[str], at: int) -> Found:
     if not _is_markdown_header(lines, at):
         return None
     end = at + 2
-    while end < len(lines) and "|" in lines[end] and lines[end].strip() and not _is_markdown_header(lines, end):
+    while end < len(lines) and "|" in lines[end] and not _is_markdown_header(lines, end, CLEAR_SEPARATOR):
         end += 1
     cells = [_pipe_cells(line) for line in lines[at + 2 : end]]
     return _table(_title(lines, at), "markdown", _pipe_cells(lines[at]), cells, at), end
 
 
-def _is_markdown_header(lines: Sequence[str], at: int) -> bool:
+def _is_markdown_header(lines: Sequence[str], at: int, separator: re.Pattern[str] = SEPARATOR) -> bool:
     if "|" not in lines[at] or SEPARATOR.match(lines[at]) or at + 1 >= len(lines):
         return False
-    return "|" in lines[at + 1] and bool(SEPARATOR.match(lines[at + 1]))
+    return "|" in lines[at + 1] and bool(separator.match(lines[at + 1]))
 
 
 def _pipe_cells(line: str) -> list[str]:
@@ -169,7 +173,9 @@ def _sheet(text: str, path: Path) -> Table:
     delimiter = max(",;\t", key=first.count)
     try:
         cells = [
-            [cell.strip() for cell in row] for row in csv.reader(text.splitlines(True), delimiter=delimiter) if row
+            [cell.strip() for cell in row]
+            for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+            if row
         ]
     except csv.Error as error:
         raise DamagedFileError(f"{path} cannot be read as separated values: {error}") from None

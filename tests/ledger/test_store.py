@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
 from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
+from pgolf_post.ledger.recording import record
 
 WRITER = """
 import sys
@@ -157,6 +163,53 @@ def test_a_read_only_ledger_is_read_and_not_written(tmp_path):
         assert [r.id for r in ledger.rows()] == ["a1"]
         with pytest.raises(PgolfError, match="readonly"):
             ledger.add(row(id="b"))
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def without_write_access(folder: Path) -> Iterator[None]:
+    """The folder as one that this process may only read, also where the tests run as root."""
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that other users can reach, unlike pytest's own."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_folder_without_write_access_is_read_and_not_recorded_in(open_folder, capsys):
+    with Ledger.open(open_folder) as ledger:
+        ledger.add(row())
+    with without_write_access(open_folder):
+        with Ledger.open(open_folder, read_only=True) as ledger:
+            assert [r.id for r in ledger.rows()] == ["a1"]
+        assert not record(rows=lambda: [row(id="b")], root=open_folder)
+    assert "not recorded in the ledger" in capsys.readouterr().err
+    with Ledger.open(open_folder) as ledger:
+        assert [r.id for r in ledger.rows()] == ["a1"]
+
+
+def test_what_another_process_has_not_yet_merged_is_read_too(open_folder):
+    """The write-ahead log is part of the ledger, also for who may only read."""
+    with Ledger.open(open_folder) as writer:
+        writer.add(row())
+        assert (open_folder / f"{LEDGER_FILE}-wal").stat().st_size
+        with without_write_access(open_folder), Ledger.open(open_folder, read_only=True) as ledger:
+            assert [r.id for r in ledger.rows()] == ["a1"]
 
 
 def test_rows_that_mean_nothing_are_refused():
