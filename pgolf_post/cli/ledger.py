@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from pgolf_post.cli.common import dollars_option, json_option
 from pgolf_post.ledger.schema import KINDS, VERDICTS, Row, Verdict
-from pgolf_post.progress import print_json, print_table, say
+from pgolf_post.progress import print_json, print_table, say, terminal_width
 
 if TYPE_CHECKING:
     from pgolf_post.ledger.importing import Imported
@@ -66,7 +67,7 @@ def table_command(
     rows = _select(root, kind, run, conditions)
     rows = sorted_rows(rows, sort) if sort else rows
     shown = rows[:limit]
-    print_table(f"{len(shown)} of {len(rows)} rows", HEADER, [_cells(row) for row in shown])
+    _show_rows(f"{len(shown)} of {len(rows)} rows", shown)
     if as_json:
         print_json({"rows": [row.facts() for row in shown], "count": len(rows)})
 
@@ -92,8 +93,32 @@ def _cells(row: Row) -> tuple[str, ...]:
     dollars = "" if row.cost_dollars is None else f"{row.cost_dollars:.2f}"
     failed = f"error: {row.result['error']}" if row.result.get("error") else ""
     said = " ".join((row.conclusion or failed).split())
-    cut = (_cut(row.id, 12), row.kind, _cut(row.run, 20), _cut(row.name, 40))
-    return (*cut, *numbers, seconds, dollars, row.verdict or "", _cut(said, 48))
+    return (
+        _cut(row.id, 12),
+        row.kind,
+        _cut(row.run, 20),
+        row.name,
+        *numbers,
+        seconds,
+        dollars,
+        row.verdict or "",
+        said,
+    )
+
+
+def _show_rows(title: str, rows: Sequence[Row]) -> None:
+    """Rows as a table as wide as the terminal: columns that say nothing are left out, name and conclusion are cut."""
+    cells = [_cells(row) for row in rows]
+    used = [n for n, name in enumerate(HEADER) if name == "id" or any(row[n] for row in cells)]
+    widths = {HEADER[n]: max([len(HEADER[n]), *(len(row[n]) for row in cells)]) for n in used}
+    free = terminal_width() - 1 - sum(3 + width for name, width in widths.items() if name not in ELASTIC) - 8
+    name_width = max(MIN_TEXT, min(widths.get("name", 0), free - min(widths.get("conclusion", 0), free // 2)))
+    limits = {"name": name_width, "conclusion": max(MIN_TEXT, free - min(name_width, widths.get("name", 0)))}
+    cut = [tuple(_cut(row[n], limits.get(HEADER[n], len(row[n]))) for n in used) for row in cells]
+    print_table(title, [HEADER[n] for n in used], cut)
+
+
+ELASTIC, MIN_TEXT = ("name", "conclusion"), 12
 
 
 def _cut(text: str, width: int) -> str:
@@ -117,7 +142,9 @@ def show_command(row_id: str, root: Path, as_json: bool) -> None:
         (f"{part}.{key}", str(value)) for part in ("settings", "result") for key, value in vars(row)[part].items()
     ]
     cells += [(f"note, {note.created}", f"{note.verdict or ''} {note.conclusion}".strip()) for note in notes]
-    print_table(f"{row.kind} {row.name}", ("", "value"), [(key, value) for key, value in cells if value != "None"])
+    for key, value in cells:  # not a table: no value is cut
+        if value not in ("None", ""):
+            say(f"{key:<{max(len(name) for name, _ in cells)}}  {value}")
     if as_json:
         print_json({**row.facts(), "notes": [note.facts() for note in notes]})
 
@@ -187,7 +214,7 @@ def best_command(
         raise NotFoundError(f"none of the rows has a bpb{limit_text}", hint="pgolf-post ledger table")
     shown = fitting[:limit]
     title = f"best {len(shown)} of {len(fitting)} rows with a bpb"
-    print_table(title, HEADER, [_cells(row) for row in shown])
+    _show_rows(title, shown)
     texts = texts_of(shown)
     if len(texts) > 1:
         say(f"these are scores of {len(texts)} kinds, which do not compare: {'; '.join(texts)}; narrow by --where")
@@ -340,9 +367,9 @@ def import_command(
 
 def _show_import(imported: Imported, file: Path) -> None:
     rows = [
-        (str(table.number), _cut(table.title, 60), table.form, str(len(table.rows)), "yes" if table.chosen else "no")
+        (table.title, str(table.number), table.form, str(len(table.rows)), "yes" if table.chosen else "no")
         for table in imported.tables
     ]
-    print_table(f"{file}: {len(rows)} tables", ("table", "heading", "form", "rows", "taken"), rows)
+    print_table(f"{file}: {len(rows)} tables", ("heading", "table", "form", "rows", "taken"), rows)
     for declared in imported.declared:
         say(declared)

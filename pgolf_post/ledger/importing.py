@@ -182,7 +182,8 @@ def _settings(
     kept |= {key: text[key] for key in TEXT_FIELDS if key in text}
     own = {columns[key] for key in TEXT_FIELDS if key in columns}
     for column, cell in named.items():
-        if column not in own and cell:
+        is_name = column == columns.get("name") and cell == plain(cell)
+        if column not in own and cell and not is_name:
             kept[column if column not in kept else f"{column} (column)"] = cell
     return kept
 

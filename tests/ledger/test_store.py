@@ -60,6 +60,19 @@ def test_rows_of_eight_processes_are_all_there(tmp_path):
     write_from_processes(tmp_path / "new", processes=8, count=200)
 
 
+def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(tmp_path):
+    with Ledger.open(tmp_path) as ledger:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), "0", "1000000"])
+        while len(ledger.rows("trial")) < 5:
+            assert writer.poll() is None
+        writer.kill()
+        writer.wait()
+        written = ledger.rows("trial")
+        assert [trial.id for trial in written] == [f"p0-{number}" for number in range(len(written))]
+        assert all(trial.result == {"bpb": number / 7} for number, trial in enumerate(written))
+        assert ledger.add(row())
+
+
 def test_a_row_comes_back_as_it_was(ledger):
     full = row(
         parents=("p", "q"),
