@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.cli.common import dollars_option, json_option
-from pgolf_post.ledger.schema import KINDS, VERDICTS, Row, Verdict
+from pgolf_post.ledger.schema import KINDS, VERDICTS, Row, Verdict, priced
 from pgolf_post.progress import print_json, print_table, say, terminal_width
 
 if TYPE_CHECKING:
@@ -294,7 +294,6 @@ def scan_command(root: Path, dollars_per_hour: float | None, as_json: bool) -> N
     """
     from pgolf_post.ledger import Ledger
     from pgolf_post.ledger.disk import scan
-    from pgolf_post.ledger.recording import priced
 
     rows = scan(root)
     with Ledger.open(root) as ledger:
@@ -370,6 +369,9 @@ def _show_import(imported: Imported, file: Path) -> None:
         (table.title, str(table.number), table.form, str(len(table.rows)), "yes" if table.chosen else "no")
         for table in imported.tables
     ]
+    if not imported.tables:
+        say(f"{file}: {len(imported.rows)} whole rows")
+        return
     print_table(f"{file}: {len(rows)} tables", ("heading", "table", "form", "rows", "taken"), rows)
     for declared in imported.declared:
         say(declared)

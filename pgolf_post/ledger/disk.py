@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.cache import Entry, entry_at, list_entries
-from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints
+from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints, run_checkpoints
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.ledger.schema import Kind, Row, iso_utc
@@ -20,6 +20,7 @@ from pgolf_post.storage import read_json
 KINDS_BY_STAGE: dict[str, Kind] = {"stats": "stats", "artifact": "artifact", "score": "score"}
 NAMING = ("stage", "version", "view", "view_id", "stats_id", "plan")  # keys of config.json that are not settings
 KNOBS = {"bits": "bits", "clip": "clip", "hessian_lambda": "λ"}
+RUN_KINDS = ("raw", "imported")  # of checkpoints that a run saved
 SUMS = ("bpb", "nats", "tokens", "bytes")
 LINEAGE_FACTS = ("kind", "phase", "step", "ema_share", "ema", "prune", "source", "allowed_differences")
 
@@ -28,10 +29,12 @@ def scan(root: Path) -> list[Row]:
     """Rows of everything complete under a checkpoint root, oldest first. Raises NotFoundError if there is no root."""
     entries = [entry for entry in list_entries(root) if entry.stage in KINDS_BY_STAGE]
     checkpoints = list_checkpoints(root)
-    rows = [row for checkpoint in checkpoints for row in checkpoint_rows(checkpoint)]
+    own = [checkpoint for checkpoint in checkpoints if checkpoint.meta["kind"] in RUN_KINDS]
+    newest = {c.path.parent: c for c in sorted(own, key=lambda checkpoint: int(checkpoint.meta["step"]))}
+    rows = [run_row(checkpoint) for checkpoint in newest.values()]
+    rows += [row for checkpoint in checkpoints for row in view_rows(checkpoint)]
     rows += [row for entry in entries for row in entry_rows(entry)]
-    last = {(row.kind, row.id): row for row in rows}  # a run, as its newest checkpoint tells it
-    return sorted(last.values(), key=lambda row: row.created)
+    return sorted(rows, key=lambda row: row.created)
 
 
 def rows_at(folder: Path) -> list[Row]:
@@ -61,10 +64,16 @@ def root_of(folder: Path | None) -> Path:
 
 
 def checkpoint_rows(checkpoint: Checkpoint) -> list[Row]:
-    """The run, where the folder is a training run's or an imported one's, and a row for each view."""
+    """The run that a checkpoint is of, if it is a training run's or an imported one's, and a row for each view."""
+    is_of_run = checkpoint.meta["kind"] in RUN_KINDS
+    return [*([run_row(run_checkpoints(checkpoint)[-1])] if is_of_run else []), *view_rows(checkpoint)]
+
+
+def view_rows(checkpoint: Checkpoint) -> list[Row]:
+    """A row for each view; its parents are those of the checkpoint, else its run."""
     meta, run = checkpoint.meta, checkpoint.path.parent.name
-    own_run = [_run_row(checkpoint)] if meta["kind"] in ("raw", "imported") else []
-    parents = tuple(_parent_id(parent) for parent in meta.get("parents") or ()) or tuple(row.id for row in own_run)
+    parents = tuple(_parent_id(parent) for parent in meta.get("parents") or ())
+    parents = parents or ((f"run:{run}",) if meta["kind"] in RUN_KINDS else ())
     settings = {key: meta[key] for key in LINEAGE_FACTS if meta.get(key) is not None}
     common: dict[str, Any] = {"run": run, "commit": _commit(meta), "device": meta.get("device")}
     common["created"] = _created(meta)
@@ -77,10 +86,10 @@ def checkpoint_rows(checkpoint: Checkpoint) -> list[Row]:
         named: dict[str, Any] = {"verdict": verdict, "settings": {**settings, "view": name}}
         named["result"] = {**_metric(view), "checkpoint_id": str(view["id"])}
         rows.setdefault(row_id, Row("checkpoint", row_id, parents, label, **named, **common))
-    return [*own_run, *rows.values()]
+    return list(rows.values())
 
 
-def _run_row(checkpoint: Checkpoint) -> Row:
+def run_row(checkpoint: Checkpoint) -> Row:
     """A training run as its newest checkpoint tells it."""
     meta, run = checkpoint.meta, checkpoint.path.parent.name
     default = meta["views"][checkpoint.view_name(None)]

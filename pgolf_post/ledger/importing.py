@@ -33,7 +33,7 @@ from pgolf_post.ledger.columns import (
     recognise,
 )
 from pgolf_post.ledger.lineage import EXTERNAL
-from pgolf_post.ledger.schema import Kind, Row, cost, iso_utc
+from pgolf_post.ledger.schema import Kind, Row, iso_utc, priced
 from pgolf_post.ledger.tables import Table, read_tables
 from pgolf_post.settings import Settings, canonical_json
 
@@ -87,7 +87,11 @@ class Imported:
 def read_log(path: Path, settings: ImportSettings) -> Imported:
     """A file's chosen tables as rows. Raises NotFoundError, DamagedFileError, SettingsError."""
     if path.suffix.lower() == ".jsonl":
-        return Imported(_own_rows(path), [])
+        if settings.model_dump(exclude={"dollars_per_hour"}) != ImportSettings().model_dump(
+            exclude={"dollars_per_hour"}
+        ):
+            raise SettingsError(f"{path} holds whole rows: --table, --map, --kind and --run do nothing for it")
+        return Imported([priced(row, settings.dollars_per_hour) for row in _own_rows(path)], [])
     mapping = parse_mapping(settings.mapping)
     tables = read_tables(path)
     wanted = _chosen_numbers(settings.tables, tables, path)
@@ -147,8 +151,6 @@ def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: Imp
         identity = canonical_json(["import", run, table.title, text.get("number"), text.get("name")])
         seen[identity] += 1
         row_id = hashlib.sha256(identity + str(seen[identity]).encode()).hexdigest()
-        seconds = parse_number(text.get("seconds", ""))
-        dollars = parse_number(text.get("cost_dollars", ""))
         rows.append(
             Row(
                 kind,
@@ -159,14 +161,14 @@ def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: Imp
                 result=_result(text),
                 commit=plain(text["commit"]) if "commit" in text else None,
                 device=text.get("device"),
-                seconds=seconds,
-                cost_dollars=cost(seconds, settings.dollars_per_hour) if dollars is None else dollars,
+                seconds=parse_number(text.get("seconds", "")),
+                cost_dollars=parse_number(text.get("cost_dollars", "")),
                 verdict=parse_verdict(text.get("result", "")),
                 conclusion=text.get("learning"),
                 created=_date(text.get("date", "")) or now,
             )
         )
-    return rows
+    return [priced(row, settings.dollars_per_hour) for row in rows]
 
 
 def _kind_of(table: Table) -> Kind:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.ledger.disk import root_of, rows_at
-from pgolf_post.ledger.schema import Row, cost, iso_utc
+from pgolf_post.ledger.schema import Row, iso_utc, priced
 from pgolf_post.ledger.store import Ledger
 from pgolf_post.progress import say
 
@@ -52,13 +52,6 @@ def record(
         say(f"the result is not affected; to record it later: pgolf-post ledger scan --root {where or 'FOLDER'}")
         return False
     return True
-
-
-def priced(row: Row, dollars_per_hour: float | None) -> Row:
-    """The row with its seconds turned into dollars; a cost that is known stays."""
-    if row.cost_dollars is not None or dollars_per_hour is None:
-        return row
-    return replace(row, cost_dollars=cost(row.seconds, dollars_per_hour))
 
 
 def _signed(row: Row) -> Row:

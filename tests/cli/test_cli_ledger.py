@@ -69,6 +69,14 @@ def test_a_cached_result_is_one_row_and_a_scan_finds_the_same_rows(pgolf: Call) 
     assert pgolf("ledger", "scan", "--json").json["new"] == 0
 
 
+def test_a_result_of_an_earlier_checkpoint_leaves_the_run_as_its_end_was(pgolf: Call) -> None:
+    earlier, *_, final = sorted((ROOT / "pico").glob("step_*"))
+    for checkpoint in (final, earlier):
+        pgolf("eval", checkpoint, "--max-tokens", 300)
+        assert one("run").result["step"] == 12
+    assert len(rows("score")) == 2
+
+
 def test_calibrate_blend_and_compare_record_too(pgolf: Call) -> None:
     pgolf("calibrate", "--tokens", 512)
     assert one("stats").result["tokens"] == 512

@@ -185,6 +185,20 @@ def test_rows_of_dashes_are_rows_and_a_new_header_starts_a_new_table():
     assert [table.rows for table in find_tables(text)] == [(("1", "a"), ("-", "-"), ("2", "b")), (("3", "c"),)]
 
 
+def test_seconds_become_dollars_where_no_cost_is_known(tmp_path):
+    table = "| Name | Seconds | Cost |\n|---|---|---|\n| a | 1800 | |\n| b | 1800 | 3.5 |\n| c | | |\n"
+    rows = imported(tmp_path, table, dollars_per_hour=20.0).rows
+    assert [row.cost_dollars for row in rows] == [10.0, 3.5, None]
+    unpriced = imported(tmp_path, table).rows
+    assert [
+        row.cost_dollars for row in imported(tmp_path, to_jsonl(unpriced), "r.jsonl", dollars_per_hour=2.0).rows
+    ] == [
+        1.0,
+        3.5,
+        None,
+    ]
+
+
 def test_what_holds_no_table_says_so(tmp_path):
     with pytest.raises(NotFoundError, match="holds no table"):
         imported(tmp_path, "just words | and a pipe\n")
@@ -266,6 +280,8 @@ def exported_rows() -> list[Row]:
 def test_json_lines_come_back_as_the_same_rows(tmp_path):
     rows = exported_rows()
     assert imported(tmp_path, to_jsonl(rows), "rows.jsonl").rows == rows
+    with pytest.raises(SettingsError, match="do nothing for it"):
+        imported(tmp_path, to_jsonl(rows), "rows.jsonl", run="other")
     with pytest.raises(DamagedFileError, match="line 2 is no ledger row"):
         imported(tmp_path, to_jsonl(rows[:1]) + '{"kind": "trial"}\n', "rows.jsonl")
 
