@@ -146,6 +146,8 @@ def _ancestors(node: Node) -> list[Node]:
 
 def _delta_bpb(row: Row, line: list[Node]) -> float | None:
     """Against the nearest comparable number above; else what an imported table says itself."""
+    if row.kind == "comparison":
+        return row.result.get("difference_bpb")
     own, told = bpb_of(row), row.result.get("delta_bpb")
     for ancestor in line if own is not None else []:
         for other in _numbers_of(ancestor):
@@ -188,7 +190,9 @@ def describe(node: Node) -> str:
         return f"{node.id.removeprefix(EXTERNAL)}  (not in the ledger)"
     row, parts = node.row, []
     bpb, num_bytes = bpb_of(row), counted_bytes(row)
-    if bpb is not None:
+    if row.kind == "comparison":
+        parts.append(_difference(row))
+    elif bpb is not None:
         parts.append(f"bpb {bpb:.5f}" + (f" ({node.delta_bpb:+.5f})" if node.delta_bpb is not None else ""))
     elif node.delta_bpb is not None:
         parts.append(f"bpb {node.delta_bpb:+.5f}")
@@ -199,6 +203,13 @@ def describe(node: Node) -> str:
     if node.other_parents:
         parts.append("also from " + ", ".join(_short(other) for other in node.other_parents[:4]))
     return f"{row.kind} {row.name or _short(row.id)}" + (f"  {' · '.join(parts)}" if parts else "")
+
+
+def _difference(row: Row) -> str:
+    """What a comparison found, with its interval where it has one."""
+    found = [row.result.get(key) for key in ("difference_bpb", "low_bpb", "high_bpb")]
+    bpb, low, high = (f"{value:+.5f}" if isinstance(value, float) else "" for value in found)
+    return f"difference {bpb}" + (f" [{low} … {high}]" if low and high else "")
 
 
 def _short(name: str) -> str:

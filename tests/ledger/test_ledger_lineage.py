@@ -44,6 +44,15 @@ def test_scores_of_other_text_or_protocol_are_not_compared():
     assert nodes["s3"].delta_bytes is None  # an artifact's score has that artifact's bytes
 
 
+def test_a_comparison_shows_what_it_found():
+    found = {"bpb": 1.1, "difference_bpb": -0.002, "low_bpb": -0.003, "high_bpb": -0.001}
+    scores = [Row("score", id, result={"bpb": 1.1}) for id in ("s1", "s2")]
+    first, _ = trees([*scores, Row("comparison", "c", ("s1", "s2"), "A against B", result=found)])
+    (node,) = first.children
+    assert node.delta_bpb == -0.002
+    assert describe(node) == "comparison A against B  difference -0.00200 [-0.00300 … -0.00100] · also from s2"
+
+
 def test_a_parent_outside_the_ledger_is_a_node_that_says_so():
     (root,) = trees([trial("x", "external:PR #1855", bpb=1.2), trial("y", "external:PR #1855")])
     assert describe(root) == "PR #1855  (not in the ledger)"
