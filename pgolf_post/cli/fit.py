@@ -93,7 +93,7 @@ def command(
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
-    from pgolf_post.fit.run import limit_for_gap, prepare, solve
+    from pgolf_post.fit.run import limit_for_gap, solve
     from pgolf_post.pack.size import count
     from pgolf_post.ranks import Ranks
 

@@ -1,9 +1,9 @@
 """Bytes of a build that is not made: the entropy of Gaussian weights on the grid that c would give them.
 
-Where steps are small, a weight of standard deviation σ on a grid of step Δ takes log2(√(2πe)·σ/Δ) bits, so that halving
-c costs one bit per weight, whatever the tensor. Where they are not, the entropy of a rounded Gaussian is read from a
-table. σ of a weight is taken as its row's times its column's, relative to the matrix. It is good to a few percent, which
-is all that a starting point needs.
+Where steps are small, a weight of standard deviation σ on a grid of step Δ takes log2(√(2πe)·σ/Δ) bits, so that
+halving c costs one bit per weight, whatever the tensor. Where they are not, the entropy of a rounded Gaussian is read
+from a table. σ of a weight is taken as its row's times its column's, relative to the matrix. It is good to a few
+percent, which is all that a starting point needs.
 """
 
 from __future__ import annotations

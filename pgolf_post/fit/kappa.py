@@ -1,9 +1,9 @@
 """κ: by how much the quadratic model of the loss is off, measured for each role.
 
-The model of sensitivity.py leaves out what couples tensors, tokens and rows. So each role is quantized alone, with steps
-coarse enough to be seen, and the loss it costs on training text (its even part, see probe.py) is divided by what was
-predicted. Measurements are noisy, so κ is drawn towards 1 by how uncertain it is: with a prior of ln κ ~ N(0, ½²), a
-measurement of relative standard error s counts as 1 / (1 + (s/½)²). Steps move by at most a factor of 2.
+The model of sensitivity.py leaves out what couples tensors, tokens and rows. So each role is quantized alone, with
+steps coarse enough to be seen, and the loss it costs on training text (its even part, see probe.py) is divided by what
+was predicted. Measurements are noisy, so κ is drawn towards 1 by how uncertain it is: with a prior of ln κ ~ N(0, ½²),
+a measurement of relative standard error s counts as 1 / (1 + (s/½)²). Steps move by at most a factor of 2.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.families import train_seq_len
-from pgolf_post.fit.build import Builder
 from pgolf_post.fit.budget import TrainingClock
+from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, measure_kappas, used
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.settings import FitSettings

@@ -1,4 +1,4 @@
-"""The settings of a fit. There is no knob to tune: each switch takes one step out, so that its worth can be measured."""
+"""The settings of a fit: no knobs to tune, but switches that take one step out, so that its worth can be measured."""
 
 from __future__ import annotations
 

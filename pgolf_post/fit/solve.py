@@ -1,9 +1,9 @@
 """The budget, solved: the one constant c for which the packed artifact fills the bytes that there are.
 
 Bytes fall with log c by N/8 per octave, nearly a straight line, so this is a few steps of the secant method: the first
-c from Gaussian entropies, the next ones from builds whose bytes are predicted, the last ones from builds that are packed
-for real. Only bytes that were packed and fit end the search. GPTQ's rounding is chaotic, so bytes are rough at the scale
-of some tens; the search does not mind, because it asks for a window and not for a point.
+c from Gaussian entropies, the next ones from builds whose bytes are predicted, the last ones from builds that are
+packed for real. Only bytes that were packed and fit end the search. GPTQ's rounding is chaotic, so bytes are rough at
+the scale of some tens; the search does not mind, because it asks for a window and not for a point.
 """
 
 from __future__ import annotations
