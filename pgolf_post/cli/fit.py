@@ -14,6 +14,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    dollars_option,
     find_checkpoint,
     find_data,
     fresh_option,
@@ -21,6 +22,7 @@ from pgolf_post.cli.common import (
     json_option,
     load_view,
     settings_options,
+    stats_folder,
     weights_option,
 )
 from pgolf_post.errors import SettingsError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pgolf_post.fit.run import Fitter
     from pgolf_post.requant import Artifact
 
+COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
 FIT_FLAGS = {
     "rows": "--rows",
     "columns": "--columns",
@@ -62,6 +65,7 @@ FIT_FLAGS = {
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
 @fresh_option
+@dollars_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -77,6 +81,7 @@ def command(
     data_dir: Path | None,
     allow_stale: str | None,
     fresh: bool,
+    dollars_per_hour: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -94,6 +99,7 @@ def command(
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
     from pgolf_post.fit.run import limit_for_gap, solve
+    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.size import count
     from pgolf_post.ranks import Ranks
 
@@ -121,11 +127,18 @@ def command(
         report = count(artifact.path, code, total)
         score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
         answers.append(_answer(fitter, artifact, report, score))
+        folders = [artifact.folder, stats_folder(view, fitter.stats), *([Path(score["folder"])] if score else [])]
+        facts, seconds = {key: answers[-1][key] for key in COUNTED}, time.perf_counter() - started
+        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
         if explained:
             _show_explained(fitter, artifact)
     _show(answers, bool(code))
     if as_json:
-        shared = {"checkpoint_id": view.id, "stats_id": fitter.stats.id, "train_seconds": dict(fitter.train_seconds)}
+        shared: dict[str, Any] = {
+            "checkpoint_id": view.id,
+            "stats_id": fitter.stats.id,
+            "train_seconds": dict(fitter.train_seconds),
+        }
         shared |= {"kappa": {role: found.facts() for role, found in fitter.kappas.items()}}
         shared["seconds"] = round(time.perf_counter() - started, 3)
         print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})

@@ -136,7 +136,7 @@ def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:
     energy = float((minded * restored).sum())
     alpha = float((minded * part.weight).sum()) / energy if energy > 0 else 1.0
     tensor, *others = made.factors
-    scaled = np.float16(alpha * tensor.values.astype(np.float32))
+    scaled = (alpha * tensor.values.astype(np.float32)).astype(np.float16)
     return QuantizedTensor(made.name, made.symbols, (Factor("tensor", scaled), *others), made.shape, made.trellis)
 
 

@@ -102,7 +102,7 @@ def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> Calibrat
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
     """About what κ will take: three forward passes' worth for each token of a statistic's backward and forward."""
-    roles = len(set(part.role for part in builder.parts.values()))
+    roles = len({part.role for part in builder.parts.values()})
     return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (2 * roles + 1)
 
 
@@ -204,9 +204,8 @@ def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     for _ in range(GAP_TRIES):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
         found = probe.curvature(_errors(fitter, model))
-        say(
-            f"c {constant:.3e}: {found.mean:.5f} ± {2 * found.error:.5f} nats/token on training text, {wanted:.5f} wanted"
-        )
+        spread = f"{found.mean:.5f} ± {2 * found.error:.5f}"
+        say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
         if abs(found.mean / wanted - 1) <= GAP_CLOSE or found.mean <= 0:
             break
         constant *= (wanted / found.mean) ** 0.5
