@@ -65,8 +65,8 @@ def estimate(predicted: float, measured: float, error: float) -> float:
     ratio, spread = measured / predicted, error / predicted
     if not (math.isfinite(spread) and math.isfinite(ratio)):
         return 1.0
-    ratio = max(ratio, spread, 1 / LARGEST**2)  # a measurement within its error of zero says: less than that error
-    trust = 1 / (1 + (spread / ratio / PRIOR) ** 2)
+    ratio = max(ratio, 1 / LARGEST**2)
+    trust = 1 / (1 + (spread / max(ratio, 1 / LARGEST) / PRIOR) ** 2)
     return min(LARGEST, max(1 / LARGEST, ratio**trust))
 
 

@@ -1,0 +1,146 @@
+"""The whole fit on a pico model: the window it promises, what it refuses, and that its parts do what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
+from pgolf_post.fit.budget import TrainingClock
+from pgolf_post.fit.build import Builder, constants_of
+from pgolf_post.fit.explain import by_role, explain
+from pgolf_post.fit.run import Fitter, limit_for_gap, prepare, solve
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
+from pgolf_post.pack.artifact import read_artifact
+
+CALIBRATION = CalibrationSettings(tokens=512)
+SETTINGS = FitSettings(kappa_tokens=512)
+
+
+@pytest.fixture
+def fitter(view: View, pico_data: DataFolder) -> Fitter:
+    return prepare(view, pico_data, CALIBRATION, SETTINGS)
+
+
+def budget(fitter: Fitter, bits: float) -> int:
+    """About what an artifact of so many bits per weight takes."""
+    return fixed_bytes(fitter.builder) + round(fitter.builder.num_weights * bits / 8) + WINDOW_BYTES // 2
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.5, 6.0])
+def test_the_artifact_fills_its_budget_and_decodes(fitter: Fitter, bits: float) -> None:
+    limit = budget(fitter, bits)
+    artifact = solve(fitter, limit)
+    assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
+    decoded = read_artifact(artifact.path).tensors
+    assert set(decoded) == set(fitter.view.tensors)
+    for name, tensor in fitter.view.tensors.items():
+        assert decoded[name].shape == tuple(tensor.shape)
+        assert np.isfinite(decoded[name]).all()
+
+
+def test_more_bytes_cost_less_loss(fitter: Fitter) -> None:
+    losses = [solve(fitter, budget(fitter, bits)).meta["predicted_nats"] for bits in (2.0, 4.0, 6.0)]
+    assert losses[0] > 4 * losses[1] > 16 * losses[2]
+
+
+def test_the_same_settings_find_the_same_artifact(fitter: Fitter) -> None:
+    first = solve(fitter, budget(fitter, 3))
+    again = solve(fitter, budget(fitter, 3))
+    fresh = solve(fitter, budget(fitter, 3), fresh=True)
+    assert again.cached
+    assert not fresh.cached
+    assert fresh.symbols_sha256 == first.symbols_sha256
+
+
+def test_inputs_are_left_untouched(view: View, pico_data: DataFolder) -> None:
+    before = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    fitter = prepare(view, pico_data, CALIBRATION, SETTINGS)
+    solve(fitter, budget(fitter, 3))
+    assert all(torch.equal(view.tensors[name], tensor) for name, tensor in before.items())
+
+
+def test_a_budget_under_one_bit_says_the_least(fitter: Fitter) -> None:
+    with pytest.raises(OverBudgetError, match=r"less than one bit for each of .* weights; the least is about") as caught:
+        solve(fitter, fixed_bytes(fitter.builder))
+    assert caught.value.hint is not None
+    assert "--budget" in caught.value.hint
+
+
+def test_a_budget_for_fp16_is_nothing_to_solve(fitter: Fitter) -> None:
+    with pytest.raises(SettingsError, match="nothing to solve"):
+        solve(fitter, 4 * fitter.builder.num_weights)
+
+
+def test_statistics_of_other_weights_are_refused(view: View, pico_data: DataFolder) -> None:
+    stats = calibrate(view, pico_data, CalibrationSettings(tokens=512, fisher=True))
+    with pytest.raises(MismatchError, match="not of these"):
+        Builder(view, replace(stats, view_id="0" * 64), SETTINGS)
+
+
+def test_cached_kappas_are_read_back(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
+    again = prepare(view, pico_data, CALIBRATION, SETTINGS)
+    assert again.kappas == fitter.kappas
+    assert set(again.kappa) == {part.role for part in fitter.builder.parts.values()}
+    assert all(0.25 <= kappa <= 4 for kappa in again.kappa.values())
+
+
+def test_too_few_seconds_leave_kappa_out(view: View, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(view, pico_data, CALIBRATION, FitSettings(kappa=False))
+    clock = TrainingClock()
+    with clock.step("before"):
+        pass
+    clock.limit, clock.seconds["before"] = 100.0, 100.0
+    fitter = prepare(view, pico_data, CALIBRATION, FitSettings(kappa_tokens=1024), clock)
+    assert fitter.kappas == {}
+    assert clock.dropped == ["kappa"]
+    assert "left out: kappa" in capsys.readouterr().err
+
+
+def test_statistics_alone_beyond_the_seconds_are_an_error(view: View, pico_data: DataFolder) -> None:
+    with pytest.raises(SettingsError, match="--train-seconds allows 1e-06"):
+        prepare(view, pico_data, CALIBRATION, SETTINGS, TrainingClock(1e-6))
+
+
+@pytest.mark.parametrize("changed", [{"trellis_states": 0}, {"rows": False}, {"columns": False}, {"shrink": False}])
+def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
+    constants = constants_of(fitter.builder.parts.values(), 0.002, {})
+    other = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update=changed))
+    first, second = fitter.builder.quantize(constants), other.quantize(constants)
+    assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
+
+
+def test_the_centroid_lowers_the_predicted_loss(fitter: Fitter) -> None:
+    constants = constants_of(fitter.builder.parts.values(), 0.01, {})
+    plain = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update={"shrink": False})).quantize(constants)
+    for name, tensor in fitter.builder.quantize(constants).items():
+        assert tensor.facts["predicted_loss"] <= plain[name].facts["predicted_loss"] * 1.0001, name
+
+
+def test_slopes_are_equal_where_the_solver_is_free(fitter: Fitter) -> None:
+    free = replace(fitter, kappas={})
+    quantized = free.builder.quantize(Search(free.builder, {}).constants(0.0005))
+    rows = explain([{"name": name, **tensor.facts} for name, tensor in quantized.items()], {})
+    slopes = [row.slope for row in rows if row.num_weights >= 256]
+    assert max(slopes) < 1.35 * min(slopes)
+    assert sum(row.num_weights for row in by_role(rows)) == free.builder.num_weights
+
+
+def test_bytes_for_a_gap(fitter: Fitter) -> None:
+    small, large = limit_for_gap(fitter, 0.02), limit_for_gap(fitter, 0.002)
+    assert large > small
+    with pytest.raises(SettingsError, match="must be positive"):
+        limit_for_gap(fitter, -1.0)
+
+
+def test_an_artifact_is_beside_its_checkpoint(fitter: Fitter) -> None:
+    artifact = solve(fitter, budget(fitter, 3))
+    assert artifact.path.parent.parent == Path(fitter.view.checkpoint.path) / "derived" / "artifact"

@@ -1,0 +1,92 @@
+"""What the loss minds: both sides of a tied embedding, shrunk estimates, and statistics that do not suffice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, NumericsError
+from pgolf_post.families import Site, build_module, get_family
+from pgolf_post.fit.sensitivity import LARGEST_ROW_RATIO, sensitivities, sensitivity
+from pgolf_post.fit.settings import FitSettings
+
+RAW = FitSettings(weighted=1.0, hessian_share=1.0, ridge=1e-9, row_trust=1.0, lookup_floor=1e-9)
+
+
+@pytest.fixture
+def fisher_stats(view: View, pico_data: DataFolder) -> Stats:
+    return calibrate(view, pico_data, CalibrationSettings(tokens=512, fisher=True))
+
+
+@pytest.fixture
+def sites(view: View) -> dict[str, Site]:
+    found = get_family(view.config["family"]).sites(build_module(view.config))
+    return {tensor: site for site in found for tensor in site.tensors}
+
+
+def test_without_shrinking_an_error_in_one_row_costs_what_fisher_says(
+    view: View, fisher_stats: Stats, sites: dict[str, Site]
+) -> None:
+    name = "blocks.1.mlp.fc.weight"
+    minded = sensitivity(name, sites[name], fisher_stats, RAW)
+    fisher = fisher_stats.fisher
+    assert fisher is not None
+    error = torch.zeros_like(view.tensors[name], dtype=torch.float64)
+    error[3] = torch.randn(error.size(1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = fisher.mean_rows(name)
+    share = (rows / rows.mean()).clamp(1 / LARGEST_ROW_RATIO, LARGEST_ROW_RATIO)
+    expected = 0.5 * share[3] / share.mean() * (error[3] @ fisher.mean_weighted(name) @ error[3])
+    assert minded.loss(error) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_tied_embedding_is_minded_by_head_and_lookups(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    name, fisher = "tok_emb.weight", fisher_stats.fisher
+    assert fisher is not None
+    both = sensitivity(name, sites[name], fisher_stats, RAW)
+    head, lookups = fisher.mean_weighted(name), fisher.lookup_moments[name] / fisher.num_tokens
+    assert torch.allclose(both.moments, head + lookups / len(both.rows), rtol=1e-6, atol=1e-12)
+    assert both.moments.trace() > head.trace()
+
+
+def test_rows_keep_their_mean_and_their_limits(view: View, fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    found = sensitivities(sites, sites.values(), fisher_stats, FitSettings())
+    for name, minded in found.items():
+        assert float(minded.rows.mean()) == pytest.approx(1), name
+        assert float(minded.rows.max() / minded.rows.min()) <= LARGEST_ROW_RATIO**2 * 1.001, name
+        assert torch.linalg.eigvalsh(minded.moments).min() > 0, (
+            name
+        )  # rank-deficient ones too: fewer tokens than inputs
+
+
+def test_a_rank_deficient_hessian_is_handled(fisher_stats: Stats, sites: dict[str, Site], view: View) -> None:
+    name = "blocks.0.attn.q.weight"
+    fisher = fisher_stats.fisher
+    assert fisher is not None
+    direction = torch.zeros(view.tensors[name].size(1), dtype=torch.float64)
+    direction[2] = 1
+    rank_one = torch.outer(direction, direction)
+    stats = replace(
+        fisher_stats, hessians={sites[name].name: rank_one}, fisher=replace(fisher, weighted={name: rank_one})
+    )
+    assert torch.linalg.eigvalsh(sensitivity(name, sites[name], stats, FitSettings()).moments).min() > 0
+
+
+def test_statistics_without_the_backward_half_are_refused(stats: Stats, sites: dict[str, Site]) -> None:
+    name = "blocks.0.attn.q.weight"
+    with pytest.raises(MismatchError, match="no backward half") as caught:
+        sensitivity(name, sites[name], replace(stats, fisher=None), FitSettings())
+    assert caught.value.hint == "pgolf-post calibrate --fisher"
+
+
+def test_a_matrix_that_nothing_reached_is_named(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    name = "blocks.0.attn.q.weight"
+    fisher = fisher_stats.fisher
+    assert fisher is not None
+    empty = replace(fisher, weighted={name: torch.zeros(16, 16, dtype=torch.float64)})
+    with pytest.raises(NumericsError, match=r"blocks\.0\.attn\.q\.weight"):
+        sensitivity(name, sites[name], replace(fisher_stats, fisher=empty), RAW)
