@@ -13,7 +13,7 @@ import numpy as np
 
 MAGIC, FRAME = b"PGLF\2", struct.Struct("<BII")
 MAX_BYTES, MAX_MANIFEST, MAX_WIDTH = 1 << 27, 1 << 20, 1 << 20
-DTYPES = [np.dtype(code) for code in ("<i1", "<i2", "<f2", "<u2")]
+DTYPES = [np.dtype(code) for code in ("<i1", "<i2", "<f2", "<u2", "<f4")]
 MANTISSAS = np.array([256, 279, 304, 332, 362, 395, 431, 470])  # 2^(8 + k/8)
 
 
@@ -75,9 +75,8 @@ def lay_out(manifest):  # units in file order
     check([manifest["tensors"], manifest["rans"]])
     layout = {(2, label, 0): [(shape,)] for label, shape in enumerate(manifest["rans"])}
     assemble(manifest, lambda key, *part: layout.setdefault(key, []).append(part))
-    parts = [(key[0] > 2, part[0]) for key in layout for part in layout[key]]
-    size = sum(2 * math.prod(shape) + 256 * sum(shape[:is_matrix]) for is_matrix, shape in parts)
-    need(size <= MAX_BYTES, f"declares {size} bytes")
+    parts = [(max(2, DTYPES[key[2]].itemsize), key[0] > 2, part[0]) for key in layout for part in layout[key]]
+    need(sum(a * math.prod(b) + 256 * sum(b[:is_matrix]) for a, is_matrix, b in parts) <= MAX_BYTES, "too large")
     return sorted(layout.items())
 
 
@@ -105,7 +104,7 @@ def dequantize(symbols, shape, trellis, factors):
     scale, exponent = np.ones((1, 1), "<f4"), np.zeros((1, 1), "<i4")
     for axis, repeat, values in factors:
         values = values[None] if axis == 2 else values.repeat(repeat)[: symbols.size].reshape(symbols.shape)
-        if values.dtype == "<f2":
+        if values.dtype.kind == "f":
             scale = scale * values.astype("<f4")
         else:
             exponent = exponent + values
