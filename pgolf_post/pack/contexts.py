@@ -140,11 +140,18 @@ def with_residuals(block: Block) -> Block:
     steps[1:] -= block.symbols[:-1]
     alike = mean_sizes(steps, block.columns) < CLOSE * mean_sizes(block.symbols, block.columns)  # (tensors, rows)
     alike[:, 0] = False
+    return with_stored_residuals(replace(block, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8)))
+
+
+def with_stored_residuals(block: Block) -> Block:
+    """The block with the residuals that its scales' flags say."""
+    alike = block.scales >= DIFFERENCE
     if not alike.any():
         return block
+    steps = block.symbols.astype(np.int32)
+    steps[1:] -= block.symbols[:-1]
     mask = alike.T.repeat(block.columns, axis=1)
-    residuals = np.where(mask, steps, block.symbols)
-    return replace(block, residuals=residuals, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8))
+    return replace(block, residuals=np.where(mask, steps, block.symbols))
 
 
 def mean_sizes(symbols: np.ndarray, columns: int) -> np.ndarray:  # (rows, tensors·columns) → (tensors, rows)
