@@ -32,8 +32,8 @@ def build(first, *units):
     manifest, arrays = (json.loads(bytes(inflate(*first))), {})
     for (key, parts), (codec, data) in zip(lay_out(manifest), units, strict=True):
         dtype, ends = (DTYPES[key[2]], np.cumsum([math.prod(shape) for shape, *_ in parts]))
-        if codec == 4:
-            flat = rans(data, dtype, parts, arrays)
+        if codec > 3:
+            flat = rans(data, dtype, parts, arrays, codec)
         else:
             raw = np.frombuffer(inflate(codec, data), 'u1')
             flat = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0]
@@ -90,7 +90,7 @@ def dequantize(symbols, shape, trellis, factors):
 def next_state(state, symbol, _, h0, h1):
     return state >> 1 ^ (state & 1) * h0 ^ (symbol & 1) * h1
 
-def rans(data, dtype, parts, arrays):
+def rans(data, dtype, parts, arrays, codec):
     (states,), (classes,), (weights,) = (arrays[2, label, 0] for label in range(3))
     states = arrays.setdefault('states', states.view('<u4')[:, 0].astype(int))
     (contexts, entries), weights, half = (weights.shape, weights.astype(int), weights.shape[1] // 2)
@@ -100,11 +100,12 @@ def rans(data, dtype, parts, arrays):
     table, n = (np.arange(len(freqs)).repeat(freqs), np.arange(128))
     log = np.searchsorted(MANTISSAS[n & 7] << (n >> 3) >> 8, np.arange(1 << 16), 'right')
     shrink = MANTISSAS[-n & 7] << 8 >> 8 - (64 - n >> 3)
-    words, flat = (np.frombuffer(data, '<u2'), [])
+    words, flat, new = (np.frombuffer(data, '<u2'), [], codec > 4)
     for ((rows, columns), trellis, group), same in groupby(parts):
         levels = np.array([arrays[2, 3, 0].pop() for _ in same], int)
         width = len(levels) * columns
         out, line, path, means = (np.zeros((rows, width), dtype), *np.full((3, width), [[0], [0], [1024]]))
+        base = np.zeros(width, dtype)
         for row in range(rows):
             level, odd = (levels[:, row].repeat(columns), path & 1)
             context = 2 * classes[group - 1, log[means] + (level & 127)].astype(int) + odd
@@ -122,8 +123,9 @@ def rans(data, dtype, parts, arrays):
             words, raw = np.split(words, [len(words) - wild.sum()])
             line[wild] = raw.view('<i2')
             size = np.minimum(abs(2 * line + odd) * shrink[level & 127], 65535)
-            means += size - means >> min(6, (row + 2).bit_length() - 1)
-            out[row] = line + out[row - 1] * (level < 0)
+            means += size - means >> min(6 + 2 * new, (row + 2 + 30 * new).bit_length() - 1)
+            out[row] = line + base * (level < 0)
+            base = np.where(new & (level >= 0), base, out[row])
             if trellis:
                 path = next_state(path, out[row], *trellis) * ((row + 1) % trellis[0] > 0)
         flat.append(out.reshape(rows, len(levels), columns).swapaxes(0, 1).ravel())

@@ -12,7 +12,7 @@ stream; so do all factors of one axis and type, and all passed-through tensors o
                number of the role's context table, counted from 1, or 0 if rANS does not code it; trellis is [] or
                [lane_rows, h0 >> 1, h1 >> 1]; a factor is [axis, dtype, repeat, length]: axis 0 tensor, 1 row, 2 column,
                3 group, each value serving `repeat` weights in row-major order (0 for a column's)
-      rans     [] or the shapes of states, classes and weights
+      rans     [] or the shapes of states, classes and weights; codecs 4 and 5 are rANS with quick or steady means
     the rest   in order of their keys (section, label, dtype): factors (0, axis, ·), passthrough (1, 0, ·), the coder's
                states, classes, weights and row scales (2, 0 to 3, ·), symbols (3, role, ·)
 
@@ -139,7 +139,8 @@ def code_symbols(layout: Layout, streams: dict[Key, tuple[int, bytes]]) -> None:
         coded, _ = _coded(layout, better)
     if coded is None:
         return
-    ours = dict(zip(better, ((codecs.RANS_ID, stream) for stream in coded.streams), strict=True))
+    ids = [codecs.STEADY_RANS_ID if steady else codecs.RANS_ID for steady in coded.steady]
+    ours = dict(zip(better, zip(ids, coded.streams, strict=True), strict=True))
     own = layout.coder_units(coded)
     ours |= {key: codecs.compress(to_planes(arrays, key[2]), codecs.BEST) for key, arrays in own.items()}
     stored_bytes = sum(len(stream) + decode.FRAME.size for _, stream in ours.values())

@@ -54,7 +54,7 @@ def tensor_table(path: Path) -> list[TensorBytes]:
     owned = dict.fromkeys([*artifact.model.quantized, *artifact.model.passthrough], 0)
     for key, (codec_id, stream) in streams.items():
         if key in parts:
-            is_rans = codec_id == codecs.RANS_ID
+            is_rans = codec_id in (codecs.RANS_ID, codecs.STEADY_RANS_ID)
             costs = rans_costs(key, parts, artifact, streams) if is_rans else byte_costs(parts[key])
             shares = share_out(len(stream) + decode.FRAME.size, costs)
             for (name, _), share in zip(parts[key], shares, strict=True):
@@ -143,9 +143,9 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
         names = [name for name, _ in same]
         tensors = [artifact.model.quantized[name] for name in names]
         symbols = np.concatenate([tensor.symbols for tensor in tensors], axis=1)
-        block = Block(
-            symbols, tensors[0].symbols.shape[1], tensors[0].trellis, np.stack([scales[n] for n in names]), symbols
-        )
+        stored, steady = np.stack([scales[name] for name in names]), streams[key][0] == codecs.STEADY_RANS_ID
+        columns, trellis = tensors[0].symbols.shape[1], tensors[0].trellis
+        block = Block(symbols, columns, trellis, stored, symbols, steady)
         costs += _block_costs(contexts.with_stored_residuals(block), classes[group - 1], bits)
     return costs
 
