@@ -252,8 +252,8 @@ def classes_of(counts: np.ndarray) -> np.ndarray:  # (LEVELS, 2, ENTRIES) → (L
     if len(used) == 0:
         return np.zeros(LEVELS, np.int16)
     starts, tables = list(used), list(counts[used])
-    bits = list(table_bits(counts[used]))
-    gains = [bits[i] + bits[i + 1] - float(table_bits(tables[i] + tables[i + 1])) for i in range(len(bits) - 1)]
+    single, merged = table_bits(counts[used]), table_bits(counts[used[:-1]] + counts[used[1:]])
+    bits, gains = single.tolist(), (single[:-1] + single[1:] - merged).tolist()
     while gains and max(gains) > 0:
         i = int(np.argmax(gains))
         tables[i : i + 2] = [tables[i] + tables[i + 1]]
