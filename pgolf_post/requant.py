@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id, load_or_make
@@ -78,3 +80,11 @@ def requant(
     config["plan"] = plan.name
     meta, cached = load_or_make(folder, PAYLOAD, {**config, **identity}, make, fresh)
     return Artifact(folder, artifact_id, meta, cached)
+
+
+def is_no_op(trial: Artifact, control: Artifact) -> bool:
+    """Whether a trial is its control: the same symbols, and decoded from disk the same weights to the bit."""
+    if trial.symbols_sha256 != control.symbols_sha256:
+        return False
+    first, second = (read_artifact(artifact.path).tensors for artifact in (trial, control))
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
