@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.calibrate import Stats
+from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, intact_meta, store
@@ -29,8 +30,8 @@ from pgolf_post.families import ModelFamily, get_family
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar, say
-from pgolf_post.quantize.run import quantize_beside_floats
 from pgolf_post.quantize.tensor import LOW_RANK, QuantizedModel
+from pgolf_post.requant import plan_identity, quantize_by_plan
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import require_tokenizer
 from pgolf_post.score.compare import paired_documents
@@ -70,15 +71,21 @@ def attribute(
     by: By = "role",
     codec: str = "rans",
     fresh: bool = False,
+    text: CalibrationSet | None = None,
 ) -> Attribution:
-    """Attribute a plan's loss to groups of tensors; cached by all that decides it.
+    """Attribute a plan's loss to groups of tensors; cached by all that decides it. `text` as for `requant`.
 
     Raises SettingsError for an unknown codec, MismatchError for data of another tokenizer, PgolfError if the plan
     quantizes nothing.
     """
     packing = parse_settings(PackSettings, {"codec": codec}, "attribute")
     require_tokenizer(view.config, data, str(view))
-    identity = {"by": by, "codec": codec, "plan": plan.identity(), "protocol": protocol.model_dump(mode="json")}
+    identity = {
+        "by": by,
+        "codec": codec,
+        "plan": plan_identity(plan, text),
+        "protocol": protocol.model_dump(mode="json"),
+    }
     identity["data_manifest_sha256"] = data.manifest_sha256
     folder = view.checkpoint.derived(STAGE, derived_id(STAGE, STAGE_VERSION, [view.id, stats.id], identity))
     partial = folder.with_name(f"{folder.name}.partial")
@@ -86,7 +93,7 @@ def attribute(
         shutil.rmtree(partial, ignore_errors=True)
     elif intact_meta(folder, PAYLOAD) is not None:
         return _open(folder, cached=True)
-    model, floats = quantize_beside_floats(view, stats, plan)
+    model, floats, _ = quantize_by_plan(view, stats, plan, None, text)
     work = _Work(model, floats, data, protocol, packing, partial)
     control, rows = work.run(groups(model, get_family(view.config["family"]), by))
 

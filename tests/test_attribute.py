@@ -18,6 +18,7 @@ from pgolf_post.families import get_family, load_module, train_seq_len
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import Plan, read_plan
 from pgolf_post.quantize.run import quantize_beside_floats, quantize_view
+from pgolf_post.requant import quantize_by_plan
 from pgolf_post.score.plain import PlainProtocol, score_folder
 
 COARSE = ("*.bits=3", "mlp.clip=3", "attention.clip=3", "embedding.clip=3")
@@ -94,11 +95,11 @@ def test_a_group_that_float_does_not_change_is_marked_no_op(
     view: View, stats: Stats, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exact(*arguments: Any) -> Any:
-        model, floats = quantize_beside_floats(*arguments)
+        model, floats, report = quantize_by_plan(*arguments)
         name = "blocks.0.attn.q.weight"
-        return model, {**floats, name: torch.from_numpy(model.quantized[name].dequantize())}
+        return model, {**floats, name: torch.from_numpy(model.quantized[name].dequantize())}, report
 
-    monkeypatch.setattr(module, "quantize_beside_floats", exact)
+    monkeypatch.setattr(module, "quantize_by_plan", exact)
     rows = {row["group"]: row for row in run(view, stats, pico_data, coarse("lqer.top_k=0"), by="tensor").rows}
     assert [name for name, row in rows.items() if row["no_op"]] == ["blocks.0.attn.q.weight"]
     assert rows["blocks.0.attn.q.weight"]["gain_bpb"] == 0

@@ -74,6 +74,7 @@ def command(
     from pgolf_post.attribute import attribute
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
+    from pgolf_post.requant import plan_text
     from pgolf_post.score.plain import PlainProtocol
 
     started = time.perf_counter()
@@ -84,7 +85,7 @@ def command(
     data = find_data(found, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=score_tokens)
-    result = attribute(view, stats, plan, data, protocol, by, codec, fresh)
+    result = attribute(view, stats, plan, data, protocol, by, codec, fresh, plan_text(view, data, plan, calibration))
     _show(result)
     if as_json:
         named = {"plan": plan.name, "settings": plan.identity(), "by": by, "checkpoint_id": view.id}

@@ -51,6 +51,12 @@ SHORTHANDS = {
     ),
     "damp": Shorthand("--damp", "*.damp", Values(float), "Damping of Hessians, as a share of their mean diagonal."),
     "act_order": Shorthand("--act-order/--no-act-order", "*.act_order", None, "GPTQ by falling Hessian diagonal."),
+    "sequential": Shorthand(
+        "--sequential/--no-sequential", "sequential", None, "Hessians of a block under the quantized ones before it."
+    ),
+    "distill": Shorthand(
+        "--distill/--no-distill", "distill", None, "Tune the floats that are kept, after rounding, on calibration text."
+    ),
     "block_size": Shorthand("--block-size", "*.block_size", Values(int), "GPTQ columns between lazy updates."),
 }
 
@@ -93,10 +99,10 @@ def chosen_plans(plan_source: str, overrides: tuple[str, ...], **options: Any) -
     plans = []
     for values in product(*given.values()):
         chosen = dict(zip(given, values, strict=True))
-        changes = [f"{SHORTHANDS[key].target}={str(value).lower()}" for key, value in chosen.items()]
+        changes = [_change(key, value) for key, value in chosen.items() if key != "distill"]
         varied = [f"{SHORTHANDS[key].flag} {value}" for key, value in chosen.items() if len(given[key]) > 1]
         try:
-            plans.append((" ".join(varied), read_plan(plan_source, [*changes, *overrides])))
+            plan = read_plan(plan_source, [*changes, *overrides])
         except SettingsError as error:
             if changes and plan_source != DEFAULT_PRESET and "has no rule" in str(error):
                 raise SettingsError(
@@ -104,7 +110,22 @@ def chosen_plans(plan_source: str, overrides: tuple[str, ...], **options: Any) -
                     hint=f"address this plan's own rules with --set, or leave out --plan {plan_source}",
                 ) from None
             raise
+        plans.append((" ".join(varied), _with_distill(plan, options.get("distill"))))
     return plans
+
+
+def _change(key: str, value: Any) -> str:
+    """A shorthand's value as `--set` would have it."""
+    return f"{SHORTHANDS[key].target}={str(value).lower()}"
+
+
+def _with_distill(plan: Plan, wanted: bool | None) -> Plan:
+    """The plan with its own [distill] table or the usual one, or without."""
+    from pgolf_post.quantize.distill_settings import DistillSettings
+
+    if wanted is None:
+        return plan
+    return plan.model_copy(update={"distill": (plan.distill or DistillSettings()) if wanted else None})
 
 
 def _as_list(value: Any) -> list[Any]:

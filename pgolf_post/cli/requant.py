@@ -83,7 +83,7 @@ def command(
     from pgolf_post.pack.size import count
     from pgolf_post.quantize.factors import StatsFactors
     from pgolf_post.quantize.run import plan_view
-    from pgolf_post.requant import requant
+    from pgolf_post.requant import plan_text, requant
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
     from pgolf_post.score.pool import ModelPool
@@ -103,7 +103,7 @@ def command(
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
     factors, pool, trials = StatsFactors(stats), ModelPool(), []
     for name, plan in plans:
-        artifact = requant(view, stats, plan, codec, fresh, factors)
+        artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
         report = count(artifact.path, code, budget)
         score = score_artifact(artifact.path, data, protocol, fresh, pool=pool)[0] if evaluate else None
         trials.append(Trial(name, plan, artifact, report, score))
@@ -158,6 +158,10 @@ def _show_plan(plan: Plan, rows: list[TensorPlan], as_json: bool) -> None:
     print_table(f"plan {plan.name}", PLAN_HEADER, [plan_row(row) for row in rows])
     if plan.lqer:
         say(f"then LQER rank {plan.lqer.rank} on the {plan.lqer.top_k} tensors with the largest error")
+    if plan.sequential:
+        say("block by block, each on Hessians collected under the quantized blocks before it")
+    if plan.distill:
+        say(f"then {plan.distill.steps} steps of distillation of the floats that are kept")
     if as_json:
         print_json({"plan": plan.name, "settings": plan.identity(), "tensors": [plan_row(row) for row in rows]})
 
@@ -178,10 +182,22 @@ def _show(trial: Trial, has_code: bool) -> None:
     totals = [("artifact bytes", f"{report.artifact_bytes:,}"), ("code bytes", f"{report.code_bytes:,}")]
     totals += [("total bytes", f"{report.total_bytes:,}"), ("budget bytes", f"{report.budget_bytes:,}")]
     totals += [("headroom bytes", f"{report.headroom_bytes:,}"), ("symbols sha256", artifact.symbols_sha256[:16])]
+    if distilled := artifact.meta.get("distill"):
+        totals += _distilled(distilled)
     if score:
         totals.append((f"bpb of the decoded artifact ({score['tokens']:,} tokens)", f"{score['bpb']:.5f}"))
     note = "" if has_code else "  (no --code given: code counted as 0 bytes)"
     print_table(f"{artifact.path}{note}", ("", "value"), totals)
+
+
+def _distilled(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What distillation did, for the table of totals."""
+    verdict = "kept" if facts["kept"] else f"not kept: {facts['reason']}"
+    return [
+        (f"distillation: {facts['steps']} steps on {facts['parameters']:,} floats", verdict),
+        ("held-out KL, nats", f"{facts['kl_before']:.6f} → {facts['kl_after']:.6f}"),
+        ("held-out nats per token", f"{facts['nats_before']:.5f} → {facts['nats_after']:.5f}"),
+    ]
 
 
 def _evidence(row: dict[str, Any]) -> str:
@@ -211,4 +227,5 @@ def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
         "artifact_cached": artifact.cached,
         "plan": plan.name,
         "settings": plan.identity(),
+        "distill": artifact.meta.get("distill"),
     }

@@ -72,3 +72,20 @@ def test_several_values_are_refused_where_one_trial_is_made(pgolf: Any) -> None:
     assert answer.code == 2
     assert "--lambda has several values" in answer.err
     assert pgolf("requant", "--lambda", "0,x", *FEW).code == 2
+
+
+def test_requant_distils_block_by_block_and_says_what_it_did(pgolf: Any) -> None:
+    flags = ("requant", "--sequential", "--distill", "--set", "distill.steps=3", "--json", *FEW)
+    answer = pgolf(*flags)
+    assert answer.code == 0, answer.err
+    assert answer.json["settings"]["sequential"]
+    assert answer.json["settings"]["distill"]["steps"] == answer.json["distill"]["steps"] == 3
+    assert "held-out KL" in answer.err
+    assert "quantized blocks" in answer.err
+    plain = pgolf("requant", "--json", *FEW).json
+    assert plain["artifact"] != answer.json["artifact"]
+    assert plain["distill"] is None
+    off = pgolf("requant", "--no-distill", "--set", "distill.steps=3", "--json", *FEW).json
+    assert off["artifact"] == plain["artifact"]
+    shown = pgolf("requant", "--sequential", "--distill", "--show-plan")
+    assert "steps of distillation" in shown.err
