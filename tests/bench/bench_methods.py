@@ -2,10 +2,10 @@
 
     python -m tests.bench.bench_methods CHECKPOINT [TABLE …] --data FOLDER [--max-tokens N] [--calibration-tokens N]
 
-Tables: presets, lambda, k, embedding, lqer, awq, prune, same-bytes; without one, all. Each row is quantized, packed by
-the real packer, decoded by the decoder that ships and scored; Δ is against the table's first row, paired, with a 95 %
+Tables: presets, lambda, k, embedding, lqer, awq, prune, text, same-bytes; without one, all. Each row is quantized,
+packed by the real packer, decoded by the decoder that ships and scored; Δ is against the table's first row, paired, with a 95 %
 t interval over pieces of at most 4 KB of the documents. Seconds are this process's CPU seconds to quantize and pack,
-Hessians known. In `same-bytes` all scales of a method are multiplied by one number, found by Newton steps with the
+Hessians known. In `text` and `same-bytes` all scales of a method are multiplied by one number, found by Newton steps with the
 slope dB/d log2 m = -N/8, until the artifact is within 0.03 % of sdclip-1394's.
 """
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.calibrate.run import calibration_text
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, train_seq_len
@@ -34,8 +35,8 @@ from pgolf_post.progress import say
 from pgolf_post.quantize import run
 from pgolf_post.quantize.clip import grid_scales, to_stored
 from pgolf_post.quantize.factors import StatsFactors
-from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
+from pgolf_post.requant import quantize_by_plan
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.paired import pair, t_interval
 from pgolf_post.score.pieces import cut_documents
@@ -87,7 +88,9 @@ class Bench:
 
     def __init__(self, path: Path, data: DataFolder, max_tokens: int, calibration_tokens: int) -> None:
         self.view = Checkpoint.open(path).load()
-        self.stats = calibrate(self.view, data, CalibrationSettings(tokens=calibration_tokens))
+        calibration = CalibrationSettings(tokens=calibration_tokens)
+        self.stats = calibrate(self.view, data, calibration)
+        self.calibration_text = calibration_text(self.view, data, calibration, train_seq_len(self.view.config))
         self.factors, self.pool = StatsFactors(self.stats), ModelPool()
         self.protocol = PlainProtocol(seq_len=train_seq_len(self.view.config), max_tokens=max_tokens)
         self.text = folder_text(data, self.protocol)
@@ -107,7 +110,7 @@ class Bench:
         """(model, artifact, CPU seconds)."""
         started = time.process_time()
         with mock.patch.object(run, "grid_scales", multiplied(trial.multiplier)):
-            model = quantize_view(self.view, self.stats, trial.read(), self.factors)
+            model, *_ = quantize_by_plan(self.view, self.stats, trial.read(), self.factors, self.calibration_text)
         data = pack(model, PackSettings())
         self.num_weights = sum(tensor.symbols.size for tensor in model.quantized.values())
         return model, data, time.process_time() - started
@@ -270,9 +273,21 @@ def prune(bench: Bench) -> None:
     table(bench, "Pruning", trials)
 
 
+def with_text(bench: Bench) -> None:
+    """What reads the calibration text again: sequential GPTQ, distillation of the floats that are kept, and both."""
+    trials = [
+        Trial("GPTQ, SDClip (sdclip-1394)"),
+        Trial("sequential", changes=("sequential=true",)),
+        Trial("distilled", changes=("distill={}",)),
+        Trial("sequential, then distilled", changes=("sequential=true", "distill={}")),
+    ]
+    target = len(bench.quantize(trials[0])[1])
+    table(bench, f"With the calibration text, at {target:,} bytes", trials, target)
+
+
 TABLES: dict[str, Callable[[Bench], None]] = {
     "presets": presets, "lambda": sweep_lambda, "k": sweep_k, "embedding": embedding, "lqer": lqer, "awq": awq,
-    "prune": prune, "same-bytes": same_bytes,
+    "prune": prune, "text": with_text, "same-bytes": same_bytes,
 }  # fmt: skip
 
 
