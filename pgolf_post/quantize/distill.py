@@ -85,12 +85,14 @@ def distill(
         raise MismatchError(f"the model was quantized from {model.lineage['checkpoint_id']}, the teacher is {view}")
     trained, held_out = split_windows(text.tokens, settings)
     work = _Work(model, view, settings)
-    first = work.losses(held_out)
+    with progress_bar("the teacher's hidden states", len(trained) + len(held_out)) as advance:
+        lesson, exam = (work.taught(windows, advance) for windows in (trained, held_out))
+    first = work.losses(exam)
     with progress_bar("distilling", settings.steps) as advance:
-        work.tune(trained, advance)
+        work.tune(lesson, advance)
     tuned = work.stored()
     work.load(tuned)
-    last = work.losses(held_out)
+    last = work.losses(exam)
     kept = last.kl < first.kl and last.nats < first.nats
     worse = " and ".join(name for name in ("kl", "nats") if getattr(last, name) >= getattr(first, name))
     reason = "" if kept else f"held-out {worse} did not fall: the values are as they were"
@@ -141,6 +143,17 @@ def tunable(model: QuantizedModel) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Taught:
+    """Windows, and the teacher's hidden states there: of its forward pass only the head is run again."""
+
+    tokens: Tensor  # (windows, seq_len) int64
+    hidden: Tensor  # (windows, seq_len, dim), on the CPU
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 class _Work:
     """Teacher and student, built once."""
 
@@ -153,7 +166,19 @@ class _Work:
         self.teacher: Any = load_module(view.config, teacher, str(view)).to(self.device)
         self.parameters = {name: student.get_parameter(name) for name in tunable(model)}
 
-    def tune(self, windows: np.ndarray, advance: Callable[..., None]) -> None:
+    @torch.no_grad()
+    def taught(self, windows: np.ndarray, advance: Callable[..., None]) -> Taught:
+        """Run the teacher once."""
+        tokens, found = torch.from_numpy(windows), []
+        for batch in tokens.split(self._batch_windows(windows.shape[1])):
+            found.append(self.teacher.hidden(batch.to(self.device)).cpu())
+            advance(len(batch))
+        return Taught(tokens, torch.cat(found))
+
+    def _batch_windows(self, seq_len: int) -> int:
+        return max(1, self.settings.batch_tokens // seq_len)
+
+    def tune(self, lesson: Taught, advance: Callable[..., None]) -> None:
         """Run the steps; parameters that the forward pass does not reach stay as they are."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -161,12 +186,12 @@ class _Work:
         optimizer = torch.optim.AdamW(
             list(self.parameters.values()), settings.learning_rate, BETAS, weight_decay=settings.weight_decay
         )
-        batches = self._batches(windows)
+        batches = self._batches(lesson)
         with torch.enable_grad():
             for step in range(settings.steps):
                 rate = 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
                 optimizer.param_groups[0]["lr"] = rate
-                kl, _ = self._loss(windows[next(batches)])
+                kl, _ = self._loss(lesson, next(batches))
                 optimizer.zero_grad(set_to_none=True)
                 kl.backward()
                 optimizer.step()
@@ -174,37 +199,35 @@ class _Work:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
-    def _batches(self, windows: np.ndarray) -> Iterator[np.ndarray]:  # each (batch,) int64
+    def _batches(self, lesson: Taught) -> Iterator[Tensor]:  # each (batch,) int64
         """Endless batches: every window once per epoch, in an order of the seed."""
-        size = max(1, min(len(windows), self.settings.batch_tokens // windows.shape[1]))
+        size = min(len(lesson), self._batch_windows(lesson.tokens.size(1)))
         epoch = 0
         while True:
-            order = generator(self.settings.seed, "distillation", epoch).permutation(len(windows))
+            order = generator(self.settings.seed, "distillation", epoch).permutation(len(lesson))
             for start in range(0, len(order) - size + 1, size):
-                yield order[start : start + size]
+                yield torch.from_numpy(order[start : start + size])
             epoch += 1
 
-    def _loss(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _loss(self, taught: Taught, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
         """Mean KL over all positions, and mean nats of the next tokens."""
-        tokens = torch.from_numpy(windows).to(self.device)
+        tokens = taught.tokens[chosen].to(self.device)
         with torch.no_grad():
-            target = F.log_softmax(self.teacher.logits(self.teacher.hidden(tokens)).float(), -1)
+            target = F.log_softmax(self.teacher.logits(taught.hidden[chosen].to(self.device)).float(), -1)
         found = F.log_softmax(self.student.logits(self.student.hidden(tokens)).float(), -1)
         kl = (target.exp() * (target - found)).sum(-1).mean()
         nats = F.nll_loss(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return kl, nats
 
     @torch.no_grad()
-    def losses(self, windows: np.ndarray) -> Losses:
+    def losses(self, exam: Taught) -> Losses:
         """Losses of the student as it is, summed in float64. Raises NumericsError if they are not finite."""
-        size = max(1, self.settings.batch_tokens // windows.shape[1])
         sums = np.zeros(2)
-        for start in range(0, len(windows), size):
-            batch = windows[start : start + size]
-            sums += [float(loss) * len(batch) for loss in self._loss(batch)]
+        for batch in torch.arange(len(exam)).split(self._batch_windows(exam.tokens.size(1))):
+            sums += [float(loss) * len(batch) for loss in self._loss(exam, batch)]
         if not np.isfinite(sums).all():
             raise NumericsError("the held-out loss is not finite", hint="--set distill.learning_rate=…, a lower one")
-        return Losses(*(sums / len(windows)).tolist())
+        return Losses(*(sums / len(exam)).tolist())
 
     def stored(self) -> dict[str, np.ndarray]:
         """The tuned values in the types that the model stores."""

@@ -12,7 +12,7 @@ class DistillSettings(Settings):
 
     tokens: int = Field(32768, ge=2, description="calibration tokens, the held-out ones included; the text's first")
     steps: int = Field(100, ge=1, description="optimizer steps")
-    learning_rate: float = Field(0.003, gt=0, le=1, description="AdamW's at the start; cosine to zero")
+    learning_rate: float = Field(0.001, gt=0, le=1, description="AdamW's at the start; cosine to zero")
     batch_tokens: int = Field(2048, ge=1, description="tokens per step; one window at least")
     holdout: float = Field(0.125, gt=0, lt=1, description="share of the windows that decides whether it is kept")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")

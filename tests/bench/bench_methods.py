@@ -3,10 +3,10 @@
     python -m tests.bench.bench_methods CHECKPOINT [TABLE …] --data FOLDER [--max-tokens N] [--calibration-tokens N]
 
 Tables: presets, lambda, k, embedding, lqer, awq, prune, text, same-bytes; without one, all. Each row is quantized,
-packed by the real packer, decoded by the decoder that ships and scored; Δ is against the table's first row, paired, with a 95 %
-t interval over pieces of at most 4 KB of the documents. Seconds are this process's CPU seconds to quantize and pack,
-Hessians known. In `text` and `same-bytes` all scales of a method are multiplied by one number, found by Newton steps with the
-slope dB/d log2 m = -N/8, until the artifact is within 0.03 % of sdclip-1394's.
+packed by the real packer, decoded by the decoder that ships and scored; Δ is against the table's first row, paired,
+with a 95 % t interval over pieces of at most 4 KB of the documents. Seconds are this process's CPU seconds to quantize
+and pack, Hessians known. In `text` and `same-bytes` all scales of a method are multiplied by one number, found by
+Newton steps with the slope dB/d log2 m = -N/8, until the artifact is within 0.03 % of sdclip-1394's.
 """
 
 from __future__ import annotations
