@@ -99,9 +99,10 @@ def attribute(
 
     def make(building: Path) -> Mapping[str, Any]:
         write_json(building / PAYLOAD, {"control": control, "rows": rows})
-        return {"view_id": view.id}
+        return {}
 
-    store(folder, PAYLOAD, {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, **identity}, make)
+    config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, "stats_id": stats.id}
+    store(folder, PAYLOAD, {**config, **identity}, make)
     shutil.rmtree(partial, ignore_errors=True)
     return _open(folder, cached=False)
 

@@ -10,6 +10,7 @@ import torch
 
 from pgolf_post import attribute as module
 from pgolf_post.attribute import ALL, attribute, groups
+from pgolf_post.cache import list_entries
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -130,6 +131,8 @@ def test_interrupted_work_goes_on_after_the_last_row_and_then_is_cached(
     assert (again.rows, again.control) == (fresh.rows, fresh.control)
     assert run(view, stats, pico_data, coarse()).cached
     assert not list(Path(again.folder).parent.glob("*.partial"))
+    [entry] = [entry for entry in list_entries(view.checkpoint.path.parents[1]) if entry.stage == module.STAGE]
+    assert entry.state == "complete"
 
 
 def test_a_plan_that_quantizes_nothing_is_refused(view: View, stats: Stats, pico_data: DataFolder) -> None:
