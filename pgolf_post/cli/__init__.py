@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
     "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
     "repack": ("repack", "A public script's compressed artifact → ours, the same weights in fewer bytes."),
+    "attribute": ("attribute", "Which tensors lose the most by being quantized: bpb and bytes of each group."),
     "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
     "pack-code": ("pack_code", "A script → the self-extracting file that the convention counts."),
     "export-decoder": ("export_decoder", "The decoder as a snippet for your own single-file script."),
