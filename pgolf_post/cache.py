@@ -6,7 +6,7 @@ An entry is in one of these states; only the first is ever used:
 
     complete     its meta.json is there; whether its bytes are those that were written is for `verify` to say
     orphan       complete, but its checkpoint is gone, or holds other weights than those it was made from
-    partial      sums of an interrupted calibration; `calibrate` takes them up again
+    partial      what an interrupted calibration or attribution has done; the same command takes it up again
     temporary    left by a killed process (`.tmp-…`, `.old-…`)
     incomplete   anything else
 """

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import ModelFamily, Site
 from pgolf_post.presets import FOLDER, preset_names
+from pgolf_post.quantize.distill_settings import DistillSettings
 from pgolf_post.quantize.lqer import LqerSettings
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
@@ -141,6 +142,10 @@ class Plan(Settings):
     name: str = "plan"
     rules: tuple[Any, ...] = Field(min_length=1, description="Rules, already parsed; in TOML a list of [[rules]]")
     lqer: LqerSettings | None = Field(None, description="low-rank correction of the worst tensors")
+    sequential: bool = Field(
+        False, description="GPTQ block by block, each on Hessians collected under the quantized blocks before it"
+    )
+    distill: DistillSettings | None = Field(None, description="tune what is kept as floats after rounding")
 
     @field_validator("rules")
     @classmethod
@@ -151,9 +156,21 @@ class Plan(Settings):
             raise ValueError(f"rule names must differ; used twice: {', '.join(twice)}")
         return rules
 
+    @model_validator(mode="after")
+    def _sequential_acts(self) -> Plan:
+        if self.sequential and not any(isinstance(rule, GptqRule) for rule in self.rules):
+            raise ValueError("sequential = true re-collects Hessians for GPTQ, and no rule of this plan uses GPTQ")
+        return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether statistics do not suffice: the calibration text itself is needed."""
+        return self.sequential or self.distill is not None
+
     def identity(self) -> dict[str, Any]:
-        """What decides the symbols, for ids: everything but names."""
+        """What decides the symbols and floats, for ids: everything but names, and what is off."""
         tree = {key: value for key, value in self.model_dump(mode="json").items() if key not in ("name", "rules")}
+        tree = {key: value for key, value in tree.items() if value or key not in ("sequential", "distill")}
         rules = [rule.model_dump(mode="json", exclude={"name", "optional"}) for rule in self.rules]
         return {**tree, "rules": rules}
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pgolf_post.calibrate import Stats
+from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import Checkpoint, View, save_checkpoint, view_id
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
@@ -31,8 +32,10 @@ class PruneSettings(Settings):
     roles: tuple[str, ...] = Field((), description="roles that are pruned; empty = every matrix with a Hessian")
 
 
-def prune_view(view: View, stats: Stats, settings: PruneSettings, plan: Plan) -> tuple[dict[str, Tensor], int, int]:
-    """(tensors, weights newly zeroed, weights looked at). `plan` gives the grid that *ones* looks at.
+def prune_view(
+    view: View, stats: Stats, settings: PruneSettings, plan: Plan, text: CalibrationSet | None = None
+) -> tuple[dict[str, Tensor], int, int]:
+    """(tensors, weights newly zeroed, weights looked at). `plan` (and `text`, see requant) gives the grid of *ones*.
 
     Raises SettingsError if a role names no matrix that has a Hessian.
     """
@@ -42,7 +45,7 @@ def prune_view(view: View, stats: Stats, settings: PruneSettings, plan: Plan) ->
     if not chosen:
         known = ", ".join(sorted({family.role(name) for name in site_of}))
         raise SettingsError(f"--roles {','.join(settings.roles)}: no such matrices; roles with a Hessian: {known}")
-    masks = _masks(view, stats, settings, plan, {name: site_of[name] for name in chosen})
+    masks = _masks(view, stats, settings, plan, {name: site_of[name] for name in chosen}, text)
     tensors = dict(view.tensors)
     zeroed = 0
     for name, mask in masks.items():
@@ -52,7 +55,12 @@ def prune_view(view: View, stats: Stats, settings: PruneSettings, plan: Plan) ->
 
 
 def _masks(
-    view: View, stats: Stats, settings: PruneSettings, plan: Plan, site_of: Mapping[str, str]
+    view: View,
+    stats: Stats,
+    settings: PruneSettings,
+    plan: Plan,
+    site_of: Mapping[str, str],
+    text: CalibrationSet | None,
 ) -> dict[str, Tensor]:  # name → (out, in) bool
     """Which weights of each matrix go."""
     if settings.method == "magnitude":
@@ -60,7 +68,7 @@ def _masks(
     if settings.method == "wanda":
         squares = {name: stats.mean_hessian(site).diagonal() for name, site in site_of.items()}
         return {name: wanda_mask(view.tensors[name], square, settings.share) for name, square in squares.items()}
-    quantized = quantize_view(view, stats, plan).quantized
+    quantized = quantize_view(view, stats, plan, text=text).quantized
     masks = {}
     for name, site in site_of.items():
         tensor = quantized[name]
@@ -73,10 +81,15 @@ def _masks(
 
 
 def prune_checkpoint(
-    view: View, stats: Stats, settings: PruneSettings, plan: Plan, data: DataFolder
+    view: View,
+    stats: Stats,
+    settings: PruneSettings,
+    plan: Plan,
+    data: DataFolder,
+    text: CalibrationSet | None = None,
 ) -> tuple[Checkpoint, bool]:
     """The pruned checkpoint, and whether it was there already: its folder is named by its content."""
-    tensors, zeroed, weights = prune_view(view, stats, settings, plan)
+    tensors, zeroed, weights = prune_view(view, stats, settings, plan, text)
     pruned_id = view_id(tensors, view.config)
     path = view.checkpoint.path.parent / f"pruned_{pruned_id[:12]}"
     if (path / "meta.json").is_file():

@@ -6,8 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["windows", "labels", "generation", "random tokens"]
-PURPOSES: dict[Purpose, int] = {"windows": 0, "labels": 1, "generation": 2, "random tokens": 3}
+Purpose = Literal["windows", "labels", "generation", "random tokens", "held-out windows", "distillation"]
+PURPOSES: dict[Purpose, int] = {
+    "windows": 0, "labels": 1, "generation": 2, "random tokens": 3, "held-out windows": 4, "distillation": 5
+}  # fmt: skip
 
 
 def generator(seed: int, purpose: Purpose, window: int = 0) -> np.random.Generator:

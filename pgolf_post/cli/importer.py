@@ -41,7 +41,7 @@ def command(
     metric_tokens: int,
     as_json: bool,
 ) -> None:
-    """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or an int8 .ptz.
+    """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or a .ptz.
 
     Shapes are believed; what they do not say comes from --config, --log and --set (later ones win), in our names or the
     public scripts'; a key of neither is refused. What is still missing is asked for by name.

@@ -54,6 +54,7 @@ def command(
     from pgolf_post.calibrate import CalibrationSettings, calibrate
     from pgolf_post.ledger.recording import record
     from pgolf_post.prune import PruneSettings, prune_checkpoint
+    from pgolf_post.requant import plan_text
 
     started = time.perf_counter()
     plan = chosen_plan(**options)
@@ -63,7 +64,8 @@ def command(
     data = find_data(found, data_dir)
     view = load_view(found, weights)
     stats = calibrate(view, data, CalibrationSettings())
-    pruned, cached = prune_checkpoint(view, stats, settings, plan, data)
+    text = plan_text(view, data, plan, CalibrationSettings())
+    pruned, cached = prune_checkpoint(view, stats, settings, plan, data, text)
     rows = {"before": _measure(view, stats, plan, data), "pruned": _measure(pruned.load("raw"), None, plan, data)}
     shown = [
         (name, f"{row['bpb']:.5f}", f"{row['quantized_bpb']:.5f}", f"{row['artifact_bytes']:,}")
@@ -82,12 +84,13 @@ def command(
 def _measure(view: Any, stats: Any, plan: Any, data: DataFolder) -> dict[str, Any]:
     """bpb of a view, and bytes and bpb of its artifact by the plan."""
     from pgolf_post.calibrate import CalibrationSettings, calibrate
-    from pgolf_post.requant import requant
+    from pgolf_post.requant import plan_text, requant
     from pgolf_post.score.cached import score_artifact, score_view
     from pgolf_post.score.metric import recorded_protocol
 
     _, protocol = recorded_protocol(view.checkpoint, view.name)
-    artifact = requant(view, stats or calibrate(view, data, CalibrationSettings()), plan)
+    text = plan_text(view, data, plan, CalibrationSettings())
+    artifact = requant(view, stats or calibrate(view, data, CalibrationSettings()), plan, text=text)
     quantized, _ = score_artifact(artifact.path, data, protocol)
     score, _ = score_view(view, data, protocol)
     size = artifact.path.stat().st_size

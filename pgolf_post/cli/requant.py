@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -25,7 +25,7 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
-from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plan, plan_options, plan_row
+from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plans, plan_options, plan_row
 from pgolf_post.pack.codecs import CHOICES
 from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.progress import print_json, print_table, say
@@ -76,44 +76,93 @@ def command(
 
     \b
     pgolf-post requant --lambda 0.1
+    pgolf-post requant --lambda 0,0.1,0.4 --eval        a trial of each; one that changes nothing is marked NO-OP
     pgolf-post requant --clip 11.5 --embed-bits 7 --embed-clip 14 --code train_gpt.py --eval
     pgolf-post requant --plan record-1855 --set mlp.clip=11 --show-plan
 
-    Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget.
+    Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget (of
+    several trials: when the smallest is).
     """
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
     from pgolf_post.ledger.recording import record
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
+    from pgolf_post.quantize.factors import StatsFactors
     from pgolf_post.quantize.run import plan_view
-    from pgolf_post.requant import requant
+    from pgolf_post.requant import plan_text, requant
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
+    from pgolf_post.score.pool import ModelPool
 
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
-    plan = chosen_plan(**options)
+    plans = chosen_plans(**options)
     codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
     found = find_checkpoint(checkpoint)
     view = load_view(found, weights)
     if show_plan:
-        _show_plan(plan, plan_view(view, plan), as_json)
+        for _, plan in plans:
+            _show_plan(plan, plan_view(view, plan), as_json)
         return
     data = find_data(found, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
-    artifact = requant(view, stats, plan, codec, fresh)
-    report = count(artifact.path, code, budget)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
-    score = score_artifact(artifact.path, data, protocol, fresh)[0] if evaluate else None
-    _show(artifact, report, score, bool(code))
+    factors, pool, trials = StatsFactors(stats), ModelPool(), []
+    for name, plan in plans:
+        artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
+        report = count(artifact.path, code, budget)
+        score = score_artifact(artifact.path, data, protocol, fresh, pool=pool)[0] if evaluate else None
+        trials.append(Trial(name, plan, artifact, report, score))
+        _show(trials[-1], bool(code))
+    no_ops = _no_ops(trials)
+    if len(trials) > 1:
+        _show_trials(trials, no_ops)
     seconds = round(time.perf_counter() - started, 3)
-    answer = _answer(artifact, report, score, view.id, stats, plan, seconds)
-    folders = [artifact.folder, stats_folder(view, stats), *([Path(score["folder"])] if score else [])]
-    record(*folders, facts={key: answer[key] for key in COUNTED}, dollars_per_hour=dollars_per_hour, seconds=seconds)
+    answers = [
+        {**_answer(trial, view.id, stats), "trial": trial.name, "no_op": no_op}
+        for trial, no_op in zip(trials, no_ops, strict=True)
+    ]
+    for trial, answer in zip(trials, answers, strict=True):
+        folders = [trial.artifact.folder, stats_folder(view, stats)]
+        folders += [Path(trial.score["folder"])] if trial.score else []
+        facts = {key: answer[key] for key in COUNTED}
+        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
-        print_json(answer)
-    report.require_within_budget()
+        print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
+    min((trial.report for trial in trials), key=lambda report: report.total_bytes).require_within_budget()
+
+
+class Trial(NamedTuple):
+    """One plan, and what became of it."""
+
+    name: str  # the flags that make it another than the control; empty if there is one trial
+    plan: Plan
+    artifact: Artifact
+    report: SizeReport
+    score: dict[str, Any] | None
+
+
+def _no_ops(trials: list[Trial]) -> list[bool]:
+    """Which trials are the same as the first, their control."""
+    from pgolf_post.requant import is_no_op
+
+    control = trials[0].artifact
+    return [False, *(is_no_op(trial.artifact, control) for trial in trials[1:])]
+
+
+def _show_trials(trials: list[Trial], no_ops: list[bool]) -> None:
+    """All trials in one table, against the first."""
+    control, rows = trials[0], []
+    for trial, no_op in zip(trials, no_ops, strict=True):
+        bpb = [f"{trial.score['bpb']:.5f}"] if trial.score else []
+        if trial.score and control.score:
+            bpb.append(f"{trial.score['bpb'] - control.score['bpb']:+.5f}" if trial is not control else "")
+        size = trial.report.artifact_bytes
+        more = f"{size - control.report.artifact_bytes:+,}" if trial is not control else ""
+        rows.append((trial.name, *bpb, f"{size:,}", more, "NO-OP: the control's symbols" if no_op else ""))
+    scored = ("bpb", "Δ") if control.score else ()
+    print_table(f"Trials; the control is {control.name}", ("", *scored, "artifact bytes", "Δ", ""), rows)
 
 
 def _show_plan(plan: Plan, rows: list[TensorPlan], as_json: bool) -> None:
@@ -121,11 +170,16 @@ def _show_plan(plan: Plan, rows: list[TensorPlan], as_json: bool) -> None:
     print_table(f"plan {plan.name}", PLAN_HEADER, [plan_row(row) for row in rows])
     if plan.lqer:
         say(f"then LQER rank {plan.lqer.rank} on the {plan.lqer.top_k} tensors with the largest error")
+    if plan.sequential:
+        say("block by block, each on Hessians collected under the quantized blocks before it")
+    if plan.distill:
+        say(f"then {plan.distill.steps} steps of distillation of the floats that are kept")
     if as_json:
         print_json({"plan": plan.name, "settings": plan.identity(), "tensors": [plan_row(row) for row in rows]})
 
 
-def _show(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None, has_code: bool) -> None:
+def _show(trial: Trial, has_code: bool) -> None:
+    artifact, report, score = trial.artifact, trial.report, trial.score
     rows = [
         (
             row["name"],
@@ -140,10 +194,22 @@ def _show(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None, 
     totals = [("artifact bytes", f"{report.artifact_bytes:,}"), ("code bytes", f"{report.code_bytes:,}")]
     totals += [("total bytes", f"{report.total_bytes:,}"), ("budget bytes", f"{report.budget_bytes:,}")]
     totals += [("headroom bytes", f"{report.headroom_bytes:,}"), ("symbols sha256", artifact.symbols_sha256[:16])]
+    if distilled := artifact.meta.get("distill"):
+        totals += _distilled(distilled)
     if score:
         totals.append((f"bpb of the decoded artifact ({score['tokens']:,} tokens)", f"{score['bpb']:.5f}"))
     note = "" if has_code else "  (no --code given: code counted as 0 bytes)"
     print_table(f"{artifact.path}{note}", ("", "value"), totals)
+
+
+def _distilled(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What distillation did, for the table of totals."""
+    verdict = "kept" if facts["kept"] else f"not kept: {facts['reason']}"
+    return [
+        (f"distillation: {facts['steps']} steps on {facts['parameters']:,} floats", verdict),
+        ("held-out KL, nats", f"{facts['kl_before']:.6f} → {facts['kl_after']:.6f}"),
+        ("held-out nats per token", f"{facts['nats_before']:.5f} → {facts['nats_after']:.5f}"),
+    ]
 
 
 def _evidence(row: dict[str, Any]) -> str:
@@ -154,15 +220,8 @@ def _evidence(row: dict[str, Any]) -> str:
     return f"{row['error']:.2e} / {row['damp_used']:g}"
 
 
-def _answer(
-    artifact: Artifact,
-    report: SizeReport,
-    score: dict[str, Any] | None,
-    view_id: str,
-    stats: Any,
-    plan: Plan,
-    seconds: float,
-) -> dict[str, Any]:
+def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
+    artifact, report, score, plan = trial.artifact, trial.report, trial.score, trial.plan
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
     return {
         **sums,
@@ -180,5 +239,5 @@ def _answer(
         "artifact_cached": artifact.cached,
         "plan": plan.name,
         "settings": plan.identity(),
-        "seconds": seconds,
+        "distill": artifact.meta.get("distill"),
     }

@@ -17,7 +17,7 @@ class FitSettings(Settings):
         0.5, ge=0, le=1, description="share of the Fisher-weighted input moments; the rest is the plain Hessian"
     )
     trellis_states: int = Field(8, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
-    lane_rows: int = Field(256, ge=1, description="rows after which a trellis restarts")
+    lane_rows: int = Field(512, ge=1, description="rows after which a trellis restarts")
     shrink: bool = Field(True, description="decode towards the centroid: one factor per tensor, in closed form")
     kappa: bool = Field(True, description="measure each role's sensitivity instead of trusting the quadratic model")
     kappa_tokens: int = Field(32768, ge=512, description="training tokens that each role's measurement reads, twice")
@@ -25,7 +25,7 @@ class FitSettings(Settings):
 
     hessian_share: float = Field(0.95, ge=0, le=1, description="off-diagonal moments are multiplied by it")
     ridge: float = Field(0.003, gt=0, description="added to the moments' diagonal, as a share of its mean")
-    row_trust: float = Field(0.8, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
+    row_trust: float = Field(0.5, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
     lookup_floor: float = Field(0.03, gt=0, le=1, description="least sensitivity of a table's row, to the mean")
 
     @field_validator("trellis_states")

@@ -1,15 +1,14 @@
 """Reading a foreign checkpoint file without running anything in it.
 
 `.pt` files are read with `weights_only=True`, which builds tensors and plain containers and nothing else. A file is a
-bare state dict, or a dictionary that holds one as `model_state_dict` and possibly an EMA as `ema_state`; the baseline's
-`final_model.int8.ptz` is a zlib-compressed dictionary of int8 rows and their scales.
+bare state dict, or a dictionary that holds one as `model_state_dict` and possibly an EMA as `ema_state`; a `.ptz` file
+is a compressed artifact (`repack.py`), which gives the weights that it decodes to.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from pgolf_post.checkpoint import ViewName, read_tensors
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
+from pgolf_post.importers.repack import read_foreign_artifact
 
-INT8_FORMAT = "int8_clean_per_row_v1"
 ZLIB_HEADER = b"\x78"
-MAX_INFLATED_BYTES = 2**30
 KNOWN_KEYS = {"step", "model_state_dict", "ema_state", "optimizer_states"}
 
 
@@ -36,14 +34,14 @@ class ForeignFile:
 
 
 def read_foreign(path: Path) -> ForeignFile:
-    """Read a .pt, .safetensors or .int8.ptz file. Raises NotFoundError, DamagedFileError, MismatchError."""
+    """Read a .pt, .safetensors or .ptz file. Raises NotFoundError, DamagedFileError, MismatchError."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path}")
     if path.suffix == ".safetensors":
         return ForeignFile({"raw": read_tensors(path)}, None)
     content = path.read_bytes()
-    if content[:1] == ZLIB_HEADER:
-        return ForeignFile({"raw": dequantize_int8(_load(_inflate(content, path), path), path)}, None)
+    if path.suffix == ".ptz" or content[:1] == ZLIB_HEADER:
+        return ForeignFile({"raw": _dequantized(path)}, None)
     loaded = _load(content, path)
     if _is_state(loaded):
         return ForeignFile({"raw": loaded}, None)
@@ -81,25 +79,7 @@ def _load(content: bytes, path: Path) -> Any:
     return loaded
 
 
-def _inflate(content: bytes, path: Path) -> bytes:
-    inflater = zlib.decompressobj()
-    try:
-        inflated = inflater.decompress(content, MAX_INFLATED_BYTES)
-    except zlib.error as error:
-        raise DamagedFileError(f"{path}: zlib stream is damaged: {error}") from None
-    if not inflater.eof:
-        raise DamagedFileError(f"{path}: zlib stream is cut short or larger than {MAX_INFLATED_BYTES:,} bytes")
-    return inflated
-
-
-def dequantize_int8(stored: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The float tensors of the baseline's int8 artifact: rows times their scales, or one scale, and what was kept."""
-    if stored.get("__quant_format__") != INT8_FORMAT:
-        raise MismatchError(f"{path}: __quant_format__ is {stored.get('__quant_format__')!r}, expected {INT8_FORMAT!r}")
-    tensors: dict[str, Tensor] = {}
-    for name, symbols in stored["quantized"].items():
-        scale = stored["scales"][name].float()
-        shape = (-1, *(1,) * (symbols.ndim - 1)) if scale.ndim == 1 else ()
-        tensors[name] = symbols.float() * scale.view(shape)
-    tensors.update({name: tensor.float() for name, tensor in stored["passthrough"].items()})
-    return tensors
+def _dequantized(path: Path) -> dict[str, Tensor]:
+    """The float32 tensors that a compressed artifact stands for."""
+    model = read_foreign_artifact(path).model
+    return {name: torch.from_numpy(array) for name, array in model.tensors().items()}

@@ -14,7 +14,7 @@ import numpy as np
 
 from pgolf_post.errors import DamagedFileError, NotFoundError
 from pgolf_post.pack import codecs, decode
-from pgolf_post.pack.container import AXES, BFLOAT16, CODER, FACTORS, FLOAT16, PASSTHROUGH, Key, split_role
+from pgolf_post.pack.container import AXES, BFLOAT16, CODER, FACTORS, FLOAT16, FLOAT32, PASSTHROUGH, Key, split_role
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.storage import atomic_file
@@ -22,7 +22,7 @@ from pgolf_post.storage import atomic_file
 ARTIFACT_FILE = "artifact.pgolf"
 SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
 CODER_NAMES = ("lane states", "context classes", "frequency tables", "row scales")
-PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
+PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32"}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ stream; so do all factors of one axis and type, and all passed-through tensors o
                number of the role's context table, counted from 1, or 0 if rANS does not code it; trellis is [] or
                [lane_rows, h0 >> 1, h1 >> 1]; a factor is [axis, dtype, repeat, length]: axis 0 tensor, 1 row, 2 column,
                3 group, each value serving `repeat` weights in row-major order (0 for a column's)
-      rans     [] or the shapes of states, classes and weights
+      rans     [] or the shapes of states, classes and weights; codecs 4 and 5 are rANS with quick or steady means
     the rest   in order of their keys (section, label, dtype): factors (0, axis, ·), passthrough (1, 0, ·), the coder's
                states, classes, weights and row scales (2, 0 to 3, ·), symbols (3, role, ·)
 
-dtype 0 is int8, 1 int16, 2 float16, 3 bfloat16's bits. The two bytes of a 16-bit number differ in kind (sign and
-exponent against mantissa noise), so all low bytes of a unit come first, then all high bytes; rANS units hold words of
-their own. A weight is its symbol (or the trellis' grid point) times its factors.
+dtype 0 is int8, 1 int16, 2 float16, 3 bfloat16's bits, 4 float32 (which only foreign artifacts have). The bytes of a
+wider number differ in kind (sign and exponent against mantissa noise), so all low bytes of a unit come first, then all
+high bytes; rANS units hold words of their own. A weight is its symbol (or the trellis' grid point) times its factors.
 
 The same model and settings always give the same bytes, for one version of the codec libraries: no clock, no random
 state, sorted keys.
@@ -46,7 +46,7 @@ from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.settings import Settings, canonical_json
 
 AXES: tuple[Axis, ...] = ("tensor", "row", "column", "group")
-INT8, INT16, FLOAT16, BFLOAT16 = range(4)
+INT8, INT16, FLOAT16, BFLOAT16, FLOAT32 = range(5)
 FACTORS, PASSTHROUGH, CODER, SYMBOLS = range(4)  # sections
 BLOCK_INDEX = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,5})(?=\.)")  # no leading zeros: the number must give back the text
 
@@ -139,7 +139,8 @@ def code_symbols(layout: Layout, streams: dict[Key, tuple[int, bytes]]) -> None:
         coded, _ = _coded(layout, better)
     if coded is None:
         return
-    ours = dict(zip(better, ((codecs.RANS_ID, stream) for stream in coded.streams), strict=True))
+    ids = [codecs.STEADY_RANS_ID if steady else codecs.RANS_ID for steady in coded.steady]
+    ours = dict(zip(better, zip(ids, coded.streams, strict=True), strict=True))
     own = layout.coder_units(coded)
     ours |= {key: codecs.compress(to_planes(arrays, key[2]), codecs.BEST) for key, arrays in own.items()}
     stored_bytes = sum(len(stream) + decode.FRAME.size for _, stream in ours.values())
@@ -219,7 +220,7 @@ class Layout:
 
 
 def to_planes(arrays: Sequence[np.ndarray], dtype: int) -> bytes:
-    """Arrays one after another: all low bytes of 16-bit numbers, then all high bytes."""
+    """Arrays one after another: all lowest bytes of wider numbers, then all next ones."""
     stored = decode.DTYPES[dtype]
     whole = b"".join(np.ascontiguousarray(array, stored).tobytes() for array in arrays)
     return b"".join(whole[plane :: stored.itemsize] for plane in range(stored.itemsize))
@@ -232,7 +233,9 @@ def _table_order(name: str, array: np.ndarray) -> tuple[str, int, int]:
 
 def dtype_of(array: np.ndarray) -> int:
     """The format's number of an array's type."""
-    return {"i1": INT8, "i2": INT16, "f2": FLOAT16, "u2": BFLOAT16}[f"{array.dtype.kind}{array.dtype.itemsize}"]
+    return {"i1": INT8, "i2": INT16, "f2": FLOAT16, "u2": BFLOAT16, "f4": FLOAT32}[
+        f"{array.dtype.kind}{array.dtype.itemsize}"
+    ]
 
 
 def stored_trellis(trellis: Trellis | None) -> list[int]:

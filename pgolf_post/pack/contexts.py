@@ -1,15 +1,17 @@
 """What the entropy coder knows before it reads a symbol: integers made of symbols that the decoder has already.
 
 A symbol n of a column is about as large as the column's earlier ones, and as the other symbols of its row. So each
-column keeps a running integer mean of the magnitudes |2n + z| (z is the trellis bit, 0 without a trellis), over the
-last 64 rows or so and over fewer at the start, and each row has a *scale* in eighths of an octave, stored in the
+column keeps a running integer mean of the magnitudes |2n + z| (z is the trellis bit, 0 without a trellis): in a
+*steady* role over the last 256 rows or so, and over 32 at the start, as where columns differ little; in any other over
+64, and over as many as there are at the start. And each row has a *scale* in eighths of an octave, stored in the
 artifact: one for a whole role where rows are alike, as with row scales from standard deviations, or one per row where
 they are not (equal-slope steps). A row's magnitudes are divided by its scale before they enter the column's mean, and
 
     level = log2(mean) + scale, in eighths of an octave
 
-predicts the next magnitude. Rows that nearly repeat the one before, as the embeddings of tokens that never occur do,
-are coded as the difference, and the rest is about the difference. Levels are merged into classes, and roles into
+predicts the next magnitude. Rows that nearly repeat another, as the embeddings of tokens that never occur do, are coded
+as the difference, and the rest is about the difference: in a steady role from the last row that was coded so, in any
+other from the row before. Levels are merged into classes, and roles into
 groups that share their classes, for as long as tables saved are worth more than the bits lost; class and trellis bit
 name the frequency table.
 
@@ -32,10 +34,11 @@ LEVELS = 256
 ENTRIES = 256  # of a histogram: the escape, then -127 .. 127
 CENTRE = 128
 FLAT_SCALE = 64  # scale 0 as stored
-DIFFERENCE = 128  # flag of a row that is coded as the difference from the row before
+DIFFERENCE = 128  # flag of a row that is coded as the difference from another
 CLOSE = 0.8  # mean size of that difference, relative to the row's own, below which it is
 FIRST_MEAN = 1024
-MAX_SHIFT = 6
+MAX_SHIFT, FIRST_ROWS = {False: 6, True: 8}, {False: 2, True: 32}  # by kind: of the running mean
+STEADY_BITS = 512  # that a role must save to be of the newer kind
 TOTAL = 4096  # of a table's frequencies
 ENTRY_BITS, TABLE_BITS = 4.5, 12.0  # what a table costs in the artifact, measured
 ESCAPE_BITS = 16.0
@@ -56,7 +59,8 @@ class Block:
     scales: (
         np.ndarray
     )  # (tensors, rows) uint8: eighths of an octave + 64; bit 7: the row is coded against the one before
-    residuals: np.ndarray  # like symbols, less the row before where that is so
+    residuals: np.ndarray  # like symbols, less another row where that is so
+    steady: bool = False  # slow means; that other row is the last one so coded, zeros at first, else the row before
 
     @property
     def num_symbols(self) -> int:
@@ -87,7 +91,7 @@ def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) u
             sizes += odds[row]
             state = table[2 * state.astype(np.int32) + (block.symbols[row] & 1)]
         sizes = np.minimum(np.abs(sizes) * SHRINK[scale], 65535).astype(np.int32)
-        means += (sizes - means) >> min(MAX_SHIFT, (row + 2).bit_length() - 1)
+        means += (sizes - means) >> min(MAX_SHIFT[block.steady], (row + FIRST_ROWS[block.steady]).bit_length() - 1)
     return levels, odds
 
 
@@ -128,8 +132,9 @@ def entries_of(symbols: np.ndarray) -> np.ndarray:  # int8 or int16 → int32
 def with_scales(blocks: Sequence[Block]) -> list[Block]:
     """One role's blocks with the kind of row scale that makes it smaller, judged on a sample of rows."""
     alike = [with_residuals(block) for block in blocks]
-    per_row = [_with_row_scales(block) for block in alike]
-    return min(([_with_one_scale(block) for block in alike], per_row), key=_sample_bits)
+    kinds = [alike, [with_chain(block) for block in alike]]
+    scaled = [[scale(block) for block in kind] for kind in kinds for scale in (_with_one_scale, _with_row_scales)]
+    return min(scaled, key=lambda blocks: _sample_bits(blocks) + STEADY_BITS * any(block.steady for block in blocks))
 
 
 def with_residuals(block: Block) -> Block:
@@ -140,11 +145,37 @@ def with_residuals(block: Block) -> Block:
     steps[1:] -= block.symbols[:-1]
     alike = mean_sizes(steps, block.columns) < CLOSE * mean_sizes(block.symbols, block.columns)  # (tensors, rows)
     alike[:, 0] = False
+    return with_stored_residuals(replace(block, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8)))
+
+
+def with_stored_residuals(block: Block) -> Block:
+    """The block with the residuals that its scales' flags say."""
+    alike = block.scales >= DIFFERENCE  # (tensors, rows)
     if not alike.any():
         return block
-    mask = alike.T.repeat(block.columns, axis=1)
-    residuals = np.where(mask, steps, block.symbols)
-    return replace(block, residuals=residuals, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8))
+    residuals = block.symbols.astype(np.int32)
+    for tensor, flags in enumerate(alike):
+        others = np.arange(-1, len(flags) - 1)
+        if block.steady:
+            last = np.maximum.accumulate(np.where(flags, np.arange(len(flags)), -1))
+            others = np.concatenate([[-1], last[:-1]])
+        rows = np.flatnonzero(flags & (others >= 0))
+        columns = slice(tensor * block.columns, (tensor + 1) * block.columns)
+        residuals[rows, columns] -= block.symbols[others[rows], columns]
+    return replace(block, residuals=residuals)
+
+
+def with_chain(block: Block) -> Block:
+    """The block with rows near those that repeat the one before, wherever they are, as a chain; steady."""
+    alike = block.scales >= DIFFERENCE
+    chained = np.zeros_like(alike)
+    for tensor, flags in enumerate(alike):
+        if flags.any():
+            symbols = block.symbols[:, tensor * block.columns : (tensor + 1) * block.columns].astype(np.int32)
+            away = symbols - np.rint(np.median(symbols[flags], axis=0)).astype(np.int32)
+            chained[tensor] = mean_sizes(away, block.columns)[0] < CLOSE * mean_sizes(symbols, block.columns)[0]
+    scales = (block.scales & 127) | (chained * DIFFERENCE).astype(np.uint8)
+    return with_stored_residuals(replace(block, scales=scales, residuals=block.symbols, steady=True))
 
 
 def mean_sizes(symbols: np.ndarray, columns: int) -> np.ndarray:  # (rows, tensors·columns) → (tensors, rows)
@@ -221,8 +252,8 @@ def classes_of(counts: np.ndarray) -> np.ndarray:  # (LEVELS, 2, ENTRIES) → (L
     if len(used) == 0:
         return np.zeros(LEVELS, np.int16)
     starts, tables = list(used), list(counts[used])
-    bits = list(table_bits(counts[used]))
-    gains = [bits[i] + bits[i + 1] - float(table_bits(tables[i] + tables[i + 1])) for i in range(len(bits) - 1)]
+    single, merged = table_bits(counts[used]), table_bits(counts[used[:-1]] + counts[used[1:]])
+    bits, gains = single.tolist(), (single[:-1] + single[1:] - merged).tolist()
     while gains and max(gains) > 0:
         i = int(np.argmax(gains))
         tables[i : i + 2] = [tables[i] + tables[i + 1]]

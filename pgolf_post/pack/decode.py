@@ -1,4 +1,4 @@
-"""Decode a Parameter Golf artifact (container.py: format, rans.py: coder): standard library, numpy and brotli only."""
+"""Decode an artifact (container.py: format, rans.py: coder): standard library, numpy and brotli only."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ import numpy as np
 
 MAGIC, FRAME = b"PGLF\2", struct.Struct("<BII")
 MAX_BYTES, MAX_MANIFEST, MAX_WIDTH = 1 << 27, 1 << 20, 1 << 20
-DTYPES = [np.dtype(code) for code in ("<i1", "<i2", "<f2", "<u2")]
-MANTISSAS = np.array([256, 279, 304, 332, 362, 395, 431, 470])  # 2^(8 + k/8)
+DTYPES = [np.dtype(code) for code in ("<i1", "<i2", "<f2", "<u2", "<f4")]
+MANTISSAS = np.array([256, 279, 304, 332, 362, 395, 431, 470])
 
 
 class ArtifactError(ValueError):
@@ -30,7 +30,7 @@ def decode(data):
     """(manifest, tensors as float32, as packed: arrays or (symbols, shape, trellis, factors))."""
     try:
         return build(*read_units(memoryview(data)))
-    except Exception as error:  # hostile bytes break anything
+    except Exception as error:
         raise ArtifactError(f"damaged artifact: {error}") from error
 
 
@@ -49,8 +49,8 @@ def build(first, *units):
     manifest, arrays = json.loads(bytes(inflate(*first, MAX_MANIFEST))), {}
     for (key, parts), (codec, data) in zip(lay_out(manifest), units, strict=True):
         dtype, ends = DTYPES[key[2]], np.cumsum([math.prod(shape) for shape, *_ in parts])
-        if codec == 4:
-            flat = rans(data, dtype, parts, arrays)
+        if codec > 3:
+            flat = rans(data, dtype, parts, arrays, codec)
         else:
             raw = np.frombuffer(inflate(codec, data, ends[-1] * dtype.itemsize), "u1")
             flat = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0]
@@ -61,7 +61,7 @@ def build(first, *units):
         if type(array) is tuple:
             digest.update(f"{name}\0{array[0].shape}\0".encode() + array[0].astype("<i2").tobytes())
             tensors[name] = dequantize(*array)
-        else:  # <u2 holds bfloat16
+        else:
             tensors[name] = (array.astype("<u4") << 16).view("<f4") if array.dtype == "<u2" else array.astype("<f4")
     need(digest.hexdigest() == manifest["symbols_sha256"], "wrong sha256 of symbols")
     for name in [name[:-4] for name in packed if name.endswith(".lqA")]:
@@ -71,13 +71,12 @@ def build(first, *units):
     return manifest, tensors, packed
 
 
-def lay_out(manifest):  # units in file order
+def lay_out(manifest):
     check([manifest["tensors"], manifest["rans"]])
     layout = {(2, label, 0): [(shape,)] for label, shape in enumerate(manifest["rans"])}
     assemble(manifest, lambda key, *part: layout.setdefault(key, []).append(part))
-    parts = [(key[0] > 2, part[0]) for key in layout for part in layout[key]]
-    size = sum(2 * math.prod(shape) + 256 * sum(shape[:is_matrix]) for is_matrix, shape in parts)
-    need(size <= MAX_BYTES, f"declares {size} bytes")
+    parts = [(max(2, DTYPES[key[2]].itemsize), key[0] > 2, part[0]) for key in layout for part in layout[key]]
+    need(sum(a * math.prod(b) + 256 * sum(b[:m]) for a, m, b in parts) <= MAX_BYTES, "too large")
     return sorted(layout.items())
 
 
@@ -105,7 +104,7 @@ def dequantize(symbols, shape, trellis, factors):
     scale, exponent = np.ones((1, 1), "<f4"), np.zeros((1, 1), "<i4")
     for axis, repeat, values in factors:
         values = values[None] if axis == 2 else values.repeat(repeat)[: symbols.size].reshape(symbols.shape)
-        if values.dtype == "<f2":
+        if values.dtype.kind == "f":
             scale = scale * values.astype("<f4")
         else:
             exponent = exponent + values
@@ -122,9 +121,9 @@ def next_state(state, symbol, _, h0, h1):
     return state >> 1 ^ (state & 1) * h0 ^ (symbol & 1) * h1
 
 
-def rans(data, dtype, parts, arrays):
+def rans(data, dtype, parts, arrays, codec):
     (states,), (classes,), (weights,) = (arrays[2, label, 0] for label in range(3))
-    states = arrays.setdefault("states", states.view("<u4")[:, 0].astype(int))  # they outlast the unit
+    states = arrays.setdefault("states", states.view("<u4")[:, 0].astype(int))
     (contexts, entries), weights, half = weights.shape, weights.astype(int), weights.shape[1] // 2
     need(contexts <= 256, "many contexts")
     ends = ((weights > 0) * MANTISSAS[weights & 7] << (weights >> 3)).cumsum(1)
@@ -133,12 +132,13 @@ def rans(data, dtype, parts, arrays):
     table, n = np.arange(len(freqs)).repeat(freqs), np.arange(128)
     log = np.searchsorted(MANTISSAS[n & 7] << (n >> 3) >> 8, np.arange(1 << 16), "right")
     shrink = MANTISSAS[-n & 7] << 8 >> (8 - (64 - n >> 3))
-    words, flat = np.frombuffer(data, "<u2"), []
+    words, flat, new = np.frombuffer(data, "<u2"), [], codec > 4
     for ((rows, columns), trellis, group), same in groupby(parts):
         levels = np.array([arrays[2, 3, 0].pop() for _ in same], int)
         width = len(levels) * columns
         need(width <= MAX_WIDTH, "wide")
         out, line, path, means = np.zeros((rows, width), dtype), *np.full((3, width), [[0], [0], [1024]])
+        base = np.zeros(width, dtype)
         for row in range(rows):
             level, odd = levels[:, row].repeat(columns), path & 1
             context = 2 * classes[group - 1, log[means] + (level & 127)].astype(int) + odd
@@ -156,8 +156,9 @@ def rans(data, dtype, parts, arrays):
             words, raw = np.split(words, [len(words) - wild.sum()])
             line[wild] = raw.view("<i2")
             size = np.minimum(abs(2 * line + odd) * shrink[level & 127], 65535)
-            means += (size - means) >> min(6, (row + 2).bit_length() - 1)
-            out[row] = line + out[row - 1] * (level < 0)
+            means += (size - means) >> min(6 + 2 * new, (row + 2 + 30 * new).bit_length() - 1)
+            out[row] = line + base * (level < 0)
+            base = np.where(new & (level >= 0), base, out[row])
             if trellis:
                 path = next_state(path, out[row], *trellis) * ((row + 1) % trellis[0] > 0)
         flat.append(out.reshape(rows, len(levels), columns).swapaxes(0, 1).ravel())

@@ -20,23 +20,26 @@ def check_packable(model: QuantizedModel) -> None:
     for name, tensor in model.quantized.items():
         problems += _tensor_problems(name, tensor)
     for name, array in model.passthrough.items():
-        if not is_kind(array, "f2", "u2"):
-            problems.append(f"{name}: passthrough dtype {array.dtype}, expected float16, or uint16 for bfloat16")
+        if not is_kind(array, "f2", "u2", "f4"):
+            expected = "float16, float32, or uint16 for bfloat16"
+            problems.append(f"{name}: passthrough dtype {array.dtype}, expected {expected}")
     problems += _low_rank_problems(model)
     if problems:
         raise MismatchError("this model cannot be packed: " + "; ".join(problems))
     floats = {f"{name} {f.axis} factor": f.values for name, t in model.quantized.items() for f in t.factors}
     broken = [name for name, array in {**floats, **model.passthrough}.items() if not is_finite(array)]
     if broken:
-        raise NumericsError(f"NaN or infinity in 16-bit floats: {', '.join(broken)}")
+        raise NumericsError(f"NaN or infinity in floats: {', '.join(broken)}")
     check_limits(model)
 
 
 def check_limits(model: QuantizedModel) -> None:
-    """Raise PgolfError for a model that is larger than a decoder accepts: 2 bytes for a number, 256 for a row."""
+    """Raise PgolfError for a model that is larger than a decoder accepts: 2 or 4 bytes for a number, 256 for a row."""
     arrays = [f.values for t in model.quantized.values() for f in t.factors] + list(model.passthrough.values())
     matrices = [tensor.symbols for tensor in model.quantized.values()]
-    size = sum(2 * array.size for array in arrays + matrices) + sum(256 * len(matrix) for matrix in matrices)
+    size = sum(max(2, array.itemsize) * array.size for array in arrays + matrices) + sum(
+        256 * len(matrix) for matrix in matrices
+    )
     if size > MAX_TENSOR_BYTES:
         raise PgolfError(f"the tensors have {size:,} bytes before compression; the limit is {MAX_TENSOR_BYTES:,}")
 
@@ -75,9 +78,9 @@ def _factor_problems(name: str, factor: Factor, rows: int, columns: int) -> Iter
         return
     lengths = {"tensor": 1, "row": rows, "column": columns, "group": -(-rows * columns // max(1, factor.group_size))}
     expected = (lengths[factor.axis],)
-    if factor.values.shape != expected or not is_kind(factor.values, "i1", "i2", "f2"):
+    if factor.values.shape != expected or not is_kind(factor.values, "i1", "i2", "f2", "f4"):
         found = f"{factor.values.dtype} {factor.values.shape}"
-        yield f"{name}: {factor.axis} factor is {found}, expected float16, int8 or int16 {expected}"
+        yield f"{name}: {factor.axis} factor is {found}, expected float16, float32, int8 or int16 {expected}"
 
 
 def _low_rank_problems(model: QuantizedModel) -> Iterable[str]:

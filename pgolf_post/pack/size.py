@@ -80,7 +80,7 @@ class SizeReport:
 
 
 @dataclass(frozen=True)
-class RoleBytes:
+class UnitBytes:
     """One row of an artifact's byte table; the rows add up to the artifact's size."""
 
     role: str
@@ -177,6 +177,6 @@ def _refuse(error: OSError) -> None:
     raise NotFoundError(f"cannot list code folder: {error}") from error
 
 
-def role_table(facts: ArtifactFacts) -> list[RoleBytes]:
+def unit_table(facts: ArtifactFacts) -> list[UnitBytes]:
     """Stored bytes per unit of one of our artifacts (`artifact.read_facts`), in file order."""
-    return [RoleBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]
+    return [UnitBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]

@@ -1,7 +1,8 @@
 """The decoder as a snippet for a contestant's own single-file script: `decode(bytes)` → float32 arrays by name.
 
 Made from `decode.py` by leaving out what protects against damaged and hostile files, which a contestant's own artifact
-is not: sizes, checksums and error messages. The sha256 over all symbols is still compared: no wrong array can pass.
+is not: sizes, checksums, limits on what is inflated, and error messages. The sha256 over all symbols is still compared:
+no wrong array can pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from pathlib import Path
 from pgolf_post.pack import decode
 
 GUARDS = ("need", "check")
+# `inflate` without limits
+INFLATE = """
+def inflate(codec, data):
+    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec](bytes(data))
+"""
 HEADER = "# Decoder of pgolf-post artifacts: decode(bytes) -> float32 arrays by tensor name. Needs numpy and brotli.\n"
 
 
@@ -33,9 +39,20 @@ class _Strip(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
         if node.name in GUARDS:
             return None
+        if node.name == "inflate":
+            return ast.parse(INFLATE).body[0]
         self.generic_visit(node)
         if node.name == "build":
             node.body[-1] = ast.Return(ast.Name("tensors", ast.Load()))
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if "MAX_MANIFEST" in ast.unparse(node.targets[0]) else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "inflate":
+            node.args.pop()  # the limit
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:

@@ -45,6 +45,11 @@ class Stretched:
     stored: set[str] = field(default_factory=set)  # stretched matrices whose 1/s must travel with them
     folded: dict[str, str] = field(default_factory=dict)  # stretched matrix → the matrix that undoes it
 
+    def decoded(self) -> dict[str, Tensor]:
+        """Every tensor as the decoder should give it: where 1/s is stored, it has been applied."""
+        undone = {name: self.tensors[name] / self.scales[name] for name in self.stored}
+        return {**self.tensors, **undone}
+
 
 def stretch(
     tensors: Mapping[str, Tensor], rows: Sequence[TensorPlan], stats: Stats, folds: Mapping[str, Fold]

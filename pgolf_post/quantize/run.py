@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.calibrate import Stats
+from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
@@ -55,20 +56,58 @@ class Prepared:
         return spread_scales(self.scales, self.weight)
 
 
-def quantize_view(view: View, stats: Stats, plan: Plan, factors: StatsFactors | None = None) -> QuantizedModel:
-    """Quantize every tensor of a view. `factors` may be shared by calls with the same statistics."""
+def quantize_view(
+    view: View,
+    stats: Stats,
+    plan: Plan,
+    factors: StatsFactors | None = None,
+    text: CalibrationSet | None = None,
+) -> QuantizedModel:
+    """Quantize every tensor of a view. `factors` may be shared by calls with the same statistics.
+
+    `text`, of which the statistics are, is what a sequential plan needs; SettingsError without it.
+    """
+    return quantize_beside_floats(view, stats, plan, factors, text)[0]
+
+
+def quantize_beside_floats(
+    view: View,
+    stats: Stats,
+    plan: Plan,
+    factors: StatsFactors | None = None,
+    text: CalibrationSet | None = None,
+) -> tuple[QuantizedModel, dict[str, Tensor]]:
+    """The quantized model, and every tensor as it would be decoded if rounding and pruning cost nothing.
+
+    That is the view's own tensor, but for matrices that AWQ stretched and those that undo it: any of the model's
+    tensors can be exchanged for these alone.
+    """
     stats.require_view(view.id)
-    rows, family = plan_view(view, plan), get_family(view.config["family"])
-    stretched = stretch(view.tensors, rows, stats, family.folds(build_module(view.config)))
+    rows = plan_view(view, plan)
     kept = [row for row in rows if isinstance(row.rule, KeepRule)]
     passthrough = {row.name: keep_tensor(row, view.tensors[row.name]) for row in kept}
-    quantized = quantize_rows(
-        [row for row in rows if isinstance(row.rule, GridRule)], stretched, stats, factors or StatsFactors(stats)
-    )
+    factors = factors or StatsFactors(stats)
+    if plan.sequential:
+        from pgolf_post.quantize.sequential import quantize_in_order
+
+        quantized, floats = quantize_in_order(view, rows, stats, factors, text)
+    else:
+        quantized, floats = quantize_part(view, rows, stats, factors)
     if plan.lqer:
-        quantized.update(corrections(_matrices(stretched, rows), quantized, plan.lqer))
+        fed = [row.name for row in rows if row.site and isinstance(row.rule, GridRule)]
+        quantized.update(corrections({name: floats[name] for name in fed}, quantized, plan.lqer))
     lineage = {"checkpoint_id": view.id[:12], **stats.lineage()}
-    return QuantizedModel(view.config, lineage, quantized, passthrough)
+    return QuantizedModel(view.config, lineage, quantized, passthrough), floats
+
+
+def quantize_part(
+    view: View, rows: Sequence[TensorPlan], stats: Stats, factors: StatsFactors
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """The quantized tensors of some rows of a plan, and all tensors as they would be decoded without loss."""
+    folds = get_family(view.config["family"]).folds(build_module(view.config))
+    stretched = stretch(view.tensors, rows, stats, folds)
+    grid = [row for row in rows if isinstance(row.rule, GridRule)]
+    return quantize_rows(grid, stretched, stats, factors), stretched.decoded()
 
 
 def plan_view(view: View, plan: Plan) -> list[TensorPlan]:
@@ -213,10 +252,3 @@ def keep_tensor(row: TensorPlan, tensor: Tensor) -> np.ndarray:  # float16, or u
 def _with_stored_scales(tensor: QuantizedTensor, scales: Tensor) -> QuantizedTensor:
     """The tensor with AWQ's 1/s as a column factor."""
     return replace(tensor, factors=(*tensor.factors, Factor("column", stored_factor(scales))))
-
-
-def _matrices(stretched: Stretched, rows: Sequence[TensorPlan]) -> dict[str, Tensor]:
-    """The weight matrices that a site feeds, as the decoder should give them: what low-rank corrections start from."""
-    names = [row.name for row in rows if row.site and isinstance(row.rule, GridRule)]
-    undone = {name: stretched.tensors[name] / stretched.scales[name] for name in stretched.stored}
-    return {name: undone.get(name, stretched.tensors[name]) for name in names}

@@ -16,7 +16,7 @@ from pgolf_post.cli.size import command
 from pgolf_post.errors import DamagedFileError, NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.artifact import read_facts, write_artifact
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.size import count, role_table
+from pgolf_post.pack.size import count, unit_table
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 
 
@@ -97,7 +97,7 @@ def test_a_missing_artifact_or_negative_budget_is_an_error(tmp_path: Path) -> No
 
 
 def test_role_rows_add_up_to_the_artifact(ours: Path) -> None:
-    rows = role_table(read_facts(ours))
+    rows = unit_table(read_facts(ours))
     roles = ["manifest", "row factors, float16", "passthrough, float16", "blocks.*.mlp.fc.weight", "tok_emb.weight"]
     assert [row.role for row in rows] == roles
     assert [row.num_weights for row in rows] == [0, 18, 3, 120, 60]
@@ -111,7 +111,10 @@ def test_size_of_our_artifact_in_its_folder(ours: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(command, [str(ours.parent), "--code", str(code), "--json"])
     assert result.exit_code == 0, result.output
     artifact_bytes = ours.stat().st_size
-    assert json.loads(result.stdout) == {
+    answer = json.loads(result.stdout)
+    assert sum(row["bytes"] for row in answer.pop("roles")) == artifact_bytes
+    assert sum(row["bytes"] for row in answer.pop("tensors")) == artifact_bytes
+    assert answer == {
         "artifact": str(ours),
         "artifact_bytes": artifact_bytes,
         "code_bytes": 12_345,

@@ -14,7 +14,8 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.pack.codecs import brotli, lzma, none, zlib
 
 BEST = "best"  # every codec is tried on every unit, the smallest stream is kept
-RANS, RANS_ID = "rans", 4  # symbols by rANS, everything else by the best of the codecs below
+RANS = "rans"  # symbols by rANS, everything else by the best of the codecs below
+RANS_ID, STEADY_RANS_ID = 4, 5  # the second: contexts.Block.steady
 
 
 class Codec(NamedTuple):
@@ -52,7 +53,7 @@ def compress(raw: bytes, name: str) -> tuple[int, bytes]:
 
 def codec_name(codec_id: int) -> str:
     """The name of a codec id found in a file. Raises SettingsError for an id that no codec has."""
-    known = {codec.id: name for name, codec in CODECS.items()} | {RANS_ID: RANS}
+    known = {codec.id: name for name, codec in CODECS.items()} | {RANS_ID: RANS, STEADY_RANS_ID: RANS}
     if codec_id not in known:
         raise SettingsError(f"unknown codec id {codec_id}; valid ids: {', '.join(map(str, known))}")
     return known[codec_id]

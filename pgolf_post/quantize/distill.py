@@ -1,0 +1,265 @@
+"""Distillation after rounding: the parameters that stay floats learn to live with the matrices that did not.
+
+Symbols and scales are frozen. What the plan keeps as floats (gains, mixes, gates, skip weights) is tuned by AdamW
+with a cosine schedule to bring the quantized model's distribution back to the unquantized one's: the mean over tokens
+of KL(teacher ‖ student), on calibration text, never on validation text. It costs no bytes: the same numbers, others.
+
+Part of the windows is held out. The tuned values are rounded as the artifact stores them, and kept only if on the
+held-out windows both the KL and the nats of the text itself are lower than before; otherwise the model stays as it was,
+and the report says so. The forward pass is the model's own; norms and gates of a quantized network are what BRECQ
+(arXiv 2102.05426) and Norm Tweaking (arXiv 2309.02784) tune, layer by layer; here all of them see the final loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf_post.calibrate.randomness import generator
+from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.checkpoint import View
+from pgolf_post.derived import derived_id
+from pgolf_post.errors import MismatchError, NumericsError, SettingsError
+from pgolf_post.families import build_module, load_module
+from pgolf_post.progress import progress_bar, say
+from pgolf_post.quantize.distill_settings import DistillSettings
+from pgolf_post.quantize.tensor import QuantizedModel, widen
+from pgolf_post.ranks import ALONE
+
+STAGE_VERSION = 1
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means per token over the held-out windows."""
+
+    kl: float  # KL(teacher ‖ student), nats
+    nats: float  # of the text's own next tokens
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What distillation did. Held-out losses are those of values as the artifact stores them."""
+
+    kept: bool
+    reason: str
+    steps: int
+    parameters: int
+    train_tokens: int
+    holdout_tokens: int
+    before: Losses
+    after: Losses
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """JSON facts."""
+        losses = {
+            f"{name}_{when}": getattr(losses, name)
+            for when, losses in (("before", self.before), ("after", self.after))
+            for name in ("kl", "nats")
+        }
+        names = ("kept", "reason", "steps", "parameters", "train_tokens", "holdout_tokens", "seconds")
+        return {**{name: getattr(self, name) for name in names}, **losses}
+
+
+def distill(
+    model: QuantizedModel, view: View, text: CalibrationSet, settings: DistillSettings
+) -> tuple[QuantizedModel, DistillReport]:
+    """The model with its passed-through floats tuned, or the model as it was; symbols and scales are the same objects.
+
+    `text` is a calibration set, which validation text cannot be made into. The same inputs give the same values on a
+    CPU; on a GPU sums add in another order. Raises SettingsError where the text has too few windows, MismatchError for
+    a model of another view or one that keeps no parameter, NumericsError for values outside fp16's range.
+    """
+    started = time.perf_counter()
+    if model.lineage.get("checkpoint_id") not in (None, view.id[:12]):
+        raise MismatchError(f"the model was quantized from {model.lineage['checkpoint_id']}, the teacher is {view}")
+    trained, held_out = split_windows(text.tokens, settings)
+    work = _Work(model, view, settings)
+    with progress_bar("the teacher's hidden states", len(trained) + len(held_out)) as advance:
+        lesson, exam = (work.taught(windows, advance) for windows in (trained, held_out))
+    first = work.losses(exam)
+    with progress_bar("distilling", settings.steps) as advance:
+        work.tune(lesson, advance)
+    tuned = work.stored()
+    work.load(tuned)
+    last = work.losses(exam)
+    kept = last.kl < first.kl and last.nats < first.nats
+    worse = " and ".join(name for name in ("kl", "nats") if getattr(last, name) >= getattr(first, name))
+    reason = "" if kept else f"held-out {worse} did not fall: the values are as they were"
+    report = DistillReport(
+        kept,
+        reason,
+        settings.steps,
+        sum(array.size for array in tuned.values()),
+        trained.size,
+        held_out.size,
+        first,
+        last,
+        round(time.perf_counter() - started, 3),
+    )
+    _say(report)
+    if not kept:
+        return model, report
+    lineage = {**model.lineage, "distill_id": distill_id(view, text, settings)[:12]}
+    return replace(model, lineage=lineage, passthrough={**model.passthrough, **tuned}), report
+
+
+def distill_id(view: View, text: CalibrationSet, settings: DistillSettings) -> str:
+    """The id of a distillation: teacher, text and settings."""
+    return derived_id("distill", STAGE_VERSION, [view.id, text.sha256], settings.model_dump(mode="json"))
+
+
+def split_windows(tokens: np.ndarray, settings: DistillSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(windows, seq_len) int64 → those that are trained on, and those held out. Raises SettingsError below two."""
+    windows = tokens[: max(1, settings.tokens // tokens.shape[1])]
+    if len(windows) < 2 or tokens.shape[1] < 2:
+        raise SettingsError(
+            f"distillation needs a window to train on and one to hold out, of two tokens at least; it has "
+            f"{len(windows)} of {tokens.shape[1]}",
+            hint="--set distill.tokens=N, and as many --calibration-tokens",
+        )
+    order = generator(settings.seed, "held-out windows").permutation(len(windows))
+    count = min(len(windows) - 1, max(1, round(settings.holdout * len(windows))))
+    return windows[np.sort(order[count:])], windows[np.sort(order[:count])]
+
+
+def tunable(model: QuantizedModel) -> list[str]:
+    """The passed-through tensors that the model's family has as parameters it would train, in the model's order."""
+    module = build_module(model.config)
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    found = [name for name in names if name in model.passthrough]
+    if not found:
+        raise MismatchError("the plan keeps no trainable parameter as floats: distillation has nothing to tune")
+    return found
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Windows, and the teacher's hidden states there: of its forward pass only the head is run again."""
+
+    tokens: Tensor  # (windows, seq_len) int64
+    hidden: Tensor  # (windows, seq_len, dim), on the CPU
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class _Work:
+    """Teacher and student, built once."""
+
+    def __init__(self, model: QuantizedModel, view: View, settings: DistillSettings) -> None:
+        self.model, self.settings, self.device = model, settings, ALONE.device
+        decoded = {name: torch.from_numpy(array) for name, array in model.tensors().items()}
+        student = load_module(model.config, decoded, "quantized").to(self.device)
+        teacher = {name: tensor.clone() for name, tensor in view.tensors.items()}
+        self.student: Any = student  # LanguageModels
+        self.teacher: Any = load_module(view.config, teacher, str(view)).to(self.device)
+        self.parameters = {name: student.get_parameter(name) for name in tunable(model)}
+
+    @torch.no_grad()
+    def taught(self, windows: np.ndarray, advance: Callable[..., None]) -> Taught:
+        """Run the teacher once."""
+        tokens, found = torch.from_numpy(windows), []
+        for batch in tokens.split(self._batch_windows(windows.shape[1])):
+            found.append(self.teacher.hidden(batch.to(self.device)).cpu())
+            advance(len(batch))
+        return Taught(tokens, torch.cat(found))
+
+    def _batch_windows(self, seq_len: int) -> int:
+        return max(1, self.settings.batch_tokens // seq_len)
+
+    def tune(self, lesson: Taught, advance: Callable[..., None]) -> None:
+        """Run the steps; parameters that the forward pass does not reach stay as they are."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        settings = self.settings
+        optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), settings.learning_rate, BETAS, weight_decay=settings.weight_decay
+        )
+        batches = self._batches(lesson)
+        with torch.enable_grad():
+            for step in range(settings.steps):
+                rate = 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
+                optimizer.param_groups[0]["lr"] = rate
+                kl, _ = self._loss(lesson, next(batches))
+                optimizer.zero_grad(set_to_none=True)
+                kl.backward()
+                optimizer.step()
+                advance(note=f"KL {kl.item():.5f}")
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+
+    def _batches(self, lesson: Taught) -> Iterator[Tensor]:  # each (batch,) int64
+        """Endless batches: every window once per epoch, in an order of the seed."""
+        size = min(len(lesson), self._batch_windows(lesson.tokens.size(1)))
+        epoch = 0
+        while True:
+            order = generator(self.settings.seed, "distillation", epoch).permutation(len(lesson))
+            for start in range(0, len(order) - size + 1, size):
+                yield torch.from_numpy(order[start : start + size])
+            epoch += 1
+
+    def _loss(self, taught: Taught, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
+        """Mean KL over all positions, and mean nats of the next tokens."""
+        tokens = taught.tokens[chosen].to(self.device)
+        with torch.no_grad():
+            target = F.log_softmax(self.teacher.logits(taught.hidden[chosen].to(self.device)).float(), -1)
+        found = F.log_softmax(self.student.logits(self.student.hidden(tokens)).float(), -1)
+        kl = (target.exp() * (target - found)).sum(-1).mean()
+        nats = F.nll_loss(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return kl, nats
+
+    @torch.no_grad()
+    def losses(self, exam: Taught) -> Losses:
+        """Losses of the student as it is, summed in float64. Raises NumericsError if they are not finite."""
+        sums = np.zeros(2)
+        for batch in torch.arange(len(exam)).split(self._batch_windows(exam.tokens.size(1))):
+            sums += [float(loss) * len(batch) for loss in self._loss(exam, batch)]
+        if not np.isfinite(sums).all():
+            raise NumericsError("the held-out loss is not finite", hint="--set distill.learning_rate=…, a lower one")
+        return Losses(*(sums / len(exam)).tolist())
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """The tuned values in the types that the model stores."""
+        return {
+            name: to_stored(name, parameter.detach().cpu(), self.model.passthrough[name])
+            for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, np.ndarray]) -> None:
+        """Put stored values into the student."""
+        for name, array in values.items():
+            self.parameters[name].copy_(torch.from_numpy(widen(array)))
+
+
+def to_stored(name: str, values: Tensor, like: np.ndarray) -> np.ndarray:
+    """Values as `like` is stored: float16, or bfloat16's bits. Raises NumericsError for NaN, infinity and overflow."""
+    kind = torch.bfloat16 if like.dtype == np.uint16 else torch.float16
+    rounded = values.to(kind)
+    if not torch.isfinite(rounded).all():
+        largest = float(values.abs().max())
+        raise NumericsError(
+            f"{name}: distillation brought it to {largest:.4g}, which {str(kind).removeprefix('torch.')} cannot hold",
+            hint="--set distill.learning_rate=…, a lower one",
+        )
+    array: np.ndarray = (rounded.view(torch.uint16) if kind is torch.bfloat16 else rounded).contiguous().numpy()
+    return array
+
+
+def _say(report: DistillReport) -> None:
+    verdict = "kept" if report.kept else f"NOT kept: {report.reason}"
+    say(
+        f"distilled {report.parameters:,} floats in {report.steps} steps: held-out KL {report.before.kl:.6f} → "
+        f"{report.after.kl:.6f}, nats per token {report.before.nats:.5f} → {report.after.nats:.5f}; {verdict}"
+    )

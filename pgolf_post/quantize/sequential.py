@@ -1,0 +1,144 @@
+"""Sequential GPTQ: each block is rounded for the inputs that the quantized blocks before it will give it.
+
+Ordinary GPTQ takes all Hessians from the float model. Once earlier blocks are rounded, later ones see other inputs; so
+blocks are taken in the order of the forward pass, and the Hessians of each are collected again, on the same text, with
+all blocks before it decoded from their symbols (as Frantar et al. 2022, arXiv 2210.17323, run GPTQ on large models).
+
+What exactly runs:
+* All sites of a block see one pass: within it, its own matrices are still float.
+* A looped block is visited several times in one pass. Every visit runs with the weights as they are then: blocks
+  already rounded are rounded at all their visits, the block itself and those after it are float at all of theirs, and
+  its sums run over all its visits. An untied MLP of a later visit is a block of its own, where it is first visited.
+* The first block's inputs come from no quantized block: its statistics are those at hand. So a model of one block is
+  quantized as ever.
+* Matrices outside the blocks (embedding, head, projections) keep the statistics at hand, and are float during the
+  passes: a tied embedding is both the first matrix and the last. Low-rank corrections are chosen among all matrices at
+  the end, so no pass sees them.
+* AWQ takes its Σ|x| from the same passes as the Hessians.
+
+Cost: one forward pass over the text per block but the first. Weights and statistics are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.calibrate import Stats
+from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
+from pgolf_post.calibrate.forward import hooks
+from pgolf_post.calibrate.packed import pack_upper, unpack_upper
+from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.checkpoint import View
+from pgolf_post.errors import MismatchError, SettingsError
+from pgolf_post.families import ModelFamily, Site, get_family, load_module
+from pgolf_post.plan import TensorPlan
+from pgolf_post.progress import say
+from pgolf_post.quantize.factors import StatsFactors
+from pgolf_post.quantize.run import quantize_part
+from pgolf_post.quantize.tensor import QuantizedTensor
+from pgolf_post.ranks import ALONE
+from pgolf_post.score.pool import swap_weights
+
+PROBE_TOKENS = 8
+
+
+def quantize_in_order(
+    view: View,
+    rows: Sequence[TensorPlan],
+    stats: Stats,
+    factors: StatsFactors,  # of `stats`
+    text: CalibrationSet | None,  # that `stats` were collected on
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """As `quantize_part`, block by block.
+
+    Raises SettingsError without a text, MismatchError where the text is not as long as that of the statistics.
+    """
+    tokens = _require_text(stats, text).tokens
+    family = get_family(view.config["family"])
+    copies = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    module = load_module(view.config, copies, str(view)).to(ALONE.device)
+    blocks = blocks_in_order(module, family)
+    members = _members(blocks, rows, family)
+    inside = {name for names in members for name in names}
+    made, floats = quantize_part(view, [row for row in rows if row.name not in inside], stats, factors)
+    for number, ((layer, sites), names) in enumerate(zip(blocks, members, strict=True)):
+        own_stats, own_factors = stats, factors
+        if number:
+            say(f"block {layer}: Hessians under {number} quantized blocks")
+            sums = collect(Observed(module, sites, autocast=autocast_dtype("auto", ALONE.device)), tokens)
+            own_stats = _of_block(stats, sites, sums.tensors, tokens.size)
+            own_factors = StatsFactors(own_stats)
+        found, lossless = quantize_part(view, [row for row in rows if row.name in names], own_stats, own_factors)
+        made.update(found)
+        floats.update({name: lossless[name] for name in names})
+        swap_weights(module, {name: torch.from_numpy(tensor.dequantize()) for name, tensor in found.items()})
+    in_plan = [row.name for row in rows if row.name in made]
+    return {name: made[name] for name in in_plan}, floats
+
+
+def _require_text(stats: Stats, text: CalibrationSet | None) -> CalibrationSet:
+    if text is None:
+        raise SettingsError("a sequential plan collects Hessians as it goes, and this stage was given no text for that")
+    if text.tokens.size != stats.num_tokens:
+        raise MismatchError(
+            f"the statistics are of {stats.num_tokens:,} tokens, the text to go on with has {text.tokens.size:,}",
+            hint="use one set of calibration settings for both",
+        )
+    return text
+
+
+def blocks_in_order(module: Any, family: ModelFamily) -> list[tuple[int, list[Site]]]:
+    """(layer, its sites) in the order in which one forward pass first comes to them.
+
+    A layer that is come to again for new matrices is there twice. What has no layer (embedding, head, projections) is
+    in no block.
+    """
+    inside = {site.name: site for site in family.sites(module) if family.layer(site.tensors[0]) is not None}
+    seen: dict[str, int] = {}
+
+    def hook_for(site: Site) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            seen.setdefault(site.name, family.layer(site.tensors[0]) or 0)
+
+        return hook
+
+    handles = [module.get_submodule(site.module).register_forward_pre_hook(hook_for(site)) for site in inside.values()]
+    with hooks(handles), torch.no_grad():
+        module.hidden(torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=next(module.parameters()).device))
+    return [(layer, [inside[name] for name in names]) for layer, names in groupby(seen, key=seen.__getitem__)]
+
+
+def _members(
+    blocks: Sequence[tuple[int, list[Site]]], rows: Sequence[TensorPlan], family: ModelFamily
+) -> list[set[str]]:
+    """The tensors of each block: what its sites feed and, where its layer comes first, the layer's others."""
+    fed = {name for _, sites in blocks for site in sites for name in site.tensors}
+    others: dict[int | None, set[str]] = {}
+    for row in rows:
+        if row.name not in fed:
+            others.setdefault(family.layer(row.name), set()).add(row.name)
+    return [{name for site in sites for name in site.tensors} | others.pop(layer, set()) for layer, sites in blocks]
+
+
+def _of_block(stats: Stats, sites: Sequence[Site], sums: Mapping[str, Tensor], num_tokens: int) -> Stats:
+    """Statistics of a block's sites alone, rounded as stored ones are."""
+
+    def kind(name: str) -> dict[str, Tensor]:
+        return {site.name: sums[f"{name}.{site.name}"].cpu() for site in sites}
+
+    hessians = {name: unpack_upper(pack_upper(matrix)) for name, matrix in kind("hessian").items()}
+    return replace(
+        stats,
+        hessians=hessians,
+        abs_sums=kind("abs"),
+        abs_maxima=kind("max"),
+        pass_traces=kind("trace"),
+        fisher=None,
+        num_tokens=num_tokens,
+    )
