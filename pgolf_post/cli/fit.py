@@ -139,7 +139,7 @@ def command(
             "stats_id": fitter.stats.id,
             "train_seconds": dict(fitter.train_seconds),
         }
-        shared |= {"kappa": {role: found.facts() for role, found in fitter.kappas.items()}}
+        shared |= {"kappa": {group: found.facts() for group, found in fitter.kappas.items()}}
         shared["seconds"] = round(time.perf_counter() - started, 3)
         print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
 
@@ -197,12 +197,12 @@ def _show_training(fitter: Fitter) -> None:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{sum(seconds.values()):.1f} s on training data ({parts}): the challenge counts them as training")
     if fitter.kappas:
-        header = ("role", "predicted nats", "measured nats", "± 2 s.e.", "κ used")
+        header = (fitter.settings.kappa, "predicted nats", "divergence", "± 2 s.e.", "κ used")
         rows = [
-            (role, f"{k.predicted:.5f}", f"{k.measured:.5f}", f"{2 * k.error:.5f}", f"{k.kappa:.3f}")
-            for role, k in fitter.kappas.items()
+            (group, f"{k.predicted:.6f}", f"{k.measured:.6f}", f"{2 * k.error:.6f}", f"{k.kappa:.3f}")
+            for group, k in fitter.kappas.items()
         ]
-        print_table("What an error costs, by role, against its prediction", header, rows)
+        print_table("What quantizing one alone costs, against its prediction", header, rows)
 
 
 def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:

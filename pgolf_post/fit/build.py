@@ -145,6 +145,6 @@ def as_rows(array: np.ndarray) -> np.ndarray:  # any shape → (rows, columns)
     return array.reshape(1, -1) if array.ndim < 2 else array.reshape(len(array), -1)
 
 
-def constants_of(parts: Iterable[Part], constant: float, kappa: Mapping[str, float]) -> dict[str, float]:
-    """c/√κ of each matrix, κ by role."""
-    return {part.name: constant / kappa.get(part.role, 1.0) ** 0.5 for part in parts}
+def constants_of(names: Iterable[str], constant: float, kappa: Mapping[str, float]) -> dict[str, float]:
+    """c/√κ of each matrix."""
+    return {name: constant / kappa.get(name, 1.0) ** 0.5 for name in names}

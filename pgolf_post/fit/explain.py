@@ -40,7 +40,7 @@ def explain(
     """One row per tensor, in order."""
     rows = []
     for facts in tensors:
-        count, loss = int(facts["weights"]), float(facts["predicted_loss"]) * kappa.get(str(facts["role"]), 1.0)
+        count, loss = int(facts["weights"]), float(facts["predicted_loss"]) * kappa.get(str(facts["name"]), 1.0)
         rows.append(Row(str(facts["name"]), str(facts["role"]), count, float(facts["entropy_bits"]) * count, loss))
     return rows
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
@@ -26,14 +25,14 @@ from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.families import train_seq_len
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder
-from pgolf_post.fit.kappa import Kappa, measure_kappas, used
+from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of, measure_kappas
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
 from pgolf_post.fit.steps import constant_for, expected_loss
 from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
 from pgolf_post.progress import say
-from pgolf_post.quantize.tensor import QuantizedModel, symbols_sha256
+from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.ranks import ALONE, Ranks
 from pgolf_post.requant import Artifact
 from pgolf_post.storage import read_json, write_json
@@ -51,13 +50,13 @@ class Fitter:
     stats: Stats
     settings: FitSettings
     builder: Builder
-    kappas: Mapping[str, Kappa]  # role → measurement; empty where κ is off
+    kappas: Mapping[str, Kappa]  # tensor or role → measurement; empty where κ is off
     train_seconds: Mapping[str, float]  # step → seconds spent on training text, now or when it was cached
 
     @property
     def kappa(self) -> dict[str, float]:
-        """Role → κ."""
-        return used(self.kappas)
+        """Tensor → κ."""
+        return by_tensor(self.builder, self.kappas, self.settings.kappa)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def prepare(
             step.add(stats.seconds if stats.cached else 0.0)
     builder = Builder(view, stats, settings)
     kappas: Mapping[str, Kappa] = {}
-    if settings.kappa and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
+    if settings.kappa != "off" and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
         with clock.step("kappa") as step:
             kappas, cached_seconds = _kappas(builder, data, settings, fresh, ranks)
             step.add(cached_seconds)
@@ -101,31 +100,31 @@ def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> Calibrat
 
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
-    """About what κ will take: three forward passes' worth for each token of a statistic's backward and forward."""
-    roles = len({part.role for part in builder.parts.values()})
-    return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (2 * roles + 1)
+    """About what κ will take: statistics cost three forward passes a token."""
+    groups = len(groups_of(builder, settings.kappa))
+    return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (groups + 1)
 
 
 def _kappas(
     builder: Builder, data: DataFolder, settings: FitSettings, fresh: bool, ranks: Ranks
 ) -> tuple[dict[str, Kappa], float]:
-    """κ by role, from the cache or measured, and the seconds that took when it is from the cache."""
+    """κ by group, from the cache or measured, and the seconds that took when it is from the cache."""
     view = builder.view
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = {**settings.model_dump(mode="json", exclude={"kappa"}), "text_sha256": text.sha256}
+    identity = {**settings.model_dump(mode="json"), "text_sha256": text.sha256}
     folder = view.checkpoint.derived(
         KAPPA_STAGE, derived_id(KAPPA_STAGE, KAPPA_VERSION, [view.id, builder.stats.id], identity)
     )
     started = time.perf_counter()
 
     def make(building: Path) -> Mapping[str, Any]:
-        write_json(building / KAPPA_FILE, {role: found.facts() for role, found in measured.items()})
+        write_json(building / KAPPA_FILE, {group: found.facts() for group, found in measured.items()})
         return {"view_id": view.id, "seconds": round(time.perf_counter() - started, 3)}
 
     if ranks.main_says(not fresh and (folder / "meta.json").is_file()):
         measured: dict[str, Kappa] = {}
     else:
-        measured = measure_kappas(builder, Probe(view, text, ranks))
+        measured = measure_kappas(builder, Probe(view, text, ranks), settings.kappa)
     config = {"stage": KAPPA_STAGE, "version": KAPPA_VERSION, "view": view.name, "view_id": view.id, **identity}
     if not measured:
         return _read_kappas(folder), float(read_json(folder / "meta.json")["seconds"])
@@ -136,7 +135,7 @@ def _kappas(
 
 
 def _read_kappas(folder: Path) -> dict[str, Kappa]:
-    return {role: Kappa(**facts) for role, facts in read_json(folder / KAPPA_FILE).items()}
+    return {group: Kappa(**facts) for group, facts in read_json(folder / KAPPA_FILE).items()}
 
 
 def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool = False) -> Artifact:
@@ -168,7 +167,8 @@ def _say_try(found: Try) -> None:
 def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
     """What meta.json says of a solution, beside its bytes."""
     quantized = solution.model.quantized.values()
-    predicted = sum(float(tensor.facts["predicted_loss"]) * _kappa_of(fitter, tensor.facts) for tensor in quantized)
+    kappa = fitter.kappa
+    predicted = sum(float(tensor.facts["predicted_loss"]) * kappa[tensor.name] for tensor in quantized)
     stale = {"stale": dict(fitter.stats.stale)} if fitter.stats.stale else {}
     return {
         **stale,
@@ -181,10 +181,6 @@ def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
     }
 
 
-def _kappa_of(fitter: Fitter, facts: Mapping[str, Any]) -> float:
-    return fitter.kappa.get(str(facts["role"]), 1.0)
-
-
 # ---- bytes for a loss ------------------------------------------------------------------------------------------------
 
 GAP_TRIES, GAP_CLOSE = 4, 0.03
@@ -193,7 +189,7 @@ GAP_TRIES, GAP_CLOSE = 4, 0.03
 def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     """The artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
 
-    The gap grows as c². Raises SettingsError for a gap that is not positive.
+    As the divergence from the unquantized model, which grows as c². Raises SettingsError for a gap that is not positive.
     """
     if not gap_bpb > 0:
         raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive")
@@ -203,18 +199,15 @@ def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     constant = constant_for(fitter.builder.num_weights, wanted)
     for _ in range(GAP_TRIES):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
-        found = probe.curvature(_errors(fitter, model))
+        found = probe.divergence(
+            {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
+        )
         spread = f"{found.mean:.5f} ± {2 * found.error:.5f}"
         say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
         if abs(found.mean / wanted - 1) <= GAP_CLOSE or found.mean <= 0:
             break
         constant *= (wanted / found.mean) ** 0.5
     return search.packed_bytes(model) + WINDOW_BYTES // 2
-
-
-def _errors(fitter: Fitter, model: QuantizedModel) -> dict[str, Tensor]:
-    own = fitter.view.tensors
-    return {n: torch.from_numpy(t.dequantize()) - own[n] for n, t in model.quantized.items()}
 
 
 def bytes_per_token(data: DataFolder, text: CalibrationSet) -> float:

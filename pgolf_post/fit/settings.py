@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from pgolf_post.quantize.trellis import POLYNOMIALS
@@ -18,9 +20,11 @@ class FitSettings(Settings):
     )
     trellis_states: int = Field(8, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
     lane_rows: int = Field(512, ge=1, description="rows after which a trellis restarts")
-    shrink: bool = Field(True, description="decode towards the centroid: one factor per tensor, in closed form")
-    kappa: bool = Field(True, description="measure each role's sensitivity instead of trusting the quadratic model")
-    kappa_tokens: int = Field(32768, ge=512, description="training tokens that each role's measurement reads, twice")
+    shrink: bool = Field(False, description="decode towards the centroid: one factor per tensor, in closed form")
+    kappa: Literal["off", "role", "tensor"] = Field(
+        "tensor", description="what is quantized alone to see how wrong the quadratic model is: tensor, role, or off"
+    )
+    kappa_tokens: int = Field(8192, ge=2, description="training tokens that each of these measurements reads")
     kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
 
     hessian_share: float = Field(0.95, ge=0, le=1, description="off-diagonal moments are multiplied by it")

@@ -87,7 +87,7 @@ class Search:
 
     def constants(self, constant: float) -> dict[str, float]:
         """c/√κ of every matrix."""
-        return constants_of(self.builder.parts.values(), constant, self.kappa)
+        return constants_of(self.builder.parts, constant, self.kappa)
 
     def first_constant(self, limit: int) -> float:
         """Where Gaussian entropies put the budget: bits fall with log c, so halve the interval."""

@@ -69,7 +69,9 @@ def test_inputs_are_left_untouched(view: View, pico_data: DataFolder) -> None:
 
 
 def test_a_budget_under_one_bit_says_the_least(fitter: Fitter) -> None:
-    with pytest.raises(OverBudgetError, match=r"less than one bit for each of .* weights; the least is about") as caught:
+    with pytest.raises(
+        OverBudgetError, match=r"less than one bit for each of .* weights; the least is about"
+    ) as caught:
         solve(fitter, fixed_bytes(fitter.builder))
     assert caught.value.hint is not None
     assert "--budget" in caught.value.hint
