@@ -27,7 +27,7 @@ from pgolf_post.plan import GridRule, Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_scales
 from pgolf_post.quantize.run import as_matrix, plan_view, spread_scales
 from pgolf_post.sweep.run import State, Sweep
-from pgolf_post.sweep.spec import SweepSpec, Trial
+from pgolf_post.sweep.spec import SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.trial import Listed
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/BENCHMARKS.md, Quantizing)
@@ -76,7 +76,7 @@ def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float
         return PlanRow(listed, done, (), None, trial.settings.train.seconds, None)
     view = sweep.bench.view(trial.settings)
     cached = _cached(sweep, state.spec, trial, view)
-    predicted = gaussian_bytes(view, sweep.bench.plan(trial.settings, view)) if trial.settings.quantize else None
+    predicted = gaussian_bytes(view, trial_plan(trial.settings)) if trial.settings.quantize else None
     seconds = 0.0 if done else _seconds(sweep, state, trial, view, cached, rates)
     return PlanRow(listed, done, cached, predicted, seconds, peak_bytes(view, trial.settings.quantize))
 
@@ -90,8 +90,7 @@ def _cached(sweep: Sweep, spec: SweepSpec, trial: Trial, view: View) -> tuple[st
     stats_id = stats_id_of(view, settings, calibration_text(view, data, settings, window), window)
     if not (view.checkpoint.derived("stats", stats_id) / "meta.json").is_file():
         return ()
-    plan = sweep.bench.plan(trial.settings, view)
-    folder, _ = sweep.bench.artifact_folder(view, stats_id, plan, trial.settings.codec)
+    folder, _ = sweep.bench.artifact_folder(view, stats_id, trial.settings)
     return ("stats", "artifact") if (folder / requant.PAYLOAD).is_file() else ("stats",)
 
 

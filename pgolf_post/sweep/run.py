@@ -22,7 +22,7 @@ from pgolf_post.ledger import Ledger, Row
 from pgolf_post.progress import say
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec
-from pgolf_post.sweep.trial import Listed, Provenance, Run, check_noise, list_trials
+from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
 from pgolf_post.sweep.workbench import Places, Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
@@ -150,9 +150,6 @@ class Sweep:
         try:
             spec = read_spec(self.options.spec, self.options.overrides)
             trials = expand(spec, self.bench.num_blocks)
-            for trial in trials:
-                if trial.role == "control":
-                    check_noise(spec, trial)
             listed = list_trials(self.bench, spec, trials)
         except PgolfError as error:
             if self._spec is None:
@@ -178,7 +175,10 @@ class Sweep:
         if state.is_stopped(listed):
             return self._stopped(listed), ()
         noise = [state.rows[one.id] for one in state.noise(listed) if one.id in state.rows]
-        return Run(self.bench, state.spec, listed, control, control_trial, noise, self.provenance).row()
+        run = Run(self.bench, state.spec, listed, control, control_trial, noise, self.provenance)
+        failed = self.ledger.get("trial", listed.id)  # only where failures are tried again
+        run.attempt = 1 if failed is None else int(failed.result.get("attempt", 1)) + 1
+        return run.row()
 
     def _stopped(self, listed: Listed) -> Row:
         trial, facts = listed.trial, self.provenance

@@ -88,7 +88,9 @@ class TrialSettings(Settings):
     codec: str = "rans"
     ttt: dict[str, Any] = Field(default_factory=dict, description="changes of the TTT stage's settings")
     quantize: bool = Field(True, description="false: the weights themselves are scored")
-    jitter_seed: int = Field(0, ge=0, description="not 0: SDClip scales moved by ±1e-4, to see what rounding does")
+    jitter_seed: int = Field(
+        0, ge=0, description="not 0: rows moved by ±1e-4 against their scales, to see what rounding does"
+    )
 
     @model_validator(mode="after")
     def _one_average(self) -> TrialSettings:

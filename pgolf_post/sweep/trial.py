@@ -18,7 +18,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from pgolf_post.derived import derived_id
-from pgolf_post.errors import PgolfError, SettingsError
+from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
 from pgolf_post.pack.size import count
 from pgolf_post.score.bpb import Score
@@ -28,9 +28,9 @@ from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.conditions import holds
 from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.training import recipe_tree, run_id
-from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench, can_jitter
+from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench
 
-TRIAL_VERSION = 1
+TRIAL_VERSION = 2
 FLOOR_LEVEL = 0.95
 
 
@@ -111,6 +111,7 @@ class Run:
     provenance: Provenance
     parents: tuple[str, ...] = ()
     extra_rows: tuple[Row, ...] = ()
+    attempt: int = 1
 
     @property
     def trial(self) -> Trial:
@@ -120,7 +121,7 @@ class Run:
         """The trial's row, whatever comes of it, and rows of what it was made of. Ctrl-C is not an outcome."""
         started = time.perf_counter()
         self.bench.start_trial()
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {"attempt": self.attempt} if self.attempt > 1 else {}
         try:
             self._stages(result)
         except StoppedError as error:
@@ -329,13 +330,3 @@ def noise_floor(noise: Sequence[Row], stage: str | None) -> float | None:
 def _said(error: Exception) -> str:
     """An error for a row: ours as they are, others with their kind."""
     return str(error) if isinstance(error, PgolfError) else f"{type(error).__name__}: {error}"
-
-
-def check_noise(spec: SweepSpec, trial: Trial) -> None:
-    """Raise SettingsError if jittering the control's scales could not change anything."""
-    if spec.noise_repeats and not can_jitter(trial_plan(trial.settings)):
-        raise SettingsError(
-            f"noise_repeats = {spec.noise_repeats}: plan {trial.settings.plan!r} has no GPTQ rule with SDClip scales, "
-            "so jittered scales would change nothing",
-            hint="noise_repeats = 0",
-        )

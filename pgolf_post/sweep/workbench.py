@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ from pgolf_post.families import build_module, get_family, train_seq_len
 from pgolf_post.pack.artifact import read_artifact, write_artifact
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.predict import predict_bytes
-from pgolf_post.plan import GptqRule, GridRule, Plan, Rule
+from pgolf_post.plan import Plan
 from pgolf_post.posthoc_ema import config_at, find_combination, run_snapshots, synthesise
 from pgolf_post.progress import hushed
 from pgolf_post.quantize.factors import StatsFactors
-from pgolf_post.quantize.run import plan_view, quantize_view
+from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel, symbols_sha256
 from pgolf_post.ranks import Ranks
 from pgolf_post.score import cached as score_cache
@@ -251,14 +251,11 @@ class Workbench:
 
     # ---- artifacts ---------------------------------------------------------------------------------------------------
 
-    def plan(self, settings: TrialSettings, view: View) -> Plan:
-        """A trial's plan, its scales jittered where it is a repeat of the control."""
-        plan = trial_plan(settings)
-        return jittered(plan, view, settings.jitter_seed) if settings.jitter_seed else plan
-
-    def artifact_folder(self, view: View, stats_id: str, plan: Plan, codec: str) -> tuple[Path, str]:
-        """Where `requant` would put this artifact, and its id."""
-        identity = {**plan.identity(), "codec": codec}
+    def artifact_folder(self, view: View, stats_id: str, settings: TrialSettings) -> tuple[Path, str]:
+        """Where `requant` would put this artifact, and its id; a repeat with jittered scales has one of its own."""
+        identity = {**trial_plan(settings).identity(), "codec": settings.codec}
+        if settings.jitter_seed:
+            identity["jitter_seed"] = settings.jitter_seed
         artifact_id = derived_id(requant.STAGE, requant.STAGE_VERSION, [view.id, stats_id], identity)
         return view.checkpoint.derived(requant.STAGE, artifact_id), artifact_id
 
@@ -280,8 +277,9 @@ class Workbench:
         DroppedError. Raises VerificationError if the file does not decode to the symbols that were packed.
         """
         codec = parse_settings(PackSettings, {"codec": settings.codec}, "sweep").codec
-        plan = self.plan(settings, view)
-        folder, artifact_id = self.artifact_folder(view, stats.id, plan, codec)
+        plan = trial_plan(settings)
+        folder, artifact_id = self.artifact_folder(view, stats.id, settings)
+        view = jittered(view, settings.jitter_seed) if settings.jitter_seed else view
         if artifact_id in self._quantized and on_model is None:
             return self._quantized[artifact_id]
         with claim(self.places.locks, f"artifact-{artifact_id}", wait=True):
@@ -500,19 +498,17 @@ def content_sha256(model: QuantizedModel) -> str:
     return digest.hexdigest()
 
 
-def jittered(plan: Plan, view: View, seed: int) -> Plan:
-    """The plan with a rule for each tensor whose SDClip k is moved by up to ±1e-4 of itself, at random."""
-    random, rules = np.random.default_rng(seed), list[Rule]()
-    for number, row in enumerate(plan_view(view, plan)):
-        rule = row.rule
-        if isinstance(rule, GridRule) and rule.scale == "sdclip":
-            moved = rule.clip * (1 + JITTER * float(random.uniform(-1, 1)))
-            rule = rule.model_copy(update={"clip": moved})
-        everything = {"roles": (), "layers": "", "looped": None, "max_values": None}
-        rules.append(rule.model_copy(update={"name": f"tensor-{number}", "tensors": row.name, **everything}))
-    return plan.model_copy(update={"rules": tuple(rules)})
+def jittered(view: View, seed: int) -> View:
+    """The weights with each row moved by up to ±1e-4 of itself against its scale, at random.
 
-
-def can_jitter(plan: Plan) -> bool:
-    """Whether jittered scales can change anything: GPTQ with scales from SDClip."""
-    return any(isinstance(rule, GptqRule) and rule.scale == "sdclip" for rule in plan.rules)
+    Scales are stored in fp16, whose steps are wider than that: a scale jittered by 1e-4 would mostly be rounded back.
+    So the row moves instead of its scale, which to the rounding is the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, tensor in view.tensors.items():
+        if tensor.ndim > 1:
+            rows = 2 * torch.rand(len(tensor), generator=generator) - 1
+            tensor = tensor * (1 + JITTER * rows).reshape(-1, *[1] * (tensor.ndim - 1))
+        moved[name] = tensor
+    return replace(view, tensors=moved)
