@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
@@ -64,22 +63,26 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_the_same_rows_whichever_engine(lab: Lab) -> None:
+def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
     lab.run(spec_text(TRIALS))
     expected = rows_of(lab.root)
     assert len(expected) == 8
     assert "error" in expected["bad"]["result"]  # type: ignore[operator]
-    roots = {name: copied(lab, name) for name in ("workers", "torchrun", "ray")}
+    roots = {name: copied(lab, name) for name in ("workers", "torchrun")}
     run_process([sys.executable, *command(lab, "--workers", "2", root=roots["workers"])], lab.folder)
     assert rows_of(roots["workers"]) == expected
     rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--nproc_per_node", "2"]
     ranks = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *command(lab, root=roots["torchrun"])]
     run_process(ranks, lab.folder)
     assert rows_of(roots["torchrun"]) == expected
-    if importlib.util.find_spec("ray"):
-        ray = command(lab, "--engine", "ray", "--workers", "2", root=roots["ray"])
-        run_process([sys.executable, *ray], lab.folder)
-        assert rows_of(roots["ray"]) == expected
+
+
+def test_the_same_rows_on_a_local_ray(lab: Lab) -> None:
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    lab.run(spec_text(TRIALS))
+    root = copied(lab, "ray")
+    run_process([sys.executable, *command(lab, "--engine", "ray", "--workers", "2", root=root)], lab.folder)
+    assert rows_of(root) == rows_of(lab.root)
 
 
 def test_two_workers_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
