@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ class Sweep:
         if self._spec is None:
             self._read(None)
         assert self._spec is not None
-        rows = {one.id: row for one in self._listed if (row := self.row(one.id)) is not None}
+        there = [(one, self.row(one.id)) for one in self._listed]
+        rows = {one.id: as_asked(row, one.trial) for one, row in there if row is not None}
         return State(self._spec, self._listed, rows)
 
     def row(self, trial_id: str) -> Row | None:
@@ -188,6 +189,12 @@ class Sweep:
             "trial", listed.id, (listed.control_id,), trial.name, facts.sweep, settings, "",
             {"stopped": SKIPPED}, facts.commit, facts.device, 0.0, None, None, SKIPPED,
         )  # fmt: skip
+
+
+def as_asked(row: Row, trial: Trial) -> Row:
+    """A row under the name that this sweep has for it: another one may have run the very same trial before."""
+    named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
+    return replace(row, name=trial.name, settings={**row.settings, **named})
 
 
 def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False) -> None:

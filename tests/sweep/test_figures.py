@@ -56,7 +56,7 @@ def test_a_plan_says_what_there_is_and_comes_near(lab: Lab) -> None:
     for name, row in packed.items():
         predicted = after[name].predicted_bytes
         assert predicted is not None
-        assert abs(predicted / row.result["artifact_bytes"] - 1) < 0.5  # a pico artifact is half manifest
+        assert 0.5 < predicted / row.result["artifact_bytes"] < 2  # a pico artifact is half manifest and plain floats
 
 
 def test_the_command_answers_in_json(lab: Lab) -> None:

@@ -297,6 +297,18 @@ def test_a_table_ranks_and_is_written(lab: Lab, tmp_path: Path) -> None:
     assert len(paths[1].read_text().splitlines()) == 1 + len(state.rows)
 
 
+def test_two_sweeps_share_a_trial_under_their_own_names(lab: Lab) -> None:
+    lab.run(spec_text())
+    text = 'question = "k?"\nnoise_repeats = 1\n[grid]\nmatrices.clip = [11.0, 12.85]'
+    state = lab.run(spec_text(text), "clips")
+    row = by_name(state)["control (matrices.clip = 12.85)"]
+    assert row.settings["changes"] == {"matrices.clip": 12.85}
+    with Ledger.open(lab.root) as ledger:
+        kept = ledger.get("trial", row.id)
+    assert kept is not None
+    assert kept.name == "control (hessian_lambda = 0)"
+
+
 def test_cost_is_recorded(lab: Lab) -> None:
     rows: list[Row] = list(lab.run(spec_text(), dollars_per_hour=3600.0).rows.values())
     assert all(row.cost_dollars == pytest.approx(row.seconds, abs=1e-5) for row in rows)
