@@ -72,7 +72,7 @@ def list_entries(root: Path) -> list[Entry]:
     """Every derived folder under `root`, by checkpoint, stage and name. Raises NotFoundError if there is no root."""
     if not root.is_dir():
         raise NotFoundError(f"no folder {root}", hint="pgolf-post cache list --root FOLDER")
-    return [_entry(path) for stage in sorted(_stage_folders(root)) for path in sorted(stage.iterdir())]
+    return [entry_at(path) for stage in sorted(_stage_folders(root)) for path in sorted(stage.iterdir())]
 
 
 def _stage_folders(root: Path) -> Iterator[Path]:
@@ -81,7 +81,8 @@ def _stage_folders(root: Path) -> Iterator[Path]:
             yield from (stage for stage in derived.iterdir() if stage.is_dir())
 
 
-def _entry(path: Path) -> Entry:
+def entry_at(path: Path) -> Entry:
+    """What is at `RUN/CHECKPOINT/derived/STAGE/ID`."""
     checkpoint, files = path.parents[2], [path, *path.rglob("*")]
     sizes = [file.lstat() for file in files]
     num_bytes = sum(size.st_size for file, size in zip(files, sizes, strict=True) if not file.is_dir())

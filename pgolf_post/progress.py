@@ -97,6 +97,12 @@ def _display() -> Iterator[Any]:
             _live.clear()
 
 
+def terminal_width() -> int:
+    """Columns that a table may fill; 160 where stderr is no terminal."""
+    terminal = console()
+    return terminal.width if terminal.is_terminal else 160
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people. Columns after the first are right-aligned."""
     from rich.table import Table
@@ -107,8 +113,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     terminal = console()
-    if not terminal.is_terminal:
-        terminal.width = 160
+    terminal.width = terminal_width()
     say(title)
     terminal.print(table)
 

@@ -60,6 +60,8 @@ def command(
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
     """Run a recipe to its end."""
+    from pgolf_post.checkpoint import run_checkpoints
+    from pgolf_post.ledger.recording import record
     from trainer.distributed import Ranks
     from trainer.loop import Trainer
 
@@ -76,6 +78,8 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
         checkpoint = trainer.run()
     finally:
         ranks.leave()
+    if ranks.is_main:
+        record(*(saved.path for saved in run_checkpoints(checkpoint)))
     if as_json and ranks.is_main:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
         print_json(

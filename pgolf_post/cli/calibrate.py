@@ -13,6 +13,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    dollars_option,
     find_checkpoint,
     find_data,
     fresh_option,
@@ -20,6 +21,7 @@ from pgolf_post.cli.common import (
     json_option,
     load_view,
     settings_options,
+    stats_folder,
     weights_option,
 )
 from pgolf_post.progress import print_json, print_table
@@ -45,6 +47,7 @@ SHORT_FLAGS = {field: f"--{flag.removeprefix('--calibration-')} {flag}" for fiel
 @settings_options(CalibrationSettings, {**SHORT_FLAGS, "fisher": "--fisher"})
 @allow_stale_option
 @fresh_option
+@dollars_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -52,6 +55,7 @@ def command(
     data_dir: Path | None,
     allow_stale: str | None,
     fresh: bool,
+    dollars_per_hour: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -68,6 +72,7 @@ def command(
     by the model itself, or random: calibrating on validation text is against the challenge's rules, and refused.
     """
     from pgolf_post.calibrate import calibrate, stale_stats
+    from pgolf_post.ledger.recording import record
     from pgolf_post.ranks import Ranks
 
     started = time.perf_counter()
@@ -83,8 +88,10 @@ def command(
             stats = calibrate(view, data, settings, fresh, ranks)
         if ranks.is_main:
             _show(stats)
+            seconds = round(time.perf_counter() - started, 3)
+            record(stats_folder(view, stats), dollars_per_hour=dollars_per_hour, seconds=seconds)
             if as_json:
-                print_json(_answer(stats, view.id, settings, round(time.perf_counter() - started, 3)))
+                print_json(_answer(stats, view.id, settings, seconds))
     finally:
         ranks.leave()
 

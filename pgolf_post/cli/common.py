@@ -13,6 +13,7 @@ from pgolf_post.progress import say
 from pgolf_post.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
+    from pgolf_post.calibrate import Stats
     from pgolf_post.checkpoint import Checkpoint, View
     from pgolf_post.data import DataFolder
 
@@ -35,6 +36,10 @@ allow_stale_option = click.option(
     help="Use these statistics (a folder or an id) though they are of other weights; recorded, and probed first.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+
+dollars_option = click.option(
+    "--dollars-per-hour", type=click.FloatRange(min=0), help="What an hour of this machine costs, for the ledger."
+)
 
 
 def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
@@ -98,6 +103,11 @@ def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
             hint=f"if that is the text you mean, say so: --data {data.path}",
         )
     return data
+
+
+def stats_folder(view: View, stats: Stats) -> Path:
+    """Where the statistics lie that a view was or is to be quantized with."""
+    return Path(stats.stale["stats"]) if stats.stale else view.checkpoint.derived("stats", stats.id)
 
 
 def load_view(checkpoint: Checkpoint, weights: Any) -> View:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from pgolf_post.cli.common import data_option, json_option
+from pgolf_post.cli.common import data_option, dollars_option, json_option
 from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
 from pgolf_post.progress import print_json, print_table
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 @click.option("--bytes-per-token", type=float, help="--record with numbers: bytes of text per token.")
 @click.option("--variant", type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]), help="… or a published one.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile one model for both (not for ttt).")
+@dollars_option
 @json_option
-def command(candidate: str, control: str, as_json: bool, **options: Any) -> None:
+def command(candidate: str, control: str, dollars_per_hour: float | None, as_json: bool, **options: Any) -> None:
     """The difference in bits per byte of CANDIDATE (a checkpoint or an artifact) against CONTROL; negative is better.
 
     \b
@@ -44,13 +45,22 @@ def command(candidate: str, control: str, as_json: bool, **options: Any) -> None
     Scores are read from the cache where they are there. --until-ci samples plain windows at random and looks after each
     batch; its interval is a confidence sequence, which stays valid however often it is looked at.
     """
+    from pgolf_post.ledger.comparison import comparison_row
+    from pgolf_post.ledger.recording import record
+
     started = time.perf_counter()
     if options["record"] and options["until_ci"]:
         raise click.UsageError("--record compares groups of seeds, --until-ci two models; choose one")
     work = _record if options["record"] else (_screen if options["until_ci"] else _paired)
-    facts = work(candidate, control, options)
+    facts, scored = work(candidate, control, options)
+    seconds = round(time.perf_counter() - started, 3)
+    record(
+        *scored,
+        rows=lambda: [comparison_row(candidate, control, facts, scored, options, seconds)],
+        dollars_per_hour=dollars_per_hour,
+        seconds=seconds,
+    )
     if as_json:
-        seconds = round(time.perf_counter() - started, 3)
         print_json({"candidate": candidate, "control": control, **facts, "seconds": seconds})
 
 
@@ -58,27 +68,32 @@ def _open(text: str, options: dict[str, Any]) -> Opened:
     return open_subject(Path(text), None, options["data_dir"])
 
 
-def _score(opened: Opened, options: dict[str, Any], pool: Any) -> Score:
+Compared = tuple[dict[str, Any], list[Path]]  # the answer, and the folders of the scores it is made of
+
+
+def _score(opened: Opened, options: dict[str, Any], pool: Any) -> tuple[Score, Path]:
     from pgolf_post.score.cached import load_score
     from pgolf_post.score.session import Session
 
     protocol = parse_protocol(options, opened.config, "compare")
-    return load_score(opened.score(protocol, False, Session(), pool)[0])
+    found, _ = opened.score(protocol, False, Session(), pool)
+    return load_score(found), Path(found["folder"])
 
 
-def _scores(names: list[str], options: dict[str, Any]) -> list[Score]:
-    """Scores of several paths, with one model for all that share a config."""
+def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], list[Path]]:
+    """Scores of several paths and their folders, with one model for all that share a config."""
     from pgolf_post.score.pool import ModelPool
 
     pool = ModelPool(options["compiled"])
-    return [_score(_open(name, options), options, pool) for name in names]
+    found = [_score(_open(name, options), options, pool) for name in names]
+    return [score for score, _ in found], [folder for _, folder in found]
 
 
-def _paired(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.score.compare import paired_documents, sign_test
     from pgolf_post.score.paired import bootstrap_interval, t_interval
 
-    first, second = _scores([candidate, control], options)
+    (first, second), folders = _scores([candidate, control], options)
     clusters = paired_documents(first, second)
     by_t = t_interval(clusters, options["level"])
     by_bootstrap = bootstrap_interval(clusters, options["level"], seed=options["seed"])
@@ -93,14 +108,14 @@ def _paired(candidate: str, control: str, options: dict[str, Any]) -> dict[str, 
     resampled = {"bootstrap_low_bpb": by_bootstrap.low, "bootstrap_high_bpb": by_bootstrap.high}
     finite = {key: value for key, value in resampled.items() if np.isfinite(value)}
     sign = {"better": signs.better, "worse": signs.worse, "sign_p": signs.p}
-    return {"bpb": first.bpb, "control_bpb": second.bpb, **by_t.facts(), **finite, **sign}
+    return {"bpb": first.bpb, "control_bpb": second.bpb, **by_t.facts(), **finite, **sign}, folders
 
 
-def _record(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.score.compare import RECORD_MARGIN_NATS, record_rule
 
-    first, first_ratio = _group(candidate, options)
-    second, second_ratio = _group(control, options)
+    first, first_ratio, folders = _group(candidate, options)
+    second, second_ratio, more_folders = _group(control, options)
     ratio = _bytes_per_token(options) or first_ratio or second_ratio
     if ratio is None:
         raise click.UsageError("0.005 nats per token are how many bpb? pass --variant or --bytes-per-token")
@@ -120,7 +135,8 @@ def _record(candidate: str, control: str, options: dict[str, Any]) -> dict[str, 
     rows += [("three seeds each", "yes" if verdict.enough_seeds else "no")]
     rows += [("a record by the rule", "yes" if verdict.is_record else "no")]
     print_table(f"{candidate} against {control}", ("", "value"), rows)
-    return {"candidate_bpb": first.tolist(), "control_bpb": second.tolist(), **verdict.facts()}
+    answer = {"candidate_bpb": first.tolist(), "control_bpb": second.tolist(), **verdict.facts()}
+    return answer, [*folders, *more_folders]
 
 
 def _bytes_per_token(options: dict[str, Any]) -> float | None:
@@ -132,17 +148,19 @@ def _bytes_per_token(options: dict[str, Any]) -> float | None:
     return given
 
 
-def _group(text: str, options: dict[str, Any]) -> tuple[np.ndarray, float | None]:  # bpb of seeds, bytes per token
+def _group(
+    text: str, options: dict[str, Any]
+) -> tuple[np.ndarray, float | None, list[Path]]:  # bpb of seeds, bytes per token, folders of their scores
     """A comma-separated group of numbers, or of paths that are scored."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return np.array([float(part) for part in parts]), None
+        return np.array([float(part) for part in parts]), None, []
     except ValueError:
-        scores = _scores(parts, options)
-    return np.array([score.bpb for score in scores]), scores[0].bytes / scores[0].tokens
+        scores, folders = _scores(parts, options)
+    return np.array([score.bpb for score in scores]), scores[0].bytes / scores[0].tokens, folders
 
 
-def _screen(candidate: str, control: str, options: dict[str, Any]) -> dict[str, Any]:
+def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.families import load_module
     from pgolf_post.score.bpb import documents_of
     from pgolf_post.score.pieces import cut_documents
@@ -173,4 +191,4 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> dict[str, 
     rows += [("tokens", f"{last.tokens:,} of {targets:,} ({100 * last.tokens / targets:.1f} %)")]
     rows += [("windows, clusters, looks", f"{last.windows:,}, {last.clusters:,}, {len(found.looks):,}")]
     print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
-    return found.facts()
+    return found.facts(), []

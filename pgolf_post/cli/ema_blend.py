@@ -53,6 +53,7 @@ def command(
     error recorded, and its bpb measured as the run's checkpoints were.
     """
     from pgolf_post.ema_profiles import ExponentialLength, PowerLength
+    from pgolf_post.ledger.recording import record
     from pgolf_post.posthoc_ema import MAX_ERROR, posthoc_ema
 
     lengths: list[Length] = [*map(PowerLength, sigmas or ()), *map(ExponentialLength, half_lives or ())]
@@ -63,8 +64,9 @@ def command(
     data, limit = find_data(final, data_dir), MAX_ERROR if max_error is None else max_error
     made = [(str(length), *posthoc_ema(final, length, data, end_step, limit)) for length in lengths]
     show(final, made)
+    seconds = round(time.perf_counter() - started, 3)
+    record(*(blend.path for _, blend, _ in made), seconds=seconds)
     if as_json:
-        seconds = round(time.perf_counter() - started, 3)
         print_json({"averages": [facts(*one) for one in made], "seconds": seconds})
 
 

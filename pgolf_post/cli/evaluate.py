@@ -11,6 +11,7 @@ import click
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
+    dollars_option,
     fresh_option,
     json_option,
     weights_option,
@@ -29,6 +30,7 @@ from pgolf_post.progress import print_json, print_table
     "--time-budget", type=click.FloatRange(min=0, min_open=True), help="Seconds; warn at 80 %, stop and keep at 100 %."
 )
 @fresh_option
+@dollars_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -37,6 +39,7 @@ def command(
     compiled: bool,
     time_budget: float | None,
     fresh: bool,
+    dollars_per_hour: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -51,6 +54,7 @@ def command(
     Sums by document are kept beside what was scored, so that two scores can be compared document by document. Ctrl-C
     and an exhausted --time-budget keep what was done; the same command goes on from there.
     """
+    from pgolf_post.ledger.recording import record
     from pgolf_post.ranks import Ranks
     from pgolf_post.score.clock import Clock
     from pgolf_post.score.pool import ModelPool
@@ -70,10 +74,11 @@ def command(
     if not ranks.is_main:
         return
     print_table(str(subject.name), ("", "value"), _rows(score, cached))
+    seconds = round(time.perf_counter() - started, 3)
+    record(Path(score["folder"]), dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
         sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes", "documents")}
         phases = {key: value for key, value in score.items() if key.endswith("_seconds")}
-        seconds = round(time.perf_counter() - started, 3)
         named = {"path": str(checkpoint or subject.name), "protocol": protocol.model_dump(mode="json")}
         print_json({**named, **sums, **_evidence(score), **phases, "cached": cached, "seconds": seconds})
 

@@ -56,6 +56,7 @@ def command(
     from pgolf_post.errors import SettingsError
     from pgolf_post.importers.foreign_config import read_log, require_known, split_log
     from pgolf_post.importers.run import import_file
+    from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+]*", phase):
@@ -80,8 +81,9 @@ def command(
     if imported.unused:
         say(f"without a meaning here, because the model has no such part: {', '.join(imported.unused)}")
     say(f"next: pgolf-post requant {checkpoint.path} --eval")
+    seconds = round(time.perf_counter() - started, 3)
+    record(checkpoint.path, seconds=seconds)
     if as_json:
         metrics = {view: fields["metric"] for view, fields in views.items()}
         answer = {"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": metrics}
-        seconds = round(time.perf_counter() - started, 3)
         print_json({**answer, "format": imported.format, "assumed": dict(imported.assumed), "seconds": seconds})

@@ -52,6 +52,7 @@ def command(
     ones       of the symbols ±1 under the plan, those whose zeroing costs least by the Hessian
     """
     from pgolf_post.calibrate import CalibrationSettings, calibrate
+    from pgolf_post.ledger.recording import record
     from pgolf_post.prune import PruneSettings, prune_checkpoint
 
     started = time.perf_counter()
@@ -71,9 +72,10 @@ def command(
     print_table(f"{pruned.path}", ("", "bpb", "bpb quantized", "artifact bytes"), shown)
     say(f"{pruned.meta['zeroed']:,} of {pruned.meta['weights']:,} weights zeroed; bytes by plan {plan.name}")
     say(f"next: pgolf-post requant {pruned.path}")
+    seconds = round(time.perf_counter() - started, 3)
+    record(pruned.path, seconds=seconds)
     if as_json:
         answer = {"checkpoint": str(pruned.path), "checkpoint_id": pruned.meta["id"], "zeroed": pruned.meta["zeroed"]}
-        seconds = round(time.perf_counter() - started, 3)
         print_json({**answer, "cached": cached, "no_op": pruned.meta["no_op"], "rows": rows, "seconds": seconds})
 
 

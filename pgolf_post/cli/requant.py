@@ -14,6 +14,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    dollars_option,
     find_checkpoint,
     find_data,
     fresh_option,
@@ -21,6 +22,7 @@ from pgolf_post.cli.common import (
     json_option,
     load_view,
     settings_options,
+    stats_folder,
     weights_option,
 )
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plan, plan_options, plan_row
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from pgolf_post.pack.size import SizeReport
     from pgolf_post.plan import Plan, TensorPlan
     from pgolf_post.requant import Artifact
+
+COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
 
 
 @click.command("requant")
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
 @fresh_option
+@dollars_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -63,6 +68,7 @@ def command(
     data_dir: Path | None,
     allow_stale: str | None,
     fresh: bool,
+    dollars_per_hour: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -77,6 +83,7 @@ def command(
     """
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
+    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
     from pgolf_post.quantize.run import plan_view
@@ -100,9 +107,12 @@ def command(
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
     score = score_artifact(artifact.path, data, protocol, fresh)[0] if evaluate else None
     _show(artifact, report, score, bool(code))
+    seconds = round(time.perf_counter() - started, 3)
+    answer = _answer(artifact, report, score, view.id, stats, plan, seconds)
+    folders = [artifact.folder, stats_folder(view, stats), *([Path(score["folder"])] if score else [])]
+    record(*folders, facts={key: answer[key] for key in COUNTED}, dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
-        seconds = round(time.perf_counter() - started, 3)
-        print_json(_answer(artifact, report, score, view.id, stats, plan, seconds))
+        print_json(answer)
     report.require_within_budget()
 
 

@@ -13,6 +13,7 @@ from pgolf_post.blend_settings import SearchSettings, Selection
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
+    dollars_option,
     find_checkpoint,
     find_data,
     given_settings,
@@ -66,6 +67,7 @@ Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was th
     "--search-data", type=click.Path(path_type=Path), help="Choose on this folder's validation split instead."
 )
 @data_option
+@dollars_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -74,6 +76,7 @@ def command(
     search_data: Path | None,
     allow_different: tuple[str, ...],
     data_dir: Path | None,
+    dollars_per_hour: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -94,6 +97,8 @@ def command(
     validation text, as every ablation of the leaderboard does; to keep that text out of the choice, hold training
     shards out, adopt them as another folder's validation split, and name it with --search-data.
     """
+    from pgolf_post.ledger.recording import record
+
     started = time.perf_counter()
     searching = {key: options.pop(key) for key in SEARCH_FLAGS}
     _refuse_idle(options, named, search, {**searching, "data": search_data}, checkpoint)
@@ -108,11 +113,12 @@ def command(
     else:
         blended, cached, facts = _blend_run(checkpoint, ema_share, selection, data_dir, allow_different)
     _show(blended)
+    seconds = round(time.perf_counter() - started, 3)
+    record(blended.path, dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
         metric = blended.meta["views"]["raw"]["metric"]
         sums = {key: metric[key] for key in ("bpb", "nats", "tokens", "bytes")}
         answer = {"checkpoint": str(blended.path), "checkpoint_id": blended.meta["id"], **sums, "cached": cached}
-        seconds = round(time.perf_counter() - started, 3)
         print_json({**answer, "no_op": blended.meta["no_op"], **facts, "seconds": seconds})
 
 

@@ -98,3 +98,25 @@ def bpb_of(row: Row) -> float | None:
     """A row's bits per byte, where it has one."""
     bpb = row.result.get("bpb")
     return float(bpb) if isinstance(bpb, int | float) and not isinstance(bpb, bool) else None
+
+
+def best_rows(rows: Sequence[Row], budget_bytes: int | None) -> list[Row]:
+    """Rows with a bpb, lowest first; under a budget, only those that are known to count at most so many bytes."""
+    scored = [(bpb, row) for row in rows if (bpb := bpb_of(row)) is not None and row.kind not in ("note", "comparison")]
+    sizes = {id(row): counted_bytes(row) for _, row in scored}
+    if budget_bytes is not None:
+        scored = [(b, row) for b, row in scored if (size := sizes[id(row)]) is not None and size <= budget_bytes]
+    return [row for _, row in sorted(scored, key=lambda pair: pair[0])]
+
+
+def text_of(row: Row) -> str:
+    """Which text a row's bpb is of, and by which protocol, as far as the row says."""
+    protocol = value_of(row, "protocol")
+    name = protocol.get("protocol") if isinstance(protocol, Mapping) else protocol
+    tokens = row.result.get("tokens")
+    return f"{'unknown protocol' if name in (MISSING, None) else name}, {f'{tokens:,}' if tokens else '?'} tokens"
+
+
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """The different texts and protocols of rows, in order of appearance."""
+    return list(dict.fromkeys(text_of(row) for row in rows))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -88,8 +88,8 @@ def iso_utc(unix_seconds: float | None = None) -> str:
     return moment.isoformat(timespec="milliseconds")
 
 
-def cost(seconds: float | None, dollars_per_hour: float | None) -> float | None:
-    """Dollars for so many seconds; None where either is unknown."""
-    if seconds is None or dollars_per_hour is None:
-        return None
-    return round(seconds / SECONDS_PER_HOUR * dollars_per_hour, 6)
+def priced(row: Row, dollars_per_hour: float | None) -> Row:
+    """The row with its seconds turned into dollars; a cost that is known stays."""
+    if row.cost_dollars is not None or row.seconds is None or dollars_per_hour is None:
+        return row
+    return replace(row, cost_dollars=round(row.seconds / SECONDS_PER_HOUR * dollars_per_hour, 6))

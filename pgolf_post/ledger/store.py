@@ -122,18 +122,30 @@ class Ledger:
             return sum(self._add(row, replace) for row in rows)
 
     def complete(self, row: Row) -> bool:
-        """Keep a row, or add to the one that is there what it did not know: its result gains and renews keys.
+        """Keep a row, or give the one that is there what it did not know. True if it was new.
 
-        True if it was new. For facts read from disk, of which one command sees more than another.
+        Its result gains and renews keys, its seconds are renewed; commit, device and cost stay where known, and name,
+        parents, settings and conclusion as they are. For facts read from disk, of which one command sees more than
+        another.
         """
         with self._transaction():
-            known = self._get(row.kind, row.id)
-            if known is None:
-                return self._add(row, False)
-            first = {name: getattr(known, name) for name in ("commit", "device", "seconds", "cost_dollars", "created")}
-            first = {name: value for name, value in first.items() if value is not None}
-            self._write(_replaced(known, row, result={**known.result, **row.result}, **first))
-            return False
+            return self._complete(row)
+
+    def complete_all(self, rows: list[Row]) -> list[bool]:
+        """`complete` of many rows in one transaction: all or none."""
+        with self._transaction():
+            return [self._complete(row) for row in rows]
+
+    def _complete(self, row: Row) -> bool:
+        known = self._get(row.kind, row.id)
+        if known is None:
+            return self._add(row, False)
+        first = {name: getattr(known, name) or getattr(row, name) for name in ("commit", "device", "cost_dollars")}
+        seconds = known.seconds if row.seconds is None else row.seconds
+        completed = replace(known, result={**known.result, **row.result}, seconds=seconds, **first)
+        if completed != known:
+            self._write(completed)
+        return False
 
     def _add(self, row: Row, replace_it: bool) -> bool:
         known = self._get(row.kind, row.id)
@@ -174,15 +186,15 @@ class Ledger:
             found = self._select(f"WHERE {clause}" if clause else "", tuple(given.values()))
         return [row for row in found if matches(row, where or {})]
 
-    def find(self, prefix: str) -> Row:
-        """The one row whose id, or else whose name, begins with `prefix`.
+    def find(self, prefix: str, kind: str | None = None) -> Row:
+        """The one row (of a kind) whose id, or else whose name, is or else begins with `prefix`.
 
         Raises NotFoundError if there is none, MismatchError listing them if there are several.
         """
-        rows = [row for row in self.rows() if row.kind != "note" or row.id == prefix]
+        rows = [row for row in self.rows(kind) if row.kind != "note"] if prefix else []
         found = [row for row in rows if row.id == prefix] or [row for row in rows if row.id.startswith(prefix)]
         found = found or [r for r in rows if r.name == prefix] or [r for r in rows if r.name.startswith(prefix)]
-        if not found or not prefix:
+        if not found:
             raise NotFoundError(f"{self.path} has no row whose id or name begins with {prefix!r}", hint=LIST_ROWS)
         if len(found) > 1:
             listed = "; ".join(f"{row.kind} {row.id[:16]} {row.name}" for row in found[:20])
@@ -190,12 +202,12 @@ class Ledger:
             raise MismatchError(f"{prefix!r} is the beginning of {len(found)} rows: {listed}{more}", hint=LIST_ROWS)
         return found[0]
 
-    def note(self, id: str, conclusion: str, verdict: Verdict | None = None) -> None:
+    def note(self, id: str, conclusion: str, verdict: Verdict | None = None, kind: str | None = None) -> None:
         """Write a conclusion on the row with this id (see `find`), and keep it as a row of its own.
 
         A later note is shown instead of an earlier one; the rows of kind `note` keep both.
         """
-        row = self.find(id)
+        row = self.find(id, kind)
         with self._transaction():
             row = self._get(row.kind, row.id) or row
             number = self._connection.execute("SELECT COUNT(*) FROM rows WHERE kind = 'note'").fetchone()[0]
@@ -217,10 +229,9 @@ def _row(values: tuple[Any, ...]) -> Row:
     return Row(**named | {column: json.loads(named[column]) for column in JSON_COLUMNS})
 
 
-def _replaced(known: Row, new: Row, **changes: Any) -> Row:
+def _replaced(known: Row, new: Row) -> Row:
     """The new row, with what was concluded of the old one where the new one concludes nothing."""
-    said = {"verdict": new.verdict or known.verdict, "conclusion": new.conclusion or known.conclusion}
-    return replace(new, **(said | changes))
+    return replace(new, verdict=new.verdict or known.verdict, conclusion=new.conclusion or known.conclusion)
 
 
 def _conflict(known: Row, new: Row) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
 from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
+from pgolf_post.ledger.recording import record
 
 WRITER = """
 import sys
@@ -54,6 +60,19 @@ def test_rows_of_eight_processes_are_all_there(tmp_path):
     write_from_processes(tmp_path / "new", processes=8, count=200)
 
 
+def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(tmp_path):
+    with Ledger.open(tmp_path) as ledger:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), "0", "1000000"])
+        while len(ledger.rows("trial")) < 5:
+            assert writer.poll() is None
+        writer.kill()
+        writer.wait()
+        written = ledger.rows("trial")
+        assert [trial.id for trial in written] == [f"p0-{number}" for number in range(len(written))]
+        assert all(trial.result == {"bpb": number / 7} for number, trial in enumerate(written))
+        assert ledger.add(row())
+
+
 def test_a_row_comes_back_as_it_was(ledger):
     full = row(
         parents=("p", "q"),
@@ -91,10 +110,11 @@ def test_many_rows_are_added_all_or_none(ledger):
 
 def test_completing_keeps_what_was_known(ledger):
     assert ledger.complete(row(seconds=3.0))
-    assert not ledger.complete(row(result={"total_bytes": 9}, seconds=5.0, device="cpu"))
+    assert not ledger.complete(row(name="other", result={"total_bytes": 9}, seconds=5.0, device="cpu"))
+    assert not ledger.complete(row(device="gpu"))
     known = ledger.get("trial", "a1")
     assert known.result == {"bpb": 1.1, "total_bytes": 9}
-    assert (known.seconds, known.device) == (3.0, "cpu")
+    assert (known.name, known.seconds, known.device) == ("control", 5.0, "cpu")
 
 
 def test_notes_stand_on_the_row_and_outlive_its_replacement(ledger):
@@ -156,6 +176,53 @@ def test_a_read_only_ledger_is_read_and_not_written(tmp_path):
         assert [r.id for r in ledger.rows()] == ["a1"]
         with pytest.raises(PgolfError, match="readonly"):
             ledger.add(row(id="b"))
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def without_write_access(folder: Path) -> Iterator[None]:
+    """The folder as one that this process may only read, also where the tests run as root."""
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that other users can reach, unlike pytest's own."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_folder_without_write_access_is_read_and_not_recorded_in(open_folder, capsys):
+    with Ledger.open(open_folder) as ledger:
+        ledger.add(row())
+    with without_write_access(open_folder):
+        with Ledger.open(open_folder, read_only=True) as ledger:
+            assert [r.id for r in ledger.rows()] == ["a1"]
+        assert not record(rows=lambda: [row(id="b")], root=open_folder)
+    assert "not recorded in the ledger" in capsys.readouterr().err
+    with Ledger.open(open_folder) as ledger:
+        assert [r.id for r in ledger.rows()] == ["a1"]
+
+
+def test_what_another_process_has_not_yet_merged_is_read_too(open_folder):
+    """The write-ahead log is part of the ledger, also for who may only read."""
+    with Ledger.open(open_folder) as writer:
+        writer.add(row())
+        assert (open_folder / f"{LEDGER_FILE}-wal").stat().st_size
+        with without_write_access(open_folder), Ledger.open(open_folder, read_only=True) as ledger:
+            assert [r.id for r in ledger.rows()] == ["a1"]
 
 
 def test_rows_that_mean_nothing_are_refused():

@@ -1,0 +1,158 @@
+"""What the columns of somebody's experiment log mean: by their names, said aloud, and overruled by `--map`.
+
+A field has names that mean it always and names that mean it where nothing better is there. Each field takes one column
+and each column at most one field; what is left stays in settings under its own name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from pgolf_post.errors import SettingsError
+from pgolf_post.ledger.schema import Verdict
+
+Field = Literal[
+    "number",
+    "name",
+    "base",
+    "motivation",
+    "result",
+    "learning",
+    "bpb",
+    "delta_bpb",
+    "artifact_bytes",
+    "total_bytes",
+    "seconds",
+    "cost_dollars",
+    "device",
+    "commit",
+    "date",
+]
+FIELDS: tuple[Field, ...] = get_args(Field)
+ALWAYS: dict[Field, tuple[str, ...]] = {
+    "number": ("#", "no", "nr", "num", "number", "exp no", "exp number", "experiment number"),
+    "name": ("experiment", "name", "exp name", "experiment name", "run name", "run id", "title", "run id / model type"),
+    "base": ("base", "based on", "parent", "from", "built on", "source checkpoint", "start from", "base exp"),
+    "motivation": ("motivation", "description", "why", "hypothesis", "idea", "rationale", "goal"),
+    "result": ("result", "verdict", "outcome", "status"),
+    "learning": ("learning", "learnings", "conclusion", "takeaway", "conclusion / takeaway", "lesson", "lessons"),
+    "bpb": ("bpb", "val bpb", "val_bpb", "final bpb", "quant bpb", "quantized bpb", "bits per byte"),
+    "delta_bpb": ("delta bpb", "Δ bpb", "Δbpb", "bpb delta"),
+    "artifact_bytes": ("artifact", "artifact bytes", "artifact_bytes", "artifact size", "artifact (bytes)"),
+    "total_bytes": ("total bytes", "total_bytes", "total size"),
+    "seconds": ("seconds", "train seconds", "wall seconds", "time (s)", "seconds total"),
+    "cost_dollars": ("cost", "cost ($)", "$", "dollars", "cost (usd)"),
+    "device": ("machine", "device", "hardware", "gpu", "gpus"),
+    "commit": ("commit", "git commit", "git tag", "sha"),
+    "date": ("date", "created", "when", "day"),
+}
+OTHERWISE: dict[Field, tuple[str, ...]] = {
+    "number": ("exp", "id", "trial", "rank"),
+    "name": ("exp", "run", "eval type", "trial", "config", "model", "task", "id"),
+    "motivation": ("change", "what", "details", "what changed"),
+    "learning": ("notes", "note", "observations", "observation", "comment", "comments", "insight"),
+    "artifact_bytes": ("size", "bytes"),
+}
+DELTA = re.compile(r"^(?:delta|Δ|diff)(?: bpb)?(?: (?:vs\.?|to|against) (?P<base>.+))?$", re.IGNORECASE)
+BLANKS = ("", "-", "--", "—", "–", "n/a", "?")
+
+VERDICT_WORDS: dict[Verdict, tuple[str, ...]] = {
+    "no-op": ("no-op", "noop", "no op"),
+    "positive": ("positive", "winner", "win", "new best", "best", "better", "good", "great", "improved", "big win"),
+    "neutral": ("neutral", "tied", "same", "~same", "no change", "no difference", "within noise"),
+    "negative": ("negative", "worse", "much worse", "bad", "very bad", "hurts", "harmful", "terrible", "catastrophic"),
+}
+FAILURE_WORDS = ("crash", "crashed", "broken", "failed", "oom", "error", "diverged")
+UNITS = {"": 1, "b": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+
+
+def normal(name: str) -> str:
+    """A column's name for comparing: lower case, without markup and outer punctuation."""
+    plain = re.sub(r"[*`]", "", name).strip().casefold()
+    return plain if plain in ("#", "$") else plain.rstrip(".?:!").strip()
+
+
+def is_blank(cell: str) -> bool:
+    """Whether a cell says nothing: empty, or a dash."""
+    return cell.strip().casefold() in BLANKS
+
+
+def field_of(name: str) -> Field | None:
+    """The field that a column's name always means."""
+    return next((field for field, names in ALWAYS.items() if normal(name) in names), None)
+
+
+def recognise(header: Sequence[str], mapping: Mapping[str, str]) -> dict[Field, str]:
+    """Field → column. `mapping` (field → column name, or empty for none) comes first, and only where the column is."""
+    columns = {normal(name): name for name in reversed(header)}
+    found: dict[Field, str] = {}
+    for field in FIELDS:
+        if field in mapping and normal(mapping[field]) in columns:
+            found[field] = columns[normal(mapping[field])]
+    closed = set(mapping)
+    for names in (ALWAYS, OTHERWISE):
+        for field in FIELDS:
+            if field in found or field in closed:
+                continue
+            free = [columns[name] for name in names.get(field, ()) if name in columns]
+            free = [column for column in free if column not in found.values()]
+            if free:
+                found[field] = free[0]
+    if "bpb" in found and "delta_bpb" not in found and "delta_bpb" not in closed:
+        deltas = [name for name in header if DELTA.match(normal(name)) and name not in found.values()]
+        found |= {"delta_bpb": deltas[0]} if deltas else {}
+    if "name" not in found and "name" not in closed and header:
+        free = [name for name in header if name not in found.values()]
+        found |= {"name": free[0]} if free else {}
+    return found
+
+
+def delta_base(column: str) -> str | None:
+    """The base that a column of differences names: `Delta vs B4` → `b4`."""
+    matched = DELTA.match(normal(column))
+    return matched["base"] if matched else None
+
+
+def parse_mapping(text: str) -> dict[str, str]:
+    """`number=Exp,base=Base` as field → column. Raises SettingsError naming the fields there are."""
+    mapping = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        field, equals, column = part.partition("=")
+        if not equals or field.strip() not in FIELDS:
+            raise SettingsError(f"--map {part!r}: expected FIELD=COLUMN with a field of {', '.join(FIELDS)}")
+        mapping[field.strip()] = column.strip()
+    return mapping
+
+
+def parse_number(cell: str) -> float | None:
+    """A cell that is a number and nothing else, markup aside: `1.07`, `−0.003`, `**1.61**`; None for `~16`, `3 %`."""
+    plain = re.sub(r"[*`_]", "", cell).strip().replace("−", "-").replace("–", "-")
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", plain)
+    return float(plain) if re.fullmatch(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", plain) else None
+
+
+def parse_bytes(cell: str) -> int | None:
+    """`15,909,254` or `15.96 MB` (decimal, as the challenge counts) as bytes; None for anything else, as `~16 MB`."""
+    plain = re.sub(r"[*`_]", "", cell).strip().casefold()
+    matched = re.fullmatch(r"(?P<number>[\d.,]+)\s*(?P<unit>[a-z]*)", plain)
+    if not matched or matched["unit"] not in UNITS:
+        return None
+    number = parse_number(matched["number"])
+    return None if number is None else round(number * UNITS[matched["unit"]])
+
+
+def parse_verdict(cell: str) -> Verdict | None:
+    """The verdict that a cell begins with, as a word of its own; None where it begins otherwise."""
+    plain = normal(re.sub(r"^[^\w~]+", "", cell))
+    for verdict, words in VERDICT_WORDS.items():
+        if any(re.match(rf"{re.escape(word)}(?![\w-])", plain) for word in words):
+            return verdict
+    return None
+
+
+def is_failure(cell: str) -> bool:
+    """Whether a cell says that it did not work: begins with crash, broken, failed …"""
+    plain = normal(re.sub(r"^\W+", "", cell))
+    return any(re.match(rf"{word}\b", plain) for word in FAILURE_WORDS)

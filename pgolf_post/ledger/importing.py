@@ -1,0 +1,321 @@
+"""An older log as ledger rows: rows in = rows out, no cell lost, lineage by base.
+
+Each table row becomes one row whose id is made of the log's name, the table's heading, number and name, so that the
+same log imported again is the same rows, and an edited one a mismatch that `--replace` settles. All text stays in
+settings (`number`, `base`, `motivation`, `result`, `learning`, and every other column under its own name); what can be
+read as a number, a verdict or a date is in its field besides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field as SettingsField
+
+from pgolf_post.errors import DamagedFileError, NotFoundError, SettingsError
+from pgolf_post.ledger.columns import (
+    Field,
+    delta_base,
+    is_blank,
+    is_failure,
+    normal,
+    parse_bytes,
+    parse_mapping,
+    parse_number,
+    parse_verdict,
+    recognise,
+)
+from pgolf_post.ledger.lineage import EXTERNAL
+from pgolf_post.ledger.schema import Kind, Row, iso_utc, priced
+from pgolf_post.ledger.tables import Table, read_tables
+from pgolf_post.settings import Settings, canonical_json
+
+TEXT_FIELDS: tuple[Field, ...] = ("number", "base", "motivation", "result", "learning")
+NUMBERS: tuple[Field, ...] = ("bpb", "delta_bpb", "artifact_bytes", "total_bytes")
+KIND_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("score", ("eval type", "source checkpoint")),
+    ("run", ("run id", "run id / model type")),
+)
+
+
+class ImportSettings(Settings):
+    """How a log is taken over."""
+
+    tables: str = SettingsField("all", description="all, or numbers with commas between them")
+    mapping: str = SettingsField("", description="FIELD=COLUMN, with commas between them")
+    kind: Kind | None = None
+    run: str | None = SettingsField(None, description="name of the log")
+    dollars_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class Taken(Table):
+    """A table, and whether its rows are taken."""
+
+    chosen: bool = True
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A log as rows, and what was said about it."""
+
+    rows: list[Row]
+    tables: list[Taken]
+    declared: list[str] = field(default_factory=list)
+
+    @property
+    def rows_in(self) -> int:
+        """Rows of the chosen tables; of a .jsonl file, lines."""
+        return sum(len(table.rows) for table in self.tables if table.chosen) if self.tables else len(self.rows)
+
+    def facts(self) -> dict[str, Any]:
+        """The import as JSON."""
+        tables = [
+            {"table": t.number, "heading": t.title, "form": t.form, "rows": len(t.rows), "taken": t.chosen}
+            for t in self.tables
+        ]
+        return {"tables": tables, "rows_in": self.rows_in, "rows_out": len(self.rows), "declared": self.declared}
+
+
+def read_log(path: Path, settings: ImportSettings) -> Imported:
+    """A file's chosen tables as rows. Raises NotFoundError, DamagedFileError, SettingsError."""
+    if path.suffix.lower() == ".jsonl":
+        if settings.model_dump(exclude={"dollars_per_hour"}) != ImportSettings().model_dump(
+            exclude={"dollars_per_hour"}
+        ):
+            raise SettingsError(f"{path} holds whole rows: --table, --map, --kind and --run do nothing for it")
+        return Imported([priced(row, settings.dollars_per_hour) for row in _own_rows(path)], [])
+    mapping = parse_mapping(settings.mapping)
+    tables = read_tables(path)
+    wanted = _chosen_numbers(settings.tables, tables, path)
+    taken = [Taken(**{**vars(table), "chosen": table.number in wanted}) for table in tables]
+    chosen = [table for table in taken if table.chosen]
+    _require_columns(mapping, chosen)
+    run = settings.run or path.stem
+    drafts, declared = [], []
+    for table in chosen:
+        columns = recognise(table.header, mapping)
+        rows = _rows_of(table, columns, run, settings)
+        drafts += [(row, table) for row in rows]
+        declared += _declare(table, columns, rows)
+    resolved = _with_parents(drafts)
+    strangers = Counter(p.removeprefix(EXTERNAL) for r in resolved for p in r.parents if p.startswith(EXTERNAL))
+    based = sum(bool(row.parents) for row in resolved)
+    outside = f"; not rows of this log: {', '.join(f'{name} ({n})' for name, n in strangers.items())}"
+    declared.append(f"{based} of {len(resolved)} rows name a base" + (outside if strangers else ""))
+    return Imported(resolved, taken, declared)
+
+
+def _chosen_numbers(text: str, tables: Sequence[Table], path: Path) -> set[int]:
+    if text.strip() == "all":
+        return {table.number for table in tables}
+    try:
+        wanted = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise SettingsError(f"--table {text!r}: expected all, or numbers with commas between them") from None
+    missing = wanted - {table.number for table in tables}
+    if missing:
+        raise NotFoundError(
+            f"{path} has tables 1 to {len(tables)}, not {', '.join(map(str, sorted(missing)))}",
+            hint=f"pgolf-post ledger import {path} --list",
+        )
+    return wanted
+
+
+def _require_columns(mapping: Mapping[str, str], tables: Sequence[Table]) -> None:
+    """Raise SettingsError for a mapped column that no chosen table has."""
+    there = {normal(name): name for table in tables for name in table.header}
+    missing = [name for name in mapping.values() if name and normal(name) not in there]
+    if missing:
+        raise SettingsError(f"--map: no chosen table has {', '.join(missing)}; columns: {', '.join(there.values())}")
+
+
+# ---- one table -------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: ImportSettings) -> list[Row]:
+    """The rows of a table, their parents not yet resolved (see `_with_parents`)."""
+    kind, now = settings.kind or _kind_of(table), iso_utc()
+    seen: Counter[bytes] = Counter()
+    rows: list[Row] = []
+    for cells, section in zip(table.rows, table.sections, strict=True):
+        named = dict(zip(table.header, cells, strict=True))
+        text: dict[Field, str] = {key: named[column] for key, column in columns.items() if not is_blank(named[column])}
+        identity = canonical_json(["import", run, table.title, text.get("number"), text.get("name")])
+        seen[identity] += 1
+        row_id = hashlib.sha256(identity + str(seen[identity]).encode()).hexdigest()
+        rows.append(
+            Row(
+                kind,
+                row_id,
+                name=plain(text.get("name", text.get("number", f"row {len(rows) + 1}"))),
+                run=run,
+                settings=_settings(table, columns, named, text, section),
+                result=_result(text),
+                commit=plain(text["commit"]) if "commit" in text else None,
+                device=text.get("device"),
+                seconds=parse_number(text.get("seconds", "")),
+                cost_dollars=parse_number(text.get("cost_dollars", "")),
+                verdict=parse_verdict(text.get("result", "")),
+                conclusion=text.get("learning"),
+                created=_date(text.get("date", "")) or now,
+            )
+        )
+    return [priced(row, settings.dollars_per_hour) for row in rows]
+
+
+def _kind_of(table: Table) -> Kind:
+    names = {normal(name) for name in table.header}
+    return next((kind for kind, signs in KIND_COLUMNS if names & set(signs)), "trial")
+
+
+def _settings(
+    table: Table, columns: Mapping[Field, str], named: Mapping[str, str], text: Mapping[Field, str], section: str
+) -> dict[str, Any]:
+    """Every cell's text: the fields' under their names, all others' under the columns' own."""
+    kept: dict[str, Any] = {"table": table.title, **({"section": section} if section else {})}
+    kept |= {key: text[key] for key in TEXT_FIELDS if key in text}
+    own = {columns[key] for key in TEXT_FIELDS if key in columns}
+    for column, cell in named.items():
+        is_name = column == columns.get("name") and cell == plain(cell)
+        if column not in own and cell and not is_name:
+            kept[column if column not in kept else f"{column} (column)"] = cell
+    return kept
+
+
+def _result(text: Mapping[Field, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in NUMBERS:
+        read: Callable[[str], float | None] = parse_bytes if key.endswith("_bytes") else parse_number
+        value = read(text[key]) if key in text else None
+        if value is not None:
+            found[key] = value
+    if is_failure(text.get("result", "")):
+        found["error"] = text["result"]
+    return found
+
+
+def _date(cell: str) -> str | None:
+    matched = re.search(r"\b(\d{4}-\d{2}-\d{2})\b", cell)
+    return f"{matched[1]}T00:00:00.000+00:00" if matched else None
+
+
+def plain(cell: str) -> str:
+    """A cell without Markdown's emphasis and code marks."""
+    return re.sub(r"\*\*|`", "", cell).strip()
+
+
+def _declare(table: Table, columns: Mapping[Field, str], rows: Sequence[Row]) -> list[str]:
+    """What each column was taken as, and how much of it could be read as numbers and verdicts."""
+    taken = ", ".join(f"{key} ← {column!r}" for key, column in columns.items())
+    kept = [column for column in table.header if column not in columns.values()]
+    lines = [f"table {table.number}, {table.title!r} ({len(rows)} rows of kind {_kinds(rows)}): {taken}"]
+    lines[0] += f"; in settings: {', '.join(map(repr, kept))}" if kept else ""
+    for key in NUMBERS:
+        cells = [row[table.header.index(columns[key])] for row in table.rows] if key in columns else []
+        filled, read = sum(not is_blank(cell) for cell in cells), sum(key in row.result for row in rows)
+        if filled > read:
+            lines.append(f"table {table.number}: {filled - read} of {filled} cells of {columns[key]!r} stay text")
+    if "result" in columns:
+        verdicts = Counter(row.verdict for row in rows if row.settings.get("result"))
+        said = ", ".join(f"{count} {verdict or 'without verdict'}" for verdict, count in verdicts.items())
+        lines.append(f"table {table.number}: verdicts by {columns['result']!r}: {said or 'none'}")
+    sections = len(set(table.sections) - {""})
+    lines += [f"table {table.number}: {sections} lines are headings of the rows below them"] if sections else []
+    if table.unsplit:
+        numbers = ", ".join(table.rows[index][0] for index in table.unsplit)
+        lines.append(f"table {table.number}: rows that could not be cut, kept whole as names: {numbers}")
+    return lines
+
+
+def _kinds(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row.kind for row in rows})) or "none"
+
+
+# ---- lineage ---------------------------------------------------------------------------------------------------------
+
+
+def _with_parents(drafts: Sequence[tuple[Row, Table]]) -> list[Row]:
+    """The rows with their bases as parents: ids of rows of the log where they are, `external:NAME` where not.
+
+    A base is looked for by name, by the first word of a name, then by number; in its own table first, then in the
+    others, and there the nearest above before any below.
+    """
+    keys: dict[str, list[int]] = {}
+    for index, (row, _) in enumerate(drafts):
+        for key in _keys(row):
+            keys.setdefault(key, []).append(index)
+    return [replace(row, parents=_parents(index, drafts, keys)) for index, (row, _) in enumerate(drafts)]
+
+
+def _keys(row: Row) -> list[str]:
+    """What a row can be called by as a base."""
+    words = re.split(r"[\s(]", row.name, maxsplit=1)
+    number = str(row.settings.get("number", ""))
+    return list(dict.fromkeys(key for key in (normal(row.name), normal(words[0]), _number_key(number)) if key))
+
+
+def _number_key(text: str) -> str:
+    """`#7`, `07` and `7` as one key; other numbers (`B4`) as they are."""
+    bare = normal(plain(text)).removeprefix("#").strip()
+    return f"#{int(bare)}" if bare.isdigit() else bare
+
+
+def _parents(index: int, drafts: Sequence[tuple[Row, Table]], keys: Mapping[str, list[int]]) -> tuple[str, ...]:
+    row, table = drafts[index]
+    base = str(row.settings.get("base", ""))
+    if not base and "delta_bpb" in row.result:
+        base = next((named for name in table.header if (named := delta_base(name))), "")
+    whole = _look_up(base, index, drafts, keys)
+    if whole is not None:
+        return (whole,)
+    parts = [part.strip() for part in re.split(r"\s*(?:,|\+|&|\band\b)\s*", _bare(base)) if part.strip()]
+    ids = [_look_up(part, index, drafts, keys) for part in parts]
+    if len(parts) > 1 and all(ids):
+        return tuple(dict.fromkeys(row_id for row_id in ids if row_id))
+    return (f"{EXTERNAL}{plain(base)}",) if base else ()
+
+
+def _bare(base: str) -> str:
+    return re.sub(r"\s*\([^)]*\)\s*$", "", plain(base)).strip()
+
+
+def _look_up(base: str, index: int, drafts: Sequence[tuple[Row, Table]], keys: Mapping[str, list[int]]) -> str | None:
+    for key in dict.fromkeys((normal(plain(base)), normal(_bare(base)), _number_key(_bare(base)))):
+        places = [place for place in keys.get(key, ()) if place != index] if key else []
+        if places:
+            home = drafts[index][1].number
+            nearest = min(places, key=lambda at: (drafts[at][1].number != home, at > index, abs(at - index)))
+            return drafts[nearest][0].id
+    return None
+
+
+# ---- our own export --------------------------------------------------------------------------------------------------
+
+
+def _own_rows(path: Path) -> list[Row]:
+    """The rows of `ledger export --format jsonl`. Raises DamagedFileError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise NotFoundError(f"no such file: {path}") from None
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
+    return [_own_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _own_row(line: str, where: str) -> Row:
+    try:
+        value = json.loads(line)
+        return Row(**{**value, "parents": tuple(value["parents"])})
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise DamagedFileError(
+            f"{where} is no ledger row: {error}", hint="ledger export --format jsonl writes them"
+        ) from None

@@ -1,0 +1,79 @@
+"""The one line by which a command writes into the ledger what it just did.
+
+Recording comes last and is never in the way: the result is on disk and on the screen already, so whatever keeps the
+ledger from being written (a read-only folder, a damaged file, a full disk) is a warning that says how to catch up.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.ledger.disk import root_of, rows_at
+from pgolf_post.ledger.schema import Row, iso_utc, priced
+from pgolf_post.ledger.store import Ledger
+from pgolf_post.progress import say
+
+
+def record(
+    *folders: Path,
+    rows: Callable[[], Iterable[Row]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    dollars_per_hour: float | None = None,
+    seconds: float = 0.0,
+    root: Path | None = None,
+) -> bool:
+    """Write the rows of folders (checkpoints or derived results) and further `rows`; False, with a warning, on failure.
+
+    `facts` are result keys that only the command knows (counted code, budget), for the row of the first folder.
+    `seconds` is how long the command has run: rows made within that time are its own, and get its commit and device.
+    `root` is the checkpoint root; by default that of the first folder.
+    """
+    where = root
+    try:
+        places = [folder.absolute() for folder in folders]
+        where = root or root_of(places[0] if places else None)
+        found = {(row.kind, row.id): row for place in places for row in rows_at(place)}
+        if facts:
+            first = rows_at(places[0])[-1]
+            found[first.kind, first.id] = replace(first, result={**first.result, **facts})
+        since = iso_utc(time.time() - seconds - 1.0)
+        every = [*found.values(), *(rows() if rows else ())]
+        signed = [_signed(row) if row.created >= since else row for row in every]
+        with Ledger.open(where) as ledger:
+            ledger.complete_all([priced(row, dollars_per_hour) for row in signed])
+    except Exception as error:  # whatever it is: the command's own result stands
+        say(f"warning: not recorded in the ledger ({type(error).__name__}: {error})")
+        say(f"the result is not affected; to record it later: pgolf-post ledger scan --root {where or 'FOLDER'}")
+        return False
+    return True
+
+
+def _signed(row: Row) -> Row:
+    """A row made just now, with the commit and the device of this process where the row does not name them."""
+    return replace(row, commit=row.commit or code_commit(), device=row.device or device_name())
+
+
+@functools.cache
+def code_commit() -> str | None:
+    """The commit of the code that runs; None outside a git checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def device_name() -> str:
+    """The accelerator's own name, or `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
