@@ -61,7 +61,8 @@ def trained(stage: TrainStage, root: Path, scratch: Path) -> Checkpoint:
         newest = max(resumable, key=lambda c: int(c.meta["step"]))
         command += ["--resume", str(newest.path)]
     say(f"training {name}: {' '.join(command[2:])}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The claim goes along: should this process be killed, the next waits for its trainer instead of starting another.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, close_fds=False)
     if done.returncode:
         lines = " | ".join(done.stderr.strip().splitlines()[-3:])
         raise PgolfError(f"training with {stage.recipe} failed (exit {done.returncode}): {lines}")

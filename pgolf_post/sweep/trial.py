@@ -27,7 +27,7 @@ from pgolf_post.score.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.conditions import holds
 from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
-from pgolf_post.sweep.training import recipe_tree, run_id
+from pgolf_post.sweep.training import recipe_tree
 from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench
 
 TRIAL_VERSION = 2
@@ -247,7 +247,7 @@ class Run:
             source = tuple(part.partition(":")[2] for part in self.bench.source_ids(settings))
         runs: tuple[Row, ...] = ()
         if settings.train:
-            source = (run_id(settings.train),)
+            source = (f"run:{checkpoint.path.parent.name}",)  # as `ledger scan` calls it
             recipe = recipe_tree(settings.train)
             runs = (Row("run", source[0], (), Path(settings.train.recipe).stem, checkpoint.path.parent.name, recipe),)
         facts = self.provenance

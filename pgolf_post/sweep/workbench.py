@@ -147,7 +147,8 @@ class Workbench:
     def checkpoint(self, settings: TrialSettings) -> Checkpoint:
         """The checkpoint that a trial starts from; trained first, where it says so."""
         if settings.train:
-            with self.timed("train"), claim(self.places.locks, f"train-{run_id(settings.train)}", wait=True):
+            name = f"train-{run_id(settings.train)}"
+            with self.timed("train"), claim(self.places.locks, name, wait=True, inherit=True):
                 return trained(settings.train, self.places.root, self.places.results / "recipes")
         if settings.checkpoint:
             return Checkpoint.open(Path(settings.checkpoint))
