@@ -60,24 +60,29 @@ class PlanRow:
 def plan_rows(sweep: Sweep) -> list[PlanRow]:
     """Every trial of a sweep with what it will take. A trial that cannot be run says why."""
     state, rates = sweep.state(), dict[str, float]()
+    collected: set[str] = set()  # statistics that an earlier trial of the list will have collected
     found = []
     for listed in state.listed:
         try:
-            found.append(_plan_row(sweep, state, listed, rates))
+            found.append(_plan_row(sweep, state, listed, rates, collected))
         except PgolfError as error:
             done = listed.id in state.rows
             found.append(PlanRow(listed, done, (), None, None, None, str(error)))
     return found
 
 
-def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float]) -> PlanRow:
+def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float], collected: set[str]) -> PlanRow:
     trial, done = listed.trial, listed.id in state.rows
     if trial.settings.train:
         return PlanRow(listed, done, (), None, trial.settings.train.seconds, None)
     view = sweep.bench.view(trial.settings)
     cached = _cached(sweep, state.spec, trial, view)
     predicted = gaussian_bytes(view, trial_plan(trial.settings)) if trial.settings.quantize else None
-    seconds = 0.0 if done else _seconds(sweep, state, trial, view, cached, rates)
+    wanted = f"{view.id}:{trial.settings.calibration.model_dump_json()}"
+    there = ("stats",) if wanted in collected else ()
+    seconds = 0.0 if done else _seconds(sweep, state, trial, view, (*cached, *there), rates)
+    if trial.settings.quantize:
+        collected.add(wanted)
     return PlanRow(listed, done, cached, predicted, seconds, peak_bytes(view, trial.settings.quantize))
 
 
@@ -87,11 +92,13 @@ def _cached(sweep: Sweep, spec: SweepSpec, trial: Trial, view: View) -> tuple[st
         return ()
     data, settings = sweep.bench.data(spec, view.checkpoint), trial.settings.calibration
     window = settings.seq_len or train_seq_len(view.config)
-    stats_id = stats_id_of(view, settings, calibration_text(view, data, settings, window), window)
-    if not (view.checkpoint.derived("stats", stats_id) / "meta.json").is_file():
-        return ()
-    folder, _ = sweep.bench.artifact_folder(view, stats_id, trial.settings)
-    return ("stats", "artifact") if (folder / requant.PAYLOAD).is_file() else ("stats",)
+    text = calibration_text(view, data, settings, window)
+    for wanted in (settings, settings.model_copy(update={"fisher": True})):  # which serve who did not ask for them too
+        stats_id = stats_id_of(view, wanted, text, window)
+        if (view.checkpoint.derived("stats", stats_id) / "meta.json").is_file():
+            folder, _ = sweep.bench.artifact_folder(view, stats_id, trial.settings)
+            return ("stats", "artifact") if (folder / requant.PAYLOAD).is_file() else ("stats",)
+    return ()
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
