@@ -202,7 +202,8 @@ def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False)
     for one in extra:
         if ledger.get(one.kind, one.id) is None:
             ledger.add(one, replace=True)  # another process may come between: what it wrote is as good
-    ledger.add(row, replace=replace)
+    if replace or ledger.get(row.kind, row.id) is None:
+        ledger.add(row, replace=replace)
 
 
 def check_control(state: State) -> None:
@@ -242,7 +243,7 @@ def work(sweep: Sweep, on_row: Callable[[State, Row], None] | None = None) -> St
 
 def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] | None) -> bool:
     """Run the first trial that is ready and that nobody else is at. Whether there was one."""
-    claims = sweep.options.results / "claims"
+    claims = sweep.options.places.results / "claims"  # of all sweeps: two may share a trial
     for listed in state.open:
         if not state.is_ready(listed):
             continue

@@ -227,7 +227,7 @@ def test_a_trial_that_another_process_has_is_left_to_it(lab: Lab) -> None:
 
     sweep = Sweep(lab.options(spec_text()))
     state = sweep.state()
-    with claim(sweep.options.results / "claims", state.listed[0].id) as mine:
+    with claim(sweep.options.places.results / "claims", state.listed[0].id) as mine:
         assert mine
         assert not _take_one(sweep, state, None)  # everything else needs the control
     assert _take_one(sweep, state, None)
