@@ -21,6 +21,16 @@ def silence() -> None:
     _silent.append(True)
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing is said inside: for looking up, again and again, what is known to be there."""
+    _silent.append(True)
+    try:
+        yield
+    finally:
+        _silent.pop()
+
+
 def console() -> Any:
     """A rich console on stderr."""
     from rich.console import Console

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
     "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
     "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
+    "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
     "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
     "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
 }

@@ -92,12 +92,24 @@ def window_scorer(
     """Scores chosen windows of a text with two models."""
 
     def one(module: Any, chosen: np.ndarray) -> Score:
-        picked = [spans[i] for i in chosen]
-        batches = batches_of(picked, fitting(BATCH_TOKENS, module))
-        nats = np.concatenate([batch_nats(module, tokens, batch, Session()) for batch in batches])
-        places = places_of(picked)
-        require_finite(tokens, places, nats)
-        windows = np.repeat(chosen, [span.scored for span in picked])
-        return sum_units(tokens, places, windows, nats, token_bytes, 0.0, pieces)
+        return score_chosen(module, tokens, token_bytes, spans, pieces, chosen)
 
     return lambda chosen: (one(candidate, chosen), one(control, chosen))
+
+
+def score_chosen(
+    module: Any,  # a LanguageModel
+    tokens: np.ndarray,  # (n,)
+    token_bytes: np.ndarray,  # (n,)
+    spans: list[Span],  # the text's windows
+    pieces: np.ndarray,  # (n,)
+    chosen: np.ndarray,  # (k,) which of the windows
+) -> Score:
+    """Chosen windows of a text, scored with one model."""
+    picked = [spans[i] for i in chosen]
+    batches = batches_of(picked, fitting(BATCH_TOKENS, module))
+    nats = np.concatenate([batch_nats(module, tokens, batch, Session()) for batch in batches])
+    places = places_of(picked)
+    require_finite(tokens, places, nats)
+    windows = np.repeat(chosen, [span.scored for span in picked])
+    return sum_units(tokens, places, windows, nats, token_bytes, 0.0, pieces)

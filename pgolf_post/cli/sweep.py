@@ -1,0 +1,236 @@
+"""`pgolf-post sweep plan|run|table|watch`: a question as a file, its trials, and what came of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pgolf_post.cli.common import data_option, json_option
+from pgolf_post.progress import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from pgolf_post.sweep.plan import PlanRow
+    from pgolf_post.sweep.run import Options, State
+
+F = TypeVar("F", bound=Callable[..., Any])
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@click.group("sweep")
+def command() -> None:
+    """Run the trials that SPEC.toml describes; every one becomes a row of the ledger under checkpoints/.
+
+    \b
+    pgolf-post sweep plan  sweeps/hessian_sdclip_lambda.toml     what would be done, before any work
+    pgolf-post sweep run   sweeps/hessian_sdclip_lambda.toml     do it; kill it, and run it again to go on
+    pgolf-post sweep table sweeps/hessian_sdclip_lambda.toml     what came of it, ranked, also as files
+    pgolf-post sweep watch sweeps/hessian_sdclip_lambda.toml     the same table while it runs elsewhere
+
+    SPEC is read again before every trial: what is added to the file while the sweep runs is run too.
+    """
+
+
+def sweep_options(function: F) -> F:
+    """What every subcommand reads."""
+    options = (
+        click.argument("spec", type=click.Path(path_type=Path)),
+        click.option(
+            "--checkpoint", type=click.Path(path_type=Path), help="For specs that name none.  [default: the newest]"
+        ),
+        data_option,
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec; repeatable."),
+        click.option(
+            "--root",
+            default="checkpoints",
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="The ledger's folder.",
+        ),
+        click.option("--results", default="sweeps/results", show_default=True, type=click.Path(path_type=Path)),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def chosen_options(options: dict[str, Any], **more: Any) -> Options:
+    """The options of a sweep from those of the command."""
+    from pgolf_post.sweep.run import Options
+    from pgolf_post.sweep.workbench import Places
+
+    places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"])
+    return Options(options["spec"], tuple(options["overrides"]), places, **more)
+
+
+@command.command("plan")
+@sweep_options
+@json_option
+def plan_command(as_json: bool, **options: Any) -> None:
+    """List the trials of SPEC: what is there already, bytes, seconds and peak memory, before any work."""
+    from pgolf_post.sweep.plan import plan_rows
+    from pgolf_post.sweep.run import Sweep
+
+    sweep = Sweep(chosen_options(options))
+    try:
+        rows, state = plan_rows(sweep), sweep.state()
+    finally:
+        sweep.close()
+    header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "problem")
+    print_table(f"{options['spec'].stem}: {state.spec.question}", header, [_plan_cells(row) for row in rows])
+    known = [row.seconds for row in rows if row.seconds is not None and not row.done]
+    say(f"{len(state.open)} of {len(rows)} trials to do, about {sum(known):.0f} s on one worker")
+    if as_json:
+        print_json({"question": state.spec.question, "trials": [row.facts() for row in rows], "seconds": sum(known)})
+
+
+def _plan_cells(row: PlanRow) -> tuple[str, ...]:
+    there = "done" if row.done else ", ".join(row.cached)
+    numbers = (
+        f"{row.predicted_bytes:,}" if row.predicted_bytes is not None else "",
+        f"{row.seconds:.1f}" if row.seconds is not None else "",
+        f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "",
+    )
+    return (row.listed.trial.name, there, *numbers, row.problem)
+
+
+@command.command("run")
+@sweep_options
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per device.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile the model.  [default: on a GPU]")
+@click.option("--retry-failed", is_flag=True, help="Run trials again whose row is an error.")
+@click.option("--dollars-per-hour", type=POSITIVE, help="Price of the machine; each row gets its cost.")
+@click.option("--ray-address", help="ray: a running cluster, such as auto or ray://HOST:10001.  [default: a local Ray]")
+@click.option("--cpus-per-trial", type=POSITIVE, default=1.0, show_default=True, help="ray: what a trial is given.")
+@click.option("--gpus-per-trial", type=click.FloatRange(min=0), default=0.0, show_default=True, help="ray: the same.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=2, show_default=True, help="ray: of a dead worker's trial."
+)
+@click.option("--plots/--no-plots", default=False, help="Figures beside the table (extra `plots`).")
+@json_option
+def run_command(
+    engine: str,
+    workers: int,
+    compiled: bool | None,
+    retry_failed: bool,
+    dollars_per_hour: float | None,
+    ray_address: str | None,
+    cpus_per_trial: float,
+    gpus_per_trial: float,
+    retries: int,
+    plots: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run the trials of SPEC that have no row yet, best first in the closing table.
+
+    \b
+    pgolf-post sweep run sweeps/sdclip_k.toml --checkpoint checkpoints/RUN/step_…
+    pgolf-post sweep run SPEC --workers 8                                    one process per GPU
+    torchrun --standalone --nproc_per_node=8 -m pgolf_post sweep run SPEC    the same under torchrun
+    pgolf-post sweep run SPEC --engine ray --ray-address auto --gpus-per-trial 1
+
+    A trial that fails is a row with its error, and the others go on. Exit code 4 if the control does not reproduce
+    what the spec's gate says.
+    """
+    from pgolf_post.ledger.schema import iso_utc
+    from pgolf_post.ranks import Ranks
+    from pgolf_post.sweep.engines.local import run_local
+    from pgolf_post.sweep.engines.torchrun import run_torchrun
+    from pgolf_post.sweep.table import live
+
+    started, spent = time.perf_counter(), list[float]()
+    more = {"compiled": compiled, "dollars_per_hour": dollars_per_hour}
+    chosen = chosen_options(options, retry_before=iso_utc() if retry_failed else None, **more)
+
+    def on_row(state: State, row: Any) -> None:
+        spent.append((row.seconds or 0.0) / workers)
+        live(state, row, spent)
+
+    ranks = Ranks.join()
+    try:
+        if ranks.world_size > 1:
+            if engine != "local" or workers > 1:
+                raise click.UsageError("under torchrun its ranks are the workers; leave out --engine and --workers")
+            state = run_torchrun(chosen, ranks, on_row)
+        elif engine == "ray":
+            from pgolf_post.sweep.engines.ray import RayOptions, run_ray
+
+            wanted = RayOptions(ray_address, workers, cpus_per_trial, gpus_per_trial, retries)
+            state = run_ray(chosen, wanted, on_row)
+        else:
+            state = run_local(chosen, workers, on_row)
+    finally:
+        ranks.leave()
+    if ranks.is_main:
+        _report(chosen, state, plots, as_json, time.perf_counter() - started)
+
+
+@command.command("table")
+@sweep_options
+@click.option("--plots/--no-plots", default=False, help="Figures beside the table (extra `plots`).")
+@json_option
+def table_command(plots: bool, as_json: bool, **options: Any) -> None:
+    """Rank the rows that SPEC has so far, and write the table (and figures) under sweeps/results/."""
+    from pgolf_post.sweep.run import Sweep
+
+    started, chosen = time.perf_counter(), chosen_options(options)
+    sweep = Sweep(chosen)
+    try:
+        state = sweep.state()
+    finally:
+        sweep.close()
+    _report(chosen, state, plots, as_json, time.perf_counter() - started)
+
+
+@command.command("watch")
+@sweep_options
+@click.option("--every", type=POSITIVE, default=5.0, show_default=True, help="Seconds between looks.")
+@json_option
+def watch_command(every: float, as_json: bool, **options: Any) -> None:
+    """Show the ranking each time a trial is done, until all are; whoever runs them."""
+    from pgolf_post.sweep.run import Sweep
+    from pgolf_post.sweep.table import facts_of, ranked, show
+
+    sweep, seen = Sweep(chosen_options(options)), -1
+    try:
+        state = sweep.state()
+        while state.open:
+            if len(state.rows) != seen:
+                seen = len(state.rows)
+                show(state, options["spec"].stem)
+            time.sleep(every)
+            state = sweep.state()
+    finally:
+        sweep.close()
+    show(state, options["spec"].stem)
+    if as_json:
+        print_json({"question": state.spec.question, "trials": [facts_of(state, row) for row in ranked(state)]})
+
+
+def _report(options: Options, state: State, plots: bool, as_json: bool, seconds: float) -> None:
+    from pgolf_post.sweep.table import facts_of, noise_floor_of, ranked, save, show
+
+    show(state, options.name)
+    written = save(state, options.results, options.name)
+    if plots:
+        from pgolf_post.sweep.figures import draw
+
+        written += draw(state, options.results)
+    say(f"written: {', '.join(str(path) for path in written)}")
+    if as_json:
+        print_json(
+            {
+                "question": state.spec.question,
+                "ranked_by": state.spec.ranking,
+                "noise_floor_bpb": noise_floor_of(state),
+                "trials": [facts_of(state, row) for row in ranked(state)],
+                "open": [one.trial.name for one in state.open],
+                "files": [str(path) for path in written],
+                "seconds": round(seconds, 3),
+            }
+        )

@@ -1,0 +1,273 @@
+"""A sweep at work: take the next trial that is ready, run it, write its row, look at the file again.
+
+All state is the ledger. A trial that has a row is done; one that has none is to be done; a killed process loses its
+claims and nothing else. So a sweep is resumed by running it again, two processes share it by both running it, and a
+trial that is added to the file while it runs is found at the next look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf_post.errors import PgolfError, VerificationError
+from pgolf_post.ledger import Ledger, Row
+from pgolf_post.progress import say
+from pgolf_post.sweep.claims import claim
+from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec
+from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
+from pgolf_post.sweep.workbench import Places, Workbench
+
+WAIT_SECONDS = 0.1  # between looks at what others are doing
+SKIPPED = "skipped by stop_if_monotone_worse"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is run; the same for every process that takes part."""
+
+    spec: Path
+    overrides: tuple[str, ...] = ()
+    places: Places = field(default_factory=Places)
+    compiled: bool | None = None  # None: where there is a GPU
+    retry_before: str | None = None  # trials that failed before this moment (ISO 8601, UTC) are run again
+    dollars_per_hour: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.stem
+
+    @property
+    def results(self) -> Path:
+        return self.places.results / self.name
+
+
+@dataclass
+class State:
+    """A sweep as it stands: what is asked for, and the rows there are."""
+
+    spec: SweepSpec
+    listed: list[Listed]
+    rows: dict[str, Row]
+
+    @property
+    def open(self) -> list[Listed]:
+        return [one for one in self.listed if one.id not in self.rows]
+
+    def control(self, listed: Listed) -> tuple[Trial, Row | None]:
+        """The control that a trial is compared with, and its row."""
+        if listed.trial.role == "control":
+            return listed.trial, None
+        trial = next(one.trial for one in self.listed if one.id == listed.control_id)
+        return trial, self.rows.get(listed.control_id)
+
+    def noise(self, listed: Listed) -> list[Listed]:
+        return [one for one in self.listed if one.trial.role == "noise" and one.control_id == listed.control_id]
+
+    def before(self, listed: Listed) -> list[Listed]:
+        """The trials that come before one on its axis."""
+        trial = listed.trial
+        others = [o for o in self.listed if trial.axis and o.trial.axis == trial.axis and o.trial.group == trial.group]
+        fixed = _apart(trial)
+        return [o for o in others[: others.index(listed)] if _apart(o.trial) == fixed] if listed in others else []
+
+    def is_ready(self, listed: Listed) -> bool:
+        """Whether everything that a trial's row refers to is there."""
+        role = listed.trial.role
+        if role == "control":
+            return True
+        needed = [listed.control_id]
+        if role == "trial":
+            needed += [one.id for one in self.noise(listed)]
+            if self.spec.gates.stop_if_monotone_worse:
+                needed += [one.id for one in self.before(listed)]
+        return all(one in self.rows for one in needed)
+
+    def is_stopped(self, listed: Listed) -> bool:
+        """Whether the trials before it on its axis were each worse than the one before them."""
+        wanted, stage = self.spec.gates.stop_if_monotone_worse, self.spec.deciding_stage
+        if not wanted or stage is None or listed.trial.role != "trial":
+            return False
+        found = [self.rows[one.id].result for one in self.before(listed)]
+        if any("stopped" in result for result in found):
+            return True
+        values = [result[stage].get("difference_bpb", 0.0) for result in found if stage in result]
+        floor = max((result.get("noise_floor_bpb", 0.0) for result in found), default=0.0)
+        last = values[-wanted - 1 :]
+        rising = all(second > first for first, second in itertools.pairwise(last))
+        return len(last) == wanted + 1 and rising and last[-1] - last[0] > floor
+
+
+def _apart(trial: Trial) -> list[tuple[str, Any]]:
+    """What fixes the line that a trial's axis runs along."""
+    return [(key, value) for key, value in trial.changes if key != trial.axis]
+
+
+class Sweep:
+    """One process's view of a sweep."""
+
+    def __init__(self, options: Options, device: torch.device | None = None) -> None:
+        self.options = options
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compiled = device.type == "cuda" if options.compiled is None else options.compiled
+        self.bench = Workbench(options.places, compiled, device)
+        self.ledger = Ledger.open(options.places.root)
+        self.provenance = Provenance(options.name, _commit(), _device_name(device), options.dollars_per_hour)
+        self._stamp: tuple[float, int] | None = None
+        self._listed: list[Listed] = []
+        self._spec: SweepSpec | None = None
+
+    def close(self) -> None:
+        self.ledger.close()
+
+    def state(self) -> State:
+        """The spec as the file has it now, and the rows there are. A file that cannot be read leaves the last one."""
+        with contextlib.suppress(FileNotFoundError):
+            found = self.options.spec.stat()
+            if (found.st_mtime, found.st_size) != self._stamp or self._spec is None:
+                self._read((found.st_mtime, found.st_size))
+        if self._spec is None:
+            self._read(None)
+        assert self._spec is not None
+        there = [(one, self.row(one.id)) for one in self._listed]
+        rows = {one.id: as_asked(row, one.trial) for one, row in there if row is not None}
+        return State(self._spec, self._listed, rows)
+
+    def row(self, trial_id: str) -> Row | None:
+        """A trial's row, unless it failed before and failures are to be tried again."""
+        row, before = self.ledger.get("trial", trial_id), self.options.retry_before
+        if row is not None and before is not None and "error" in row.result and row.created < before:
+            return None
+        return row
+
+    def _read(self, stamp: tuple[float, int] | None) -> None:
+        try:
+            spec = read_spec(self.options.spec, self.options.overrides)
+            trials = expand(spec, self.bench.num_blocks)
+            listed = list_trials(self.bench, spec, trials)
+        except PgolfError as error:
+            if self._spec is None:
+                raise
+            say(f"{self.options.spec} changed and cannot be used, going on with what it was: {error}")
+            self._stamp = stamp
+            return
+        if self._spec is not None and len(listed) != len(self._listed):
+            say(f"{self.options.spec} changed: {len(listed)} trials instead of {len(self._listed)}")
+        self._spec, self._listed, self._stamp = spec, listed, stamp
+
+    def run_one(self, state: State, listed: Listed) -> Row:
+        """Run a trial and write its row, after the rows of what it was made of."""
+        row, extra = self.compute(state, listed)
+        write(self.ledger, row, extra, replace=self.options.retry_before is not None)
+        return row
+
+    def compute(self, state: State, listed: Listed) -> tuple[Row, tuple[Row, ...]]:
+        """Run a trial; its row is not yet written."""
+        control_trial, control = state.control(listed)
+        if listed.trial.role != "control" and (control is None or "error" in control.result):
+            raise _control_failed(control)
+        if state.is_stopped(listed):
+            return self._stopped(listed), ()
+        noise = [state.rows[one.id] for one in state.noise(listed) if one.id in state.rows]
+        run = Run(self.bench, state.spec, listed, control, control_trial, noise, self.provenance)
+        failed = self.ledger.get("trial", listed.id)  # only where failures are tried again
+        run.attempt = 1 if failed is None else int(failed.result.get("attempt", 1)) + 1
+        return run.row()
+
+    def _stopped(self, listed: Listed) -> Row:
+        trial, facts = listed.trial, self.provenance
+        named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
+        settings = {**named, "trial": trial.settings.model_dump(mode="json")}
+        return Row(
+            "trial", listed.id, (listed.control_id,), trial.name, facts.sweep, settings, "",
+            {"stopped": SKIPPED}, facts.commit, facts.device, 0.0, None, None, SKIPPED,
+        )  # fmt: skip
+
+
+def as_asked(row: Row, trial: Trial) -> Row:
+    """A row under the name that this sweep has for it: another one may have run the very same trial before."""
+    named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
+    return replace(row, name=trial.name, settings={**row.settings, **named})
+
+
+def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False) -> None:
+    """A trial's row, after those of what it was made of where nobody wrote them before."""
+    for one in extra:
+        if ledger.get(one.kind, one.id) is None:
+            ledger.add(one, replace=True)  # another process may come between: what it wrote is as good
+    if replace or ledger.get(row.kind, row.id) is None:
+        ledger.add(row, replace=replace)
+
+
+def check_control(state: State) -> None:
+    """Raise PgolfError if a control failed, VerificationError if it does not reproduce what the gate says."""
+    gates = state.spec.gates
+    for listed in state.listed:
+        row = state.rows.get(listed.id)
+        if listed.trial.role != "control" or row is None:
+            continue
+        if "error" in row.result:
+            raise _control_failed(row)
+        if gates.control_bpb is not None and abs(row.result["bpb"] - gates.control_bpb) > gates.tolerance:
+            raise VerificationError(
+                f"the control has {row.result['bpb']:.6f} bpb, gates.control_bpb says {gates.control_bpb:.6f} ± "
+                f"{gates.tolerance:g}: nothing that is compared with it would mean what it seems to",
+                hint="find out what changed (checkpoint, data, calibration), or correct the gate",
+            )
+
+
+def _control_failed(row: Row | None) -> PgolfError:
+    said = row.result["error"] if row else "it has no row"
+    return PgolfError(
+        f"the control failed, and every trial is compared with it: {said}", hint="pgolf-post sweep run … --retry-failed"
+    )
+
+
+def work(sweep: Sweep, on_row: Callable[[State, Row], None] | None = None) -> State:
+    """Take trials, one at a time, until every one has a row. Other processes may do the same beside it."""
+    while True:
+        state = sweep.state()
+        check_control(state)
+        if not state.open:
+            return state
+        if not _take_one(sweep, state, on_row):
+            time.sleep(WAIT_SECONDS)
+
+
+def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] | None) -> bool:
+    """Run the first trial that is ready and that nobody else is at. Whether there was one."""
+    claims = sweep.options.places.results / "claims"  # of all sweeps: two may share a trial
+    for listed in state.open:
+        if not state.is_ready(listed):
+            continue
+        with claim(claims, listed.id) as mine:
+            if not mine:
+                continue
+            if sweep.row(listed.id) is not None:
+                return True  # another process finished it a moment ago
+            row = sweep.run_one(state, listed)
+        state.rows[listed.id] = row
+        if on_row:
+            on_row(state, row)
+        return True
+    return False
+
+
+def _commit() -> str | None:
+    from trainer.provenance import git_state
+
+    commit = git_state()["commit"]
+    return str(commit) if commit else None
+
+
+def _device_name(device: torch.device) -> str:
+    from trainer.provenance import device_name
+
+    return device_name(device)

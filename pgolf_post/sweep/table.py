@@ -1,0 +1,157 @@
+"""A sweep's rows, ranked: the best first, what is inside the noise said to be so, on the terminal and as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.ledger import Row
+from pgolf_post.progress import print_table, say
+from pgolf_post.storage import atomic_file
+from pgolf_post.sweep.run import State
+from pgolf_post.sweep.spec import SCORING
+from pgolf_post.sweep.trial import noise_floor
+
+HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")
+
+
+def ranked(state: State) -> list[Row]:
+    """The rows there are: by the ranking, then what was not scored; noise repeats at the end."""
+
+    def key(row: Row) -> tuple[int, float]:
+        if row.settings.get("role") == "noise":
+            return 3, 0.0
+        value = rank_value(state, row)
+        return (2 if "error" in row.result else 1, 0.0) if value is None else (0, value)
+
+    return sorted((state.rows[one.id] for one in state.listed if one.id in state.rows), key=key)
+
+
+def rank_value(state: State, row: Row) -> float | None:
+    """What a row is ranked by: bytes, or the difference from the control in bpb (its own is 0)."""
+    if state.spec.ranking == "bytes":
+        return row.result.get("total_bytes")
+    found = row.result.get(state.spec.ranking)
+    return None if found is None else float(found.get("difference_bpb", 0.0))
+
+
+def facts_of(state: State, row: Row) -> dict[str, Any]:
+    """A row for machines."""
+    result, stage = row.result, state.spec.deciding_stage
+    found = result.get(stage, {}) if stage else {}
+    kept = (
+        "artifact_bytes",
+        "total_bytes",
+        "headroom_bytes",
+        "predicted_bytes",
+        "error",
+        "no_op",
+        "dropped",
+        "stopped",
+    )
+    return {
+        "id": row.id,
+        "name": row.name,
+        "role": row.settings.get("role"),
+        "changes": row.settings.get("changes"),
+        **{key: result[key] for key in kept if key in result},
+        **{key: found[key] for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb", "tokens") if key in found},
+        "stages": {name: result[name] for name in SCORING if name in result},
+        "verdict": row.verdict,
+        "conclusion": row.conclusion,
+        "seconds": row.seconds,
+        "cost_dollars": row.cost_dollars,
+    }
+
+
+def cells(state: State, row: Row) -> tuple[str, ...]:
+    """A row for people."""
+    facts = facts_of(state, row)
+
+    def shown(key: str, form: str) -> str:
+        return format(facts[key], form) if facts.get(key) is not None else ""
+
+    interval = f"{facts['low_bpb']:+.5f} … {facts['high_bpb']:+.5f}" if facts.get("low_bpb") is not None else ""
+    numbers = (shown("artifact_bytes", ","), shown("headroom_bytes", ","), shown("bpb", ".5f"))
+    difference = (shown("difference_bpb", "+.5f"), interval)
+    return (row.name, *numbers, *difference, row.verdict or "", f"{row.seconds or 0:.1f}", _note(row))
+
+
+def _note(row: Row) -> str:
+    result = row.result
+    for key in ("error", "dropped", "stopped"):
+        if key in result:
+            return f"{key}: {result[key]}"
+    return ", ".join(f"no {stage}" for stage in result.get("skipped", {}))
+
+
+def caption(state: State) -> str:
+    """What the ranking means and what it cannot tell apart."""
+    floor = noise_floor_of(state)
+    by = "bytes" if state.spec.ranking == "bytes" else f"the paired difference from the control ({state.spec.ranking})"
+    noise = "rounding noise not measured" if floor is None else f"rounding noise ±{floor:.5f} bpb"
+    left = len(state.open)
+    return f"{state.spec.question}   ranked by {by}; {noise}" + (f"; {left} trials to go" if left else "")
+
+
+def noise_floor_of(state: State) -> float | None:
+    noise = [state.rows[one.id] for one in state.listed if one.trial.role == "noise" and one.id in state.rows]
+    return noise_floor([row for row in noise if "error" not in row.result], state.spec.deciding_stage)
+
+
+def show(state: State, title: str) -> None:
+    """The table on the terminal."""
+    print_table(f"{title}: {caption(state)}", HEADER, [cells(state, row) for row in ranked(state)])
+
+
+def markdown(state: State, title: str) -> str:
+    """The table as Markdown."""
+    rows = [HEADER, tuple("---" for _ in HEADER), *(cells(state, row) for row in ranked(state))]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return f"# {title}\n\n{caption(state)}\n\n" + "\n".join(lines) + "\n"
+
+
+def as_csv(state: State) -> str:
+    """The table as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerows([HEADER, *(cells(state, row) for row in ranked(state))])
+    return out.getvalue()
+
+
+def save(state: State, folder: Path, title: str) -> list[Path]:
+    """Write table.md and table.csv; returns their paths."""
+    written = []
+    for name, text in (("table.md", markdown(state, title)), ("table.csv", as_csv(state))):
+        with atomic_file(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+        written.append(folder / name)
+    return written
+
+
+def live(state: State, row: Row, spent: Sequence[float]) -> None:
+    """One line after each trial: what came of it, who leads, and when it will be over."""
+    best = [one for one in ranked(state) if one.settings.get("role") == "trial" and "error" not in one.result][:3]
+    lead = "; ".join(f"{place}. {one.name} {_short(state, one)}" for place, one in enumerate(best, 1))
+    left, mean = len(state.open), sum(spent) / max(1, len(spent))
+    done = len(state.listed) - left
+    outcome = _note(row) if row.result.keys() & {"error", "dropped", "stopped"} else _short(state, row)
+    line = f"[{done}/{len(state.listed)}] {row.name}: {outcome}"
+    line += f" {row.verdict}" if row.verdict else ""
+    say(line + (f" | {lead}" if lead else "") + f" | eta {left * mean:.0f} s")
+
+
+def _short(state: State, row: Row) -> str:
+    facts = facts_of(state, row)
+    parts = []
+    if facts.get("difference_bpb") is not None:
+        half = (facts["high_bpb"] - facts["low_bpb"]) / 2 if facts.get("low_bpb") is not None else None
+        parts.append(f"{facts['difference_bpb']:+.5f}" + (f" ± {half:.5f}" if half is not None else ""))
+    elif facts.get("bpb") is not None:
+        parts.append(f"{facts['bpb']:.5f} bpb")
+    if facts.get("artifact_bytes") is not None:
+        parts.append(f"{facts['artifact_bytes']:,} B")
+    return ", ".join(parts)

@@ -1,0 +1,77 @@
+"""Training as a trial's first stage: the trainer as a process of its own, continued where a killed one stopped.
+
+The run's name is made of what decides its weights, so the same training is found again whichever trial asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.checkpoint import Checkpoint, list_checkpoints
+from pgolf_post.derived import derived_id
+from pgolf_post.errors import PgolfError
+from pgolf_post.progress import say
+from pgolf_post.settings import apply_override, read_toml
+from pgolf_post.sweep.spec import TrainStage
+
+STAGE_VERSION = 1
+
+
+def recipe_tree(stage: TrainStage) -> dict[str, Any]:
+    """The recipe as it will be trained, as plain values. Raises SettingsError, NotFoundError."""
+    tree = read_toml(Path(stage.recipe))
+    for override in stage.set:
+        apply_override(tree, override)
+    if stage.seconds is not None or stage.steps is not None:
+        schedule = {key: value for key, value in tree.get("schedule", {}).items() if key not in ("seconds", "steps")}
+        length = {"seconds": stage.seconds} if stage.seconds is not None else {"steps": stage.steps}
+        tree["schedule"] = {**schedule, **length}
+    return tree
+
+
+def run_id(stage: TrainStage) -> str:
+    """What a trained run is found by."""
+    tree = recipe_tree(stage)
+    run = {key: value for key, value in tree.get("run", {}).items() if key not in ("name", "checkpoint_root")}
+    return derived_id("train", STAGE_VERSION, [], {**tree, "run": run})
+
+
+def trained(stage: TrainStage, root: Path, scratch: Path) -> Checkpoint:
+    """The final checkpoint of a training run under `root`: found, continued, or trained from the start.
+
+    Raises PgolfError with the trainer's last lines if it fails.
+    """
+    name = f"sweep_{run_id(stage)[:12]}"
+    saved = [c for c in list_checkpoints(root) if c.path.parent.name == name]
+    final = [c for c in saved if "final" in str(c.meta.get("phase", "")).split("+")]
+    if final:
+        say(f"{final[-1].path}: trained already")
+        return final[-1]
+    recipe = scratch / f"{name}.toml"
+    scratch.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(_as_toml(recipe_tree(stage)), encoding="utf-8")
+    command = [sys.executable, "-m", "trainer", str(recipe), "--json"]
+    command += ["--set", f"run.name={name}", "--set", f"run.checkpoint_root={json.dumps(str(root))}"]
+    resumable = [c for c in saved if (c.path / "training.safetensors").is_file()]
+    if resumable:
+        newest = max(resumable, key=lambda c: int(c.meta["step"]))
+        command += ["--resume", str(newest.path)]
+    say(f"training {name}: {' '.join(command[2:])}")
+    # The claim goes along: should this process be killed, the next waits for its trainer instead of starting another.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, close_fds=False)
+    if done.returncode:
+        lines = " | ".join(done.stderr.strip().splitlines()[-3:])
+        raise PgolfError(f"training with {stage.recipe} failed (exit {done.returncode}): {lines}")
+    return Checkpoint.open(Path(json.loads(done.stdout.splitlines()[-1])["checkpoint"]))
+
+
+def _as_toml(tree: dict[str, Any]) -> str:
+    """A recipe's tables as TOML: every value is one that JSON and TOML write alike."""
+    lines = []
+    for table, values in tree.items():
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,332 @@
+"""One trial from its settings to its row: quantize → predict → pack → screen → plain → sliding → test-time training.
+
+Each stage runs only if its condition holds; the control, baselines and noise repeats ignore conditions, because the
+others are compared with them. Differences are paired with the control's score of the same stage. A trial is called
+better or worse only if its interval excludes zero *and* the difference exceeds the noise floor: what the control's own
+score does when its scales are jittered by 1e-4, which no setting under test can be told apart from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.special import stdtrit
+
+from pgolf_post.derived import derived_id
+from pgolf_post.errors import PgolfError
+from pgolf_post.ledger import Row
+from pgolf_post.pack.size import count
+from pgolf_post.score.bpb import Score
+from pgolf_post.score.compare import paired_documents
+from pgolf_post.score.paired import pair, t_interval
+from pgolf_post.score.session import StoppedError
+from pgolf_post.sweep.conditions import holds
+from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
+from pgolf_post.sweep.training import recipe_tree
+from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench
+
+TRIAL_VERSION = 2
+FLOOR_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A trial and the id that its row has, or will have."""
+
+    trial: Trial
+    id: str
+    control_id: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every row says beside its result."""
+
+    sweep: str
+    commit: str | None = None
+    device: str | None = None
+    dollars_per_hour: float | None = None
+
+    def cost(self, seconds: float) -> float | None:
+        return None if self.dollars_per_hour is None else round(seconds / 3600 * self.dollars_per_hour, 6)
+
+
+def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -> str:
+    """What a trial's row is found by: the ids of what its weights are made of, and every setting that acts."""
+    settings = trial.settings
+    checkpoint_data = {} if settings.train else {"data": bench.data(spec, bench.checkpoint(settings)).manifest_sha256}
+    identity = {
+        "calibration": settings.calibration.model_dump(mode="json"),
+        "weights": settings.model_dump(mode="json", include={"blend", "ema", "quantize", "jitter_seed"}),
+        "plan": trial_plan(settings).identity(),
+        "codec": settings.codec,
+        "ttt": settings.ttt,
+        "stages": spec.stages.model_dump(mode="json"),
+        "deciding": [spec.ranking, spec.noise_repeats if trial.role != "noise" else 0],
+        "budget": [spec.budget_bytes, list(spec.code), spec.gates.drop_if_over_budget],
+        "role": trial.role,
+        "control": control_id,
+        "versions": VERSIONS,
+        **checkpoint_data,
+    }
+    return derived_id("trial", TRIAL_VERSION, bench.source_ids(settings), identity)
+
+
+def list_trials(bench: Workbench, spec: SweepSpec, trials: Sequence[Trial]) -> list[Listed]:
+    """Trials with their ids. One that cannot even be named is given an id of its error, so that it can have a row."""
+    listed, controls = [], dict[str, str]()
+    for trial in trials:
+        control_id = controls.get(trial.group, "")
+        try:
+            found = trial_id(bench, spec, trial, control_id)
+        except PgolfError as error:
+            if trial.role == "control":
+                raise
+            settings = trial.settings.model_dump(mode="json")
+            found = derived_id("trial", TRIAL_VERSION, [control_id], {"settings": settings, "error": str(error)})
+        if trial.role == "control":
+            controls[trial.group] = control_id = found
+        listed.append(Listed(trial, found, control_id))
+    return listed
+
+
+# ---- running one -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A trial that is being run, and what it is compared with."""
+
+    bench: Workbench
+    spec: SweepSpec
+    listed: Listed
+    control: Row | None  # None for the control itself
+    control_trial: Trial
+    noise: Sequence[Row]
+    provenance: Provenance
+    parents: tuple[str, ...] = ()
+    extra_rows: tuple[Row, ...] = ()
+    attempt: int = 1
+
+    @property
+    def trial(self) -> Trial:
+        return self.listed.trial
+
+    def row(self) -> tuple[Row, tuple[Row, ...]]:
+        """The trial's row, whatever comes of it, and rows of what it was made of. Ctrl-C is not an outcome."""
+        started = time.perf_counter()
+        self.bench.start_trial()
+        result: dict[str, Any] = {"attempt": self.attempt} if self.attempt > 1 else {}
+        try:
+            self._stages(result)
+        except StoppedError as error:
+            raise KeyboardInterrupt from error
+        except DroppedError as dropped:
+            result["dropped"] = str(dropped)
+        except Exception as error:
+            result["error"] = _said(error)
+        verdict, conclusion = self._verdict(result)
+        seconds = round(time.perf_counter() - started, 3)
+        result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.seconds.items()}
+        result["shared"] = list(dict.fromkeys(self.bench.shared))
+        facts = self.provenance
+        return Row(
+            "trial", self.listed.id, self.parents, self.trial.name, facts.sweep, self._settings(), "", result,
+            facts.commit, facts.device, seconds, facts.cost(seconds), verdict, conclusion,
+        ), self.extra_rows  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        """What was asked for: what is changed, and all of it."""
+        trial = self.trial
+        named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
+        return {**named, "question": self.spec.question, "trial": trial.settings.model_dump(mode="json")}
+
+    def _stages(self, result: dict[str, Any]) -> None:
+        bench, spec, settings = self.bench, self.spec, self.trial.settings
+        view = bench.view(settings)
+        data = bench.data(spec, view.checkpoint)
+        result["checkpoint_id"] = view.id
+        self.parents = (view.id,)
+        if settings.quantize:
+            stats = bench.stats(spec, settings, view)
+            result["stats_id"] = stats.id
+            self.parents = (view.id, stats.id)
+            quantized = bench.quantized(view, stats, settings, lambda predict: self._before_packing(predict, result))
+            result |= quantized.facts
+            self._count(quantized, result)
+            self.parents = (str(quantized.facts["artifact_id"]),)
+            self.extra_rows = self._lineage(view, stats, quantized)
+        else:
+            quantized = bench.unquantized(view)
+        result["content_sha256"] = quantized.content_sha256
+        result["protocols"] = {
+            stage: derived_id(
+                "protocol", 1, [], bench.protocol(spec, stage, settings, view.config).model_dump(mode="json")
+            )
+            for stage in spec.stages.scoring()
+        }
+        if spec.gates.drop_if_over_budget and self._is_ordinary and result.get("headroom_bytes", 0) < 0:
+            raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
+        for stage in spec.stages.scoring():
+            if self._wants(stage, result):
+                facts, score = bench.score(spec, stage, settings, quantized, data)
+                kept = ("bpb", "nats", "tokens", "bytes")
+                result[stage] = {key: facts[key] for key in kept} | self._difference(stage, score)
+        if spec.deciding_stage in result:
+            result["bpb"] = result[str(spec.deciding_stage)]["bpb"]
+
+    @property
+    def _is_ordinary(self) -> bool:
+        return self.trial.role == "trial"
+
+    def _before_packing(self, predict: Callable[[], int], result: dict[str, Any]) -> None:
+        stage, pack = self.spec.stages.predict, self.spec.stages.pack
+        if stage is not None:
+            result["predicted_bytes"] = predict()
+            over = result["predicted_bytes"] - self.spec.budget_bytes
+            if self.spec.gates.drop_if_over_budget and self._is_ordinary and over > 0.02 * self.spec.budget_bytes:
+                raise DroppedError(f"predicted {over:,} bytes over the budget")
+        if self._is_ordinary and not holds(pack.only_if, self._facts(result)):
+            raise DroppedError(f"not packed: {pack.only_if}")
+
+    def _count(self, quantized: Quantized, result: dict[str, Any]) -> None:
+        report = count(Path(quantized.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
+        result |= {"code_bytes": report.code_bytes, "total_bytes": report.total_bytes}
+        result |= {"budget_bytes": report.budget_bytes, "headroom_bytes": report.headroom_bytes}
+
+    def _wants(self, stage: str, result: dict[str, Any]) -> bool:
+        if self.trial.role == "noise":
+            return stage == self.spec.deciding_stage
+        condition = getattr(self.spec.stages, stage).only_if
+        if not self._is_ordinary or holds(condition, self._facts(result)):
+            return True
+        result.setdefault("skipped", {})[stage] = condition
+        return False
+
+    def _facts(self, result: Mapping[str, Any]) -> dict[str, float | None]:
+        facts: dict[str, float | None] = {"budget_bytes": float(self.spec.budget_bytes)}
+        for name in ("predicted_bytes", "artifact_bytes", "total_bytes", "headroom_bytes"):
+            facts[name] = result.get(name)
+        for stage in SCORING:
+            found = result.get(stage, {})
+            facts |= {f"{stage}_{key}": found.get(key) for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb")}
+        return facts
+
+    def _difference(self, stage: str, score: Score) -> dict[str, Any]:
+        """The paired difference from the control's score of the same stage."""
+        if self.control is None:
+            return {}
+        control = self._control_score(stage)
+        clusters = pair(score, control, "piece") if stage == "screen" else paired_documents(score, control)
+        facts = t_interval(clusters, self.spec.stages.level).facts()
+        return {key: facts[key] for key in ("difference_bpb", "low_bpb", "high_bpb", "clusters", "effective_clusters")}
+
+    def _control_score(self, stage: str) -> Score:
+        """The control's own sums of a stage, from the disk where they are not in memory; no part of this trial."""
+        bench, spec, settings = self.bench, self.spec, self.control_trial.settings
+        shared = list(bench.shared)
+        with bench.timed("pair"):
+            view = bench.view(settings)
+            quantized = bench.quantized(view, bench.stats(spec, settings, view), settings)
+            _, control = bench.score(spec, stage, settings, quantized, bench.data(spec, view.checkpoint))
+        bench.shared = shared
+        return control
+
+    def _lineage(self, view: Any, stats: Any, quantized: Quantized) -> tuple[Row, ...]:
+        """Rows of the weights, statistics and artifact, so that the tree can be drawn."""
+        settings, sweep = self.trial.settings, self.provenance.sweep
+        made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHTS and value}
+        checkpoint = view.checkpoint
+        source = tuple(part for part in self.bench.source_ids(settings) if part != view.id and ":" not in part)
+        if settings.blend:
+            source = tuple(part.partition(":")[2] for part in self.bench.source_ids(settings))
+        runs: tuple[Row, ...] = ()
+        if settings.train:
+            source = (f"run:{checkpoint.path.parent.name}",)  # as `ledger scan` calls it
+            recipe = recipe_tree(settings.train)
+            runs = (Row("run", source[0], (), Path(settings.train.recipe).stem, checkpoint.path.parent.name, recipe),)
+        facts = self.provenance
+        where: dict[str, Any] = {"commit": facts.commit, "device": facts.device}
+        name, run = f"{checkpoint.path.name} ({view.name})", checkpoint.path.parent.name
+        artifact = {key: quantized.facts[key] for key in ("artifact_bytes", "symbols_sha256")}
+        return (
+            *runs,
+            Row("checkpoint", view.id, source, name, run, made),
+            Row(
+                "stats", stats.id, (view.id,), "calibration", sweep, settings.calibration.model_dump(mode="json"),
+                result={"tokens": stats.num_tokens}, **where,
+            ),
+            Row(
+                "artifact", str(quantized.facts["artifact_id"]), (view.id, stats.id), self.trial.name, sweep,
+                {"plan": settings.plan, "set": settings.set, "codec": settings.codec}, result=artifact, **where,
+            ),
+        )  # fmt: skip
+
+    # ---- what it means -----------------------------------------------------------------------------------------------
+
+    def _verdict(self, result: dict[str, Any]) -> tuple[Any, str | None]:
+        """(verdict, conclusion) of a trial; None for what the others are compared with."""
+        stage = self.spec.deciding_stage
+        floor = noise_floor([row for row in self.noise if "error" not in row.result], stage)
+        if self.control is None or self.trial.role == "noise" or "error" in result:
+            return None, None
+        same = ("content_sha256", "protocols", "artifact_bytes")
+        if all(result.get(key) == self.control.result.get(key) for key in same):
+            result["no_op"] = True
+            return "no-op", "NO-OP: the very artifact of the control"
+        if self.trial.role == "baseline" or "dropped" in result:
+            return None, None
+        if stage is not None and stage not in result:
+            return None, f"dropped before {stage}"
+        if floor is not None:
+            result["noise_floor_bpb"] = floor
+        return judge(self.spec, result, self.control.result, floor)
+
+
+WEIGHTS = ("checkpoint", "weights", "train", "blend", "ema")
+
+
+def judge(
+    spec: SweepSpec, result: Mapping[str, Any], control: Mapping[str, Any], floor: float | None
+) -> tuple[Any, str]:
+    """(verdict, conclusion) from a trial's and the control's results; `floor` in bpb is None where not measured."""
+    stage = spec.deciding_stage
+    found = result[stage] if stage else {}
+    difference = found.get("difference_bpb")
+    known = found.get("low_bpb") is not None and found.get("high_bpb") is not None
+    low, high = (float(found[key]) if known else math.nan for key in ("low_bpb", "high_bpb"))
+    outside = floor is None or (difference is not None and abs(difference) > floor)
+    better, worse = known and high < 0 and outside, known and low > 0 and outside
+    by = f"{difference:+.5f} bpb" if difference is not None else ""
+    if spec.ranking == "bytes":
+        saved = control["artifact_bytes"] - result["artifact_bytes"]
+        text = f"{-saved:+,} bytes" + (f", {by}" if by else "")
+        if worse or saved < 0:
+            return "negative" if not better else "neutral", text
+        return ("positive" if saved > 0 else "neutral"), text
+    if better or worse:
+        return ("positive" if better else "negative"), by
+    why = "its interval holds zero" if known and low <= 0 <= high else "no interval" if not known else ""
+    return "neutral", f"{by}: " + (why or f"inside the noise floor of {floor:.5f}")
+
+
+def noise_floor(noise: Sequence[Row], stage: str | None) -> float | None:
+    """The difference in bpb that rounding alone makes 95 % of the time: t times the RMS of the repeats' differences.
+
+    None where nothing was repeated.
+    """
+    differences = [row.result[stage]["difference_bpb"] for row in noise if stage and stage in row.result]
+    if not differences:
+        return None
+    mean_square = sum(value**2 for value in differences) / len(differences)
+    return float(stdtrit(len(differences), (1 + FLOOR_LEVEL) / 2)) * math.sqrt(mean_square)
+
+
+def _said(error: Exception) -> str:
+    """An error for a row: ours as they are, others with their kind."""
+    return str(error) if isinstance(error, PgolfError) else f"{type(error).__name__}: {error}"

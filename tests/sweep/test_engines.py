@@ -1,0 +1,151 @@
+"""Whoever runs the trials, the rows are the same: one process, two workers, torchrun's ranks, a local Ray."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf_post.errors import SettingsError
+from pgolf_post.ledger import LEDGER_FILE, Ledger
+from pgolf_post.sweep.engines.local import require_devices, run_local
+from tests.sweep.conftest import LAMBDAS, Lab, lasting, spec_text
+
+REPOSITORY = Path(__file__).parents[2]
+TRIALS = LAMBDAS.replace("0.6]", "0.4, 0.6, 0.8]") + '[[trials]]\nname = "bad"\ncheckpoint = "nowhere"\n'
+
+
+def command(lab: Lab, *more: str, root: Path | None = None) -> list[str]:
+    """`sweep run` of the lab's spec as a process."""
+    root = root or lab.root
+    where = ["--checkpoint", str(root / "latest"), "--root", str(root), "--results", str(root.parent / "results")]
+    return ["-m", "pgolf_post", "sweep", "run", str(lab.folder / "lab.toml"), *where, *more]
+
+
+def run_process(arguments: list[str], folder: Path) -> None:
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows_of(root: Path) -> dict[str, dict[str, object]]:
+    with Ledger.open(root) as ledger:
+        rows = ledger.rows("trial")
+    return {row.name: lasting(row) for row in rows}
+
+
+def copied(lab: Lab, name: str) -> Path:
+    """Another checkpoint root of the same run, without what was derived."""
+    root = lab.folder / name / "checkpoints"
+    ignore = shutil.ignore_patterns("derived", f"{LEDGER_FILE}*")
+    shutil.copytree(lab.root, root, symlinks=True, ignore=ignore)
+    (root / "latest").unlink()
+    final = sorted((lab.root / "pico").glob("*-final"))[0]
+    (root / "latest").symlink_to(Path("pico") / final.name)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
+    lab.run(spec_text(TRIALS))
+    expected = rows_of(lab.root)
+    assert len(expected) == 8
+    assert "error" in expected["bad"]["result"]  # type: ignore[operator]
+    roots = {name: copied(lab, name) for name in ("workers", "torchrun")}
+    run_process([sys.executable, *command(lab, "--workers", "2", root=roots["workers"])], lab.folder)
+    assert rows_of(roots["workers"]) == expected
+    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--nproc_per_node", "2"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *command(lab, root=roots["torchrun"])]
+    run_process(ranks, lab.folder)
+    assert rows_of(roots["torchrun"]) == expected
+
+
+def test_the_same_rows_on_a_local_ray(lab: Lab) -> None:
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    lab.run(spec_text(TRIALS))
+    root = copied(lab, "ray")
+    run_process([sys.executable, *command(lab, "--engine", "ray", "--workers", "2", root=root)], lab.folder)
+    assert rows_of(root) == rows_of(lab.root)
+
+
+def test_two_workers_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_devices(2)
+    with pytest.raises(SettingsError, match="two workers never share one"):
+        require_devices(3)
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def created(root: Path) -> dict[str, str]:
+    """When each trial's row was written."""
+    if not (root / LEDGER_FILE).is_file():
+        return {}
+    with Ledger.open(root) as ledger:
+        return {row.id: row.created for row in ledger.rows("trial")}
+
+
+def kill_and_compare(lab: Lab, kills: int) -> None:
+    lambdas = ", ".join(f"{0.02 * n:.2f}" for n in range(2 + kills))
+    text = spec_text(LAMBDAS.replace("0, 0.2, 0.6", lambdas))
+    options = lab.options(text)
+    undisturbed = copied(lab, "undisturbed")
+    run_process([sys.executable, *command(lab, root=undisturbed)], lab.folder)
+    made = kill_through(lab, kills)
+    assert made == kills
+    before = created(lab.root)
+    run_local(options)
+    after = created(lab.root)
+    assert before.items() <= after.items()
+    assert rows_of(lab.root) == rows_of(undisturbed)
+
+
+def kill_through(lab: Lab, kills: int) -> int:
+    """One row more, then a kill at a random moment of the next trial, so many times."""
+    generator, made = random.Random(11), 0
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    held: dict[str, str] = {}
+    for turn in range(kills):
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(
+            [sys.executable, *command(lab)], cwd=lab.folder, env=environment, stdout=quiet, stderr=quiet
+        )
+        while turn and process.poll() is None and len(created(lab.root)) == len(held):
+            time.sleep(0.005)
+        if not turn:  # amid starting, calibrating, or the control
+            time.sleep(generator.uniform(0.5, 4.0))
+        time.sleep(generator.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        made += process.wait() == -signal.SIGKILL
+        now = created(lab.root)
+        assert held.items() <= now.items(), "a row was lost, or written again"
+        held = now
+    return made
+
+
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(lab: Lab) -> None:
+    kill_and_compare(lab, 3)
+
+
+@pytest.mark.long
+def test_thirty_kills(lab: Lab) -> None:
+    kill_and_compare(lab, 30)
