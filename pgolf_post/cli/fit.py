@@ -43,6 +43,7 @@ FIT_FLAGS = {
     "shrink": "--shrink",
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
+    "distill": "--distill",
     "kappa_seed": "--kappa-seed",
 }
 
@@ -118,7 +119,6 @@ def command(
         ranks.leave()
     if not ranks.is_main:
         return
-    _show_training(fitter)
     if target_gap is not None:
         wanted = [limit_for_gap(fitter, target_gap) + code_bytes]
     answers = []
@@ -132,12 +132,13 @@ def command(
         record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
         if explained:
             _show_explained(fitter, artifact)
+    _show_training(fitter)
     _show(answers, bool(code))
     if as_json:
         shared: dict[str, Any] = {
             "checkpoint_id": view.id,
             "stats_id": fitter.stats.id,
-            "train_seconds": dict(fitter.train_seconds),
+            "train_seconds": dict(fitter.clock.seconds),
         }
         shared |= {"kappa": {group: found.facts() for group, found in fitter.kappas.items()}}
         shared["seconds"] = round(time.perf_counter() - started, 3)
@@ -193,7 +194,7 @@ def _score(artifact: Artifact, data: Any, config: Any, eval_tokens: int | None, 
 
 
 def _show_training(fitter: Fitter) -> None:
-    seconds = fitter.train_seconds
+    seconds = fitter.clock.seconds
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{sum(seconds.values()):.1f} s on training data ({parts}): the challenge counts them as training")
     if fitter.kappas:

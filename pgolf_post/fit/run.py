@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
 from pgolf_post.fit.steps import constant_for, expected_loss
 from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
+from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
+from pgolf_post.quantize.distill import distill
+from pgolf_post.quantize.distill_settings import DistillSettings
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.ranks import ALONE, Ranks
 from pgolf_post.requant import Artifact
 from pgolf_post.storage import read_json, write_json
 
 STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
+DISTILL = DistillSettings()
 KAPPA_STAGE, KAPPA_VERSION, KAPPA_FILE = "kappa", 1, "kappa.json"
 
 
@@ -51,7 +55,8 @@ class Fitter:
     settings: FitSettings
     builder: Builder
     kappas: Mapping[str, Kappa]  # tensor or role → measurement; empty where κ is off
-    train_seconds: Mapping[str, float]  # step → seconds spent on training text, now or when it was cached
+    clock: TrainingClock  # of the steps that read training text, now or when what they made was cached
+    distills: bool  # whether floats are tuned: asked for, and there is time
 
     @property
     def kappa(self) -> dict[str, float]:
@@ -61,7 +66,8 @@ class Fitter:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the symbols, beside view, statistics and bytes."""
-        return {"fit": self.settings.model_dump(mode="json"), "kappa": self.kappa}
+        settings = self.settings.model_dump(mode="json", exclude={"distill"})
+        return {"fit": settings, "kappa": self.kappa, **({"distill": DISTILL.model_dump()} if self.distills else {})}
 
 
 def prepare(
@@ -89,7 +95,8 @@ def prepare(
         with clock.step("kappa") as step:
             kappas, cached_seconds = _kappas(builder, data, settings, fresh, ranks)
             step.add(cached_seconds)
-    return Fitter(view, data, stats, settings, builder, kappas, dict(clock.seconds))
+    distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
+    return Fitter(view, data, stats, settings, builder, kappas, clock, distills)
 
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
@@ -103,6 +110,11 @@ def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> flo
     """About what κ will take: statistics cost three forward passes a token."""
     groups = len(groups_of(builder, settings.kappa))
     return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (groups + 1)
+
+
+def _distill_seconds(stats: Stats) -> float:
+    """About what distillation will take: each step is a forward and a backward pass, with the teacher's head beside."""
+    return stats.seconds / stats.num_tokens * (DISTILL.steps * DISTILL.batch_tokens + DISTILL.tokens)
 
 
 def _kappas(
@@ -147,17 +159,32 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
 
     def make(building: Path) -> Mapping[str, Any]:
         solution = Search(fitter.builder, fitter.kappa, codec).solve(artifact_limit, _say_try)
+        if fitter.distills:
+            solution, tuned = _distilled(fitter, solution, artifact_limit, codec)
         write_artifact(building / PAYLOAD, solution.data)
         packed = solution.model.symbols_sha256()
         decoded = symbols_sha256(read_artifact(building / PAYLOAD).symbols)
         if decoded != packed:
             raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")
-        return {"symbols_sha256": packed, "view_id": view.id, **_facts(fitter, solution)}
+        more = {"distilled": tuned} if fitter.distills else {}
+        return {"symbols_sha256": packed, "view_id": view.id, **_facts(fitter, solution), **more}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
     config |= {"stats_id": fitter.stats.id, "plan": "fit", **identity}
     meta, cached = load_or_make(folder, PAYLOAD, config, make, fresh)
     return Artifact(folder, artifact_id, meta, cached)
+
+
+def _distilled(fitter: Fitter, solution: Solution, limit: int, codec: str) -> tuple[Solution, dict[str, Any]]:
+    """The solution with its floats tuned, where that lowers held-out losses and still fits."""
+    text = probe_text(fitter.view, fitter.data, DISTILL.tokens, fitter.settings.kappa_seed + 1)
+    with fitter.clock.step("distillation"):
+        model, report = distill(solution.model, fitter.view, text, DISTILL)
+    data = pack(model, PackSettings(codec=codec)) if report.kept else solution.data
+    if len(data) > limit:
+        say(f"distilled floats do not fit: {len(data):,} of {limit:,} bytes; the untuned ones stay")
+        return solution, {**report.facts(), "kept": False}
+    return replace(solution, model=model, data=data), report.facts()
 
 
 def _say_try(found: Try) -> None:
@@ -176,7 +203,7 @@ def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
         "predicted_nats": predicted,
         "equal_slope_nats": expected_loss(fitter.builder.num_weights, solution.constant),
         "builds": len(solution.tries),
-        "train_seconds": dict(fitter.train_seconds),
+        "train_seconds": dict(fitter.clock.seconds),
         "tensors": [{"name": tensor.name, **tensor.facts} for tensor in quantized],
     }
 
@@ -189,7 +216,8 @@ GAP_TRIES, GAP_CLOSE = 4, 0.03
 def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     """The artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
 
-    As the divergence from the unquantized model, which grows as c². Raises SettingsError for a gap that is not positive.
+    What is measured is the divergence from the unquantized model, which grows as c². Raises SettingsError for a gap
+    that is not positive.
     """
     if not gap_bpb > 0:
         raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive")
@@ -199,9 +227,8 @@ def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     constant = constant_for(fitter.builder.num_weights, wanted)
     for _ in range(GAP_TRIES):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
-        found = probe.divergence(
-            {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
-        )
+        decoded = {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
+        found = probe.divergence(decoded)
         spread = f"{found.mean:.5f} ± {2 * found.error:.5f}"
         say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
         if abs(found.mean / wanted - 1) <= GAP_CLOSE or found.mean <= 0:

@@ -10,8 +10,8 @@ the Kronecker factoring of the Fisher information with the token weights kept (G
 group of rows); each visit of a looped layer brings its own δ to its own x. A tied embedding is minded twice: as the
 head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an error enters as often as its row is looked up.
 
-Both are estimates from little text, so both are shrunk: off-diagonal moments by 5 %, a ridge on the diagonal, row
-statistics towards their mean in the logarithm and to within a factor of 16.
+Both are estimates from little text, so both are shrunk: a ridge on the moments' diagonal (and off-diagonal moments
+multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a factor of 16.
 """
 
 from __future__ import annotations

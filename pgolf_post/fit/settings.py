@@ -27,9 +27,11 @@ class FitSettings(Settings):
     kappa_tokens: int = Field(8192, ge=2, description="training tokens that each of these measurements reads")
     kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
 
-    hessian_share: float = Field(0.95, ge=0, le=1, description="off-diagonal moments are multiplied by it")
+    distill: bool = Field(False, description="tune what stays float by distillation, with symbols frozen")
+
+    hessian_share: float = Field(1.0, ge=0, le=1, description="off-diagonal moments are multiplied by it")
     ridge: float = Field(0.003, gt=0, description="added to the moments' diagonal, as a share of its mean")
-    row_trust: float = Field(0.5, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
+    row_trust: float = Field(0.8, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
     lookup_floor: float = Field(0.03, gt=0, le=1, description="least sensitivity of a table's row, to the mean")
 
     @field_validator("trellis_states")

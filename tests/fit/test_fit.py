@@ -22,7 +22,7 @@ from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
 from pgolf_post.pack.artifact import read_artifact
 
 CALIBRATION = CalibrationSettings(tokens=512)
-SETTINGS = FitSettings(kappa_tokens=512)
+SETTINGS = FitSettings(kappa_tokens=256)
 
 
 @pytest.fixture
@@ -91,12 +91,19 @@ def test_statistics_of_other_weights_are_refused(view: View, pico_data: DataFold
 def test_cached_kappas_are_read_back(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
     again = prepare(view, pico_data, CALIBRATION, SETTINGS)
     assert again.kappas == fitter.kappas
-    assert set(again.kappa) == {part.role for part in fitter.builder.parts.values()}
-    assert all(0.25 <= kappa <= 4 for kappa in again.kappa.values())
+    assert set(again.kappa) == set(fitter.builder.parts)
+    assert max(again.kappa.values()) <= 16 * min(again.kappa.values())
+
+
+def test_kappa_by_role_is_one_number_a_role(view: View, pico_data: DataFolder) -> None:
+    fitter = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"kappa": "role"}))
+    assert set(fitter.kappas) == {part.role for part in fitter.builder.parts.values()}
+    for name, kappa in fitter.kappa.items():
+        assert kappa == fitter.kappas[fitter.builder.parts[name].role].kappa
 
 
 def test_too_few_seconds_leave_kappa_out(view: View, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare(view, pico_data, CALIBRATION, FitSettings(kappa=False))
+    prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off"))
     clock = TrainingClock()
     with clock.step("before"):
         pass
@@ -112,18 +119,19 @@ def test_statistics_alone_beyond_the_seconds_are_an_error(view: View, pico_data:
         prepare(view, pico_data, CALIBRATION, SETTINGS, TrainingClock(1e-6))
 
 
-@pytest.mark.parametrize("changed", [{"trellis_states": 0}, {"rows": False}, {"columns": False}, {"shrink": False}])
+@pytest.mark.parametrize("changed", [{"trellis_states": 0}, {"rows": False}, {"columns": False}, {"shrink": True}])
 def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
-    constants = constants_of(fitter.builder.parts.values(), 0.002, {})
+    constants = constants_of(fitter.builder.parts, 0.002, {})
     other = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update=changed))
     first, second = fitter.builder.quantize(constants), other.quantize(constants)
     assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
 
 
 def test_the_centroid_lowers_the_predicted_loss(fitter: Fitter) -> None:
-    constants = constants_of(fitter.builder.parts.values(), 0.01, {})
-    plain = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update={"shrink": False})).quantize(constants)
-    for name, tensor in fitter.builder.quantize(constants).items():
+    constants = constants_of(fitter.builder.parts, 0.01, {})
+    plain = fitter.builder.quantize(constants)
+    shrunk = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update={"shrink": True})).quantize(constants)
+    for name, tensor in shrunk.items():
         assert tensor.facts["predicted_loss"] <= plain[name].facts["predicted_loss"] * 1.0001, name
 
 
@@ -134,6 +142,17 @@ def test_slopes_are_equal_where_the_solver_is_free(fitter: Fitter) -> None:
     slopes = [row.slope for row in rows if row.num_weights >= 256]
     assert max(slopes) < 1.35 * min(slopes)
     assert sum(row.num_weights for row in by_role(rows)) == free.builder.num_weights
+
+
+def test_distilled_floats_are_kept_only_if_better(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
+    tuned = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"distill": True}))
+    limit = budget(fitter, 2.0)
+    plain, other = solve(fitter, limit), solve(tuned, limit)
+    facts = other.meta["distilled"]
+    assert other.path.stat().st_size <= limit
+    assert other.symbols_sha256 == plain.symbols_sha256
+    assert not facts["kept"] or facts["kl_after"] < facts["kl_before"]
+    assert "distillation" in tuned.clock.seconds
 
 
 def test_bytes_for_a_gap(fitter: Fitter) -> None:

@@ -10,6 +10,7 @@ import torch
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
+from pgolf_post.families import load_module
 from pgolf_post.fit.kappa import LARGEST, estimate
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.run import probe_text
@@ -17,6 +18,11 @@ from pgolf_post.fit.run import probe_text
 
 def test_an_exact_measurement_is_believed() -> None:
     assert estimate(0.002, 0.003, 0.0) == pytest.approx(1.5)
+
+
+def test_kappas_are_drawn_towards_what_they_have_in_common() -> None:
+    assert estimate(0.002, 0.006, math.inf, common=0.7) == 0.7
+    assert estimate(0.002, 0.0014, 0.0005, common=0.7) == pytest.approx(0.7)
 
 
 def test_a_measurement_of_no_certainty_says_nothing() -> None:
@@ -39,26 +45,36 @@ def probe(view: View, pico_data: DataFolder) -> Probe:
     return Probe(view, probe_text(view, pico_data, 512, 0))
 
 
-def test_no_error_costs_nothing(probe: Probe, view: View) -> None:
-    name = "blocks.0.mlp.fc.weight"
-    assert probe.curvature({name: torch.zeros_like(view.tensors[name])}).mean == 0
-    assert probe.difference({name: view.tensors[name]}).mean == 0
+def test_the_views_own_weights_diverge_by_nothing(probe: Probe, view: View) -> None:
+    assert probe.divergence({}).mean == 0
+    assert probe.divergence({"tok_emb.weight": view.tensors["tok_emb.weight"]}).mean == 0
 
 
-def test_the_curvature_is_even_and_quadratic(probe: Probe, view: View) -> None:
-    name = "blocks.0.mlp.fc.weight"
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc.weight", "tok_emb.weight"])  # a matrix, and the head itself
+def test_the_divergence_is_positive_and_quadratic(probe: Probe, view: View, name: str) -> None:
     error = 0.02 * torch.randn(view.tensors[name].shape, generator=torch.Generator().manual_seed(0))
-    plus, minus, double = (probe.curvature({name: factor * error}).mean for factor in (1, -1, 2))
-    assert plus == pytest.approx(minus, rel=1e-6)
-    assert double == pytest.approx(4 * plus, rel=0.2)
+    single, double = (probe.divergence({name: view.tensors[name] + factor * error}).mean for factor in (1, 2))
+    assert single > 0
+    assert double == pytest.approx(4 * single, rel=0.2)
+
+
+def test_the_divergence_is_the_definition(probe: Probe, view: View) -> None:
+    name = "blocks.0.mlp.fc.weight"
+    changed = {key: tensor.clone() for key, tensor in view.tensors.items()} | {name: 1.2 * view.tensors[name]}
+    tokens = torch.from_numpy(probe.text.tokens)
+    own, other = (
+        torch.log_softmax(module.logits(module.hidden(tokens)), -1)  # type: ignore[operator]
+        for module in (load_module(view.config, weights, "test") for weights in (view.tensors, changed))
+    )
+    expected = (own.exp() * (own - other)).sum(-1).mean()
+    assert probe.divergence({name: changed[name]}).mean == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_probing_restores_the_weights(probe: Probe, view: View) -> None:
     before = {name: tensor.clone() for name, tensor in view.tensors.items()}
-    name = "blocks.2.attn.q.weight"
     with pytest.raises(NumericsError, match="not finite"):
-        probe.difference({"tok_emb.weight": torch.full_like(view.tensors["tok_emb.weight"], math.nan)})
-    probe.difference({name: 2 * view.tensors[name]})
+        probe.divergence({"tok_emb.weight": torch.full_like(view.tensors["tok_emb.weight"], math.nan)})
+    probe.divergence({"blocks.2.attn.q.weight": 2 * view.tensors["blocks.2.attn.q.weight"]})
     state = probe.module.state_dict()
     for key, tensor in before.items():
         assert torch.equal(view.tensors[key], tensor)
