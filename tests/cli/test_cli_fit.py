@@ -1,0 +1,91 @@
+"""`pgolf-post fit` as its users run it: in a process of its own, and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf_post.data import DataFolder
+
+FIT = ("--calibration-tokens", "512", "--kappa-tokens", "256")
+
+
+def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = (
+        [sys.executable, "-m", "pgolf_post"]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "-m",
+            "pgolf_post",
+        ]
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [*launcher, "fit", *map(str, arguments), *FIT]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr + done.stdout
+    found: dict = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pico_run: Path, pico_data: DataFolder) -> None:
+    checkpoint, code = pico_run / "latest", pico_run / "code.py"
+    code.write_text("print(1)\n")
+    options = (checkpoint, "--budget", 9000, "--code", code, "--data", pico_data.path, "--json")
+    first = answer(run(*options, "--explain", "--eval"))
+    assert 9000 - 2000 <= first["total_bytes"] <= 9000
+    assert first["code_bytes"] == 9
+    assert first["artifact_bytes"] + first["code_bytes"] == first["total_bytes"]
+    assert first["headroom_bytes"] == 9000 - first["total_bytes"]
+    assert first["bpb"] > 0
+    assert set(first["train_seconds"]) == {"statistics", "kappa"}
+    assert answer(run(*options))["artifact_cached"]
+    again = answer(run(*options, "--fresh", ranks=2))
+    assert not again["artifact_cached"]
+    assert again["symbols_sha256"] == first["symbols_sha256"]
+
+
+def test_a_front_of_budgets_shares_its_statistics(pico_run: Path, pico_data: DataFolder) -> None:
+    done = run(pico_run / "latest", "--budgets", "7e3,9e3,12e3", "--data", pico_data.path, "--json")
+    fits = answer(done)["fits"]
+    assert [fit["budget_bytes"] for fit in fits] == [7000, 9000, 12000]
+    assert all(0 <= fit["headroom_bytes"] <= 2000 for fit in fits)
+    losses = [fit["predicted_nats"] for fit in fits]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_bytes_for_a_gap(pico_run: Path, pico_data: DataFolder) -> None:
+    found = answer(run(pico_run / "latest", "--target-gap", 0.01, "--data", pico_data.path, "--json"))
+    assert 0 <= found["headroom_bytes"] <= 2000
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--budget", 2000), 3, "the least is about"),
+        (("--budget", 10**7), 2, "nothing to solve"),
+        (("--budget", 9000, "--budgets", "8e3"), 2, "give one of them"),
+        (("--budgets", "8e3,much"), 2, "numbers of bytes with commas between"),
+        (("--budget", 9000, "--trellis-states", 7), 2, "a trellis of 7 states"),
+        (("--budget", 9000, "--train-seconds", 1e-9), 2, "--train-seconds allows"),
+    ],
+)
+def test_bad_input_says_what_to_do(
+    pico_run: Path, pico_data: DataFolder, options: tuple[object, ...], code: int, message: str
+) -> None:
+    done = run(pico_run / "latest", *options, "--data", pico_data.path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
