@@ -16,19 +16,8 @@ FIT = ("--calibration-tokens", "512", "--kappa-tokens", "256")
 
 
 def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = (
-        [sys.executable, "-m", "pgolf_post"]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "-m",
-            "pgolf_post",
-        ]
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    launcher = [*torchrun, "pgolf_post"] if ranks > 1 else [sys.executable, "-m", "pgolf_post"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [*launcher, "fit", *map(str, arguments), *FIT]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
