@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
+VIEWS = ("ema", "raw", "swa")
+
 checkpoint_argument = click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 weights_option = click.option(
     "--weights",
-    type=click.Choice(["ema", "raw", "swa"]),
+    type=click.Choice(VIEWS),
     help="Which weights.  [default: ema where the folder has it, else raw]",
 )
 data_option = click.option(
@@ -108,6 +110,12 @@ def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
 def stats_folder(view: View, stats: Stats) -> Path:
     """Where the statistics lie that a view was or is to be quantized with."""
     return Path(stats.stale["stats"]) if stats.stale else view.checkpoint.derived("stats", stats.id)
+
+
+def split_view(text: str) -> tuple[Path, Any]:
+    """`PATH[:VIEW]` → the path and the view, or None where the text ends in none of ema, raw, swa."""
+    head, colon, view = text.rpartition(":")
+    return (Path(head), view) if colon and view in VIEWS else (Path(text), None)
 
 
 def load_view(checkpoint: Checkpoint, weights: Any) -> View:

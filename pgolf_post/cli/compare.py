@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from pgolf_post.cli.common import data_option, dollars_option, json_option
+from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view
 from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
 from pgolf_post.progress import print_json, print_table
@@ -38,10 +38,12 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
 
     \b
     pgolf-post compare ARTIFACT CKPT                                 paired by document: t, bootstrap, sign test
+    pgolf-post compare CKPT:ema CKPT:raw                             two sets of weights of one folder
     pgolf-post compare A B --until-ci 0.0003                         as little text as the question needs
     pgolf-post compare --record 1.0791,1.0802,1.0799 1.0812,1.0810,1.0808 --variant sp8192
     pgolf-post compare --record A1,A2,A3 B1,B2,B3                    the same from checkpoints or artifacts
 
+    A checkpoint's weights are its EMA where it has one, else raw; :ema, :raw or :swa after its path names others.
     Scores are read from the cache where they are there. --until-ci samples plain windows at random and looks after each
     batch; its interval is a confidence sequence, which stays valid however often it is looked at.
     """
@@ -65,7 +67,8 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
 
 
 def _open(text: str, options: dict[str, Any]) -> Opened:
-    return open_subject(Path(text), None, options["data_dir"])
+    path, view = split_view(text)
+    return open_subject(path, view, options["data_dir"])
 
 
 Compared = tuple[dict[str, Any], list[Path]]  # the answer, and the folders of the scores it is made of

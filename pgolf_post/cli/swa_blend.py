@@ -19,6 +19,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     settings_options,
+    split_view,
 )
 from pgolf_post.errors import SettingsError
 from pgolf_post.progress import print_json, print_table, say
@@ -34,7 +35,6 @@ SEARCH_FLAGS = {
     "level": "--search-level",
     "seed": "--search-seed",
 }
-VIEWS = ("raw", "ema", "swa")
 
 Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was there already, JSON facts
 
@@ -170,17 +170,15 @@ def parse_part(text: str) -> Part:
     from pgolf_post.checkpoint import Checkpoint
 
     place, equals, share = text.rpartition("=")
-    head, colon, view = place.rpartition(":")
     try:
         fraction = float(Fraction(share.strip()))
     except (ValueError, ZeroDivisionError):
         raise SettingsError(f"--part {text!r}: expected PATH[:VIEW]=SHARE, for example runs/a:ema=1/3") from None
-    is_view = bool(colon) and view in VIEWS
     if not equals or not place:
         raise SettingsError(f"--part {text!r}: expected PATH[:VIEW]=SHARE, for example runs/a:ema=1/3")
-    checkpoint = Checkpoint.open(Path(head if is_view else place))
-    wanted: Any = view if is_view else None
-    return Part(checkpoint, checkpoint.view_name(wanted), fraction)
+    path, view = split_view(place)
+    checkpoint = Checkpoint.open(path)
+    return Part(checkpoint, checkpoint.view_name(view), fraction)
 
 
 def _search(

@@ -101,6 +101,17 @@ def test_compare_two_checkpoints(pgolf: Call) -> None:
     assert "stopped" in screened
 
 
+def test_compare_two_views_of_one_checkpoint(pgolf: Call) -> None:
+    bpb = {view: pgolf("eval", CKPT, "--weights", view, "--json").json["bpb"] for view in ("raw", "ema")}
+    assert bpb["raw"] != bpb["ema"]
+    found = pgolf("compare", f"{CKPT}:raw", f"{CKPT}:ema", "--json").json
+    assert (found["bpb"], found["control_bpb"]) == (bpb["raw"], bpb["ema"])
+    assert pgolf("compare", CKPT, f"{CKPT}:ema", "--json").json["difference_bpb"] == 0.0
+    missing = pgolf("compare", f"{CKPT}:swa", CKPT)
+    assert missing.code == 1
+    assert "swa" in missing.err
+
+
 def test_the_record_rule_from_numbers(pgolf: Call) -> None:
     new, old = "1.1150812,1.11437394,1.11475014", "1.11922988,1.12002032,1.11888882"
     found = pgolf("compare", "--record", new, old, "--variant", "sp1024", "--json").json
