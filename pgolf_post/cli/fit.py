@@ -99,7 +99,8 @@ def command(
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
-    from pgolf_post.fit.run import limit_for_gap, solve
+    from pgolf_post.fit.gap import limit_for_gap
+    from pgolf_post.fit.run import solve
     from pgolf_post.ledger.recording import record
     from pgolf_post.pack.size import count
     from pgolf_post.ranks import Ranks

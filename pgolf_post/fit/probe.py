@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
-from pgolf_post.families import get_family, load_module
+from pgolf_post.families import get_family, load_module, train_seq_len
 from pgolf_post.ranks import ALONE, Ranks
 from pgolf_post.score.pool import swap_weights
 
@@ -89,3 +91,10 @@ class Probe:
         logits: Tensor = self.module.logits(hidden)
         weight.copy_(now)
         return logits
+
+
+def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
+    """Training text, drawn by another seed than the statistics'. Never more than there is."""
+    seq_len = train_seq_len(view.config)
+    available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
+    return draw_training_text(data, CalibrationSettings(tokens=min(tokens, available), seed=seed + 1), seq_len)

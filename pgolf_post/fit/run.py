@@ -7,29 +7,24 @@ that ships, and kept beside the checkpoint under everything that decided it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.errors import SettingsError, VerificationError
-from pgolf_post.families import train_seq_len
+from pgolf_post.errors import VerificationError
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder
-from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of, measure_kappas
-from pgolf_post.fit.probe import Probe
+from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of
+from pgolf_post.fit.kappa_cache import cached_kappas
+from pgolf_post.fit.probe import probe_text
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
-from pgolf_post.fit.steps import constant_for, expected_loss
+from pgolf_post.fit.solve import Search, Solution, Try
+from pgolf_post.fit.steps import expected_loss
 from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
@@ -38,11 +33,9 @@ from pgolf_post.quantize.distill_settings import DistillSettings
 from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.ranks import ALONE, Ranks
 from pgolf_post.requant import Artifact
-from pgolf_post.storage import read_json, write_json
 
 STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
 DISTILL = DistillSettings()
-KAPPA_STAGE, KAPPA_VERSION, KAPPA_FILE = "kappa", 1, "kappa.json"
 
 
 @dataclass(frozen=True)
@@ -93,17 +86,10 @@ def prepare(
     kappas: Mapping[str, Kappa] = {}
     if settings.kappa != "off" and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
         with clock.step("kappa") as step:
-            kappas, cached_seconds = _kappas(builder, data, settings, fresh, ranks)
+            kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks)
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
     return Fitter(view, data, stats, settings, builder, kappas, clock, distills)
-
-
-def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
-    """Training text, drawn by another seed than the statistics'. Never more than there is."""
-    seq_len = train_seq_len(view.config)
-    available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
-    return draw_training_text(data, CalibrationSettings(tokens=min(tokens, available), seed=seed + 1), seq_len)
 
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
@@ -115,39 +101,6 @@ def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> flo
 def _distill_seconds(stats: Stats) -> float:
     """About what distillation will take: each step is a forward and a backward pass, with the teacher's head beside."""
     return stats.seconds / stats.num_tokens * (DISTILL.steps * DISTILL.batch_tokens + DISTILL.tokens)
-
-
-def _kappas(
-    builder: Builder, data: DataFolder, settings: FitSettings, fresh: bool, ranks: Ranks
-) -> tuple[dict[str, Kappa], float]:
-    """κ by group, from the cache or measured, and the seconds that took when it is from the cache."""
-    view = builder.view
-    text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = {**settings.model_dump(mode="json"), "text_sha256": text.sha256}
-    folder = view.checkpoint.derived(
-        KAPPA_STAGE, derived_id(KAPPA_STAGE, KAPPA_VERSION, [view.id, builder.stats.id], identity)
-    )
-    started = time.perf_counter()
-
-    def make(building: Path) -> Mapping[str, Any]:
-        write_json(building / KAPPA_FILE, {group: found.facts() for group, found in measured.items()})
-        return {"view_id": view.id, "seconds": round(time.perf_counter() - started, 3)}
-
-    if ranks.main_says(not fresh and (folder / "meta.json").is_file()):
-        measured: dict[str, Kappa] = {}
-    else:
-        measured = measure_kappas(builder, Probe(view, text, ranks), settings.kappa)
-    config = {"stage": KAPPA_STAGE, "version": KAPPA_VERSION, "view": view.name, "view_id": view.id, **identity}
-    if not measured:
-        return _read_kappas(folder), float(read_json(folder / "meta.json")["seconds"])
-    if ranks.is_main:
-        load_or_make(folder, KAPPA_FILE, config, make, fresh=True)
-    ranks.wait()
-    return measured, 0.0
-
-
-def _read_kappas(folder: Path) -> dict[str, Kappa]:
-    return {group: Kappa(**facts) for group, facts in read_json(folder / KAPPA_FILE).items()}
 
 
 def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool = False) -> Artifact:
@@ -206,38 +159,3 @@ def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
         "train_seconds": dict(fitter.clock.seconds),
         "tensors": [{"name": tensor.name, **tensor.facts} for tensor in quantized],
     }
-
-
-# ---- bytes for a loss ------------------------------------------------------------------------------------------------
-
-GAP_TRIES, GAP_CLOSE = 4, 0.03
-
-
-def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
-    """The artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
-
-    What is measured is the divergence from the unquantized model, which grows as c². Raises SettingsError for a gap
-    that is not positive.
-    """
-    if not gap_bpb > 0:
-        raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive")
-    text = probe_text(fitter.view, fitter.data, fitter.settings.kappa_tokens, fitter.settings.kappa_seed)
-    wanted = gap_bpb * np.log(2) * bytes_per_token(fitter.data, text)
-    probe, search = Probe(fitter.view, text), Search(fitter.builder, fitter.kappa, codec)
-    constant = constant_for(fitter.builder.num_weights, wanted)
-    for _ in range(GAP_TRIES):
-        model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
-        decoded = {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
-        found = probe.divergence(decoded)
-        spread = f"{found.mean:.5f} ± {2 * found.error:.5f}"
-        say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
-        if abs(found.mean / wanted - 1) <= GAP_CLOSE or found.mean <= 0:
-            break
-        constant *= (wanted / found.mean) ** 0.5
-    return search.packed_bytes(model) + WINDOW_BYTES // 2
-
-
-def bytes_per_token(data: DataFolder, text: CalibrationSet) -> float:
-    """Of a text's targets: what turns bits per token into bits per byte."""
-    before, after = text.tokens[:, :-1].ravel(), text.tokens[:, 1:].ravel()
-    return float(data.byte_table.count(before, after).mean())

@@ -36,8 +36,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.families import train_seq_len
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import by_tensor, measure_kappas
-from pgolf_post.fit.probe import Probe
-from pgolf_post.fit.run import probe_text
+from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
 from pgolf_post.pack.compare import compare

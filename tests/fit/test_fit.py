@@ -16,7 +16,8 @@ from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
-from pgolf_post.fit.run import Fitter, limit_for_gap, prepare, solve
+from pgolf_post.fit.gap import limit_for_gap
+from pgolf_post.fit.run import Fitter, prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
 from pgolf_post.pack.artifact import read_artifact
@@ -165,3 +166,13 @@ def test_bytes_for_a_gap(fitter: Fitter) -> None:
 def test_an_artifact_is_beside_its_checkpoint(fitter: Fitter) -> None:
     artifact = solve(fitter, budget(fitter, 3))
     assert artifact.path.parent.parent == Path(fitter.view.checkpoint.path) / "derived" / "artifact"
+
+
+def test_a_damaged_kappa_is_measured_again(
+    view: View, pico_data: DataFolder, fitter: Fitter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [kept] = Path(view.checkpoint.path).glob("derived/kappa/*/kappa.json")
+    kept.write_text(kept.read_text().replace("0", "1"))
+    again = prepare(view, pico_data, CALIBRATION, SETTINGS)
+    assert again.kappas == fitter.kappas
+    assert "recomputing" in capsys.readouterr().err

@@ -12,8 +12,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module
 from pgolf_post.fit.kappa import LARGEST, estimate
-from pgolf_post.fit.probe import Probe
-from pgolf_post.fit.run import probe_text
+from pgolf_post.fit.probe import Probe, probe_text
 
 
 def test_an_exact_measurement_is_believed() -> None:
