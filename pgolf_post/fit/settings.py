@@ -18,7 +18,7 @@ class FitSettings(Settings):
     weighted: float = Field(
         0.5, ge=0, le=1, description="share of the Fisher-weighted input moments; the rest is the plain Hessian"
     )
-    trellis_states: int = Field(8, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
+    trellis_states: int = Field(64, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
     lane_rows: int = Field(512, ge=1, description="rows after which a trellis restarts")
     shrink: bool = Field(False, description="decode towards the centroid: one factor per tensor, in closed form")
     kappa: Literal["off", "role", "tensor"] = Field(
