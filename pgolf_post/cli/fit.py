@@ -44,6 +44,7 @@ FIT_FLAGS = {
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
     "distill": "--distill",
+    "floats": "--floats",
     "kappa_seed": "--kappa-seed",
 }
 

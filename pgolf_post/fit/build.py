@@ -62,8 +62,11 @@ class Builder:
         self.roles = {name: family.role(name) for name in view.tensors}
         minded = sensitivities(names, sites, stats, settings)
         self.parts = {name: self._part(name, minded[name]) for name in names}
+        floats = settings.floats
         self.passthrough = {
-            name: keep_tensor(TensorPlan(name, self.roles[name], KeepRule(name="float"), None, None), tensor)
+            name: keep_tensor(
+                TensorPlan(name, self.roles[name], KeepRule(name="float", dtype=floats), None, None), tensor
+            )
             for name, tensor in view.tensors.items()
             if name not in self.parts
         }

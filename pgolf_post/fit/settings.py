@@ -27,6 +27,7 @@ class FitSettings(Settings):
     kappa_tokens: int = Field(8192, ge=2, description="training tokens that each of these measurements reads")
     kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
 
+    floats: Literal["fp16", "bf16"] = Field("bf16", description="how what is no matrix is stored")
     distill: bool = Field(False, description="tune what stays float by distillation, with symbols frozen")
 
     hessian_share: float = Field(1.0, ge=0, le=1, description="off-diagonal moments are multiplied by it")
