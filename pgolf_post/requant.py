@@ -6,6 +6,7 @@ packed. The same view, statistics, plan and codec (and, where the plan reads it,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,16 @@ from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.errors import SettingsError, VerificationError
+from pgolf_post.errors import SettingsError
 from pgolf_post.families import train_seq_len
-from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
+from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, count_units, pack
 from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.distill import DistillReport, distill
 from pgolf_post.quantize.factors import StatsFactors
 from pgolf_post.quantize.run import quantize_beside_floats
-from pgolf_post.quantize.tensor import QuantizedModel, symbols_sha256
+from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.settings import parse_settings
 
 STAGE, STAGE_VERSION, PAYLOAD = "artifact", 2, ARTIFACT_FILE
@@ -75,19 +76,31 @@ def requant(
     def make(building: Path) -> Mapping[str, Any]:
         model, _, report = quantize_by_plan(view, stats, plan, factors, text)
         with progress_bar("packing", count_units(model)) as advance:
-            write_artifact(building / PAYLOAD, pack(model, packing, advance))
-        packed, decoded = model.symbols_sha256(), symbols_sha256(read_artifact(building / PAYLOAD).symbols)
-        if decoded != packed:
-            raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")
-        rows = [{"name": name, **tensor.facts} for name, tensor in model.quantized.items()]
-        stale = {"stale": dict(stats.stale)} if stats.stale else {}  # statistics of other weights, and how far off
-        distilled = {"distill": report.facts()} if report else {}
-        return {"symbols_sha256": packed, "view_id": view.id, **stale, **distilled, "tensors": rows}
+            data = pack(model, packing, advance)
+        facts = artifact_facts(model, view, stats, packing.codec)
+        write_verified(building / PAYLOAD, data, facts["symbols_sha256"])
+        return {**facts, **({"distill": report.facts()} if report else {})}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, "stats_id": stats.id}
     config["plan"] = plan.name
     meta, cached = load_or_make(folder, PAYLOAD, {**config, **identity}, make, fresh)
     return Artifact(folder, artifact_id, meta, cached)
+
+
+def artifact_facts(model: QuantizedModel, view: View, stats: Stats, codec: str) -> dict[str, Any]:
+    """What the meta.json of an artifact says of the model in it, whoever packs it.
+
+    Two artifacts of equal content, lineage and codec are the same file.
+    """
+    return {
+        "symbols_sha256": model.symbols_sha256(),
+        "content_sha256": model.content_sha256(),
+        "lineage": json.dumps(dict(model.lineage), sort_keys=True),
+        "codec": codec,
+        "view_id": view.id,
+        **({"stale": dict(stats.stale)} if stats.stale else {}),  # statistics of other weights, and how far off
+        "tensors": [{"name": name, **tensor.facts} for name, tensor in model.quantized.items()],
+    }
 
 
 def plan_identity(plan: Plan, text: CalibrationSet | None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.errors import VerificationError
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of
@@ -25,14 +24,13 @@ from pgolf_post.fit.probe import probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search, Solution, Try
 from pgolf_post.fit.steps import expected_loss
-from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_artifact
+from pgolf_post.pack.artifact import ARTIFACT_FILE, write_verified
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
 from pgolf_post.quantize.distill import distill
 from pgolf_post.quantize.distill_settings import DistillSettings
-from pgolf_post.quantize.tensor import symbols_sha256
 from pgolf_post.ranks import ALONE, Ranks
-from pgolf_post.requant import Artifact
+from pgolf_post.requant import Artifact, artifact_facts
 
 STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
 DISTILL = DistillSettings()
@@ -114,13 +112,9 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
         solution = Search(fitter.builder, fitter.kappa, codec).solve(artifact_limit, _say_try)
         if fitter.distills:
             solution, tuned = _distilled(fitter, solution, artifact_limit, codec)
-        write_artifact(building / PAYLOAD, solution.data)
-        packed = solution.model.symbols_sha256()
-        decoded = symbols_sha256(read_artifact(building / PAYLOAD).symbols)
-        if decoded != packed:
-            raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed[:12]}")
-        more = {"distilled": tuned} if fitter.distills else {}
-        return {"symbols_sha256": packed, "view_id": view.id, **_facts(fitter, solution), **more}
+        facts = artifact_facts(solution.model, view, fitter.stats, codec)
+        write_verified(building / PAYLOAD, solution.data, facts["symbols_sha256"])
+        return {**facts, **_facts(fitter, solution), **({"distilled": tuned} if fitter.distills else {})}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
     config |= {"stats_id": fitter.stats.id, "plan": "fit", **identity}
@@ -145,17 +139,13 @@ def _say_try(found: Try) -> None:
 
 
 def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
-    """What meta.json says of a solution, beside its bytes."""
-    quantized = solution.model.quantized.values()
-    kappa = fitter.kappa
+    """What meta.json says of a solution, beside what it says of any artifact."""
+    kappa, quantized = fitter.kappa, solution.model.quantized.values()
     predicted = sum(float(tensor.facts["predicted_loss"]) * kappa[tensor.name] for tensor in quantized)
-    stale = {"stale": dict(fitter.stats.stale)} if fitter.stats.stale else {}
     return {
-        **stale,
         "constant": solution.constant,
         "predicted_nats": predicted,
         "equal_slope_nats": expected_loss(fitter.builder.num_weights, solution.constant),
         "builds": len(solution.tries),
         "train_seconds": dict(fitter.clock.seconds),
-        "tensors": [{"name": tensor.name, **tensor.facts} for tensor in quantized],
     }

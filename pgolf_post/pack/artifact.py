@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pgolf_post.errors import DamagedFileError, NotFoundError
+from pgolf_post.errors import DamagedFileError, NotFoundError, VerificationError
 from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.container import AXES, BFLOAT16, CODER, FACTORS, FLOAT16, FLOAT32, PASSTHROUGH, Key, split_role
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, symbols_sha256
 from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.storage import atomic_file
 
@@ -63,6 +63,19 @@ def write_artifact(path: Path, data: bytes) -> None:
     """Write an artifact in one rename: `path` holds the old file or the whole new one. Raises PgolfError."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_verified(path: Path, data: bytes, packed_sha256: str) -> Artifact:
+    """Write an artifact and read it back: nothing is reported that was not decoded from disk.
+
+    Raises PgolfError, and VerificationError if its symbols are not those whose sha256 was packed.
+    """
+    write_artifact(path, data)
+    read = read_artifact(path)
+    decoded = symbols_sha256(read.symbols)
+    if decoded != packed_sha256:
+        raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed_sha256[:12]}")
+    return read
 
 
 def find_artifact(path: Path) -> Path:

@@ -97,6 +97,20 @@ class QuantizedModel:
         """Hex sha256 over the symbols of all quantized tensors in name order: what a NO-OP is judged by."""
         return symbols_sha256({name: tensor.symbols for name, tensor in self.quantized.items()})
 
+    def content_sha256(self) -> str:
+        """Hex sha256 of everything that decoding gives back: symbols, factors, trellises and floats."""
+        digest = hashlib.sha256(self.symbols_sha256().encode())
+        for name in sorted(self.quantized):
+            tensor = self.quantized[name]
+            digest.update(f"{name}\0{tensor.shape}\0{tensor.trellis}\0".encode())
+            for factor in tensor.factors:
+                digest.update(f"{factor.axis}\0{factor.group_size}\0{factor.values.dtype}\0".encode())
+                digest.update(factor.values.tobytes())
+        for name in sorted(self.passthrough):
+            array = self.passthrough[name]
+            digest.update(f"{name}\0{array.shape}\0{array.dtype}\0".encode() + array.tobytes())
+        return digest.hexdigest()
+
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the model as float32, as a decoder must reproduce it."""
         restored = {name: widen(array) for name, array in self.passthrough.items()}

@@ -8,7 +8,6 @@ Several processes may work at once: a result that two of them need is made by on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -31,9 +30,9 @@ from pgolf_post.checkpoint import Checkpoint, View, default_checkpoint, view_id
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, intact_meta, load_or_make
 from pgolf_post.ema_profiles import ExponentialLength, Length, PowerLength
-from pgolf_post.errors import MismatchError, NotFoundError, VerificationError
+from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.families import build_module, get_family, train_seq_len
-from pgolf_post.pack.artifact import read_artifact, write_artifact
+from pgolf_post.pack.artifact import read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.plan import Plan
@@ -41,7 +40,7 @@ from pgolf_post.posthoc_ema import config_at, find_combination, run_snapshots, s
 from pgolf_post.progress import hushed
 from pgolf_post.quantize.factors import StatsFactors
 from pgolf_post.quantize.run import quantize_view
-from pgolf_post.quantize.tensor import QuantizedModel, symbols_sha256
+from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.ranks import Ranks
 from pgolf_post.score import cached as score_cache
 from pgolf_post.score.bpb import Score
@@ -320,7 +319,7 @@ class Workbench:
     ) -> dict[str, Any]:
         with self.timed("quantize"):
             model = quantize_view(view, stats, plan, self.factors(stats))
-            content, lineage = content_sha256(model), json.dumps(dict(model.lineage), sort_keys=True)
+            facts = requant.artifact_facts(model, view, stats, codec)
         predicted: list[int] = []
 
         def predict() -> int:
@@ -332,17 +331,13 @@ class Workbench:
             on_model(predict)
 
         def make(building: Path) -> Mapping[str, Any]:
-            packed = model.symbols_sha256()
-            twin = self._twin(folder.parent, content, codec, lineage)
+            twin = self._twin(folder.parent, facts)
             if twin is not None:
                 self.shared.append("pack")
                 _link(twin, building / requant.PAYLOAD)
             else:
-                self._pack(model, codec, building / requant.PAYLOAD, packed)
-            rows = [{"name": name, **tensor.facts} for name, tensor in model.quantized.items()]
-            more = {"predicted_bytes": predicted[-1]} if predicted else {}
-            named = {"content_sha256": content, "lineage": lineage, "codec": codec}
-            return {"symbols_sha256": packed, "view_id": view.id, **named, **more, "tensors": rows}
+                self._pack(model, codec, building / requant.PAYLOAD, facts["symbols_sha256"])
+            return {**facts, **({"predicted_bytes": predicted[-1]} if predicted else {})}
 
         config: dict[str, Any] = {"stage": requant.STAGE, "version": requant.STAGE_VERSION, "view": view.name}
         config |= {"view_id": view.id, "stats_id": stats.id, "plan": plan.name, **plan.identity(), "codec": codec}
@@ -350,19 +345,15 @@ class Workbench:
             return load_or_make(folder, requant.PAYLOAD, config, make, fresh=True)[0]
 
     def _pack(self, model: QuantizedModel, codec: str, path: Path, packed: str) -> None:
-        write_artifact(path, pack(model, PackSettings(codec=codec)))
-        decoded = read_artifact(path)
-        found = symbols_sha256(decoded.symbols)
-        if found != packed:
-            raise VerificationError(f"decoded symbols {found[:12]} are not the packed {packed[:12]}")
+        decoded = write_verified(path, pack(model, PackSettings(codec=codec)), packed)
         tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
         _keep(self._decoded, sha256_file(path), tensors, 1)
 
-    def _twin(self, stage: Path, content: str, codec: str, lineage: str) -> Path | None:
+    def _twin(self, stage: Path, facts: Mapping[str, Any]) -> Path | None:
         """An artifact that was made of the very same model by the same codec."""
         for meta_path in sorted(stage.glob("*/meta.json")):
             meta = read_json(meta_path)
-            if (meta.get("content_sha256"), meta.get("codec"), meta.get("lineage")) == (content, codec, lineage):
+            if all(meta.get(key) == facts[key] for key in ("content_sha256", "codec", "lineage")):
                 path = meta_path.parent / requant.PAYLOAD
                 if path.is_file() and sha256_file(path) == meta["payload_sha256"]:
                     return path
@@ -482,21 +473,6 @@ def _link(source: Path, destination: Path) -> None:
         os.link(source, destination)
     except OSError:  # another file system, or one without links
         destination.write_bytes(source.read_bytes())
-
-
-def content_sha256(model: QuantizedModel) -> str:
-    """Hex sha256 of everything that decoding gives back: symbols, factors, trellises and floats."""
-    digest = hashlib.sha256(model.symbols_sha256().encode())
-    for name in sorted(model.quantized):
-        tensor = model.quantized[name]
-        digest.update(f"{name}\0{tensor.shape}\0{tensor.trellis}\0".encode())
-        for factor in tensor.factors:
-            digest.update(f"{factor.axis}\0{factor.group_size}\0{factor.values.dtype}\0".encode())
-            digest.update(factor.values.tobytes())
-    for name in sorted(model.passthrough):
-        array = model.passthrough[name]
-        digest.update(f"{name}\0{array.shape}\0{array.dtype}\0".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def jittered(view: View, seed: int) -> View:
