@@ -7,8 +7,8 @@ mixes, stays float.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.steps import UNION_GRID, Shape, relative_steps
 from pgolf_post.plan import KeepRule, TensorPlan
+from pgolf_post.progress import progress_bar
 from pgolf_post.quantize.factorize import Factor as HessianFactor
-from pgolf_post.quantize.factorize import factorize
+from pgolf_post.quantize.factorize import FactorCache
 from pgolf_post.quantize.gptq import Job, gptq_jobs
 from pgolf_post.quantize.run import as_matrix, entropy_bits, keep_tensor
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, scale_of, smallest_dtype
 from pgolf_post.quantize.trellis import Trellis
 
-Advance = Callable[[int], object]
 SMALLEST_DAMP = 1e-6  # the ridge has made the moments positive definite already
 
 
@@ -61,12 +61,14 @@ class Builder:
         names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)
         self.roles = {name: family.role(name) for name in view.tensors}
         minded = sensitivities(names, sites, stats, settings)
-        self.parts = {name: self._part(name, minded[name]) for name in names}
-        floats = settings.floats
+        factors = FactorCache(lambda name: minded[name].moments)
+        factors.fill(names, SMALLEST_DAMP, act_order=True)
+        self.parts = {
+            name: self._part(name, minded[name], factors.get(name, SMALLEST_DAMP, act_order=True)) for name in names
+        }
+        rule = KeepRule(name="float", dtype=settings.floats)
         self.passthrough = {
-            name: keep_tensor(
-                TensorPlan(name, self.roles[name], KeepRule(name="float", dtype=floats), None, None), tensor
-            )
+            name: keep_tensor(TensorPlan(name, self.roles[name], rule, None, None), tensor)
             for name, tensor in view.tensors.items()
             if name not in self.parts
         }
@@ -76,21 +78,17 @@ class Builder:
         """Of all matrices."""
         return sum(part.num_weights for part in self.parts.values())
 
-    def _part(self, name: str, minded: Sensitivity) -> Part:
-        factor = factorize(name, minded.moments, SMALLEST_DAMP, act_order=True)
+    def _part(self, name: str, minded: Sensitivity, factor: HessianFactor) -> Part:
         shape = relative_steps(minded.rows, factor.column_lengths, self.settings.columns)
         weight = as_matrix(self.view.tensors[name].float())
         return Part(name, self.roles[name], weight, minded, factor, shape)
 
-    def quantize(
-        self,
-        constants: Mapping[str, float],  # name → c/√κ
-        advance: Advance = lambda weights: None,
-    ) -> dict[str, QuantizedTensor]:
+    def quantize(self, constants: Mapping[str, float]) -> dict[str, QuantizedTensor]:  # name → c/√κ
         """The named matrices, each by its own constant."""
         factors = {name: self._factors(name, constant) for name, constant in constants.items()}
         jobs = [self._job(self.parts[name], factors[name]) for name in constants]
-        found = gptq_jobs(jobs, advance=advance)
+        with progress_bar("quantizing", sum(job.weight.numel() for job in jobs)) as advance:
+            found = gptq_jobs(jobs, advance=advance)
         return {
             job.name: self._finish(self.parts[job.name], symbols, factors[job.name], job.trellis, constants[job.name])
             for job, symbols in zip(jobs, found, strict=True)
@@ -120,7 +118,7 @@ class Builder:
         made = QuantizedTensor(part.name, array, factors, shape, trellis)
         if self.settings.shrink:
             made = _towards_centroid(made, part)
-        error = torch.from_numpy(as_rows(made.dequantize())) - part.weight
+        error = torch.from_numpy(made.dequantize()).view_as(part.weight) - part.weight
         facts = {
             "method": "fit",
             "role": part.role,
@@ -129,23 +127,18 @@ class Builder:
             "damp_used": part.factor.damp,
         }
         facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": part.sensitivity.loss(error)}
-        return QuantizedTensor(part.name, array, made.factors, shape, trellis, facts)
+        return replace(made, facts=facts)
 
 
 def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:
     """The tensor factor times the α that minimises the loss of W - α·Ŵ: uniform grids decode a little too far out."""
-    restored = torch.from_numpy(as_rows(made.dequantize())).double()
+    restored = torch.from_numpy(made.dequantize()).view_as(part.weight).double()
     minded = part.sensitivity.rows[:, None] * (restored @ part.sensitivity.moments)
     energy = float((minded * restored).sum())
     alpha = float((minded * part.weight).sum()) / energy if energy > 0 else 1.0
     tensor, *others = made.factors
     scaled = (alpha * tensor.values.astype(np.float32)).astype(np.float16)
-    return QuantizedTensor(made.name, made.symbols, (Factor("tensor", scaled), *others), made.shape, made.trellis)
-
-
-def as_rows(array: np.ndarray) -> np.ndarray:  # any shape → (rows, columns)
-    """As `as_matrix`, of an array."""
-    return array.reshape(1, -1) if array.ndim < 2 else array.reshape(len(array), -1)
+    return replace(made, factors=(Factor("tensor", scaled), *others))
 
 
 def constants_of(names: Iterable[str], constant: float, kappa: Mapping[str, float]) -> dict[str, float]:
