@@ -13,6 +13,8 @@ With z = Wx at one token of one visit and δ = ∂L/∂z:
                minds. It is GuidedQuant's Hessian (arXiv 2505.07004) with all rows in one group and, but for a constant,
                the first step of YAQA's power iteration for the input factor of the Fisher matrix (arXiv 2505.22988).
                Each visit of a looped layer brings its own δ to its own x, which a product of marginal sums cannot say.
+    outputs    Σδδᵀ: errors of different rows that the loss minds together, the output factor of the Fisher matrix.
+               Weighing tokens by |x|² as well made no difference. Not of the head: its would be (vocab, vocab).
 
 The head needs no sample: over ŷ ~ p the mean of δ_v² is p(v)(1 - p(v))·cap'(z_v)², with cap' the slope of the logit
 soft-cap, and that is what its rows and its s are made of. The head's slope and its product with the residual p - 1[ŷ]
@@ -70,6 +72,7 @@ def _add_delta(sums: Sums, tensor: str, x: Tensor, delta: Tensor) -> None:  # (t
     row_sums, weights = squares(delta.detach())
     sums.add(f"rows.{tensor}", row_sums)
     sums.add_gram(f"weighted.{tensor}", x.float() * weights.sqrt()[:, None])
+    sums.add_gram(f"outputs.{tensor}", delta.detach().float())
 
 
 @contextlib.contextmanager

@@ -54,16 +54,18 @@ def plan_memory(
     widths = {f"hessian of {site.name}": shapes[site.tensors[0]][1] for site in sites}
     if fisher:
         widths |= {f"weighted moment of {tensor}": shape[1] for tensor, shape in shapes.items()}
+        products = [tensor for site in sites if not site.is_head for tensor in site.tensors]
+        widths |= {f"output moment of {tensor}": shapes[tensor][0] for tensor in products}
         tables = {lookup.tensor: int(module.get_parameter(lookup.tensor).shape[1]) for lookup in lookups}
         widths |= {f"lookup moment of {table}": width for table, width in tables.items()}
     name, widest = max(widths.items(), key=lambda item: item[1])
-    products = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
+    pending = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
     held = 4 * LIVE_INPUTS * batch_tokens * widest
     if fisher:
         vocab = max(shapes[tensor][0] for site in sites if site.is_head for tensor in site.tensors)
         kept = saved_bytes_per_token(module, sites, lookups)
         held += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
-    sums = sum(8 * width**2 for width in widths.values()) + products
+    sums = sum(8 * width**2 for width in widths.values()) + pending
     return MemoryPlan(sums, int(ALLOCATOR * held), f"{name}, {widest} × {widest}")
 
 

@@ -17,6 +17,7 @@ from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.memory import plan_memory, require_memory
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.calibrate.stats import PAYLOAD, Stats, open_stats, write_stats
+from pgolf_post.calibrate.sums import FISHER_KINDS
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text, random_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -63,6 +64,8 @@ def calibration_text(
 def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> str:
     """The id of a view's statistics on a text."""
     identity = {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256}
+    if settings.fisher:
+        identity["backward"] = FISHER_KINDS
     return derived_id(STAGE, STAGE_VERSION, [view.id], identity)
 
 

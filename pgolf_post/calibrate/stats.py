@@ -31,6 +31,7 @@ class Fisher:
 
     rows: Tensors  # tensor → (out,) Σδ²; of the head, Σ p(1 - p)·cap'(z)²
     weighted: Tensors  # tensor → (in, in) Σ s·xxᵀ
+    outputs: Tensors  # tensor → (out, out) Σδδᵀ; not of the head
     lookup_counts: Tensors  # table → (rows,) how often each row was looked up
     lookup_rows: Tensors  # table → (rows,) Σ over the row's lookups of the mean over columns of g²
     lookup_moments: Tensors  # table → (width, width) Σggᵀ over all lookups
@@ -45,6 +46,10 @@ class Fisher:
     def mean_weighted(self, tensor: str) -> Tensor:  # (in, in) float64, fresh
         """Σ s·xxᵀ / num_tokens. Raises MismatchError if the tensor was not reached."""
         return named(self.weighted, tensor, "weighted moments") / self.num_tokens
+
+    def mean_outputs(self, tensor: str) -> Tensor:  # (out, out) float64, fresh
+        """Σδδᵀ / num_tokens. Raises MismatchError if the tensor was not reached, or is the head."""
+        return named(self.outputs, tensor, "moments of output gradients") / self.num_tokens
 
     @property
     def softmax_rows(self) -> Tensor:  # (vocab,) float64
@@ -133,6 +138,7 @@ def open_stats(folder: Path, stats_id: str, meta: Mapping[str, Any], cached: boo
         fisher = Fisher(
             rows=lazy("rows"),
             weighted=lazy("weighted"),
+            outputs=lazy("outputs"),
             lookup_counts=lazy("counts"),
             lookup_rows=lazy("lookup_rows"),
             lookup_moments=lazy("lookup"),

@@ -6,6 +6,7 @@ maxima merge by maximum. Keys are `kind.name`; the kinds are
     hessian.SITE     Σxxᵀ (in, in), upper triangle   abs.SITE, max.SITE   Σ|x|, max|x| (in,)
     trace.SITE       Σ|x|² of each visit (passes,)   tokens.all           tokens seen ()
     rows.TENSOR      Σδ² (out,)                      weighted.TENSOR      Σ s·xxᵀ (in, in), upper triangle
+    outputs.TENSOR   Σδδᵀ (out, out), upper triangle
     counts.TABLE     how often each row was looked up, lookup_rows.TABLE mean over columns of Σg² of each row (rows,)
     lookup.TABLE     Σggᵀ of the gradient g at the lookup's output (width, width), upper triangle
 """
@@ -20,9 +21,9 @@ from torch import Tensor
 from pgolf_post.calibrate.products import upper_gram
 from pgolf_post.errors import NumericsError
 
-MATRICES = ("hessian", "weighted", "lookup")  # kinds of which only the upper triangle means anything
+MATRICES = ("hessian", "weighted", "outputs", "lookup")  # kinds of which only the upper triangle means anything
 MAXIMA = ("max",)
-FISHER_KINDS = ("rows", "weighted", "counts", "lookup_rows", "lookup")
+FISHER_KINDS = ("rows", "weighted", "outputs", "counts", "lookup_rows", "lookup")
 ADD_ROWS = 256  # rows of a triangle that are added at a time
 
 

@@ -85,14 +85,17 @@ def require_brute_force(observed: Observed, tokens: Tensor) -> None:
         for tensor in site.tensors:
             if tensor == head:
                 continue
-            rows, weighted = torch.zeros(()), torch.zeros(())
+            rows, weighted, outputs = torch.zeros(()), torch.zeros(()), torch.zeros(())
             for x, delta in expected[tensor]:
                 x, delta = x.flatten(0, 1).double(), delta.flatten(0, 1).double()
                 rows = rows + delta.square().sum(0)
                 weighted = weighted + x.mT @ (delta.square().mean(1)[:, None] * x)
+                outputs = outputs + delta.mT @ delta
             scale = float(weighted.abs().max())
             torch.testing.assert_close(sums[f"rows.{tensor}"], rows, rtol=1e-4, atol=1e-4 * float(rows.max()))
             torch.testing.assert_close(mirror_upper(sums[f"weighted.{tensor}"]), weighted, rtol=1e-4, atol=1e-4 * scale)
+            largest = float(outputs.abs().max())
+            torch.testing.assert_close(mirror_upper(sums[f"outputs.{tensor}"]), outputs, rtol=1e-4, atol=1e-4 * largest)
             seen += 1
     assert seen == sum(len(site.tensors) for site in observed.sites) - 1
     for lookup in observed.lookups:

@@ -42,6 +42,7 @@ def test_every_site_of_the_model_is_there_symmetric_and_positive(
     fisher = stats.fisher
     assert fisher is not None
     assert set(fisher.rows) == set(fisher.weighted) == {tensor for site in sites for tensor in site.tensors}
+    assert set(fisher.outputs) == set(fisher.rows) - {fisher.head}
     assert float(fisher.token_counts.sum()) == 320
     assert fisher.softmax_rows.shape == (320,)
     assert fisher.lookup_second_moment.shape == (16, 16)
@@ -49,6 +50,10 @@ def test_every_site_of_the_model_is_there_symmetric_and_positive(
         assert fisher.mean_rows(tensor).shape == (view.tensors[tensor].shape[0],)
         assert fisher.mean_weighted(tensor).shape == (view.tensors[tensor].shape[1],) * 2
         assert (fisher.rows[tensor] > 0).any()
+    for tensor in fisher.outputs:
+        outputs = fisher.mean_outputs(tensor)
+        torch.testing.assert_close(outputs.diagonal(), fisher.mean_rows(tensor), rtol=1e-4, atol=0.0)
+        assert torch.equal(outputs, outputs.mT)
 
 
 def test_what_is_read_is_fresh_float64_on_the_cpu(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:

@@ -25,7 +25,10 @@ def test_the_plan_names_the_largest_matrix_and_counts_every_sum(pico_checkpoint:
     sites = 8 * (3 * (3 * 16**2 + 32**2) + 16**2)
     assert plain.sums_bytes == sites + 3 * 4 * 32**2
     matrices = 8 * (3 * (3 + 1 + 1) * 16**2 + 3 * 32**2 + 2 * 16**2)
-    assert fisher.sums_bytes == sites + matrices + 3 * 4 * 32**2
+    products = [tensor for site in observed.sites if not site.is_head for tensor in site.tensors]
+    outputs = sum(8 * observed.module.get_parameter(tensor).size(0) ** 2 for tensor in products)
+    assert outputs >= 8 * 3 * (2 * 16**2 + 32**2)
+    assert fisher.sums_bytes == sites + matrices + outputs + 3 * 4 * 32**2
     assert fisher.activation_bytes > plain.activation_bytes
 
 

@@ -64,7 +64,12 @@ def all_sums(stats: Stats) -> dict[str, torch.Tensor]:
     kinds = {"hessian": stats.hessians, "abs": stats.abs_sums, "max": stats.abs_maxima, "trace": stats.pass_traces}
     if stats.fisher is not None:
         fisher = stats.fisher
-        kinds |= {"rows": fisher.rows, "weighted": fisher.weighted, "counts": fisher.lookup_counts}
+        kinds |= {
+            "rows": fisher.rows,
+            "weighted": fisher.weighted,
+            "outputs": fisher.outputs,
+            "counts": fisher.lookup_counts,
+        }
         kinds |= {"lookup": fisher.lookup_moments, "lookup rows": fisher.lookup_rows}
     for kind, tensors in kinds.items():
         found |= {f"{kind} {name}": tensor for name, tensor in tensors.items()}
