@@ -38,6 +38,7 @@ COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # wha
 FIT_FLAGS = {
     "rows": "--rows",
     "columns": "--columns",
+    "row_feedback": "--row-feedback",
     "weighted": "--weighted",
     "trellis_states": "--trellis-states",
     "shrink": "--shrink",

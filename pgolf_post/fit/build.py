@@ -40,7 +40,8 @@ class Part:
     role: str
     weight: Tensor  # (out, in) float32
     sensitivity: Sensitivity
-    factor: HessianFactor
+    factor: HessianFactor  # of the inputs' moments
+    row_factor: HessianFactor | None  # of the outputs'; None: rows are not coupled
     shape: Shape
 
     @property
@@ -61,11 +62,7 @@ class Builder:
         names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)
         self.roles = {name: family.role(name) for name in view.tensors}
         minded = sensitivities(names, sites, stats, settings)
-        factors = FactorCache(lambda name: minded[name].moments)
-        factors.fill(names, SMALLEST_DAMP, act_order=True)
-        self.parts = {
-            name: self._part(name, minded[name], factors.get(name, SMALLEST_DAMP, act_order=True)) for name in names
-        }
+        self.parts = self._parts(names, minded)
         rule = KeepRule(name="float", dtype=settings.floats)
         self.passthrough = {
             name: keep_tensor(TensorPlan(name, self.roles[name], rule, None, None), tensor)
@@ -78,10 +75,20 @@ class Builder:
         """Of all matrices."""
         return sum(part.num_weights for part in self.parts.values())
 
-    def _part(self, name: str, minded: Sensitivity, factor: HessianFactor) -> Part:
-        shape = relative_steps(minded.rows, factor.column_lengths, self.settings.columns)
-        weight = as_matrix(self.view.tensors[name].float())
-        return Part(name, self.roles[name], weight, minded, factor, shape)
+    def _parts(self, names: Iterable[str], minded: Mapping[str, Sensitivity]) -> dict[str, Part]:
+        couplings = {name: one.coupling for name, one in minded.items() if one.coupling is not None}
+        inputs, outputs = FactorCache(lambda name: minded[name].moments), FactorCache(couplings.__getitem__)
+        inputs.fill(names, SMALLEST_DAMP, act_order=True)
+        outputs.fill(couplings, SMALLEST_DAMP, act_order=False)
+        found = {}
+        for name in names:
+            factor = inputs.get(name, SMALLEST_DAMP, act_order=True)
+            row_factor = outputs.get(name, SMALLEST_DAMP, act_order=False) if name in couplings else None
+            rows = minded[name].rows if row_factor is None else row_factor.lengths.double().square()
+            shape = relative_steps(rows, factor.column_lengths, self.settings.columns)
+            weight = as_matrix(self.view.tensors[name].float())
+            found[name] = Part(name, self.roles[name], weight, minded[name], factor, row_factor, shape)
+        return found
 
     def quantize(self, constants: Mapping[str, float]) -> dict[str, QuantizedTensor]:  # name → c/√κ
         """The named matrices, each by its own constant."""
@@ -108,7 +115,8 @@ class Builder:
         steps = torch.from_numpy(scale_of(factors, *part.weight.shape))
         states = self.settings.trellis_states
         trellis = Trellis(states, min(self.settings.lane_rows, max(1, len(part.weight)))) if states else None
-        return Job(part.name, part.weight, part.factor, steps, None, trellis)
+        row_feedback = None if part.row_factor is None else part.row_factor.feedback
+        return Job(part.name, part.weight, part.factor, steps, None, trellis, row_feedback=row_feedback)
 
     def _finish(
         self, part: Part, symbols: Tensor, factors: tuple[Factor, ...], trellis: Trellis | None, constant: float
@@ -133,7 +141,7 @@ class Builder:
 def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:
     """The tensor factor times the α that minimises the loss of W - α·Ŵ: uniform grids decode a little too far out."""
     restored = torch.from_numpy(made.dequantize()).view_as(part.weight).double()
-    minded = part.sensitivity.rows[:, None] * (restored @ part.sensitivity.moments)
+    minded = part.sensitivity.pull(restored)
     energy = float((minded * restored).sum())
     alpha = float((minded * part.weight).sum()) / energy if energy > 0 else 1.0
     tensor, *others = made.factors

@@ -2,16 +2,19 @@
 
 For an error E = Ŵ - W of one matrix, in nats per token,
 
-    ΔL ≈ ½ · Σ_i r_i · e_i M e_iᵀ
+    ΔL ≈ ½ · tr(C·E·M·Eᵀ), or ½ · Σ_i r_i · e_i M e_iᵀ where C is its diagonal r
 
 M (in, in) is the second moment of the inputs, weighted by how much the loss minds the token (the mean over rows of δ²,
 δ = ∂L/∂(Wx) with labels drawn from the model), and r_i is row i's own mean of δ² relative to the average row's. It is
 the Kronecker factoring of the Fisher information with the token weights kept (GuidedQuant, arXiv 2505.07004, with one
-group of rows); each visit of a looped layer brings its own δ to its own x. A tied embedding is minded twice: as the
-head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an error enters as often as its row is looked up.
+group of rows); each visit of a looped layer brings its own δ to its own x. C (out, out) is the second moment of δ, also
+relative: what rows are minded together (YAQA, arXiv 2505.22988). A tied embedding is minded twice: as the
+head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an error enters as often as its row is looked up;
+its rows are not coupled.
 
-Both are estimates from little text, so both are shrunk: a ridge on the moments' diagonal (and off-diagonal moments
-multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a factor of 16.
+All are estimates from little text, so all are shrunk: a ridge on the moments' diagonals (and off-diagonal moments of
+inputs multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a factor
+of 16.
 """
 
 from __future__ import annotations
@@ -37,11 +40,16 @@ class Sensitivity:
 
     moments: Tensor  # (in, in) float64 M, shrunk: nats per token and squared weight of the average row
     rows: Tensor  # (out,) float64 r: relative, mean 1
+    coupling: Tensor | None = None  # (out, out) float64 C, of diagonal r; None: rows are not coupled
+
+    def pull(self, error: Tensor) -> Tensor:  # (out, in) → (out, in) float64
+        """C·E·M: the gradient of the loss."""
+        minded = error.to(self.moments) @ self.moments
+        return self.rows[:, None] * minded if self.coupling is None else self.coupling @ minded
 
     def loss(self, error: Tensor) -> float:  # (out, in) → nats per token
         """What an error costs."""
-        e = error.to(self.moments)
-        return 0.5 * float(((e @ self.moments) * e).sum(1) @ self.rows)
+        return 0.5 * float((self.pull(error) * error).sum())
 
 
 def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSettings) -> Sensitivity:
@@ -78,7 +86,11 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     rows = weights / weights.mean()
     if name in fisher.lookup_rows:
         rows = rows.clamp_min(settings.lookup_floor)
-    return Sensitivity(_shrunk(moments, settings), _trusted(rows, settings))
+    trusted = _trusted(rows, settings)
+    coupling = None
+    if settings.row_feedback and name != fisher.head and name not in fisher.lookup_rows:
+        coupling = _coupled(fisher.mean_outputs(name), trusted, settings.ridge)
+    return Sensitivity(_shrunk(moments, settings), trusted, coupling)
 
 
 def sensitivities(
@@ -105,6 +117,14 @@ def _shrunk(moments: Tensor, settings: FitSettings) -> Tensor:
     shrunk = moments * settings.hessian_share
     shrunk.diagonal().copy_(diagonal + settings.ridge * diagonal.mean())
     return shrunk
+
+
+def _coupled(outputs: Tensor, rows: Tensor, ridge: float) -> Tensor:  # (out, out), (out,) → (out, out)
+    """Correlations of the outputs' gradients, with a ridge, at the variances that rows are trusted to have."""
+    coupled = outputs / outputs.diagonal().mean()
+    coupled.diagonal().add_(ridge)
+    scale = (rows / coupled.diagonal()).sqrt()
+    return scale[:, None] * coupled * scale
 
 
 def _trusted(rows: Tensor, settings: FitSettings) -> Tensor:

@@ -15,6 +15,9 @@ class FitSettings(Settings):
 
     rows: bool = Field(True, description="steps differ by row, from the Fisher information of its output")
     columns: bool = Field(True, description="steps differ by column, from what the Hessian leaves of each input")
+    row_feedback: bool = Field(
+        True, description="errors are fed forward into later rows too, from the Fisher information of outputs together"
+    )
     weighted: float = Field(
         0.5, ge=0, le=1, description="share of the Fisher-weighted input moments; the rest is the plain Hessian"
     )

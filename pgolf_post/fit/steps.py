@@ -5,6 +5,7 @@ feedback. A step Δ leaves r² = Δ²/12 and costs -log2 Δ bits, so the loss at
 
     Δ_ij = c / (√(κ·r_i) · ℓ_j)
 
+(D_i for r_i where feedback comes from both sides: what row i still costs once later rows have adapted to its errors)
 with one constant c for the whole model; weights' own magnitudes do not enter. Then every weight costs c²/24 nats per
 token (κ in it), whatever its tensor. c is the square root of a loss: 0.0001 to 0.0004 for a few million weights.
 
@@ -47,7 +48,7 @@ class Shape:
 
 
 def relative_steps(
-    row_weights: Tensor,  # (out,) float64 r, of mean 1
+    row_weights: Tensor,  # (out,) float64 r, or the pivots D where rows are coupled
     lengths: Tensor,  # (in,) float ℓ
     by_column: bool = True,
 ) -> Shape:
