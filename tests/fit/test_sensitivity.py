@@ -44,6 +44,32 @@ def test_without_shrinking_an_error_in_one_row_costs_what_fisher_says(
     assert minded.loss(error) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_rows_that_are_minded_together_cost_what_fisher_says(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    """½·Σ_ik C_ik·e_i M e_kᵀ, C the outputs' second moment in units of its mean diagonal."""
+    name = "blocks.1.attn.v.weight"
+    minded, fisher = sensitivity(name, sites[name], fisher_stats, RAW), fisher_stats.fisher
+    assert fisher is not None
+    outputs, moments = fisher.mean_outputs(name), fisher.mean_weighted(name)
+    shares = outputs.diagonal() / outputs.diagonal().mean()
+    assert shares.max() < LARGEST_ROW_RATIO
+    assert shares.min() > 1 / LARGEST_ROW_RATIO
+    error = torch.randn(len(outputs), len(moments), generator=torch.Generator().manual_seed(0)).double()
+    expected = 0.5 * float(((outputs / outputs.diagonal().mean() @ error @ moments) * error).sum())
+    assert minded.loss(error) == pytest.approx(expected, rel=1e-6)
+    alone = sensitivity(name, sites[name], fisher_stats, RAW.model_copy(update={"row_feedback": False}))
+    assert alone.coupling is None
+    assert torch.equal(alone.rows, minded.rows)
+
+
+def test_no_row_of_a_table_or_head_is_coupled(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    found = sensitivities(sites, sites.values(), fisher_stats, FitSettings())
+    assert {name for name, minded in found.items() if minded.coupling is None} == {"tok_emb.weight"}
+    for name, minded in found.items():
+        if minded.coupling is not None:
+            assert torch.allclose(minded.coupling.diagonal(), minded.rows), name
+            assert torch.linalg.eigvalsh(minded.coupling).min() > 0, name
+
+
 def test_a_tied_embedding_is_minded_by_head_and_lookups(fisher_stats: Stats, sites: dict[str, Site]) -> None:
     name, fisher = "tok_emb.weight", fisher_stats.fisher
     assert fisher is not None

@@ -35,6 +35,21 @@ def test_every_weight_costs_the_constant_squared_over_24(seed: int) -> None:
     assert measured == pytest.approx(expected_loss(weight.numel(), constant), rel=0.06)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_coupled_rows_as_well(seed: int) -> None:
+    """tr(C·E·M·Eᵀ)/2 of dense C and M: what is left of both after feedback costs c²/24 a weight."""
+    weight, moments, _ = problem(96, 64, seed)
+    _, outputs, _ = problem(1, 96, seed + 7)
+    outputs /= outputs.diagonal().mean()
+    factor, row_factor = factorize("in", moments, 1e-9, act_order=True), factorize("out", outputs, 1e-9, False)
+    pivots, constant = row_factor.lengths.double().square(), 0.01
+    steps = torch.from_numpy(scale_of(relative_steps(pivots, factor.column_lengths).factors(constant, "w"), 96, 64))
+    symbols = gptq(weight, factor, steps, None, row_feedback=row_factor.feedback)
+    error = (symbols * steps - weight).double()
+    measured = 0.5 * float(((outputs @ error @ moments) * error).sum())
+    assert measured == pytest.approx(expected_loss(weight.numel(), constant), rel=0.06)
+
+
 def test_steps_are_inverse_to_what_rows_and_columns_mind() -> None:
     rows, lengths = torch.tensor([0.25, 1.0, 1.75], dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0, 8.0])
     steps = scale_of(relative_steps(rows, lengths).factors(0.1, "w"), 3, 4)
