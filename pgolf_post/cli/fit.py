@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pgolf_post.fit.run import Fitter
     from pgolf_post.requant import Artifact
 
-COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
 FIT_FLAGS = {
     "rows": "--rows",
     "columns": "--columns",
@@ -130,8 +129,8 @@ def command(
         score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
         answers.append(_answer(fitter, artifact, report, score))
         folders = [artifact.folder, stats_folder(view, fitter.stats), *([Path(score["folder"])] if score else [])]
-        facts, seconds = {key: answers[-1][key] for key in COUNTED}, time.perf_counter() - started
-        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
+        seconds = time.perf_counter() - started
+        record(*folders, facts=report.facts(), dollars_per_hour=dollars_per_hour, seconds=seconds)
         if explained:
             _show_explained(fitter, artifact)
     _show_training(fitter)
@@ -215,11 +214,7 @@ def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[
     return {
         **sums,
         "artifact": str(artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
+        **report.facts(),
         "bits_per_weight": 8 * report.artifact_bytes / weights,
         "constant": meta["constant"],
         "predicted_nats": meta["predicted_nats"],

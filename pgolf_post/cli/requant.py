@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from pgolf_post.plan import Plan, TensorPlan
     from pgolf_post.requant import Artifact
 
-COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
-
 
 @click.command("requant")
 @checkpoint_argument
@@ -123,11 +121,10 @@ def command(
         {**_answer(trial, view.id, stats), "trial": trial.name, "no_op": no_op}
         for trial, no_op in zip(trials, no_ops, strict=True)
     ]
-    for trial, answer in zip(trials, answers, strict=True):
+    for trial in trials:
         folders = [trial.artifact.folder, stats_folder(view, stats)]
         folders += [Path(trial.score["folder"])] if trial.score else []
-        facts = {key: answer[key] for key in COUNTED}
-        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
+        record(*folders, facts=trial.report.facts(), dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
         print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
     min((trial.report for trial in trials), key=lambda report: report.total_bytes).require_within_budget()
@@ -191,9 +188,8 @@ def _show(trial: Trial, has_code: bool) -> None:
         for row in artifact.meta["tensors"]
     ]
     print_table("Tensors", ("tensor", "method", "bits", "clip", "entropy bits", "Hessian error / damping"), rows)
-    totals = [("artifact bytes", f"{report.artifact_bytes:,}"), ("code bytes", f"{report.code_bytes:,}")]
-    totals += [("total bytes", f"{report.total_bytes:,}"), ("budget bytes", f"{report.budget_bytes:,}")]
-    totals += [("headroom bytes", f"{report.headroom_bytes:,}"), ("symbols sha256", artifact.symbols_sha256[:16])]
+    totals = [(key.replace("_", " "), f"{value:,}") for key, value in report.facts().items()]
+    totals.append(("symbols sha256", artifact.symbols_sha256[:16]))
     if distilled := artifact.meta.get("distill"):
         totals += _distilled(distilled)
     if score:
@@ -226,11 +222,7 @@ def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
     return {
         **sums,
         "artifact": str(artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
+        **report.facts(),
         "symbols_sha256": artifact.symbols_sha256,
         "checkpoint_id": view_id,
         "stats_id": stats.id,

@@ -119,13 +119,9 @@ def report_json(report: SizeReport, facts: ArtifactFacts | None) -> dict[str, st
     """The machine's answer; `symbols_sha256` is there for our own artifacts only."""
     answer: dict[str, str | int] = {
         "artifact": str(report.artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
+        **report.facts(),
         "strict_total_bytes": report.strict_total_bytes,
         "convention_total_bytes": report.convention_total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
     }
     if facts is not None:
         answer["symbols_sha256"] = facts.manifest["symbols_sha256"]

@@ -196,8 +196,7 @@ class Run:
 
     def _count(self, quantized: Quantized, result: dict[str, Any]) -> None:
         report = count(Path(quantized.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
-        result |= {"code_bytes": report.code_bytes, "total_bytes": report.total_bytes}
-        result |= {"budget_bytes": report.budget_bytes, "headroom_bytes": report.headroom_bytes}
+        result |= report.facts()
 
     def _wants(self, stage: str, result: dict[str, Any]) -> bool:
         if self.trial.role == "noise":
