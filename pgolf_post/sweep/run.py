@@ -21,9 +21,10 @@ from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.progress import say
 from pgolf_post.sweep.claims import claim
+from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec
 from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
-from pgolf_post.sweep.workbench import Places, Workbench
+from pgolf_post.sweep.workbench import Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
 SKIPPED = "skipped by stop_if_monotone_worse"
@@ -150,7 +151,7 @@ class Sweep:
     def _read(self, stamp: tuple[float, int] | None) -> None:
         try:
             spec = read_spec(self.options.spec, self.options.overrides)
-            trials = expand(spec, self.bench.num_blocks)
+            trials = expand(spec, self.bench.weights.num_blocks)
             listed = list_trials(self.bench, spec, trials)
         except PgolfError as error:
             if self._spec is None:

@@ -25,13 +25,20 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare import paired_documents
 from pgolf_post.score.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
+from pgolf_post.sweep.artifacts import Quantized, unquantized
 from pgolf_post.sweep.conditions import holds
+from pgolf_post.sweep.scores import stage_protocol
 from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.training import recipe_tree
-from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench
+from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
+from pgolf_post.sweep.workbench import VERSIONS, Workbench
 
 TRIAL_VERSION = 2
 FLOOR_LEVEL = 0.95
+
+
+class DroppedError(Exception):
+    """A trial that a condition or gate ends before it is packed or scored."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Provenance:
 def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -> str:
     """What a trial's row is found by: the ids of what its weights are made of, and every setting that acts."""
     settings = trial.settings
-    checkpoint_data = {} if settings.train else {"data": bench.data(spec, bench.checkpoint(settings)).manifest_sha256}
+    data = None if settings.train else bench.calibration.data(spec, bench.weights.checkpoint(settings))
     identity = {
         "calibration": settings.calibration.model_dump(mode="json"),
         "weights": settings.model_dump(mode="json", include={"blend", "ema", "quantize", "jitter_seed"}),
@@ -72,9 +79,9 @@ def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -
         "role": trial.role,
         "control": control_id,
         "versions": VERSIONS,
-        **checkpoint_data,
+        **({"data": data.manifest_sha256} if data else {}),
     }
-    return derived_id("trial", TRIAL_VERSION, bench.source_ids(settings), identity)
+    return derived_id("trial", TRIAL_VERSION, bench.weights.source_ids(settings), identity)
 
 
 def list_trials(bench: Workbench, spec: SweepSpec, trials: Sequence[Trial]) -> list[Listed]:
@@ -120,7 +127,7 @@ class Run:
     def row(self) -> tuple[Row, tuple[Row, ...]]:
         """The trial's row, whatever comes of it, and rows of what it was made of. Ctrl-C is not an outcome."""
         started = time.perf_counter()
-        self.bench.start_trial()
+        self.bench.spending.start_trial()
         result: dict[str, Any] = {"attempt": self.attempt} if self.attempt > 1 else {}
         try:
             self._stages(result)
@@ -132,8 +139,8 @@ class Run:
             result["error"] = _said(error)
         verdict, conclusion = self._verdict(result)
         seconds = round(time.perf_counter() - started, 3)
-        result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.seconds.items()}
-        result["shared"] = list(dict.fromkeys(self.bench.shared))
+        result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.spending.seconds.items()}
+        result["shared"] = list(dict.fromkeys(self.bench.spending.shared))
         facts = self.provenance
         return Row(
             "trial", self.listed.id, self.parents, self.trial.name, facts.sweep, self._settings(), "", result,
@@ -148,25 +155,27 @@ class Run:
 
     def _stages(self, result: dict[str, Any]) -> None:
         bench, spec, settings = self.bench, self.spec, self.trial.settings
-        view = bench.view(settings)
-        data = bench.data(spec, view.checkpoint)
+        view = bench.weights.view(settings)
+        data = bench.calibration.data(spec, view.checkpoint)
         result["checkpoint_id"] = view.id
         self.parents = (view.id,)
         if settings.quantize:
-            stats = bench.stats(spec, settings, view)
+            stats = bench.calibration.stats(spec, settings, view)
             result["stats_id"] = stats.id
             self.parents = (view.id, stats.id)
-            quantized = bench.quantized(view, stats, settings, lambda predict: self._before_packing(predict, result))
+            quantized = bench.artifacts.quantized(
+                view, stats, settings, lambda predict: self._before_packing(predict, result)
+            )
             result |= quantized.facts
             self._count(quantized, result)
             self.parents = (str(quantized.facts["artifact_id"]),)
             self.extra_rows = self._lineage(view, stats, quantized)
         else:
-            quantized = bench.unquantized(view)
+            quantized = unquantized(view)
         result["content_sha256"] = quantized.content_sha256
         result["protocols"] = {
             stage: derived_id(
-                "protocol", 1, [], bench.protocol(spec, stage, settings, view.config).model_dump(mode="json")
+                "protocol", 1, [], stage_protocol(spec, stage, settings, view.config).model_dump(mode="json")
             )
             for stage in spec.stages.scoring()
         }
@@ -174,7 +183,7 @@ class Run:
             raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
         for stage in spec.stages.scoring():
             if self._wants(stage, result):
-                facts, score = bench.score(spec, stage, settings, quantized, data)
+                facts, score = bench.scores.score(spec, stage, settings, quantized, data)
                 kept = ("bpb", "nats", "tokens", "bytes")
                 result[stage] = {key: facts[key] for key in kept} | self._difference(stage, score)
         if spec.deciding_stage in result:
@@ -228,22 +237,20 @@ class Run:
     def _control_score(self, stage: str) -> Score:
         """The control's own sums of a stage, from the disk where they are not in memory; no part of this trial."""
         bench, spec, settings = self.bench, self.spec, self.control_trial.settings
-        shared = list(bench.shared)
-        with bench.timed("pair"):
-            view = bench.view(settings)
-            quantized = bench.quantized(view, bench.stats(spec, settings, view), settings)
-            _, control = bench.score(spec, stage, settings, quantized, bench.data(spec, view.checkpoint))
-        bench.shared = shared
-        return control
+        with bench.spending.timed("pair"), bench.spending.unshared():
+            view = bench.weights.view(settings)
+            quantized = bench.artifacts.quantized(view, bench.calibration.stats(spec, settings, view), settings)
+            data = bench.calibration.data(spec, view.checkpoint)
+            return bench.scores.score(spec, stage, settings, quantized, data)[1]
 
     def _lineage(self, view: Any, stats: Any, quantized: Quantized) -> tuple[Row, ...]:
         """Rows of the weights, statistics and artifact, so that the tree can be drawn."""
         settings, sweep = self.trial.settings, self.provenance.sweep
-        made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHTS and value}
+        made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHT_FIELDS and value}
         checkpoint = view.checkpoint
-        source = tuple(part for part in self.bench.source_ids(settings) if part != view.id and ":" not in part)
+        source = tuple(part for part in self.bench.weights.source_ids(settings) if part != view.id and ":" not in part)
         if settings.blend:
-            source = tuple(part.partition(":")[2] for part in self.bench.source_ids(settings))
+            source = tuple(part.partition(":")[2] for part in self.bench.weights.source_ids(settings))
         runs: tuple[Row, ...] = ()
         if settings.train:
             source = (f"run:{checkpoint.path.parent.name}",)  # as `ledger scan` calls it
@@ -285,9 +292,6 @@ class Run:
         if floor is not None:
             result["noise_floor_bpb"] = floor
         return judge(self.spec, result, self.control.result, floor)
-
-
-WEIGHTS = ("checkpoint", "weights", "train", "blend", "ema")
 
 
 def judge(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import pgolf_post.sweep.workbench as workbench
+import pgolf_post.sweep.artifacts as artifacts
+import pgolf_post.sweep.scores as scores
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
@@ -62,7 +63,7 @@ def test_rows_remember_what_they_were_made_of(lab: Lab) -> None:
 
 def test_running_again_does_nothing_and_changes_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = lab.run(spec_text())
-    monkeypatch.setattr(workbench, "quantize_view", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(artifacts, "quantize_view", lambda *_: pytest.fail("quantized again"))
     after = lab.run(spec_text())
     assert {row.id: lasting(row) for row in after.rows.values()} == {
         row.id: lasting(row) for row in before.rows.values()
@@ -75,9 +76,9 @@ def test_same_symbols_are_packed_once_and_the_same_artifact_is_scored_once(
 ) -> None:
     """Two settings that make the same model: one packing, one score, one of them marked."""
     packed, screened = [], []
-    pack, score = workbench.pack, workbench.score_chosen
-    monkeypatch.setattr(workbench, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
-    monkeypatch.setattr(workbench, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
+    pack, score = artifacts.pack, scores.score_chosen
+    monkeypatch.setattr(artifacts, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    monkeypatch.setattr(scores, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
     text = 'question = "?"\nnoise_repeats = 0\nbaselines = []\n'
     text += '[[trials]]\nname = "same"\nmatrices.depth_clip.early = 1.0'
     rows = by_name(lab.run(spec_text(text)))
