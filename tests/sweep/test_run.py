@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import pgolf_post.sweep.artifacts as artifacts
 import pgolf_post.sweep.scores as scores
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.cli.requant import command as requant_command
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
+from pgolf_post.ledger.disk import scan
 from pgolf_post.ledger.schema import iso_utc
 from pgolf_post.plan import read_plan
 from pgolf_post.requant import requant
@@ -44,6 +48,31 @@ def test_a_sweep_gives_what_requant_gives(lab: Lab, pico_data: DataFolder) -> No
     assert row.result["screen"]["tokens"] == 320
     assert rows["unquantized"].result["screen"]["difference_bpb"] < 0
     assert row.result["headroom_bytes"] == 16_000_000 - row.result["artifact_bytes"]
+
+
+def test_a_sweep_finds_what_requant_made(lab: Lab) -> None:
+    """The command's artifact is a trial's, and is not written again; the statistics it collected serve all trials."""
+    arguments = [str(lab.root / "latest"), "--lambda", "0.6", "--calibration-tokens", "320", "--json"]
+    answer = CliRunner().invoke(requant_command, arguments, catch_exceptions=False)
+    made = json.loads(answer.stdout.splitlines()[-1])
+    stamp = Path(made["artifact"]).stat().st_mtime_ns
+    rows = by_name(lab.run(spec_text()))
+    row = rows["hessian_lambda = 0.6"]
+    assert "artifact" in row.result["shared"]
+    assert "quantize" not in row.result["stage_seconds"]
+    assert row.result["symbols_sha256"] == made["symbols_sha256"]
+    assert row.result["artifact_id"].startswith(Path(made["artifact"]).parent.name)
+    assert Path(made["artifact"]).stat().st_mtime_ns == stamp
+    assert all("calibrate" in row.result["shared"] for row in rows.values() if row.name != "unquantized")
+    assert "artifact" not in rows["hessian_lambda = 0.2"].result["shared"]
+
+
+def test_a_scan_finds_the_very_rows_of_a_sweep(lab: Lab) -> None:
+    """Noise repeats too: what jittered them is part of their id, and config.json says it."""
+    lab.run(spec_text())
+    with Ledger.open(lab.root) as ledger:
+        written = {row.id for row in ledger.rows("artifact")}
+    assert {row.id for row in scan(lab.root) if row.kind == "artifact"} == written
 
 
 def test_rows_remember_what_they_were_made_of(lab: Lab) -> None:
