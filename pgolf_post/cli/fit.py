@@ -25,6 +25,7 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
+from pgolf_post.cli.packing import code_option, eval_option, eval_tokens_option
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, count_code
@@ -54,13 +55,11 @@ FIT_FLAGS = {
 @click.option("--budget", type=click.IntRange(min=0), help=f"Bytes of code and artifact.  [default: {BUDGET_BYTES}]")
 @click.option("--budgets", metavar="BYTES,…", help="Several budgets from the same statistics: a Pareto front.")
 @click.option("--target-gap", type=float, metavar="BPB", help="Find the bytes at which quantizing costs this much.")
-@click.option(
-    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
-)
+@code_option
 @click.option("--train-seconds", type=float, help="Leave out steps so that training data is read for no longer.")
 @click.option("--explain", "explained", is_flag=True, help="Where the bytes went, and what more would buy, by tensor.")
-@click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
-@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
+@eval_option
+@eval_tokens_option
 @data_option
 @settings_options(FitSettings, FIT_FLAGS)
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 @click.command("prune")
 @checkpoint_argument
 @weights_option
-@click.option("--method", type=click.Choice(["magnitude", "wanda", "ones"]), default="magnitude", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["magnitude", "wanda", "ones"]),
+    default="magnitude",
+    show_default=True,
+    help="Which weights matter least; see below.",
+)
 @click.option("--share", type=float, default=0.02, show_default=True, help="Share of each matrix that is zeroed.")
 @click.option("--roles", default="", metavar="ROLE,ROLE", help="Only these roles, such as mlp_fc,mlp_proj.")
 @plan_options

@@ -25,9 +25,8 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
+from pgolf_post.cli.packing import budget_option, code_option, codec_option, eval_option, eval_tokens_option
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plans, plan_options, plan_row
-from pgolf_post.pack.codecs import CHOICES
-from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -41,13 +40,11 @@ if TYPE_CHECKING:
 @weights_option
 @plan_options
 @click.option("--show-plan", is_flag=True, help="Print what would happen to every tensor, and stop.")
-@click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
-@click.option(
-    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
-)
-@click.option("--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes.")
-@click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
-@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
+@codec_option
+@code_option
+@budget_option
+@eval_option
+@eval_tokens_option
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option

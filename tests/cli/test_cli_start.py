@@ -90,6 +90,18 @@ def test_every_command_has_help(path: tuple[str, ...], pgolf: Any) -> None:
     assert len(described) > 10
 
 
+@pytest.mark.parametrize("path", all_commands(cli), ids=" ".join)
+def test_every_option_has_help(path: tuple[str, ...]) -> None:
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), name)
+        assert found is not None
+        command = found
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.opts[0] for option in options if not option.help] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_listed_command_is_the_command_of_that_name(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
