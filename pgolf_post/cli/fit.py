@@ -25,7 +25,13 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
-from pgolf_post.cli.packing import code_option, eval_option, eval_tokens_option
+from pgolf_post.cli.packing import (
+    code_option,
+    eval_option,
+    eval_tokens_option,
+    record_artifact,
+    refuse_idle_eval_tokens,
+)
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, count_code
@@ -100,11 +106,11 @@ def command(
     """
     from pgolf_post.fit.gap import limit_for_gap
     from pgolf_post.fit.run import solve
-    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.size import count
     from pgolf_post.ranks import Ranks
 
     started = time.perf_counter()
+    refuse_idle_eval_tokens(evaluate, eval_tokens)
     given = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
     settings = given_settings(FitSettings, {key: options.pop(key) for key in FIT_FLAGS}, "fit")
     wanted = chosen_budgets(budget, budgets, target_gap)
@@ -126,10 +132,9 @@ def command(
         artifact = solve(fitter, _artifact_limit(total, code_bytes), fresh=fresh)
         report = count(artifact.path, code, total)
         score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
-        answers.append(_answer(fitter, artifact, report, score))
-        folders = [artifact.folder, stats_folder(view, fitter.stats), *([Path(score["folder"])] if score else [])]
-        seconds = time.perf_counter() - started
-        record(*folders, facts=report.facts(), dollars_per_hour=dollars_per_hour, seconds=seconds)
+        answers.append(_answer(artifact, report, score))
+        stats, seconds = stats_folder(view, fitter.stats), time.perf_counter() - started
+        record_artifact(artifact, report, score, stats, dollars_per_hour, seconds)
         if explained:
             _show_explained(fitter, artifact)
     spent = max((answer["train_seconds"] for answer in answers), key=_total)
@@ -207,7 +212,7 @@ def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
         print_table("What quantizing one alone costs, against its prediction", header, rows)
 
 
-def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
+def _answer(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
     meta = artifact.meta
     weights = sum(int(row["weights"]) for row in meta["tensors"])
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}

@@ -25,7 +25,15 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
-from pgolf_post.cli.packing import budget_option, code_option, codec_option, eval_option, eval_tokens_option
+from pgolf_post.cli.packing import (
+    budget_option,
+    code_option,
+    codec_option,
+    eval_option,
+    eval_tokens_option,
+    record_artifact,
+    refuse_idle_eval_tokens,
+)
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plans, plan_options, plan_row
 from pgolf_post.progress import print_json, print_table, say
 
@@ -80,7 +88,6 @@ def command(
     """
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
-    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
     from pgolf_post.quantize.factors import StatsFactors
@@ -91,6 +98,7 @@ def command(
     from pgolf_post.score.pool import ModelPool
 
     started = time.perf_counter()
+    refuse_idle_eval_tokens(evaluate, eval_tokens)
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
     plans = chosen_plans(**options)
     codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
@@ -114,15 +122,11 @@ def command(
     if len(trials) > 1:
         _show_trials(trials, no_ops)
     seconds = round(time.perf_counter() - started, 3)
-    answers = [
-        {**_answer(trial, view.id, stats), "trial": trial.name, "no_op": no_op}
-        for trial, no_op in zip(trials, no_ops, strict=True)
-    ]
     for trial in trials:
-        folders = [trial.artifact.folder, stats_folder(view, stats)]
-        folders += [Path(trial.score["folder"])] if trial.score else []
-        record(*folders, facts=trial.report.facts(), dollars_per_hour=dollars_per_hour, seconds=seconds)
+        made = trial.artifact, trial.report, trial.score
+        record_artifact(*made, stats_folder(view, stats), dollars_per_hour, seconds)
     if as_json:
+        answers = [_answer(trial, no_op, view.id, stats) for trial, no_op in zip(trials, no_ops, strict=True)]
         print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
     min((trial.report for trial in trials), key=lambda report: report.total_bytes).require_within_budget()
 
@@ -213,7 +217,7 @@ def _evidence(row: dict[str, Any]) -> str:
     return f"{row['error']:.2e} / {row['damp_used']:g}"
 
 
-def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
+def _answer(trial: Trial, no_op: bool, view_id: str, stats: Any) -> dict[str, Any]:
     artifact, report, score, plan = trial.artifact, trial.report, trial.score, trial.plan
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
     return {
@@ -229,4 +233,6 @@ def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
         "plan": plan.name,
         "settings": plan.identity(),
         "distill": artifact.meta.get("distill"),
+        "trial": trial.name,
+        "no_op": no_op,
     }

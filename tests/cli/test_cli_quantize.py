@@ -35,6 +35,13 @@ def test_attribute_refuses_what_it_does_not_know(pgolf: Any, wrong: tuple[str, s
     assert pgolf("attribute", *wrong, *FEW).code == 2
 
 
+@pytest.mark.parametrize("command", ["requant", "fit"])
+def test_tokens_to_score_need_a_score(pgolf: Any, command: str) -> None:
+    answer = pgolf(command, "--eval-tokens", 300, *FEW)
+    assert answer.code == 2
+    assert "--eval-tokens does nothing without --eval" in answer.err
+
+
 def test_several_values_are_trials_against_the_first_and_a_trial_that_changes_nothing_is_marked(pgolf: Any) -> None:
     first = pgolf("requant", "--block-size", "64,128", "--lambda", "0,0.4", "--json", "--eval", *FEW)
     assert first.code == 0, first.err
