@@ -145,14 +145,20 @@ class ScreenStage(Stage):
 
 
 class PlainStage(Stage):
+    """The validation text in plain windows."""
+
     max_tokens: int | None = Field(None, ge=2, description="score only the first so many tokens")
 
 
 class SlidingStage(PlainStage):
-    stride: int = Field(64, ge=1)
+    """The validation text in windows that overlap."""
+
+    stride: int = Field(64, ge=1, description="targets per window")
 
 
 class TTTStage(PlainStage):
+    """The validation text under test-time training."""
+
     preset: str = "sgd"
     set: tuple[str, ...] = Field((), description="KEY=VALUE changes of the preset")
 

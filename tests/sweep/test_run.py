@@ -23,7 +23,7 @@ from pgolf_post.requant import requant
 from pgolf_post.sweep.engines.local import run_local
 from pgolf_post.sweep.run import Sweep, work
 from pgolf_post.sweep.table import markdown, ranked, save
-from pgolf_post.sweep.trial import noise_floor
+from pgolf_post.sweep.verdict import noise_floor
 from tests.sweep.conftest import LAMBDAS, Lab, by_name, lasting, spec_text
 
 
@@ -141,7 +141,7 @@ def test_noise_is_measured_by_jittered_scales(lab: Lab) -> None:
 
 def test_a_difference_inside_the_noise_is_none(lab: Lab) -> None:
     from pgolf_post.sweep.spec import SweepSpec
-    from pgolf_post.sweep.trial import judge
+    from pgolf_post.sweep.verdict import judge
 
     spec = SweepSpec(question="?")
     found = {"screen": {"difference_bpb": -0.001, "low_bpb": -0.0015, "high_bpb": -0.0005}}
