@@ -31,6 +31,8 @@ def judge(
     better, worse = known and high < 0 and outside, known and low > 0 and outside
     by = f"{difference:+.5f} bpb" if difference is not None else ""
     if spec.ranking == "bytes":
+        if "artifact_bytes" not in result or "artifact_bytes" not in control:
+            return "neutral", "no artifact, so no bytes to rank by" + (f"; {by}" if by else "")
         saved = control["artifact_bytes"] - result["artifact_bytes"]
         text = f"{-saved:+,} bytes" + (f", {by}" if by else "")
         if worse or saved < 0:

@@ -127,6 +127,14 @@ def test_a_codec_changes_bytes_and_no_symbol(lab: Lab) -> None:
     assert (none.verdict, none.result["screen"]["difference_bpb"]) == ("negative", 0.0)
 
 
+def test_weights_that_are_not_quantized_have_no_bytes_to_rank_by(lab: Lab) -> None:
+    text = 'question = "?"\nnoise_repeats = 0\nrank_by = "bytes"\nbaselines = []\n'
+    rows = by_name(lab.run(spec_text(f'{text}[[trials]]\nname = "weights"\nquantize = false\n')))
+    assert rows["weights"].verdict == "neutral"
+    assert rows["weights"].conclusion
+    assert rows["weights"].conclusion.startswith("no artifact, so no bytes to rank by; -")
+
+
 def test_noise_is_measured_by_jittered_scales(lab: Lab) -> None:
     rows = by_name(lab.run(spec_text(LAMBDAS.replace("noise_repeats = 1", "noise_repeats = 2"))))
     noise = [rows["noise 1"], rows["noise 2"]]
