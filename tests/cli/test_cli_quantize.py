@@ -61,6 +61,17 @@ def test_several_values_are_trials_against_the_first_and_a_trial_that_changes_no
     assert "trials" not in alone.json
 
 
+def test_a_pruned_checkpoint_is_compared_and_can_be_shown(pgolf: Any) -> None:
+    pruned = pgolf("prune", "--share", 0.1, "--json", *FEW)
+    assert pruned.code == 0, pruned.err
+    rows = pruned.json["rows"]
+    assert rows["pruned"]["artifact_bytes"] < rows["before"]["artifact_bytes"]
+    shown = pgolf("show", pruned.json["checkpoint"], "--json")
+    assert shown.code == 0, shown.err
+    assert "step_000012-final (ema)" in shown.err
+    assert shown.json["checkpoint_id"] == pruned.json["checkpoint_id"]
+
+
 def test_equal_symbols_under_other_scales_are_no_no_op(view: View, stats: Stats) -> None:
     plan = read_plan("sdclip-1394")
     control, trial = requant(view, stats, plan), requant(view, stats, plan, "brotli")
