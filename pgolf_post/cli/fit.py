@@ -202,7 +202,7 @@ def _total(seconds: dict[str, float]) -> float:
 def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
     """What reading training data took by step, of the fit that took longest, and what was learnt of κ."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    say(f"{_total(seconds):.1f} s on training data ({parts}): the challenge counts them as training")
+    say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")
     if fitter.kappas:
         header = (fitter.settings.kappa, "predicted nats", "divergence", "± 2 s.e.", "κ used")
         rows = [
