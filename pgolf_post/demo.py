@@ -113,7 +113,7 @@ class Demo:
         artifact = self.timed("quantize + pack", lambda: requant(view, stats, plan))
         score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
         report = count(artifact.path, (), DEMO_BUDGET_BYTES)
-        facts = {"bpb": score["bpb"], "artifact_bytes": report.artifact_bytes, "headroom_bytes": report.headroom_bytes}
+        facts = {"bpb": score["bpb"], **report.facts()}
         if any(row["symbols_sha256"] == artifact.symbols_sha256 for row in self.rows):
             name += " (NO-OP: same symbols as a row above)"
         self.rows.append(

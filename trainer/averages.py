@@ -7,6 +7,7 @@ be synthesised after it (`pgolf_post.posthoc_ema`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +20,17 @@ from pgolf_post.errors import NotFoundError
 def _wide_copy(parameter: Tensor) -> Tensor:
     """A copy in float32, or float64 where the weights are."""
     return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+def warmup_decay(step: int) -> float:
+    """The most that an EMA's decay is at a step: few weights have been seen, so the start of the run must go soon."""
+    return (1 + step) / (10 + step)
+
+
+def decay_acts_from(decay: float, every: int = 1) -> int:
+    """The first step at which an EMA that is updated every so many steps has this decay, and not its warm-up's."""
+    step = math.ceil((10 * decay - 1) / (1 - decay) - 1e-6)  # at 0.995 exactly 1,790, whatever floats make of it
+    return every * max(1, math.ceil(step / every))
 
 
 class EMA:
@@ -37,7 +49,7 @@ class EMA:
         """Fold in the weights after optimizer step `step` (counted from 1), if it is one of every n."""
         if step % self.every:
             return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
+        decay = min(self.decay, warmup_decay(step)) ** self.every
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
 
 

@@ -24,7 +24,7 @@ Job = Callable[[], object]
 
 @dataclass
 class Waits:
-    """Seconds for which training stood still, off its clock,, by reason, earlier parts of a resumed run included."""
+    """Seconds for which training stood still, off its clock, by reason, earlier parts of a resumed run included."""
 
     scoring_seconds: float = 0.0
     snapshot_seconds: float = 0.0  # copying to host memory

@@ -21,6 +21,8 @@ MetricTime = Literal["each", "end", "final"]
 
 
 class RunSettings(Settings):
+    """The run's name and place, and how this machine runs it."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under checkpoints/")
     checkpoint_root: Path = Path("checkpoints")
     seed: int = Field(1337, ge=0)
@@ -44,6 +46,8 @@ class RunSettings(Settings):
 
 
 class DataSettings(Settings):
+    """Which tokens, in windows and batches of what size."""
+
     dir: Path = Field(description="a data folder made by `pgolf-post data build` or `download`")
     seq_len: int = Field(ge=2)
     batch_tokens: int = Field(ge=2, description="tokens per optimizer step")

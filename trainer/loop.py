@@ -77,14 +77,7 @@ class Trainer:
         self.dtype = autocast_dtype(recipe.run.precision, self.device)
         self.data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(self.data, recipe.data.seq_len, recipe.run.seed)
-        torch.manual_seed(recipe.run.seed)
-        self.model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
-        self.model.initialise()
-        self.model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
-        if recipe.run.kernels == "triton":
-            fuse_mlps(self.model)
-        isolated, compute_dtype = recipe.model.isolate_documents, self.dtype or self.model.tok_emb.weight.dtype
-        self.model.attention_backend = choose_backend(recipe.run.attention, self.device, compute_dtype, isolated)
+        self.model = self._new_model()
         self.compiled = compiles(recipe.run.compile, self.device)
         eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
         self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
@@ -114,16 +107,32 @@ class Trainer:
         self.reserve: Reserve | None = None  # under a cap, settled before the first step
         self.ledger.add("load", time.perf_counter() - self.ledger.started)
 
+    def _new_model(self) -> GolfGPT:
+        """The recipe's model, initialised by its seed, on the device, with its kernels and its attention."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.run.seed)
+        model = GolfGPT(recipe.model_config_for(self.data.vocab_size), GraphState())
+        model.initialise()
+        model.to(self.device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
+        if recipe.run.kernels == "triton":
+            fuse_mlps(model)
+        isolated, compute_dtype = recipe.model.isolate_documents, self.dtype or model.tok_emb.weight.dtype
+        model.attention_backend = choose_backend(recipe.run.attention, self.device, compute_dtype, isolated)
+        return model
+
     @property
     def progress(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
         reserve_seconds = self.reserve.seconds if self.reserve else 0.0
         return progress(self.recipe.schedule, self.step, self.train_seconds, reserve_seconds)
 
     @property
     def wall_seconds(self) -> float:
+        """Seconds since the run began, those of the processes that this one resumes included."""
         return round(self.earlier_wall_seconds + time.perf_counter() - self.ledger.started, 3)
 
     def num_parameters(self) -> int:
+        """Of the model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def resume(self, path: Path) -> None:

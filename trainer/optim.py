@@ -61,8 +61,16 @@ class OptimSettings(Settings):
             raise ValueError(
                 f"momentum_cycle_low {self.momentum_cycle_low} exceeds momentum_cycle_high {self.momentum_cycle_high}"
             )
-        if self.ema_every > 1 and not self.ema_decay:
-            raise ValueError(f"ema_every {self.ema_every} acts only with ema_decay above 0")
+        for key, needed, acts in (
+            ("ema_every", "ema_decay above 0", bool(self.ema_decay)),
+            ("swa_every", "swa_start", self.swa_start is not None),
+            ("power_ema_snapshots", "power_ema_sigmas", bool(self.power_ema_sigmas)),
+            ("momentum_cycle_low", "momentum_cycle_steps", self.momentum_cycle_steps is not None),
+            ("momentum_cycle_high", "momentum_cycle_steps", self.momentum_cycle_steps is not None),
+        ):
+            value = getattr(self, key)
+            if not acts and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} {value} acts only with {needed}")
         if len(set(self.power_ema_sigmas)) < len(self.power_ema_sigmas):
             raise ValueError(f"power_ema_sigmas {self.power_ema_sigmas} names one twice")
         for sigma in self.power_ema_sigmas:

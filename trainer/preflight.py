@@ -7,7 +7,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
     boundaries that the run's end comes before      refuse    loops_at, warmdown, fractions, steps, …
     momentum                                        refuse    warm-up longer than the run; warn: cycle longer than it
     loops                                           refuse    a two-phase curriculum without two repeats
-    ema                                             refuse    never updated; warn: longer than a third of the run
+    ema                                             refuse    never updated; warn: a decay that its warm-up hides
     swa                                             refuse    fewer than two models; warn: models of two graphs
     power_ema                                       refuse    fewer steps than snapshots
     periodic                                        refuse    a period longer than the run
@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.averages import decay_acts_from, warmup_decay
 from trainer.phases import fraction_name
 from trainer.schedule import warmdown_start
 from trainer.timeline import Boundary, Timeline, count_steps
 
 MAX_SCORING_SHARE = 0.05  # of the training time
-MAX_EMA_SHARE = 1 / 3  # of the run's steps
 FORWARD_SPEEDUP = 3.0  # scoring runs the forward pass alone, about a third of a training step
 
 
@@ -118,19 +118,23 @@ def check_loops(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_ema(timeline: Timeline) -> Iterator[Finding]:
-    """An EMA must be updated, and should forget the start of the run."""
+    """An EMA must be updated, and its decay should come out of the warm-up min(ema_decay, (1+t)/(10+t)) at step t.
+
+    Until it does, every decay makes the same average, in which the weights of step t count as t⁸.
+    """
     optim, end = timeline.recipe.optim, timeline.clock.end_step
     if not optim.ema_decay:
         return
-    length = 1 / (1 - optim.ema_decay)
+    acts_from = decay_acts_from(optim.ema_decay, optim.ema_every)
     if optim.ema_every > end:
         yield Finding("refuse", "optim.ema_every", f"optim.ema_every {optim.ema_every:,}: {_end(timeline)}, no update")
-    elif length > MAX_EMA_SHARE * end:
+    elif acts_from > end:
         yield Finding(
             "warn",
             "optim.ema_decay",
-            f"optim.ema_decay {optim.ema_decay} averages over {length:,.0f} steps, more than a third of the run's "
-            f"{end:,}: the EMA would hold the run's start; at most {max(1 - 3 / end, 0):.4f} here",
+            f"optim.ema_decay {optim.ema_decay} never acts: the decay is at most (1+t)/(10+t) at step t, so this one "
+            f"acts from step {acts_from:,} on, and {_end(timeline)}; decays above {warmup_decay(end):.4f} are all the "
+            "same here, take a smaller one",
         )
 
 

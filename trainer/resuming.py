@@ -6,8 +6,9 @@ checkpoint go; where the resumed run has another name, those that its past is ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, complete_config, read_tensors
 from pgolf_post.ema_snapshots import adopt_snapshots, drop_snapshots_after
@@ -33,7 +34,10 @@ def restore(trainer: Trainer, path: Path) -> None:
         raise NotFoundError(f"{checkpoint.path} has no {TRAINING_FILE}; only folders that keep it can be resumed")
     theirs, ours = complete_config(checkpoint.config), config_of(trainer)
     if theirs["model"] != ours["model"] or theirs["data"] != ours["data"]:
-        raise MismatchError(f"{checkpoint.path}: its model or data is not this recipe's; it cannot be resumed with it")
+        raise MismatchError(
+            f"{checkpoint.path} cannot be resumed with this recipe: {_differences(theirs, ours)}",
+            hint="give the recipe that it was trained with, --set included; other data is a run of its own",
+        )
     trainer.model.load_state_dict(dict(checkpoint.load("raw").tensors))
     _restore_averages(trainer, checkpoint)
     training = read_tensors(checkpoint.path / TRAINING_FILE)
@@ -53,6 +57,13 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.phases.skip_past(trainer.step, trainer.progress)
     trainer.periodic.skip_past(trainer.step, trainer.train_seconds)
     say(f"resumed {checkpoint.path} at step {trainer.step}, {100 * trainer.progress:.1f} % of the run")
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What a checkpoint's config has otherwise than a recipe's, key by key."""
+    keys = [(table, key) for table in ("model", "data") for key in sorted({*theirs[table], *ours[table]})]
+    values = [(f"{table}.{key}", theirs[table].get(key), ours[table].get(key)) for table, key in keys]
+    return ", ".join(f"{key} is {there}, here {here}" for key, there, here in values if there != here)
 
 
 def _restore_averages(trainer: Trainer, checkpoint: Checkpoint) -> None:

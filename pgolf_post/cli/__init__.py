@@ -1,7 +1,8 @@
 """The command line: one module per command, in pipeline order, each a thin wrapper around one stage.
 
 `pgolf-post --help` must answer at once, so nothing here imports torch, numpy or a stage: the table below holds every
-command's name, module and one-line help, and a command's module is imported only when that command runs.
+command's name, module and one-line help, and a command's module is imported only when that command is named. Those
+modules import no torch either: a command's own `--help` does not wait for it, its body does.
 """
 
 from __future__ import annotations

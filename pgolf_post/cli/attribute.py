@@ -23,8 +23,8 @@ from pgolf_post.cli.common import (
     settings_options,
     weights_option,
 )
+from pgolf_post.cli.packing import codec_option
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
-from pgolf_post.pack.codecs import CHOICES
 from pgolf_post.progress import print_json, print_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ HEADER = ("left in float", "tensors", "weights", "bytes", "bpb gained", "95 %, b
 @click.option(
     "--tokens", "score_tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens."
 )
-@click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
+@codec_option
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option

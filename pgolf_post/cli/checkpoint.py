@@ -57,7 +57,13 @@ def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> Non
 
 
 @command.command("list")
-@click.option("--root", type=click.Path(path_type=Path), default=Path("checkpoints"), show_default=True)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("checkpoints"),
+    show_default=True,
+    help="The folder that holds the runs.",
+)
 @json_option
 def list_command(root: Path, as_json: bool) -> None:
     """Every complete checkpoint under --root, oldest first."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view
 from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
 
 
+IDLE = {  # way of comparing → options that it does not read
+    "paired": ("cluster", "bytes_per_token", "variant"),
+    "record": ("cluster", "level", "seed"),
+    "until_ci": ("bytes_per_token", "variant", "compiled"),
+}
+
+
 @click.command("compare")
 @click.argument("candidate")
 @click.argument("control")
@@ -25,8 +34,16 @@ if TYPE_CHECKING:
 @protocol_options
 @click.option("--record", is_flag=True, help="The challenge's rule over groups of seeds (comma-separated).")
 @click.option("--until-ci", type=click.FloatRange(min=0, min_open=True), help="Screen until known to ± so many bpb.")
-@click.option("--cluster", type=click.Choice(["document", "piece"]), default="piece", show_default=True)
-@click.option("--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True)
+@click.option(
+    "--cluster",
+    type=click.Choice(["document", "piece"]),
+    default="piece",
+    show_default=True,
+    help="--until-ci: what counts as one observation, a whole document or a piece of it.",
+)
+@click.option(
+    "--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True, help="Of the intervals."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of bootstrap and sampling.")
 @click.option("--bytes-per-token", type=float, help="--record with numbers: bytes of text per token.")
 @click.option("--variant", type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]), help="… or a published one.")
@@ -53,7 +70,9 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     started = time.perf_counter()
     if options["record"] and options["until_ci"]:
         raise click.UsageError("--record compares groups of seeds, --until-ci two models; choose one")
-    work = _record if options["record"] else (_screen if options["until_ci"] else _paired)
+    way = "record" if options["record"] else ("until_ci" if options["until_ci"] else "paired")
+    _refuse_idle(way)
+    work = {"record": _record, "until_ci": _screen, "paired": _paired}[way]
     facts, scored = work(candidate, control, options)
     seconds = round(time.perf_counter() - started, 3)
     record(
@@ -64,6 +83,16 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     )
     if as_json:
         print_json({"candidate": candidate, "control": control, **facts, "seconds": seconds})
+
+
+def _refuse_idle(way: str) -> None:
+    """Raise UsageError for options that this way of comparing would pass over in silence."""
+    context = click.get_current_context()
+    given = [name for name in IDLE[way] if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flags = [parameter.opts[0] for parameter in context.command.params if parameter.name in given]
+        what = {"paired": "a paired comparison", "record": "--record", "until_ci": "--until-ci"}[way]
+        raise click.UsageError(f"{what} does not read {', '.join(flags)}; leave out what would do nothing")
 
 
 def _open(text: str, options: dict[str, Any]) -> Opened:
@@ -148,6 +177,8 @@ def _bytes_per_token(options: dict[str, Any]) -> float | None:
     if options["variant"]:
         return BYTES_PER_TOKEN[options["variant"]]
     given: float | None = options["bytes_per_token"]
+    if given is not None and not 0 < given < math.inf:
+        raise click.UsageError(f"--bytes-per-token {given:g}: it must be positive")
     return given
 
 
@@ -157,9 +188,13 @@ def _group(
     """A comma-separated group of numbers, or of paths that are scored."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return np.array([float(part) for part in parts]), None, []
+        values = [float(part) for part in parts]
     except ValueError:
         scores, folders = _scores(parts, options)
+    else:
+        if not all(0 < value < math.inf for value in values):
+            raise click.UsageError(f"{text}: bits per byte are positive numbers")
+        return np.array(values), None, []
     return np.array([score.bpb for score in scores]), scores[0].bytes / scores[0].tokens, folders
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.cli.common import json_option
+
 if TYPE_CHECKING:
     from pgolf_post.data.folder import DataFolder
 
 DATA_ROOT = Path("data")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
 
 @click.group(name="data")

@@ -25,6 +25,13 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
+from pgolf_post.cli.packing import (
+    code_option,
+    eval_option,
+    eval_tokens_option,
+    record_artifact,
+    refuse_idle_eval_tokens,
+)
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, count_code
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
     from pgolf_post.fit.run import Fitter
     from pgolf_post.requant import Artifact
 
-COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
 FIT_FLAGS = {
     "rows": "--rows",
     "columns": "--columns",
@@ -56,13 +62,11 @@ FIT_FLAGS = {
 @click.option("--budget", type=click.IntRange(min=0), help=f"Bytes of code and artifact.  [default: {BUDGET_BYTES}]")
 @click.option("--budgets", metavar="BYTES,…", help="Several budgets from the same statistics: a Pareto front.")
 @click.option("--target-gap", type=float, metavar="BPB", help="Find the bytes at which quantizing costs this much.")
-@click.option(
-    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
-)
+@code_option
 @click.option("--train-seconds", type=float, help="Leave out steps so that training data is read for no longer.")
 @click.option("--explain", "explained", is_flag=True, help="Where the bytes went, and what more would buy, by tensor.")
-@click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
-@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
+@eval_option
+@eval_tokens_option
 @data_option
 @settings_options(FitSettings, FIT_FLAGS)
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
@@ -103,11 +107,11 @@ def command(
     """
     from pgolf_post.fit.gap import limit_for_gap
     from pgolf_post.fit.run import solve
-    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.size import count
     from pgolf_post.ranks import Ranks
 
     started = time.perf_counter()
+    refuse_idle_eval_tokens(evaluate, eval_tokens)
     given = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
     settings = given_settings(FitSettings, {key: options.pop(key) for key in FIT_FLAGS}, "fit")
     wanted = chosen_budgets(budget, budgets, target_gap)
@@ -129,20 +133,16 @@ def command(
         artifact = solve(fitter, _artifact_limit(total, code_bytes), fresh=fresh)
         report = count(artifact.path, code, total)
         score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
-        answers.append(_answer(fitter, artifact, report, score))
-        folders = [artifact.folder, stats_folder(view, fitter.stats), *([Path(score["folder"])] if score else [])]
-        facts, seconds = {key: answers[-1][key] for key in COUNTED}, time.perf_counter() - started
-        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
+        answers.append(_answer(artifact, report, score))
+        stats, seconds = stats_folder(view, fitter.stats), time.perf_counter() - started
+        record_artifact(artifact, report, score, stats, dollars_per_hour, seconds)
         if explained:
             _show_explained(fitter, artifact)
-    _show_training(fitter)
+    spent = max((answer["train_seconds"] for answer in answers), key=_total)
+    _show_training(fitter, spent)
     _show(answers, bool(code))
     if as_json:
-        shared: dict[str, Any] = {
-            "checkpoint_id": view.id,
-            "stats_id": fitter.stats.id,
-            "train_seconds": dict(fitter.clock.seconds),
-        }
+        shared = {"checkpoint_id": view.id, "stats_id": fitter.stats.id, "train_seconds": spent}
         shared |= {"kappa": {group: found.facts() for group, found in fitter.kappas.items()}}
         shared["seconds"] = round(time.perf_counter() - started, 3)
         print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
@@ -196,10 +196,14 @@ def _score(artifact: Artifact, data: Any, config: Any, eval_tokens: int | None, 
     return score_artifact(artifact.path, data, protocol, fresh)[0]
 
 
-def _show_training(fitter: Fitter) -> None:
-    seconds = fitter.clock.seconds
+def _total(seconds: dict[str, float]) -> float:
+    return sum(seconds.values())
+
+
+def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
+    """What reading training data took by step, of the fit that took longest, and what was learnt of κ."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    say(f"{sum(seconds.values()):.1f} s on training data ({parts}): the challenge counts them as training")
+    say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")
     if fitter.kappas:
         header = (fitter.settings.kappa, "predicted nats", "divergence", "± 2 s.e.", "κ used")
         rows = [
@@ -209,18 +213,14 @@ def _show_training(fitter: Fitter) -> None:
         print_table("What quantizing one alone costs, against its prediction", header, rows)
 
 
-def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
+def _answer(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
     meta = artifact.meta
     weights = sum(int(row["weights"]) for row in meta["tensors"])
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
     return {
         **sums,
         "artifact": str(artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
+        **report.facts(),
         "bits_per_weight": 8 * report.artifact_bytes / weights,
         "constant": meta["constant"],
         "predicted_nats": meta["predicted_nats"],
@@ -229,6 +229,7 @@ def _answer(fitter: Fitter, artifact: Artifact, report: SizeReport, score: dict[
         "symbols_sha256": artifact.symbols_sha256,
         "artifact_cached": artifact.cached,
         "fit_seconds": meta["seconds"],
+        "train_seconds": meta["train_seconds"],  # as making it took them: the clock of a cached one has not seen all
     }
 
 

@@ -27,7 +27,13 @@ from pgolf_post.settings import apply_override, read_toml
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One hyperparameter; repeatable.")
 @click.option("--active-loops", type=click.IntRange(min=0), help="Runtime loops when it was saved.  [default: all]")
 @click.option("--phase", default="imported", show_default=True, help="Its moment of the run: warmdown_start, final …")
-@click.option("--metric-tokens", type=click.IntRange(min=2), default=65536, show_default=True)
+@click.option(
+    "--metric-tokens",
+    type=click.IntRange(min=2),
+    default=65536,
+    show_default=True,
+    help="Validation tokens of the recorded metric.",
+)
 @json_option
 def command(
     file: Path,

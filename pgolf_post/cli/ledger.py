@@ -189,7 +189,7 @@ def lineage_command(
 @kind_option
 @run_option
 @where_option
-@click.option("--limit", default=10, show_default=True, type=click.IntRange(min=1))
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(min=1), help="At most so many rows.")
 @json_option
 def best_command(
     root: Path,
@@ -250,7 +250,9 @@ def note_command(row_id: str, conclusion: str, root: Path, verdict: Verdict | No
 
 @command.command("export")
 @root_option
-@click.option("--format", "form", required=True, type=click.Choice(["csv", "jsonl", "md"]))
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["csv", "jsonl", "md"]), help="What the rows are written as."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="A file to write.  [default: stdout]")
 @kind_option
 @run_option

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.calibrate.settings import CalibrationSettings
+from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
@@ -16,23 +18,33 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    settings_options,
     weights_option,
 )
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
 from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from pgolf_post.checkpoint import View
     from pgolf_post.data import DataFolder
+    from pgolf_post.plan import Plan
 
 
 @click.command("prune")
 @checkpoint_argument
 @weights_option
-@click.option("--method", type=click.Choice(["magnitude", "wanda", "ones"]), default="magnitude", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["magnitude", "wanda", "ones"]),
+    default="magnitude",
+    show_default=True,
+    help="Which weights matter least; see below.",
+)
 @click.option("--share", type=float, default=0.02, show_default=True, help="Share of each matrix that is zeroed.")
 @click.option("--roles", default="", metavar="ROLE,ROLE", help="Only these roles, such as mlp_fc,mlp_proj.")
 @plan_options
 @data_option
+@settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @json_option
 def command(
     checkpoint: Path | None,
@@ -51,22 +63,23 @@ def command(
     wanda      in each row, the smallest weight × root mean square of its input
     ones       of the symbols ±1 under the plan, those whose zeroing costs least by the Hessian
     """
-    from pgolf_post.calibrate import CalibrationSettings, calibrate
+    from pgolf_post.calibrate import calibrate
     from pgolf_post.ledger.recording import record
     from pgolf_post.prune import PruneSettings, prune_checkpoint
     from pgolf_post.requant import plan_text
 
     started = time.perf_counter()
+    calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "prune")
     plan = chosen_plan(**options)
     wanted = tuple(role.strip() for role in roles.split(",") if role.strip())
     settings = given_settings(PruneSettings, {"method": method, "share": share, "roles": wanted}, "prune")
     found = find_checkpoint(checkpoint)
     data = find_data(found, data_dir)
     view = load_view(found, weights)
-    stats = calibrate(view, data, CalibrationSettings())
-    text = plan_text(view, data, plan, CalibrationSettings())
+    stats, text = calibrate(view, data, calibration), plan_text(view, data, plan, calibration)
     pruned, cached = prune_checkpoint(view, stats, settings, plan, data, text)
-    rows = {"before": _measure(view, stats, plan, data), "pruned": _measure(pruned.load("raw"), None, plan, data)}
+    both = {"before": view, "pruned": pruned.load("raw")}
+    rows = {name: _measure(one, calibration, plan, data) for name, one in both.items()}
     shown = [
         (name, f"{row['bpb']:.5f}", f"{row['quantized_bpb']:.5f}", f"{row['artifact_bytes']:,}")
         for name, row in rows.items()
@@ -81,16 +94,16 @@ def command(
         print_json({**answer, "cached": cached, "no_op": pruned.meta["no_op"], "rows": rows, "seconds": seconds})
 
 
-def _measure(view: Any, stats: Any, plan: Any, data: DataFolder) -> dict[str, Any]:
+def _measure(view: View, calibration: CalibrationSettings, plan: Plan, data: DataFolder) -> dict[str, Any]:
     """bpb of a view, and bytes and bpb of its artifact by the plan."""
-    from pgolf_post.calibrate import CalibrationSettings, calibrate
+    from pgolf_post.calibrate import calibrate
     from pgolf_post.requant import plan_text, requant
     from pgolf_post.score.cached import score_artifact, score_view
     from pgolf_post.score.metric import recorded_protocol
 
     _, protocol = recorded_protocol(view.checkpoint, view.name)
-    text = plan_text(view, data, plan, CalibrationSettings())
-    artifact = requant(view, stats or calibrate(view, data, CalibrationSettings()), plan, text=text)
+    text = plan_text(view, data, plan, calibration)
+    artifact = requant(view, calibrate(view, data, calibration), plan, text=text)
     quantized, _ = score_artifact(artifact.path, data, protocol)
     score, _ = score_view(view, data, protocol)
     size = artifact.path.stat().st_size

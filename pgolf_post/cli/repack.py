@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from pgolf_post.cli.common import json_option
+from pgolf_post.pack.codecs import CHOICES
 from pgolf_post.progress import print_json, print_table, progress_bar, say
 
 
 @click.command("repack")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write the artifact here.  [default: only count it]")
-@click.option("--codec", default="best", show_default=True, help="One of none, brotli, lzma, zlib, rans, best.")
+@click.option("--codec", default="best", show_default=True, help=f"One of {', '.join(CHOICES)}.")
 @json_option
 def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
     """Read FILE, a compressed artifact of a public script, and pack the same weights as ours: bytes before and after.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
     allow_stale_option,
@@ -25,9 +25,16 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
+from pgolf_post.cli.packing import (
+    budget_option,
+    code_option,
+    codec_option,
+    eval_option,
+    eval_tokens_option,
+    record_artifact,
+    refuse_idle_eval_tokens,
+)
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plans, plan_options, plan_row
-from pgolf_post.pack.codecs import CHOICES
-from pgolf_post.pack.size import BUDGET_BYTES
 from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -35,21 +42,17 @@ if TYPE_CHECKING:
     from pgolf_post.plan import Plan, TensorPlan
     from pgolf_post.requant import Artifact
 
-COUNTED = ("code_bytes", "total_bytes", "budget_bytes", "headroom_bytes")  # what the artifact's folder does not know
-
 
 @click.command("requant")
 @checkpoint_argument
 @weights_option
 @plan_options
 @click.option("--show-plan", is_flag=True, help="Print what would happen to every tensor, and stop.")
-@click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
-@click.option(
-    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
-)
-@click.option("--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes.")
-@click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
-@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens.")
+@codec_option
+@code_option
+@budget_option
+@eval_option
+@eval_tokens_option
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
@@ -85,7 +88,6 @@ def command(
     """
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
-    from pgolf_post.ledger.recording import record
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.size import count
     from pgolf_post.quantize.factors import StatsFactors
@@ -96,6 +98,7 @@ def command(
     from pgolf_post.score.pool import ModelPool
 
     started = time.perf_counter()
+    refuse_idle_eval_tokens(evaluate, eval_tokens)
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
     plans = chosen_plans(**options)
     codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
@@ -119,16 +122,11 @@ def command(
     if len(trials) > 1:
         _show_trials(trials, no_ops)
     seconds = round(time.perf_counter() - started, 3)
-    answers = [
-        {**_answer(trial, view.id, stats), "trial": trial.name, "no_op": no_op}
-        for trial, no_op in zip(trials, no_ops, strict=True)
-    ]
-    for trial, answer in zip(trials, answers, strict=True):
-        folders = [trial.artifact.folder, stats_folder(view, stats)]
-        folders += [Path(trial.score["folder"])] if trial.score else []
-        facts = {key: answer[key] for key in COUNTED}
-        record(*folders, facts=facts, dollars_per_hour=dollars_per_hour, seconds=seconds)
+    for trial in trials:
+        made = trial.artifact, trial.report, trial.score
+        record_artifact(*made, stats_folder(view, stats), dollars_per_hour, seconds)
     if as_json:
+        answers = [_answer(trial, no_op, view.id, stats) for trial, no_op in zip(trials, no_ops, strict=True)]
         print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
     min((trial.report for trial in trials), key=lambda report: report.total_bytes).require_within_budget()
 
@@ -191,9 +189,8 @@ def _show(trial: Trial, has_code: bool) -> None:
         for row in artifact.meta["tensors"]
     ]
     print_table("Tensors", ("tensor", "method", "bits", "clip", "entropy bits", "Hessian error / damping"), rows)
-    totals = [("artifact bytes", f"{report.artifact_bytes:,}"), ("code bytes", f"{report.code_bytes:,}")]
-    totals += [("total bytes", f"{report.total_bytes:,}"), ("budget bytes", f"{report.budget_bytes:,}")]
-    totals += [("headroom bytes", f"{report.headroom_bytes:,}"), ("symbols sha256", artifact.symbols_sha256[:16])]
+    totals = [(key.replace("_", " "), f"{value:,}") for key, value in report.facts().items()]
+    totals.append(("symbols sha256", artifact.symbols_sha256[:16]))
     if distilled := artifact.meta.get("distill"):
         totals += _distilled(distilled)
     if score:
@@ -220,17 +217,13 @@ def _evidence(row: dict[str, Any]) -> str:
     return f"{row['error']:.2e} / {row['damp_used']:g}"
 
 
-def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
+def _answer(trial: Trial, no_op: bool, view_id: str, stats: Any) -> dict[str, Any]:
     artifact, report, score, plan = trial.artifact, trial.report, trial.score, trial.plan
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
     return {
         **sums,
         "artifact": str(artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
+        **report.facts(),
         "symbols_sha256": artifact.symbols_sha256,
         "checkpoint_id": view_id,
         "stats_id": stats.id,
@@ -240,4 +233,6 @@ def _answer(trial: Trial, view_id: str, stats: Any) -> dict[str, Any]:
         "plan": plan.name,
         "settings": plan.identity(),
         "distill": artifact.meta.get("distill"),
+        "trial": trial.name,
+        "no_op": no_op,
     }

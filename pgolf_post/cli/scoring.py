@@ -34,7 +34,13 @@ def protocol_options(function: F) -> F:
             show_default=True,
             help="How to score.",
         ),
-        click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True),
+        click.option(
+            "--split",
+            type=click.Choice(["val", "train"]),
+            default="val",
+            show_default=True,
+            help="Which text to score.",
+        ),
         click.option(
             "--seq-len", type=click.IntRange(min=1), help="Window length.  [default: the model's training length]"
         ),

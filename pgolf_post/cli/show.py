@@ -41,7 +41,7 @@ def describe(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
 
     if path.is_file() and is_artifact(path):
         return _artifact(path)
-    if (path / "meta.json").is_file() and (path.parent.parent.name == "derived"):
+    if (path / "meta.json").is_file() and path.parent.parent.name == "derived":
         return _derived(path)
     if (path / "config.json").is_file():
         return _checkpoint(path)
@@ -75,7 +75,11 @@ def _checkpoint(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
 
 
 def _parent(parent: Any) -> str:
-    return f"{parent['share']:.3f} × {parent['folder']} ({parent['view']})" if isinstance(parent, dict) else parent[:12]
+    """A parent is an id or a record of a folder's view, in a blend with its share."""
+    if not isinstance(parent, dict):
+        return str(parent)[:12]
+    share = f"{parent['share']:.3f} × " if "share" in parent else ""
+    return f"{share}{parent['folder']} ({parent['view']})"
 
 
 def _run(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:

@@ -7,18 +7,20 @@ from pathlib import Path
 import click
 
 from pgolf_post import progress
+from pgolf_post.cli.common import json_option
+from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
 from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
 from pgolf_post.pack.picture import draw_size, require_plots
 from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
-from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, UnitBytes, count, unit_table
+from pgolf_post.pack.size import SizeReport, UnitBytes, count, unit_table
 from pgolf_post.pack.tensor_bytes import TensorBytes, role_table, tensor_table
 
 
 @click.command("size")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--code", multiple=True, type=click.Path(path_type=Path), help="A code file or folder; repeatable.")
-@click.option("--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes.")
+@code_option
+@budget_option
 @click.option(
     "--count",
     "counted",
@@ -29,7 +31,7 @@ from pgolf_post.pack.tensor_bytes import TensorBytes, role_table, tensor_table
 )
 @click.option("--tensors", "by_tensor", is_flag=True, help="Also the bytes of every tensor.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the bytes: an .svg, .png or .pdf file to write.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+@json_option
 def command(
     artifact: Path, code: tuple[Path, ...], budget: int, counted: str, by_tensor: bool, plot: Path | None, as_json: bool
 ) -> None:
@@ -119,13 +121,9 @@ def report_json(report: SizeReport, facts: ArtifactFacts | None) -> dict[str, st
     """The machine's answer; `symbols_sha256` is there for our own artifacts only."""
     answer: dict[str, str | int] = {
         "artifact": str(report.artifact.path),
-        "artifact_bytes": report.artifact_bytes,
-        "code_bytes": report.code_bytes,
-        "total_bytes": report.total_bytes,
+        **report.facts(),
         "strict_total_bytes": report.strict_total_bytes,
         "convention_total_bytes": report.convention_total_bytes,
-        "budget_bytes": report.budget_bytes,
-        "headroom_bytes": report.headroom_bytes,
     }
     if facts is not None:
         answer["symbols_sha256"] = facts.manifest["symbols_sha256"]

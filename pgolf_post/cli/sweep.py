@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgolf_post.cli.common import data_option, json_option
+from pgolf_post.cli.common import data_option, dollars_option, json_option
 from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ def sweep_options(function: F) -> F:
             type=click.Path(path_type=Path),
             help="The ledger's folder.",
         ),
-        click.option("--results", default="sweeps/results", show_default=True, type=click.Path(path_type=Path)),
+        click.option(
+            "--results",
+            default="sweeps/results",
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="Where tables, figures and locks go.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -59,8 +65,8 @@ def sweep_options(function: F) -> F:
 
 def chosen_options(options: dict[str, Any], **more: Any) -> Options:
     """The options of a sweep from those of the command."""
+    from pgolf_post.sweep.common import Places
     from pgolf_post.sweep.run import Options
-    from pgolf_post.sweep.workbench import Places
 
     places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"])
     return Options(options["spec"], tuple(options["overrides"]), places, **more)
@@ -99,11 +105,17 @@ def _plan_cells(row: PlanRow) -> tuple[str, ...]:
 
 @command.command("run")
 @sweep_options
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who runs the trials: processes of this machine, or Ray.",
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per device.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile the model.  [default: on a GPU]")
 @click.option("--retry-failed", is_flag=True, help="Run trials again whose row is an error.")
-@click.option("--dollars-per-hour", type=POSITIVE, help="Price of the machine; each row gets its cost.")
+@dollars_option
 @click.option("--ray-address", help="ray: a running cluster, such as auto or ray://HOST:10001.  [default: a local Ray]")
 @click.option("--cpus-per-trial", type=POSITIVE, default=1.0, show_default=True, help="ray: what a trial is given.")
 @click.option("--gpus-per-trial", type=click.FloatRange(min=0), default=0.0, show_default=True, help="ray: the same.")
@@ -147,11 +159,12 @@ def run_command(
     more = {"compiled": compiled, "dollars_per_hour": dollars_per_hour}
     chosen = chosen_options(options, retry_before=iso_utc() if retry_failed else None, **more)
 
+    ranks = Ranks.join()
+
     def on_row(state: State, row: Any) -> None:
-        spent.append((row.seconds or 0.0) / workers)
+        spent.append((row.seconds or 0.0) / (workers * ranks.world_size))
         live(state, row, spent)
 
-    ranks = Ranks.join()
     try:
         if ranks.world_size > 1:
             if engine != "local" or workers > 1:

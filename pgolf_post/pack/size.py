@@ -66,6 +66,16 @@ class SizeReport:
         """Bytes left under the budget; negative when over it."""
         return self.budget_bytes - self.total_bytes
 
+    def facts(self) -> dict[str, int]:
+        """What `--json` and the ledger say of a count, all in bytes."""
+        return {
+            "artifact_bytes": self.artifact_bytes,
+            "code_bytes": self.code_bytes,
+            "total_bytes": self.total_bytes,
+            "budget_bytes": self.budget_bytes,
+            "headroom_bytes": self.headroom_bytes,
+        }
+
     @property
     def over(self) -> bool:
         return self.headroom_bytes < 0

@@ -26,6 +26,7 @@ from pgolf_post.ledger import Row
 from pgolf_post.plan import GridRule, Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_scales
 from pgolf_post.quantize.run import as_matrix, plan_view, spread_scales
+from pgolf_post.sweep.artifacts import artifact_folder
 from pgolf_post.sweep.run import State, Sweep
 from pgolf_post.sweep.spec import SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.trial import Listed
@@ -75,7 +76,7 @@ def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float
     trial, done = listed.trial, listed.id in state.rows
     if trial.settings.train:
         return PlanRow(listed, done, (), None, trial.settings.train.seconds, None)
-    view = sweep.bench.view(trial.settings)
+    view = sweep.bench.weights.view(trial.settings)
     cached = _cached(sweep, state.spec, trial, view)
     predicted = gaussian_bytes(view, trial_plan(trial.settings)) if trial.settings.quantize else None
     wanted = f"{view.id}:{trial.settings.calibration.model_dump_json()}"
@@ -90,13 +91,13 @@ def _cached(sweep: Sweep, spec: SweepSpec, trial: Trial, view: View) -> tuple[st
     """Which of a trial's results are on disk. Text that the model would write itself is not written to find out."""
     if not trial.settings.quantize or trial.settings.calibration.source == "self":
         return ()
-    data, settings = sweep.bench.data(spec, view.checkpoint), trial.settings.calibration
+    data, settings = sweep.bench.calibration.data(spec, view.checkpoint), trial.settings.calibration
     window = settings.seq_len or train_seq_len(view.config)
     text = calibration_text(view, data, settings, window)
     for wanted in (settings, settings.model_copy(update={"fisher": True})):  # which serve who did not ask for them too
         stats_id = stats_id_of(view, wanted, text, window)
         if (view.checkpoint.derived("stats", stats_id) / "meta.json").is_file():
-            folder, _ = sweep.bench.artifact_folder(view, stats_id, trial.settings)
+            folder, _ = artifact_folder(view, stats_id, trial.settings)
             return ("stats", "artifact") if (folder / requant.PAYLOAD).is_file() else ("stats",)
     return ()
 
@@ -145,7 +146,7 @@ def _seconds(
         total += earlier("pack", PACK_SECONDS_PER_WEIGHT * weights)
     if spec.stages.screen:
         total += earlier("screen", rate * spec.stages.screen.tokens)
-    data = sweep.bench.data(spec, view.checkpoint)
+    data = sweep.bench.calibration.data(spec, view.checkpoint)
     for name, ratio in (("plain", 1.0), ("sliding", 8.0), ("ttt", TTT_RATIO)):
         stage: Any = getattr(spec.stages, name)
         if stage is not None and (trial.role != "noise" or name == spec.deciding_stage):

@@ -19,11 +19,13 @@ import torch
 
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
+from pgolf_post.ledger.recording import code_commit
 from pgolf_post.progress import say
 from pgolf_post.sweep.claims import claim
+from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec
 from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
-from pgolf_post.sweep.workbench import Places, Workbench
+from pgolf_post.sweep.workbench import Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
 SKIPPED = "skipped by stop_if_monotone_worse"
@@ -119,7 +121,7 @@ class Sweep:
         compiled = device.type == "cuda" if options.compiled is None else options.compiled
         self.bench = Workbench(options.places, compiled, device)
         self.ledger = Ledger.open(options.places.root)
-        self.provenance = Provenance(options.name, _commit(), _device_name(device), options.dollars_per_hour)
+        self.provenance = Provenance(options.name, code_commit(), _device_name(device), options.dollars_per_hour)
         self._stamp: tuple[float, int] | None = None
         self._listed: list[Listed] = []
         self._spec: SweepSpec | None = None
@@ -150,7 +152,7 @@ class Sweep:
     def _read(self, stamp: tuple[float, int] | None) -> None:
         try:
             spec = read_spec(self.options.spec, self.options.overrides)
-            trials = expand(spec, self.bench.num_blocks)
+            trials = expand(spec, self.bench.weights.num_blocks)
             listed = list_trials(self.bench, spec, trials)
         except PgolfError as error:
             if self._spec is None:
@@ -258,13 +260,6 @@ def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] |
             on_row(state, row)
         return True
     return False
-
-
-def _commit() -> str | None:
-    from trainer.provenance import git_state
-
-    commit = git_state()["commit"]
-    return str(commit) if commit else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -24,6 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from pgolf_post.blend_settings import Selection
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.errors import SettingsError
+from pgolf_post.pack.codecs import check_codec
 from pgolf_post.plan import Plan, Rule, parse_rule, read_plan
 from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.settings import Settings, apply_override, canonical_json, parse_settings, read_toml
@@ -92,6 +93,14 @@ class TrialSettings(Settings):
         0, ge=0, description="not 0: rows moved by ±1e-4 against their scales, to see what rounding does"
     )
 
+    @field_validator("codec")
+    @classmethod
+    def _known(cls, codec: str) -> str:
+        try:
+            return check_codec(codec)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _one_average(self) -> TrialSettings:
         if self.blend and self.ema:
@@ -136,14 +145,20 @@ class ScreenStage(Stage):
 
 
 class PlainStage(Stage):
+    """The validation text in plain windows."""
+
     max_tokens: int | None = Field(None, ge=2, description="score only the first so many tokens")
 
 
 class SlidingStage(PlainStage):
-    stride: int = Field(64, ge=1)
+    """The validation text in windows that overlap."""
+
+    stride: int = Field(64, ge=1, description="targets per window")
 
 
 class TTTStage(PlainStage):
+    """The validation text under test-time training."""
+
     preset: str = "sgd"
     set: tuple[str, ...] = Field((), description="KEY=VALUE changes of the preset")
 
@@ -370,6 +385,11 @@ def trial_plan(settings: TrialSettings) -> Plan:
     shadowed = sorted({rule.name for rule in plan.rules} & set(TrialSettings.model_fields))
     if shadowed:
         raise SettingsError(f"{settings.plan}: sweeps cannot address rules named like a setting: {', '.join(shadowed)}")
+    if plan.reads_text:
+        raise SettingsError(
+            f"{settings.plan}: sequential and distill read calibration text, which a sweep's trials are not given",
+            hint="leave them out here, and requant what the sweep finds with --sequential --distill",
+        )
     for key, value in settings.set.items():
         if "@" in key:
             plan = _split_block(plan, key, value)

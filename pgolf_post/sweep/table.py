@@ -13,7 +13,7 @@ from pgolf_post.progress import print_table, say
 from pgolf_post.storage import atomic_file
 from pgolf_post.sweep.run import State
 from pgolf_post.sweep.spec import SCORING
-from pgolf_post.sweep.trial import noise_floor
+from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")
 
@@ -98,6 +98,7 @@ def caption(state: State) -> str:
 
 
 def noise_floor_of(state: State) -> float | None:
+    """The noise floor in bpb of the repeats that are done; None before the first."""
     noise = [state.rows[one.id] for one in state.listed if one.trial.role == "noise" and one.id in state.rows]
     return noise_floor([row for row in noise if "error" not in row.result], state.spec.deciding_stage)
 

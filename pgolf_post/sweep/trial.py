@@ -1,37 +1,43 @@
 """One trial from its settings to its row: quantize → predict → pack → screen → plain → sliding → test-time training.
 
 Each stage runs only if its condition holds; the control, baselines and noise repeats ignore conditions, because the
-others are compared with them. Differences are paired with the control's score of the same stage. A trial is called
-better or worse only if its interval excludes zero *and* the difference exceeds the noise floor: what the control's own
-score does when its scales are jittered by 1e-4, which no setting under test can be told apart from.
+others are compared with them. Differences are paired with the control's score of the same stage; what they mean is
+verdict.py's.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
-
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
-from pgolf_post.ledger import Row
+from pgolf_post.ledger import Row, Verdict
+from pgolf_post.ledger.schema import priced
 from pgolf_post.pack.size import count
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare import paired_documents
 from pgolf_post.score.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
+from pgolf_post.sweep.artifacts import Quantized, unquantized
 from pgolf_post.sweep.conditions import holds
+from pgolf_post.sweep.scores import stage_protocol
 from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.training import recipe_tree
-from pgolf_post.sweep.workbench import VERSIONS, DroppedError, Quantized, Workbench
+from pgolf_post.sweep.verdict import judge, noise_floor
+from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
+from pgolf_post.sweep.workbench import VERSIONS, Workbench
 
 TRIAL_VERSION = 2
-FLOOR_LEVEL = 0.95
+
+
+class DroppedError(Exception):
+    """A trial that a condition or gate ends before it is packed or scored."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,11 @@ class Provenance:
     device: str | None = None
     dollars_per_hour: float | None = None
 
-    def cost(self, seconds: float) -> float | None:
-        return None if self.dollars_per_hour is None else round(seconds / 3600 * self.dollars_per_hour, 6)
-
 
 def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -> str:
     """What a trial's row is found by: the ids of what its weights are made of, and every setting that acts."""
     settings = trial.settings
-    checkpoint_data = {} if settings.train else {"data": bench.data(spec, bench.checkpoint(settings)).manifest_sha256}
+    data = None if settings.train else bench.calibration.data(spec, bench.weights.checkpoint(settings))
     identity = {
         "calibration": settings.calibration.model_dump(mode="json"),
         "weights": settings.model_dump(mode="json", include={"blend", "ema", "quantize", "jitter_seed"}),
@@ -72,9 +75,9 @@ def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -
         "role": trial.role,
         "control": control_id,
         "versions": VERSIONS,
-        **checkpoint_data,
+        **({"data": data.manifest_sha256} if data else {}),
     }
-    return derived_id("trial", TRIAL_VERSION, bench.source_ids(settings), identity)
+    return derived_id("trial", TRIAL_VERSION, bench.weights.source_ids(settings), identity)
 
 
 def list_trials(bench: Workbench, spec: SweepSpec, trials: Sequence[Trial]) -> list[Listed]:
@@ -120,7 +123,7 @@ class Run:
     def row(self) -> tuple[Row, tuple[Row, ...]]:
         """The trial's row, whatever comes of it, and rows of what it was made of. Ctrl-C is not an outcome."""
         started = time.perf_counter()
-        self.bench.start_trial()
+        self.bench.spending.start_trial()
         result: dict[str, Any] = {"attempt": self.attempt} if self.attempt > 1 else {}
         try:
             self._stages(result)
@@ -132,13 +135,14 @@ class Run:
             result["error"] = _said(error)
         verdict, conclusion = self._verdict(result)
         seconds = round(time.perf_counter() - started, 3)
-        result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.seconds.items()}
-        result["shared"] = list(dict.fromkeys(self.bench.shared))
+        result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.spending.seconds.items()}
+        result["shared"] = list(dict.fromkeys(self.bench.spending.shared))
         facts = self.provenance
-        return Row(
+        row = Row(
             "trial", self.listed.id, self.parents, self.trial.name, facts.sweep, self._settings(), "", result,
-            facts.commit, facts.device, seconds, facts.cost(seconds), verdict, conclusion,
-        ), self.extra_rows  # fmt: skip
+            facts.commit, facts.device, seconds, None, verdict, conclusion,
+        )  # fmt: skip
+        return priced(row, facts.dollars_per_hour), self.extra_rows
 
     def _settings(self) -> dict[str, Any]:
         """What was asked for: what is changed, and all of it."""
@@ -147,41 +151,45 @@ class Run:
         return {**named, "question": self.spec.question, "trial": trial.settings.model_dump(mode="json")}
 
     def _stages(self, result: dict[str, Any]) -> None:
+        """Every stage in order, its facts into `result`. Raises DroppedError where a condition or gate ends it."""
         bench, spec, settings = self.bench, self.spec, self.trial.settings
-        view = bench.view(settings)
-        data = bench.data(spec, view.checkpoint)
+        view = bench.weights.view(settings)
+        data = bench.calibration.data(spec, view.checkpoint)
         result["checkpoint_id"] = view.id
         self.parents = (view.id,)
-        if settings.quantize:
-            stats = bench.stats(spec, settings, view)
-            result["stats_id"] = stats.id
-            self.parents = (view.id, stats.id)
-            quantized = bench.quantized(view, stats, settings, lambda predict: self._before_packing(predict, result))
-            result |= quantized.facts
-            self._count(quantized, result)
-            self.parents = (str(quantized.facts["artifact_id"]),)
-            self.extra_rows = self._lineage(view, stats, quantized)
-        else:
-            quantized = bench.unquantized(view)
+        quantized = self._quantized(view, result) if settings.quantize else unquantized(view)
         result["content_sha256"] = quantized.content_sha256
+        protocols = {stage: stage_protocol(spec, stage, settings, view.config) for stage in spec.stages.scoring()}
         result["protocols"] = {
-            stage: derived_id(
-                "protocol", 1, [], bench.protocol(spec, stage, settings, view.config).model_dump(mode="json")
-            )
-            for stage in spec.stages.scoring()
+            stage: derived_id("protocol", 1, [], protocol.model_dump(mode="json"))
+            for stage, protocol in protocols.items()
         }
         if spec.gates.drop_if_over_budget and self._is_ordinary and result.get("headroom_bytes", 0) < 0:
             raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
         for stage in spec.stages.scoring():
             if self._wants(stage, result):
-                facts, score = bench.score(spec, stage, settings, quantized, data)
+                facts, score = bench.scores.score(spec, stage, settings, quantized, data)
                 kept = ("bpb", "nats", "tokens", "bytes")
                 result[stage] = {key: facts[key] for key in kept} | self._difference(stage, score)
         if spec.deciding_stage in result:
             result["bpb"] = result[str(spec.deciding_stage)]["bpb"]
 
+    def _quantized(self, view: View, result: dict[str, Any]) -> Quantized:
+        """The trial's artifact, counted, with rows of what it was made of."""
+        bench, settings = self.bench, self.trial.settings
+        stats = bench.calibration.stats(self.spec, settings, view)
+        result["stats_id"] = stats.id
+        self.parents = (view.id, stats.id)
+        made = bench.artifacts.quantized(view, stats, settings, lambda predict: self._before_packing(predict, result))
+        report = count(Path(made.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
+        result |= {**made.facts, **report.facts()}
+        self.parents = (str(made.facts["artifact_id"]),)
+        self.extra_rows = self._lineage(view, stats, made)
+        return made
+
     @property
     def _is_ordinary(self) -> bool:
+        """Whether conditions and gates are for it; controls, baselines and noise repeats ignore them."""
         return self.trial.role == "trial"
 
     def _before_packing(self, predict: Callable[[], int], result: dict[str, Any]) -> None:
@@ -193,11 +201,6 @@ class Run:
                 raise DroppedError(f"predicted {over:,} bytes over the budget")
         if self._is_ordinary and not holds(pack.only_if, self._facts(result)):
             raise DroppedError(f"not packed: {pack.only_if}")
-
-    def _count(self, quantized: Quantized, result: dict[str, Any]) -> None:
-        report = count(Path(quantized.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
-        result |= {"code_bytes": report.code_bytes, "total_bytes": report.total_bytes}
-        result |= {"budget_bytes": report.budget_bytes, "headroom_bytes": report.headroom_bytes}
 
     def _wants(self, stage: str, result: dict[str, Any]) -> bool:
         if self.trial.role == "noise":
@@ -229,22 +232,20 @@ class Run:
     def _control_score(self, stage: str) -> Score:
         """The control's own sums of a stage, from the disk where they are not in memory; no part of this trial."""
         bench, spec, settings = self.bench, self.spec, self.control_trial.settings
-        shared = list(bench.shared)
-        with bench.timed("pair"):
-            view = bench.view(settings)
-            quantized = bench.quantized(view, bench.stats(spec, settings, view), settings)
-            _, control = bench.score(spec, stage, settings, quantized, bench.data(spec, view.checkpoint))
-        bench.shared = shared
-        return control
+        with bench.spending.timed("pair"), bench.spending.unshared():
+            view = bench.weights.view(settings)
+            quantized = bench.artifacts.quantized(view, bench.calibration.stats(spec, settings, view), settings)
+            data = bench.calibration.data(spec, view.checkpoint)
+            return bench.scores.score(spec, stage, settings, quantized, data)[1]
 
-    def _lineage(self, view: Any, stats: Any, quantized: Quantized) -> tuple[Row, ...]:
+    def _lineage(self, view: View, stats: Stats, quantized: Quantized) -> tuple[Row, ...]:
         """Rows of the weights, statistics and artifact, so that the tree can be drawn."""
         settings, sweep = self.trial.settings, self.provenance.sweep
-        made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHTS and value}
+        made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHT_FIELDS and value}
         checkpoint = view.checkpoint
-        source = tuple(part for part in self.bench.source_ids(settings) if part != view.id and ":" not in part)
+        source = tuple(part for part in self.bench.weights.source_ids(settings) if part != view.id and ":" not in part)
         if settings.blend:
-            source = tuple(part.partition(":")[2] for part in self.bench.source_ids(settings))
+            source = tuple(part.partition(":")[2] for part in self.bench.weights.source_ids(settings))
         runs: tuple[Row, ...] = ()
         if settings.train:
             source = (f"run:{checkpoint.path.parent.name}",)  # as `ledger scan` calls it
@@ -269,7 +270,7 @@ class Run:
 
     # ---- what it means -----------------------------------------------------------------------------------------------
 
-    def _verdict(self, result: dict[str, Any]) -> tuple[Any, str | None]:
+    def _verdict(self, result: dict[str, Any]) -> tuple[Verdict | None, str | None]:
         """(verdict, conclusion) of a trial; None for what the others are compared with."""
         stage = self.spec.deciding_stage
         floor = noise_floor([row for row in self.noise if "error" not in row.result], stage)
@@ -286,45 +287,6 @@ class Run:
         if floor is not None:
             result["noise_floor_bpb"] = floor
         return judge(self.spec, result, self.control.result, floor)
-
-
-WEIGHTS = ("checkpoint", "weights", "train", "blend", "ema")
-
-
-def judge(
-    spec: SweepSpec, result: Mapping[str, Any], control: Mapping[str, Any], floor: float | None
-) -> tuple[Any, str]:
-    """(verdict, conclusion) from a trial's and the control's results; `floor` in bpb is None where not measured."""
-    stage = spec.deciding_stage
-    found = result[stage] if stage else {}
-    difference = found.get("difference_bpb")
-    known = found.get("low_bpb") is not None and found.get("high_bpb") is not None
-    low, high = (float(found[key]) if known else math.nan for key in ("low_bpb", "high_bpb"))
-    outside = floor is None or (difference is not None and abs(difference) > floor)
-    better, worse = known and high < 0 and outside, known and low > 0 and outside
-    by = f"{difference:+.5f} bpb" if difference is not None else ""
-    if spec.ranking == "bytes":
-        saved = control["artifact_bytes"] - result["artifact_bytes"]
-        text = f"{-saved:+,} bytes" + (f", {by}" if by else "")
-        if worse or saved < 0:
-            return "negative" if not better else "neutral", text
-        return ("positive" if saved > 0 else "neutral"), text
-    if better or worse:
-        return ("positive" if better else "negative"), by
-    why = "its interval holds zero" if known and low <= 0 <= high else "no interval" if not known else ""
-    return "neutral", f"{by}: " + (why or f"inside the noise floor of {floor:.5f}")
-
-
-def noise_floor(noise: Sequence[Row], stage: str | None) -> float | None:
-    """The difference in bpb that rounding alone makes 95 % of the time: t times the RMS of the repeats' differences.
-
-    None where nothing was repeated.
-    """
-    differences = [row.result[stage]["difference_bpb"] for row in noise if stage and stage in row.result]
-    if not differences:
-        return None
-    mean_square = sum(value**2 for value in differences) / len(differences)
-    return float(stdtrit(len(differences), (1 + FLOOR_LEVEL) / 2)) * math.sqrt(mean_square)
 
 
 def _said(error: Exception) -> str:

@@ -218,12 +218,11 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
 def steps(bench: Bench) -> None:
     """fit's parts one after the other, at the record recipe's bytes."""
     limit = field_bytes(quantize_view(bench.view, bench.stats, read_plan("record-1855")))
-    off = FitSettings(rows=False, columns=False, trellis_states=0, kappa="off")
     trials = {
-        "equal slope by tensor": off,
-        "+ rows": replace_settings(off, rows=True),
-        "+ columns": replace_settings(off, rows=True, columns=True),
-        "+ trellis of 8 states": replace_settings(off, rows=True, columns=True, trellis_states=8),
+        "equal slope by tensor": FitSettings(rows=False, columns=False, trellis_states=0, kappa="off"),
+        "+ rows": FitSettings(columns=False, trellis_states=0, kappa="off"),
+        "+ columns": FitSettings(trellis_states=0, kappa="off"),
+        "+ trellis of 8 states": FitSettings(trellis_states=8, kappa="off"),
         "+ κ by tensor": FitSettings(trellis_states=8),
         "+ 64 states (the default)": FitSettings(),
         "κ by role": FitSettings(kappa="role"),
@@ -237,11 +236,6 @@ def steps(bench: Bench) -> None:
         builder, kappa = fitted(bench, settings)
         solution = Search(builder, kappa).solve(limit)
         bench.row(name, solution.model, len(solution.data), scored=False)
-
-
-def replace_settings(settings: FitSettings, **changes: Any) -> FitSettings:
-    """The settings with others."""
-    return settings.model_copy(update=changes)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from pgolf_post.requant import requant
 from pgolf_post.score.cached import score_artifact
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
+from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.engines.local import run_local
 from pgolf_post.sweep.run import Options
-from pgolf_post.sweep.workbench import Places
 from tests.bench.bench_hot_start import random_checkpoint
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)

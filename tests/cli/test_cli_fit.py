@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,10 +41,18 @@ def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pico_run: Path, pico_
     assert first["headroom_bytes"] == 9000 - first["total_bytes"]
     assert first["bpb"] > 0
     assert set(first["train_seconds"]) == {"statistics", "kappa"}
-    assert answer(run(*options))["artifact_cached"]
     again = answer(run(*options, "--fresh", ranks=2))
     assert not again["artifact_cached"]
     assert again["symbols_sha256"] == first["symbols_sha256"]
+
+
+def test_a_cached_fit_reports_the_training_data_that_making_it_read(pgolf: Any, pico_data: DataFolder) -> None:
+    """Distillation too, which a cached artifact does not repeat."""
+    options = ("fit", "--budget", 9000, "--distill", "--data", pico_data.path, "--json", *FIT)
+    first, again = pgolf(*options).json, pgolf(*options).json
+    assert (first["artifact_cached"], again["artifact_cached"]) == (False, True)
+    assert set(first["train_seconds"]) == {"statistics", "kappa", "distillation"}
+    assert again["train_seconds"] == first["train_seconds"]
 
 
 def test_a_front_of_budgets_shares_its_statistics(pico_run: Path, pico_data: DataFolder) -> None:

@@ -35,6 +35,13 @@ def test_attribute_refuses_what_it_does_not_know(pgolf: Any, wrong: tuple[str, s
     assert pgolf("attribute", *wrong, *FEW).code == 2
 
 
+@pytest.mark.parametrize("command", ["requant", "fit"])
+def test_tokens_to_score_need_a_score(pgolf: Any, command: str) -> None:
+    answer = pgolf(command, "--eval-tokens", 300, *FEW)
+    assert answer.code == 2
+    assert "--eval-tokens does nothing without --eval" in answer.err
+
+
 def test_several_values_are_trials_against_the_first_and_a_trial_that_changes_nothing_is_marked(pgolf: Any) -> None:
     first = pgolf("requant", "--block-size", "64,128", "--lambda", "0,0.4", "--json", "--eval", *FEW)
     assert first.code == 0, first.err
@@ -52,6 +59,17 @@ def test_several_values_are_trials_against_the_first_and_a_trial_that_changes_no
     alone = pgolf("requant", "--block-size", 64, "--lambda", 0, "--json", "--eval", *FEW)
     assert alone.json["artifact_cached"]
     assert "trials" not in alone.json
+
+
+def test_a_pruned_checkpoint_is_compared_and_can_be_shown(pgolf: Any) -> None:
+    pruned = pgolf("prune", "--share", 0.1, "--json", *FEW)
+    assert pruned.code == 0, pruned.err
+    rows = pruned.json["rows"]
+    assert rows["pruned"]["artifact_bytes"] < rows["before"]["artifact_bytes"]
+    shown = pgolf("show", pruned.json["checkpoint"], "--json")
+    assert shown.code == 0, shown.err
+    assert "step_000012-final (ema)" in shown.err
+    assert shown.json["checkpoint_id"] == pruned.json["checkpoint_id"]
 
 
 def test_equal_symbols_under_other_scales_are_no_no_op(view: View, stats: Stats) -> None:

@@ -124,6 +124,28 @@ def test_the_record_rule_from_numbers(pgolf: Call) -> None:
     assert "--variant" in without.err
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--record", "--level", 0.9, "--variant", "sp1024"), "--record does not read --level"),
+        (("--cluster", "document", "--variant", "sp1024"), "a paired comparison does not read --cluster, --variant"),
+        (("--until-ci", 0.1, "--compile"), "--until-ci does not read --compile"),
+        (("--record", "--bytes-per-token", "nan"), "--bytes-per-token nan: it must be positive"),
+        (("--record", "--until-ci", 0.1), "choose one"),
+    ],
+)
+def test_compare_refuses_options_that_would_do_nothing(pgolf: Call, options: tuple[object, ...], says: str) -> None:
+    answer = pgolf("compare", "1.08,1.09", "1.1,1.11", *options)
+    assert answer.code == 2
+    assert says in " ".join(answer.err.split())
+
+
+def test_the_record_rule_wants_numbers_that_can_be(pgolf: Call) -> None:
+    answer = pgolf("compare", "--record", "nan,1.07", "1.08,1.07", "--variant", "sp8192")
+    assert answer.code == 2
+    assert "bits per byte are positive numbers" in answer.err
+
+
 def test_a_sidecar_of_another_length_is_refused(pgolf: Call, pico_data: DataFolder, tmp_path: Path) -> None:
     import json
     import shutil

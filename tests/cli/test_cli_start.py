@@ -54,6 +54,33 @@ def test_help_imports_nothing_heavy_and_lists_every_command(tmp_path: Path) -> N
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
 
 
+HELP_SCRIPT = """
+import sys
+import pgolf_post.cli
+HEAVY = {"torch", "scipy", "safetensors"}
+for path in sys.stdin.read().splitlines():
+    before = set(sys.modules)
+    try:
+        pgolf_post.cli.cli([*path.split(), "--help"])
+    except SystemExit as done:
+        print(path, done.code, *sorted(HEAVY & (set(sys.modules) - before)), sep="\\t", file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Command → exit code of its --help, and what heavy it was the first to import: all of them in one process."""
+    paths = "\n".join(" ".join(path) for path in all_commands(cli))
+    command = [sys.executable, "-c", HELP_SCRIPT]
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("help"), capture_output=True, text=True, input=paths)
+    return {path: rest for path, *rest in (line.split("\t") for line in done.stderr.splitlines())}
+
+
+@pytest.mark.parametrize("path", all_commands(cli), ids=" ".join)
+def test_help_of_a_command_imports_no_torch(path: tuple[str, ...], loaded: dict[str, list[str]]) -> None:
+    assert loaded[" ".join(path)] == ["0"]
+
+
 @pytest.mark.parametrize("path", [(), *all_commands(cli)], ids=" ".join)
 def test_every_command_has_help(path: tuple[str, ...], pgolf: Any) -> None:
     answer = pgolf(*path, "--help")
@@ -61,6 +88,18 @@ def test_every_command_has_help(path: tuple[str, ...], pgolf: Any) -> None:
     assert answer.out.startswith("Usage: ")
     described = answer.out.partition("\n\n")[2].partition("\n\n")[0].strip()
     assert len(described) > 10
+
+
+@pytest.mark.parametrize("path", all_commands(cli), ids=" ".join)
+def test_every_option_has_help(path: tuple[str, ...]) -> None:
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), name)
+        assert found is not None
+        command = found
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.opts[0] for option in options if not option.help] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

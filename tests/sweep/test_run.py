@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-import pgolf_post.sweep.workbench as workbench
+import pgolf_post.sweep.artifacts as artifacts
+import pgolf_post.sweep.scores as scores
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.cli.requant import command as requant_command
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
+from pgolf_post.ledger.disk import scan
 from pgolf_post.ledger.schema import iso_utc
 from pgolf_post.plan import read_plan
 from pgolf_post.requant import requant
 from pgolf_post.sweep.engines.local import run_local
 from pgolf_post.sweep.run import Sweep, work
 from pgolf_post.sweep.table import markdown, ranked, save
-from pgolf_post.sweep.trial import noise_floor
+from pgolf_post.sweep.verdict import noise_floor
 from tests.sweep.conftest import LAMBDAS, Lab, by_name, lasting, spec_text
 
 
@@ -45,6 +50,31 @@ def test_a_sweep_gives_what_requant_gives(lab: Lab, pico_data: DataFolder) -> No
     assert row.result["headroom_bytes"] == 16_000_000 - row.result["artifact_bytes"]
 
 
+def test_a_sweep_finds_what_requant_made(lab: Lab) -> None:
+    """The command's artifact is a trial's, and is not written again; the statistics it collected serve all trials."""
+    arguments = [str(lab.root / "latest"), "--lambda", "0.6", "--calibration-tokens", "320", "--json"]
+    answer = CliRunner().invoke(requant_command, arguments, catch_exceptions=False)
+    made = json.loads(answer.stdout.splitlines()[-1])
+    stamp = Path(made["artifact"]).stat().st_mtime_ns
+    rows = by_name(lab.run(spec_text()))
+    row = rows["hessian_lambda = 0.6"]
+    assert "artifact" in row.result["shared"]
+    assert "quantize" not in row.result["stage_seconds"]
+    assert row.result["symbols_sha256"] == made["symbols_sha256"]
+    assert row.result["artifact_id"].startswith(Path(made["artifact"]).parent.name)
+    assert Path(made["artifact"]).stat().st_mtime_ns == stamp
+    assert all("calibrate" in row.result["shared"] for row in rows.values() if row.name != "unquantized")
+    assert "artifact" not in rows["hessian_lambda = 0.2"].result["shared"]
+
+
+def test_a_scan_finds_the_very_rows_of_a_sweep(lab: Lab) -> None:
+    """Noise repeats too: what jittered them is part of their id, and config.json says it."""
+    lab.run(spec_text())
+    with Ledger.open(lab.root) as ledger:
+        written = {row.id for row in ledger.rows("artifact")}
+    assert {row.id for row in scan(lab.root) if row.kind == "artifact"} == written
+
+
 def test_rows_remember_what_they_were_made_of(lab: Lab) -> None:
     state = lab.run(spec_text())
     row = by_name(state)["hessian_lambda = 0.6"]
@@ -62,7 +92,7 @@ def test_rows_remember_what_they_were_made_of(lab: Lab) -> None:
 
 def test_running_again_does_nothing_and_changes_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = lab.run(spec_text())
-    monkeypatch.setattr(workbench, "quantize_view", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(artifacts, "quantize_view", lambda *_: pytest.fail("quantized again"))
     after = lab.run(spec_text())
     assert {row.id: lasting(row) for row in after.rows.values()} == {
         row.id: lasting(row) for row in before.rows.values()
@@ -75,9 +105,9 @@ def test_same_symbols_are_packed_once_and_the_same_artifact_is_scored_once(
 ) -> None:
     """Two settings that make the same model: one packing, one score, one of them marked."""
     packed, screened = [], []
-    pack, score = workbench.pack, workbench.score_chosen
-    monkeypatch.setattr(workbench, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
-    monkeypatch.setattr(workbench, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
+    pack, score = artifacts.pack, scores.score_chosen
+    monkeypatch.setattr(artifacts, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    monkeypatch.setattr(scores, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
     text = 'question = "?"\nnoise_repeats = 0\nbaselines = []\n'
     text += '[[trials]]\nname = "same"\nmatrices.depth_clip.early = 1.0'
     rows = by_name(lab.run(spec_text(text)))
@@ -97,6 +127,14 @@ def test_a_codec_changes_bytes_and_no_symbol(lab: Lab) -> None:
     assert (none.verdict, none.result["screen"]["difference_bpb"]) == ("negative", 0.0)
 
 
+def test_weights_that_are_not_quantized_have_no_bytes_to_rank_by(lab: Lab) -> None:
+    text = 'question = "?"\nnoise_repeats = 0\nrank_by = "bytes"\nbaselines = []\n'
+    rows = by_name(lab.run(spec_text(f'{text}[[trials]]\nname = "weights"\nquantize = false\n')))
+    assert rows["weights"].verdict == "neutral"
+    assert rows["weights"].conclusion
+    assert rows["weights"].conclusion.startswith("no artifact, so no bytes to rank by; -")
+
+
 def test_noise_is_measured_by_jittered_scales(lab: Lab) -> None:
     rows = by_name(lab.run(spec_text(LAMBDAS.replace("noise_repeats = 1", "noise_repeats = 2"))))
     noise = [rows["noise 1"], rows["noise 2"]]
@@ -111,7 +149,7 @@ def test_noise_is_measured_by_jittered_scales(lab: Lab) -> None:
 
 def test_a_difference_inside_the_noise_is_none(lab: Lab) -> None:
     from pgolf_post.sweep.spec import SweepSpec
-    from pgolf_post.sweep.trial import judge
+    from pgolf_post.sweep.verdict import judge
 
     spec = SweepSpec(question="?")
     found = {"screen": {"difference_bpb": -0.001, "low_bpb": -0.0015, "high_bpb": -0.0005}}

@@ -20,7 +20,7 @@ from pgolf_post.ema_profiles import PowerLength
 from pgolf_post.ema_snapshots import Snapshot, list_snapshots
 from pgolf_post.errors import NotFoundError
 from tests.conftest import pico_recipe
-from trainer.averages import PowerEMA, snapshots_due
+from trainer.averages import PowerEMA, decay_acts_from, snapshots_due, warmup_decay
 from trainer.loop import Trainer
 from trainer.optim import OptimSettings
 
@@ -46,6 +46,18 @@ def test_a_track_is_the_average_that_its_profile_says() -> None:
         expected = np.tensordot(PowerLength(sigma).profile(40), np.stack(weights), 1)
         np.testing.assert_allclose(track["weight"].numpy(), expected, atol=1e-5)
         assert track["weight"].dtype == torch.float32
+
+
+@given(st.integers(1, 9999), st.integers(1, 50))
+def test_a_decay_acts_from_the_first_update_at_which_the_warm_up_has_reached_it(parts: int, every: int) -> None:
+    decay, step = parts / 10_000, decay_acts_from(parts / 10_000, every)
+    assert step % every == 0
+    assert warmup_decay(step) >= decay - 1e-12
+    assert step == every or warmup_decay(step - every) < decay
+
+
+def test_a_decay_of_0_995_acts_from_step_1790() -> None:
+    assert [decay_acts_from(decay) for decay in (0.995, 0.99, 0.97)] == [1790, 890, 290]
 
 
 @given(st.integers(1, 400), st.integers(2, 32))

@@ -137,7 +137,7 @@ def test_resume_needs_the_same_model_and_the_optimizer_state(
     tmp_path: Path, pico_data: DataFolder, pico_run: Path
 ) -> None:
     middle = next(pico_run.glob("pico/*frac75"))
-    with pytest.raises(MismatchError, match="cannot be resumed"):
+    with pytest.raises(MismatchError, match=r"cannot be resumed.*: model.num_layers is 3, here 4$"):
         Trainer(pico_recipe(pico_data, tmp_path / "a", model={"num_layers": 4})).resume(middle)
     (middle / "training.safetensors").unlink()
     with pytest.raises(NotFoundError, match=r"training\.safetensors"):

@@ -158,6 +158,9 @@ def test_a_schedule_that_contradicts_itself_is_refused(settings: dict[str, objec
     [
         ({"momentum_cycle_low": 0.97}, "momentum_cycle_low 0.97 exceeds momentum_cycle_high 0.95"),
         ({"ema_every": 5, "ema_decay": 0}, "ema_every 5 acts only with ema_decay above 0"),
+        ({"swa_every": 5}, "swa_every 5 acts only with swa_start"),
+        ({"power_ema_snapshots": 8}, "power_ema_snapshots 8 acts only with power_ema_sigmas"),
+        ({"momentum_cycle_high": 0.97}, "momentum_cycle_high 0.97 acts only with momentum_cycle_steps"),
         ({"swa_start": 1.0}, "swa_start = 1.0"),
     ],
 )

@@ -174,7 +174,8 @@ def test_what_can_never_act_is_refused(tables: dict[str, dict[str, Any]], key: s
     [
         ({"schedule": {**CAP, "steps": 20000}}, "schedule.steps",
          "schedule.steps 20,000 will not be reached: the run ends after 375 steps (schedule.seconds 300), 2% of them"),
-        ({"optim": {"ema_decay": 0.997}}, "optim.ema_decay", "averages over 333 steps, more than a third of the run's"),
+        ({"optim": {"ema_decay": 0.995}}, "optim.ema_decay",
+         "acts from step 1,790 on, and the run ends after 600 steps (schedule.steps 600); decays above 0.9852 are all"),
         ({"optim": {"momentum_cycle_steps": 598}}, "optim.momentum_cycle_steps", "598 is longer than the 597 steps"),
         ({"optim": {"swa_start": 0.2}}, "optim.swa_start", "comes before all loops are on at 0.250"),
         ({"checkpoint": {"metric_tokens": 5000}}, "checkpoint.metric_tokens", "scoring 5,000 tokens at 6 checkpoints"),
@@ -189,6 +190,13 @@ def test_what_is_probably_not_meant_is_said(tables: dict[str, dict[str, Any]], k
     findings = found(**tables)
     assert [(level, found_key) for level, found_key, _ in findings] == [("warn", key)]
     assert message in findings[0][2]
+
+
+def test_a_decay_that_acts_in_the_last_step_is_not_warned_of() -> None:
+    last = 601 / 610  # (1+t)/(10+t) at the 600th step
+    assert found(optim={"ema_decay": last}) == []
+    assert [key for _, key, _ in found(optim={"ema_decay": last + 1e-6})] == ["optim.ema_decay"]
+    assert [key for _, key, _ in found(optim={"ema_decay": last, "ema_every": 7})] == ["optim.ema_decay"]  # 595, 602
 
 
 def test_a_warm_down_follows_whichever_limit_ends_the_run() -> None:

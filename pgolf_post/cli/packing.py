@@ -1,0 +1,47 @@
+"""What commands that pack share: codec, counted code, budget, scoring what was packed, recording it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pgolf_post.pack.codecs import CHOICES
+from pgolf_post.pack.size import BUDGET_BYTES, SizeReport
+
+if TYPE_CHECKING:
+    from pgolf_post.requant import Artifact
+
+codec_option = click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
+code_option = click.option(
+    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
+)
+budget_option = click.option(
+    "--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes."
+)
+eval_option = click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
+eval_tokens_option = click.option(
+    "--eval-tokens", type=click.IntRange(min=2), help="--eval: only the first so many validation tokens."
+)
+
+
+def refuse_idle_eval_tokens(evaluate: bool, eval_tokens: int | None) -> None:
+    """Raise UsageError for --eval-tokens where nothing is scored."""
+    if eval_tokens is not None and not evaluate:
+        raise click.UsageError("--eval-tokens does nothing without --eval")
+
+
+def record_artifact(
+    artifact: Artifact,
+    report: SizeReport,
+    score: dict[str, Any] | None,
+    stats: Path,  # the folder of the statistics it was made with
+    dollars_per_hour: float | None,
+    seconds: float,
+) -> None:
+    """An artifact, its statistics and its score into the ledger, with what was counted."""
+    from pgolf_post.ledger.recording import record
+
+    folders = [artifact.folder, stats, *([Path(score["folder"])] if score else [])]
+    record(*folders, facts=report.facts(), dollars_per_hour=dollars_per_hour, seconds=seconds)
