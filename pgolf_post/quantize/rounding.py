@@ -40,7 +40,8 @@ def _compiled_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback
     arrays = (weights, steps, errors, symbols, feedback.numpy(), row_feedback.contiguous().numpy())
     if job.trellis is None:
         return lambda start, stop: kernels.round_coupled_scalar(*arrays, np.float32(job.limit), start, stop)
-    path = (predecessors(job.trellis.states), coset_bounds(job.limit), job.trellis.lane_rows, coupled.DEPTH)
+    states = job.trellis.states
+    path = (predecessors(states), coset_bounds(job.limit), job.trellis.lane_rows, coupled.depth_of(states))
     return lambda start, stop: kernels.round_coupled_trellis(*arrays, *path, start, stop)
 
 

@@ -65,6 +65,7 @@ class Bench:
     data: DataFolder
     val: DataFolder
     num_windows: int
+    all_scored: bool = True  # else those rows alone that the goal is about
 
     def __post_init__(self) -> None:
         seq_len = train_seq_len(self.view.config)
@@ -85,8 +86,9 @@ class Bench:
         module = self.pool.load(self.view.config, tensors, "bench", torch.device("cpu"))
         return score_windows(module, self.tokens, self.token_bytes, self.spans, self.chosen)
 
-    def row(self, name: str, model: QuantizedModel, num_bytes: int, scored: bool = True) -> dict[str, Any]:
+    def row(self, name: str, model: QuantizedModel, num_bytes: int, scored: bool | None = None) -> dict[str, Any]:
         """Score a model and print its line."""
+        scored = self.all_scored if scored is None else scored
         decoded = tensors_of(model)
         kl = self.eyes.divergence(decoded)
         cells = [name, f"{num_bytes:,}", f"{kl.mean:.6f}"]
@@ -193,14 +195,14 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
     print("\n|  | bytes | divergence, nats | bpb | gap, bpb | 95 % |\n|---|---|---|---|---|---|")
     first = quantize_view(bench.view, bench.stats, read_plan("record-1855"))
     size = field_bytes(first)
-    a = bench.row("(a) record-1855", first, size)
+    a = bench.row("(a) record-1855", first, size, scored=True)
     k, (builder, kappa) = tuned_k(bench), fitted(bench, FitSettings())
     second, second_size, used = recipe_at(bench, k, size)
-    tuned = bench.row("(a') re-tuned: " + ", ".join(f"{g} {v:.2f}" for g, v in used.items()), second, second_size)
+    tuned = bench.row("(a') re-tuned: " + ", ".join(f"{g} {v:.2f}" for g, v in used.items()), second, second_size, True)
     sdclip = quantize_view(bench.view, bench.stats, read_plan("sdclip-1394"))
     bench.row("(b) sdclip-1394", sdclip, field_bytes(sdclip, ["brotli"]))
     solution = Search(builder, kappa).solve(size)
-    c = bench.row("(c) fit at (a)'s bytes", solution.model, len(solution.data))
+    c = bench.row("(c) fit at (a)'s bytes", solution.model, len(solution.data), scored=True)
     same_loss = at_divergence(bench, builder, kappa, bench.tuner.divergence(tensors_of(second)).mean, solution.constant)
     d = bench.row("(d) fit at (a')'s divergence", *same_loss)
     for share in shares:
@@ -218,13 +220,18 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
 def steps(bench: Bench) -> None:
     """fit's parts one after the other, at the record recipe's bytes."""
     limit = field_bytes(quantize_view(bench.view, bench.stats, read_plan("record-1855")))
+    one_sided = FitSettings(row_feedback=False)
+    plain = FitSettings(row_feedback=False, trellis_states=0, kappa="off")
     trials = {
-        "equal slope by tensor": FitSettings(rows=False, columns=False, trellis_states=0, kappa="off"),
-        "+ rows": FitSettings(columns=False, trellis_states=0, kappa="off"),
-        "+ columns": FitSettings(trellis_states=0, kappa="off"),
-        "+ trellis of 8 states": FitSettings(trellis_states=8, kappa="off"),
-        "+ κ by tensor": FitSettings(trellis_states=8),
-        "+ 64 states (the default)": FitSettings(),
+        "equal slope by tensor": plain.model_copy(update={"rows": False, "columns": False}),
+        "+ rows": plain.model_copy(update={"columns": False}),
+        "+ columns": plain,
+        "+ trellis of 8 states": FitSettings(row_feedback=False, trellis_states=8, kappa="off"),
+        "+ κ by tensor": FitSettings(row_feedback=False, trellis_states=8),
+        "+ 64 states": one_sided,
+        "+ feedback from both sides (the default)": FitSettings(),
+        "256 states": FitSettings(trellis_states=256),
+        "8 states": FitSettings(trellis_states=8),
         "κ by role": FitSettings(kappa="role"),
         "centroid": FitSettings(shrink=True),
         "plain moments": FitSettings(weighted=0.0),
@@ -294,6 +301,7 @@ def main() -> None:
     parser.add_argument("--val", type=Path)
     parser.add_argument("--weights")
     parser.add_argument("--windows", type=int, default=1 << 30)
+    parser.add_argument("--few-scored", action="store_true", help="(a), (a') and (c); the others by divergence")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--shares", default="0.75,0.5")
     given = parser.parse_args()
@@ -302,7 +310,7 @@ def main() -> None:
     view = Checkpoint.open(given.checkpoint).load(given.weights)
     data = DataFolder.open(given.data)
     stats = calibrate(view, data, CalibrationSettings(tokens=given.calibration_tokens, fisher=True))
-    bench = Bench(view, stats, data, DataFolder.open(given.val or given.data), given.windows)
+    bench = Bench(view, stats, data, DataFolder.open(given.val or given.data), given.windows, not given.few_scored)
     shares = [float(share) for share in given.shares.split(",") if share]
     return field(bench, shares) if given.table == "field" else steps(bench)
 

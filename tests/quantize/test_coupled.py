@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError, NumericsError
-from pgolf_post.quantize.coupled import DEPTH
+from pgolf_post.quantize.coupled import depth_of
 from pgolf_post.quantize.factorize import Factor, factorize
 from pgolf_post.quantize.gptq import gptq
 from pgolf_post.quantize.trellis import Trellis, grid_points
@@ -65,8 +65,9 @@ def test_a_trellis_gains_on_coupled_rows_what_it_gains_on_others(rows: int, lane
 @pytest.mark.parametrize("states", [0, 4, 64])
 @pytest.mark.parametrize("largest", [None, 3])
 def test_the_compiled_kernel_gives_the_same_symbols(states: int, largest: int | None) -> None:
-    weight, inputs, outputs = problem(DEPTH + 21, 37, seed=states)
-    trellis = Trellis(states, DEPTH + 9) if states else None
+    depth = depth_of(states or 1)
+    weight, inputs, outputs = problem(depth + 21, 37, seed=states)
+    trellis = Trellis(states, depth + 9) if states else None
     steps = sloped(inputs, outputs, 0.2)
     ours, theirs = (
         gptq(weight, inputs, steps, largest, trellis=trellis, row_feedback=outputs.feedback, compiled=compiled)
@@ -78,9 +79,9 @@ def test_the_compiled_kernel_gives_the_same_symbols(states: int, largest: int | 
 
 @pytest.mark.parametrize("states", [0, 8])
 def test_rows_that_are_not_coupled_are_rounded_as_if_alone(states: int) -> None:
-    """In lanes of at most DEPTH rows, nothing is settled before its end, and the search is Viterbi's."""
-    weight, inputs, _ = problem(DEPTH + 5, 20)
-    trellis = Trellis(states, DEPTH) if states else None
+    """In lanes of at most `depth_of` rows, nothing is settled before its end, and the search is Viterbi's."""
+    weight, inputs, _ = problem(depth_of(8) + 5, 20)
+    trellis = Trellis(states, depth_of(8)) if states else None
     steps = torch.full((len(weight),), 0.25)  # whose inverse is exact
     alone = gptq(weight, inputs, steps, None, trellis=trellis)
     assert torch.equal(gptq(weight, inputs, steps, None, trellis=trellis, row_feedback=torch.eye(len(weight))), alone)
