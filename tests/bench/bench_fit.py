@@ -250,7 +250,6 @@ def steps(bench: Bench) -> None:
 
 def cost() -> None:
     """Seconds of a build of 36M weights against one pass of plain GPTQ on the same factors' matrices."""
-    from pgolf_post.fit.sensitivity import Sensitivity
     from pgolf_post.fit.steps import relative_steps
     from pgolf_post.quantize.factorize import factorize
     from pgolf_post.quantize.gptq import Job, gptq_jobs
@@ -260,17 +259,21 @@ def cost() -> None:
     shapes = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (512, 2048)] * 11 + [(8192, 512)]
     generator = torch.Generator().manual_seed(0)
     moments = {}
-    for size in (512, 2048):
+    for size in (256, 512, 2048):
         x = torch.randn(2 * size, size, generator=generator) @ torch.randn(size, size, generator=generator)
         moments[size] = (x.T @ x / len(x)).double()
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
 
-    def timed(prepare_steps: Any, trellis: Trellis | None) -> float:
+    def timed(prepare_steps: Any, trellis: Trellis | None, coupled: bool = False) -> float:
         started, clock = time.perf_counter(), time.process_time()
         jobs = []
         for index, weight in enumerate(weights):
             factor = factorize("w", moments[weight.size(1)], 0.01, act_order=True)
-            jobs.append(Job(str(index), weight, factor, prepare_steps(weight, factor), None, trellis))
+            down = None
+            if coupled and len(weight) in moments:  # all but the embedding
+                down = factorize("w", moments[len(weight)], 0.01, act_order=False).feedback
+            steps = prepare_steps(weight, factor)
+            jobs.append(Job(str(index), weight, factor, steps, None, trellis, row_feedback=down))
         gptq_jobs(jobs)
         say(f"{time.perf_counter() - started:.1f} s, {time.process_time() - clock:.1f} CPU s")
         return time.process_time() - clock
@@ -279,18 +282,21 @@ def cost() -> None:
         return weight.std(1, keepdim=True).expand(-1, 1) * 0.4
 
     def sloped(weight: torch.Tensor, factor: Any) -> torch.Tensor:
-        minded = Sensitivity(moments[weight.size(1)], torch.rand(len(weight)).double() + 0.5)
-        shape = relative_steps(minded.rows, factor.column_lengths)
+        shape = relative_steps(torch.rand(len(weight)).double() + 0.5, factor.column_lengths)
         return torch.from_numpy(scale_of(shape.factors(0.4 / shape.unit, "w"), *weight.shape))
 
     base = min(timed(plain, None) for _ in range(2))
-    for name, trellis in {
-        "equal slope, scalar": None,
-        "8 states": Trellis(8, 512),
-        "64 states": Trellis(64, 512),
-    }.items():
-        found = min(timed(sloped, trellis) for _ in range(2))
-        print(f"| {name} | {found:.1f} CPU s | {found / base:.2f} × one GPTQ pass |", flush=True)
+    trials: dict[str, tuple[Trellis | None, bool]] = {
+        "equal slope, scalar grid": (None, False),
+        "scalar grid, feedback from both sides": (None, True),
+        "8 states": (Trellis(8, 512), False),
+        "8 states, feedback from both sides": (Trellis(8, 512), True),
+        "64 states": (Trellis(64, 512), False),
+        "64 states, feedback from both sides (the default)": (Trellis(64, 512), True),
+    }
+    for name, (trellis, coupled) in trials.items():
+        found = min(timed(sloped, trellis, coupled) for _ in range(2))
+        print(f"| {name} | {found:.1f} | {found / base:.2f} |", flush=True)
 
 
 def main() -> None:
