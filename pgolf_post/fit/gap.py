@@ -24,11 +24,16 @@ GAP_TRIES, GAP_CLOSE = 4, 0.03
 def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     """The artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
 
-    What is measured is the divergence from the unquantized model, which grows as c². Raises SettingsError for a gap
-    that is not positive.
+    What is measured is the divergence from the unquantized model, which grows as c²; its seconds count as training
+    time. Raises SettingsError for a gap that is not positive.
     """
     if not gap_bpb > 0:
         raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive")
+    with fitter.clock.step("target gap"):
+        return _limit_for_gap(fitter, gap_bpb, codec)
+
+
+def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:
     text = probe_text(fitter.view, fitter.data, fitter.settings.kappa_tokens, fitter.settings.kappa_seed)
     wanted = gap_bpb * np.log(2) * bytes_per_token(fitter.data, text)
     probe, search = Probe(fitter.view, text), Search(fitter.builder, fitter.kappa, codec)

@@ -161,6 +161,7 @@ def test_bytes_for_a_gap(fitter: Fitter) -> None:
     assert large > small
     with pytest.raises(SettingsError, match="must be positive"):
         limit_for_gap(fitter, -1.0)
+    assert fitter.clock.seconds["target gap"] > 0
 
 
 def test_an_artifact_is_beside_its_checkpoint(fitter: Fitter) -> None:
