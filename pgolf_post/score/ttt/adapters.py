@@ -52,7 +52,7 @@ class Adapters:
         self.paths = adapted_modules(module, family, settings)
         self.a: dict[str, Tensor] = {}  # "path@visit" → (documents, rank, in)
         self.b: dict[str, Tensor] = {}  # "path@visit" → (documents, out, rank)
-        self.rows = 0  # documents in the forward that runs
+        self.rows = slice(0, 0)  # documents in the forward that runs
         self._visits: dict[str, int] = {}
         self._head_input: Tensor | None = None
         self._make()
@@ -62,11 +62,20 @@ class Adapters:
     def _make(self) -> None:
         """One pair of matrices for each visit that a forward makes, A ~ U(±1/√in), B = 0."""
         settings, device = self.settings, next(self.module.parameters()).device
-        random = torch.Generator().manual_seed(settings.seed)
-        for key, (width_in, width_out) in self._shapes().items():
-            a = torch.rand(settings.batch_documents, settings.rank, width_in, generator=random)
-            self.a[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
+        self.shapes = self._shapes()
+        self.a = self.drawn()
+        for key, (_, width_out) in self.shapes.items():
             self.b[key] = torch.zeros(settings.batch_documents, width_out, settings.rank, device=device)
+
+    def drawn(self) -> dict[str, Tensor]:
+        """A as it is before anything is learned, the same each time."""
+        settings, device = self.settings, next(self.module.parameters()).device
+        random = torch.Generator().manual_seed(settings.seed)
+        found = {}
+        for key, (width_in, _) in self.shapes.items():
+            a = torch.rand(settings.batch_documents, settings.rank, width_in, generator=random)
+            found[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
+        return found
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Widths in and out of every visit, seen on a forward over made-up tokens."""
@@ -110,19 +119,19 @@ class Adapters:
 
     def _adapt(self, key: str, x: Tensor, output: Tensor) -> Tensor:
         """output + scale · B A x, with each row's own A and B."""
-        a, b = self.a[key][: self.rows], self.b[key][: self.rows]
-        by_row = x.reshape(self.rows, -1, x.size(-1)).to(a.dtype)
-        added = self.scale * torch.bmm(torch.bmm(by_row, a.mT), b.mT)
-        return output + added.view_as(output).to(output.dtype)
+        a, b = self.a[key][self.rows], self.b[key][self.rows]
+        by_row, plain = (some.reshape(len(a), -1, some.size(-1)).to(a.dtype) for some in (x, output))
+        added = torch.baddbmm(plain, torch.bmm(by_row, a.mT), b.mT, alpha=self.scale)
+        return added.view_as(output).to(output.dtype)
 
     # ---- as a language model --------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[Tensor]:
         yield from self.module.parameters()
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
-        """The model's hidden states; row i uses the adapters of document i of the batch."""
-        self._visits, self.rows = {}, tokens.size(0)
+    def hidden(self, tokens: Tensor, first: int = 0) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
+        """The model's hidden states; row i uses the adapters of document `first` + i of the batch."""
+        self._visits, self.rows = {}, slice(first, first + tokens.size(0))
         found: Tensor = self.module.hidden(tokens)
         return found
 
@@ -146,8 +155,9 @@ class Adapters:
         named = {f"{key}.a": tensor for key, tensor in self.a.items()}
         return {**named, **{f"{key}.b": tensor for key, tensor in self.b.items()}}
 
-    def reset(self) -> None:
-        """Between documents: B ← 0, so that the next forward is the plain model's; A stays as it is."""
+    def begin(self, a: dict[str, Tensor]) -> None:
+        """Between documents: B ← 0, so that the next forward is the plain model's; A is what the lane carries."""
+        self.a = a
         for tensor in self.b.values():
             tensor.zero_()
 
