@@ -44,7 +44,7 @@ REPEATS = 3
 SEQ_LEN = 512
 SLIDING_TOKENS = 512 + 64 * 32 + 1
 SCREEN_SHARE = 0.12
-PIECE_TOKENS, PIECE_DOCUMENTS = 320, 8  # of the excerpt that `shown` scores
+PIECE_TOKENS, PIECE_DOCUMENTS = 512, 32  # of the excerpt that `shown` scores
 
 
 def interleaved(works: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -232,9 +232,10 @@ def excerpt(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
 
 def shown_protocols() -> dict[str, Protocol]:
     """What the table shows; learning rates and phases for an excerpt of this size and a model of this width."""
-    chunk = ["chunk_tokens=512", "tail=score"]
+    chunk = ["chunk_tokens=2048", "tail=score"]
     lora = ["chunk_tokens=64", "rank=16", "alpha=28.8", "learning_rate=0.001", "tail=score"]
-    phases = ["batch_documents=2", "phases=[2,4,6]", "global_seq_len=512", "global_chunk_tokens=320"]
+    lora += ["batch_documents=8"]
+    phases = ["phases=[8,16,24]", "global_seq_len=512", "global_chunk_tokens=2048"]
     return {
         "plain": PlainProtocol(seq_len=SEQ_LEN, tail="score"),
         "sliding": SlidingProtocol(seq_len=SEQ_LEN, stride=64, tail="score"),

@@ -31,6 +31,7 @@ PROTOCOLS = {
 }
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ for line in open(sys.argv[3]):
             out = f"{sys.argv[4]}/{name}.{run}.npz"
             np.savez(out, nats=ledger.nats, turn=ledger.turn, lessons=lessons, steps=steps)
 ranks.leave()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads can abort the interpreter's own way out, when all is done
 """
 
 

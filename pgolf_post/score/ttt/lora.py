@@ -102,7 +102,7 @@ class LoraPass:
         self.adapters.require_zero_is_plain()
         phased = settings.method == "phased"
         self.tuning = GlobalTuning(module, ledger, settings, session.ranks) if phased else None
-        self.carried: dict[int, dict[str, Tensor]] = {}  # lane → A, where the lane has begun
+        self.carried: dict[int, dict[str, Tensor]] = {}  # lane → A, where the lane has begun and goes on
         self.optimizers: Optimizers = {}
         self.optimizer_steps = 0
         self._warn()
