@@ -55,20 +55,13 @@ class Adapters:
         self.rows = slice(0, 0)  # documents in the forward that runs
         self._visits: dict[str, int] = {}
         self._head_input: Tensor | None = None
-        self._make()
+        self.shapes = self._shapes()  # widths in and out of every visit that a forward makes
+        self.begin(self.drawn(), settings.batch_documents)
         if hasattr(module, "log_probs"):
             self.log_probs = self._log_probs
 
-    def _make(self) -> None:
-        """One pair of matrices for each visit that a forward makes, A ~ U(±1/√in), B = 0."""
-        settings, device = self.settings, next(self.module.parameters()).device
-        self.shapes = self._shapes()
-        self.a = self.drawn()
-        for key, (_, width_out) in self.shapes.items():
-            self.b[key] = torch.zeros(settings.batch_documents, width_out, settings.rank, device=device)
-
     def drawn(self) -> dict[str, Tensor]:
-        """A as it is before anything is learned, the same each time."""
+        """A as it is before anything is learned, the same each time: U(±1/√in)."""
         settings, device = self.settings, next(self.module.parameters()).device
         random = torch.Generator().manual_seed(settings.seed)
         found = {}
@@ -155,15 +148,23 @@ class Adapters:
         named = {f"{key}.a": tensor for key, tensor in self.a.items()}
         return {**named, **{f"{key}.b": tensor for key, tensor in self.b.items()}}
 
-    def begin(self, a: dict[str, Tensor]) -> None:
-        """Between documents: B ← 0, so that the next forward is the plain model's; A is what the lane carries."""
-        self.a = a
-        for tensor in self.b.values():
-            tensor.zero_()
+    def begin(self, a: dict[str, Tensor], documents: int) -> None:
+        """Between documents: B ← 0, so that the next forward is the plain model's; A is what the lane carries.
+
+        A batch of fewer documents than `a` has rows gets copies of the first ones.
+        """
+        self.a = {key: tensor[:documents].clone() if documents < len(tensor) else tensor for key, tensor in a.items()}
+        self.b = {key: x.new_zeros(documents, self.shapes[key][1], self.settings.rank) for key, x in self.a.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.trained().items():
-            tensor.copy_(state[name])
+        for key, tensor in self.a.items():
+            self.a[key] = state[f"{key}.a"].to(tensor.device, copy=True)
+            self.b[key] = state[f"{key}.b"].to(tensor.device, copy=True)
+
+    @property
+    def numbers(self) -> int:
+        """How many a document trains."""
+        return sum(self.settings.rank * (width_in + width_out) for width_in, width_out in self.shapes.values())
 
     @torch.no_grad()
     def require_zero_is_plain(self) -> None:

@@ -168,10 +168,10 @@ class LoraPass:
     def begin(self, number: int) -> None:
         """A new batch: the lane's A, B = 0, optimizers without a past."""
         lane = self.lanes[number]
-        carried = self.carried.pop(lane, None) or self.adapters.drawn()
-        self.adapters.begin(carried)
+        carried = self.carried.pop(lane) if lane in self.carried else self.adapters.drawn()
+        self.adapters.begin(carried, len(self.batches[number]))
         if lane in self.lanes[number + 1 :]:
-            self.carried[lane] = carried  # what is learned in place, the lane's next batch begins with
+            self.carried[lane] = self.adapters.a  # is learned in place: the lane's next batch begins with it
         self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
 
     def window(self, chunk: int) -> tuple[int, int, int]:
@@ -268,11 +268,11 @@ class LoraPass:
 
     def facts(self) -> dict[str, Any]:
         """Evidence that it acted, on all ranks together."""
-        numbers = sum(tensor.numel() for tensor in self.adapters.trained().values()) // self.settings.batch_documents
         steps = torch.tensor([self.optimizer_steps], device=self.session.ranks.device)
         self.session.ranks.sum_(steps)
+        adapted = {"trained_parameters": self.adapters.numbers, "adapters": len(self.adapters.a)}
         tuned = {"phases_run": self.tuning.phases_run, "global_steps": self.tuning.steps} if self.tuning else {}
-        return {"optimizer_steps": int(steps), "trained_parameters": numbers, "adapters": len(self.adapters.a), **tuned}
+        return {"optimizer_steps": int(steps), **adapted, **tuned}
 
 
 class _AllRows:
