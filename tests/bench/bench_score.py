@@ -3,6 +3,7 @@
     python -m tests.bench.bench_score      speed: sliding, adapters side by side, compiled swap
     python -m tests.bench.bench_score screening ARTIFACT_A ARTIFACT_B --data FOLDER
     python -m tests.bench.bench_score shown CHECKPOINT ARTIFACT --data FOLDER
+    python -m tests.bench.bench_score audits ARTIFACT --data FOLDER
 
 Speed uses the small CPU recipe's shape (4.6M parameters) with random weights, which cost the same as trained ones; the
 two sides of a ratio take turns.
@@ -27,6 +28,7 @@ from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import get_family, load_module
 from pgolf_post.progress import print_table, say
+from pgolf_post.score.audit import Subject, audit
 from pgolf_post.score.bpb import Score, documents_of
 from pgolf_post.score.compare import paired_documents
 from pgolf_post.score.paired import t_interval
@@ -221,12 +223,12 @@ def resample(bits: np.ndarray, size: np.ndarray, total: int, texts: int = 300) -
     print_table(f"{texts} resampled texts, ±{HALF_WIDTH}", heads, rows)
 
 
-def excerpt(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
+def excerpt(data: DataFolder, length: int, documents: int) -> tuple[np.ndarray, np.ndarray]:
     """The beginnings of the first documents that are long enough, each with its BOS."""
     tokens, counts = folder_text(data, PlainProtocol(seq_len=SEQ_LEN))
     starts = np.flatnonzero(tokens == BOS_ID)
-    long_enough = [a for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= PIECE_TOKENS]
-    places = np.concatenate([np.arange(a, a + PIECE_TOKENS) for a in long_enough[:PIECE_DOCUMENTS]])
+    long_enough = [a for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= length]
+    places = np.concatenate([np.arange(a, a + length) for a in long_enough[:documents]])
     return tokens[places], counts[places]
 
 
@@ -250,7 +252,7 @@ def shown(checkpoint: Path, artifact: Path, data: DataFolder) -> None:
     """bpb, seconds and interval of every protocol, against the quantized model's plain score."""
     from pgolf_post.checkpoint import Checkpoint
 
-    tokens, counts = excerpt(data)
+    tokens, counts = excerpt(data, PIECE_TOKENS, PIECE_DOCUMENTS)
     view = Checkpoint.open(checkpoint).load()
     family = get_family(view.config["family"])
     module, _ = artifact_module(artifact)
@@ -273,10 +275,38 @@ def shown(checkpoint: Path, artifact: Path, data: DataFolder) -> None:
     print_table(title, ("", "bpb", "seconds", "against plain", "95 %, by document"), rows)
 
 
+def audits(artifact: Path, data: DataFolder) -> None:
+    """Every protocol's audit of one model on the beginnings of eight documents."""
+    module, config = artifact_module(artifact)
+    family = get_family(config["family"])
+    tokens, _ = excerpt(data, 64, 8)
+    lora = ["chunk_tokens=16", "rank=16", "alpha=28.8", "learning_rate=0.001", "batch_documents=2", "tail=score"]
+    phases = ["phases=[2,4,6]", "global_seq_len=64", "global_chunk_tokens=64"]
+    protocols: dict[str, Protocol] = {
+        "plain": PlainProtocol(seq_len=128, tail="score"),
+        "sliding": SlidingProtocol(seq_len=128, stride=64, tail="score"),
+        "ttt sgd": ttt_protocol("sgd", ["chunk_tokens=128", "tail=score"], {}, 128),
+        "ttt scales": ttt_protocol("scales", ["chunk_tokens=128", "tail=score"], {}, 128),
+        "ttt lora": ttt_protocol("lora", lora, {}, 128),
+        "ttt phased": ttt_protocol("phased", [*lora, *phases], {}, 128),
+    }
+    rows = []
+    for name, protocol in protocols.items():
+        subject = Subject.of(module, family, bool(config["model"].get("isolate_documents")), protocol)
+        for found in audit(subject, tokens, samples=2):
+            outcome = {True: "pass", False: "FAIL", None: "n/a"}[found.passed]
+            rows.append((name, found.test, outcome, found.evidence))
+            say(f"{name}: {found.test}: {outcome}: {found.evidence}")
+    print_table(f"{len(tokens) - 1} targets", ("protocol", "test", "", "evidence"), rows)
+
+
 def main(arguments: tuple[str, ...] = ()) -> None:
     if arguments:
-        kind, first, second, _, folder = arguments
+        kind, first, second, *_, folder = arguments
         data = DataFolder.open(Path(folder))
+        if kind == "audits":
+            audits(Path(first), data)
+            return
         (bench_screening if kind == "screening" else shown)(Path(first), Path(second), data)
         return
     with tempfile.TemporaryDirectory() as folder:
