@@ -154,12 +154,16 @@ class Adapters:
         A batch of fewer documents than `a` has rows gets copies of the first ones.
         """
         self.a = {key: tensor[:documents].clone() if documents < len(tensor) else tensor for key, tensor in a.items()}
-        self.b = {key: x.new_zeros(documents, self.shapes[key][1], self.settings.rank) for key, x in self.a.items()}
+        for key, tensor in self.a.items():
+            if key in self.b and len(self.b[key]) == documents:
+                self.b[key].zero_()
+            else:
+                self.b[key] = tensor.new_zeros(documents, self.shapes[key][1], self.settings.rank)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for key, tensor in self.a.items():
-            self.a[key] = state[f"{key}.a"].to(tensor.device, copy=True)
-            self.b[key] = state[f"{key}.b"].to(tensor.device, copy=True)
+        device = next(self.module.parameters()).device
+        self.a = {key: state[f"{key}.a"].to(device, copy=True) for key in self.shapes}
+        self.b = {key: state[f"{key}.b"].to(device, copy=True) for key in self.shapes}
 
     @property
     def numbers(self) -> int:

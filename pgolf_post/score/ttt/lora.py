@@ -100,6 +100,7 @@ class LoraPass:
         module.requires_grad_(False)
         self.adapters = Adapters(module, family, settings)
         self.adapters.require_zero_is_plain()
+        self.unused: dict[str, Tensor] = self.adapters.a  # the first lane's A
         phased = settings.method == "phased"
         self.tuning = GlobalTuning(module, ledger, settings, session.ranks) if phased else None
         self.carried: dict[int, dict[str, Tensor]] = {}  # lane → A, where the lane has begun and goes on
@@ -168,7 +169,8 @@ class LoraPass:
     def begin(self, number: int) -> None:
         """A new batch: the lane's A, B = 0, optimizers without a past."""
         lane = self.lanes[number]
-        carried = self.carried.pop(lane) if lane in self.carried else self.adapters.drawn()
+        carried = self.carried.pop(lane, {}) or self.unused or self.adapters.drawn()
+        self.unused = {}
         self.adapters.begin(carried, len(self.batches[number]))
         if lane in self.lanes[number + 1 :]:
             self.carried[lane] = self.adapters.a  # is learned in place: the lane's next batch begins with it
