@@ -83,6 +83,19 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
+    def gather(self, rows: Tensor) -> Tensor:  # (k, …) on each → (Σ k, …)
+        """Every rank's rows, which may be of different numbers, in the order of ranks."""
+        if self.world_size == 1:
+            return rows
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        self.sum_(counts)
+        first = int(counts[: self.rank].sum())
+        everyones = rows.new_zeros((int(counts.sum()), *rows.shape[1:]))
+        everyones[first : first + len(rows)] = rows
+        self.sum_(everyones)
+        return everyones
+
     def main_says(self, value: Any) -> Any:
         """Rank 0's value (plain JSON) on every rank: whether a file is there must not be judged twice."""
         if self.world_size == 1:

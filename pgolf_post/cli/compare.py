@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 IDLE = {  # way of comparing → options that it does not read
-    "paired": ("cluster", "bytes_per_token", "variant"),
-    "record": ("cluster", "level", "seed"),
+    "paired": ("bytes_per_token", "variant"),
+    "record": ("level", "seed"),
     "until_ci": ("bytes_per_token", "variant", "compiled"),
 }
 
@@ -34,13 +34,6 @@ IDLE = {  # way of comparing → options that it does not read
 @protocol_options
 @click.option("--record", is_flag=True, help="The challenge's rule over groups of seeds (comma-separated).")
 @click.option("--until-ci", type=click.FloatRange(min=0, min_open=True), help="Screen until known to ± so many bpb.")
-@click.option(
-    "--cluster",
-    type=click.Choice(["document", "piece"]),
-    default="piece",
-    show_default=True,
-    help="--until-ci: what counts as one observation, a whole document or a piece of it.",
-)
 @click.option(
     "--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True, help="Of the intervals."
 )
@@ -61,8 +54,8 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     pgolf-post compare --record A1,A2,A3 B1,B2,B3                    the same from checkpoints or artifacts
 
     A checkpoint's weights are its EMA where it has one, else raw; :ema, :raw or :swa after its path names others.
-    Scores are read from the cache where they are there. --until-ci samples plain windows at random and looks after each
-    batch; its interval is a confidence sequence, which stays valid however often it is looked at.
+    Scores are read from the cache where they are there. --until-ci draws plain windows at random and stops when the
+    whole text's difference is known to so many bpb, or to be no zero; looking often is paid for in its interval.
     """
     from pgolf_post.ledger.comparison import comparison_row
     from pgolf_post.ledger.recording import record
@@ -200,10 +193,8 @@ def _group(
 
 def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.families import load_module
-    from pgolf_post.score.bpb import documents_of
-    from pgolf_post.score.pieces import cut_documents
     from pgolf_post.score.protocols import folder_text, protocol_spans
-    from pgolf_post.score.screen import ScreenSettings, screen, window_scorer
+    from pgolf_post.score.screen import ScreenSettings, bytes_of_windows, screen, window_scorer
     from pgolf_post.score.sliding import num_targets
     from pgolf_post.settings import parse_settings
 
@@ -215,18 +206,17 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
         raise MismatchError(f"{candidate} and {control} belong to different data", hint="pass --data FOLDER")
     data = opened[0].data
     tokens, token_bytes = folder_text(data, protocol)
-    pieces = cut_documents(data, tokens, token_bytes) if options["cluster"] == "piece" else documents_of(tokens)
     modules = [load_module(some.config, some.tensors(), some.name) for some in opened]
     targets = num_targets(len(tokens), protocol.seq_len, protocol.tail)
     spans = protocol_spans(protocol, targets)
     wanted = {"half_width_bpb": options["until_ci"], "level": options["level"], "seed": options["seed"]}
-    settings = parse_settings(ScreenSettings, {**wanted, "cluster_by": "piece"}, "compare")
-    scorer = window_scorer(modules[0], modules[1], tokens, token_bytes, spans, pieces)
-    found = screen(scorer, len(spans), targets, settings)
+    settings = parse_settings(ScreenSettings, wanted, "compare")
+    scorer = window_scorer(modules[0], modules[1], tokens, token_bytes, spans)
+    found = screen(scorer, bytes_of_windows(spans, token_bytes), targets, settings)
     last = found.last
     rows = [("difference, bpb", f"{last.bpb:+.6f}")]
-    rows += [(f"confidence sequence, {100 * settings.level:g} %", f"{last.low:+.6f} … {last.high:+.6f}")]
+    rows += [(f"interval, {100 * settings.level:g} %", f"{found.low:+.6f} … {found.high:+.6f}")]
     rows += [("tokens", f"{last.tokens:,} of {targets:,} ({100 * last.tokens / targets:.1f} %)")]
-    rows += [("windows, clusters, looks", f"{last.windows:,}, {last.clusters:,}, {len(found.looks):,}")]
+    rows += [("windows, looks", f"{last.windows:,}, {len(found.looks):,}")]
     print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
     return found.facts(), []

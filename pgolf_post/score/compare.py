@@ -2,14 +2,7 @@
 
 Paired: the same documents under both, differences summed by document (paired.py), with a t interval, a bootstrap over
 documents, and the sign test. Record: the challenge's rule over groups of seeds, a one-sided Welch test with the sample
-standard deviation. Screening: windows are scored for both candidates in a seeded random order until a *confidence
-sequence* is tight enough or excludes zero. An ordinary interval is valid once; looked at after every batch it finds a
-difference where there is none far more often than it promises. The sequence is Robbins' normal mixture in the form of
-Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas (2024, arXiv 2103.06476): its half-width is the standard error times
-
-    √( (2(tρ² + 1) / (tρ²)) · ln( √(tρ² + 1) / α ) )
-
-after t observations, with ρ chosen for the sample size at which it should be narrowest.
+standard deviation. Screening as little text as the question needs is in screen.py.
 """
 
 from __future__ import annotations
@@ -24,11 +17,10 @@ from scipy.stats import binomtest
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.paired import Clusters, jackknife_variance, pair
+from pgolf_post.score.paired import Clusters, pair
 
 RECORD_MARGIN_NATS = 0.005  # per token
 RECORD_P = 0.01
-ROUNDING_BPB = 1e-9  # what is left unknown where every window is scored
 BYTES_PER_TOKEN = {  # 151.08 M bytes of published validation text over its tokens
     "sp1024": 151.08e6 / 62_021_632,
     "sp4096": 151.08e6 / 45_508_608,
@@ -143,76 +135,3 @@ def record_rule(candidate: np.ndarray, control: np.ndarray, bytes_per_token: flo
     margin = RECORD_MARGIN_NATS / math.log(2) / bytes_per_token
     enough = min(len(candidate), len(control)) >= 3
     return RecordVerdict(welch(candidate, control), welch(candidate, control, margin), bytes_per_token, enough)
-
-
-# ---- screening -------------------------------------------------------------------------------------------------------
-
-
-def sequence_factor(observations: float, alpha: float, tightest_at: float) -> float:
-    """Half-width of the confidence sequence in standard errors; narrowest, for its size, near `tightest_at`."""
-    rho_squared = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tightest_at
-    grown = observations * rho_squared + 1
-    return math.sqrt(2 * grown / (observations * rho_squared) * math.log(math.sqrt(grown) / alpha))
-
-
-@dataclass(frozen=True)
-class Look:
-    """What is known after some windows."""
-
-    windows: int
-    tokens: int
-    clusters: int
-    bpb: float
-    half: float
-
-    @property
-    def low(self) -> float:
-        return self.bpb - self.half
-
-    @property
-    def high(self) -> float:
-        return self.bpb + self.half
-
-    @property
-    def excludes_zero(self) -> bool:
-        return not self.low <= 0 <= self.high
-
-
-def look(clusters: Clusters, windows: int, total_windows: int, level: float, tightest_at: float) -> Look:
-    """The confidence sequence after `windows` of a text's windows, drawn without replacement, summed in clusters.
-
-    The standard error is the larger of what clusters and what units say; with every window scored nothing is unknown.
-    """
-    variance = max(jackknife_variance(clusters), clusters.unit_variance)
-    left = (total_windows - windows) / max(1, total_windows - 1)  # finite text: what is scored is known
-    effective = min(len(clusters.bytes), windows)
-    factor = sequence_factor(max(2, effective), 1 - level, tightest_at)
-    half = max(ROUNDING_BPB, factor * math.sqrt(variance * left)) if left else ROUNDING_BPB
-    return Look(windows, clusters.tokens, len(clusters.bytes), clusters.bpb, half)
-
-
-@dataclass(frozen=True)
-class Screening:
-    """How a screening went: its looks, and whether the last one was decisive."""
-
-    looks: list[Look]
-    total_tokens: int
-    reason: str
-
-    @property
-    def last(self) -> Look:
-        return self.looks[-1]
-
-    def facts(self) -> dict[str, Any]:
-        last = self.last
-        bounds = {"low_bpb": last.low, "high_bpb": last.high} if math.isfinite(last.half) else {}
-        counts = {"windows": last.windows, "clusters": last.clusters, "tokens": last.tokens}
-        share = {"total_tokens": self.total_tokens, "share": last.tokens / self.total_tokens}
-        return {
-            "difference_bpb": last.bpb,
-            **bounds,
-            **counts,
-            **share,
-            "looks": len(self.looks),
-            "stopped": self.reason,
-        }

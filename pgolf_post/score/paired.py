@@ -84,7 +84,7 @@ def pair(candidate: Score, control: Score, by: ClusterBy = "document") -> Cluste
     Raises MismatchError if they share no window, or if a shared one does not hold the same text in both.
     """
     first, second = _shared(candidate, control), _shared(control, candidate)
-    _require_same_text(candidate, control, first, second)
+    require_same_text(candidate, control, first, second)
     bits = (candidate.unit_nats[first] - control.unit_nats[second]) / math.log(2)
     weight = candidate.unit_bytes[first]
     _, cluster = np.unique(getattr(candidate, by)[first], return_inverse=True)
@@ -100,7 +100,7 @@ def _shared(score: Score, other: Score) -> np.ndarray:  # int64: units of window
     return places[np.argsort(score.window[places], kind="stable")]
 
 
-def _require_same_text(candidate: Score, control: Score, first: np.ndarray, second: np.ndarray) -> None:
+def require_same_text(candidate: Score, control: Score, first: np.ndarray, second: np.ndarray) -> None:
     if len(first) == 0:
         raise MismatchError("two scores that share no window have no paired difference")
     for name in ("window", "document", "piece", "unit_tokens", "unit_bytes"):

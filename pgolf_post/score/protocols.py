@@ -1,7 +1,7 @@
 """One way in for every protocol: module and text in, a complete ledger out, summed into a score.
 
-Plain and sliding run on any number of processes with the same result; test-time training learns from left to right and
-runs on one.
+Every protocol runs on any number of processes. Plain, sliding and LoRA without phases score each target with the same
+batch wherever it runs; where weights learn, gradients are added up over ranks, and only their rounding differs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, SettingsError
+from pgolf_post.errors import MismatchError
 from pgolf_post.families import ModelFamily
 from pgolf_post.score.bpb import Score, documents_of, sum_units
 from pgolf_post.score.plain import BATCH_TOKENS, PlainProtocol
@@ -34,13 +34,11 @@ def protocol_spans(protocol: PlainProtocol | SlidingProtocol, targets: int) -> l
 
 
 def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Protocol, session: Session) -> Pass:
-    """A protocol as steps over a text. Raises MismatchError for a text too short, SettingsError for TTT on ranks."""
+    """A protocol as steps over a text. Raises MismatchError for a text too short."""
     ledger = Ledger(tokens, num_targets(len(tokens), protocol.seq_len, protocol.tail))
     if not isinstance(protocol, TTTProtocol):
         spans = protocol_spans(protocol, ledger.num_targets)
         return SpanPass(module, ledger, spans, fitting(BATCH_TOKENS, module), session)
-    if session.ranks.world_size > 1:
-        raise SettingsError("test-time training learns from left to right; run it in one process, without torchrun")
     from pgolf_post.score.ttt.lora import LoraPass
     from pgolf_post.score.ttt.sgd import ChunkPass
 
@@ -52,15 +50,17 @@ def run_protocol(
     module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Protocol, session: Session
 ) -> tuple[Ledger, Pass]:
     """Score a text, tokens (n,). Weights end as they were, bit for bit, whatever was learned on the way."""
-    from pgolf_post.score.ttt.weights import restored
+    from pgolf_post.score.ttt.weights import require_equal_weights, restored
 
     work = make_pass(module, family, tokens, protocol, session)
     if isinstance(protocol, TTTProtocol):
         with restored(module):
             session.run(work)
+            require_equal_weights(module, session.ranks)
     else:
         session.run(work)
-    work.ledger.merge(session.ranks)
+    with session.clock.phase("score"):  # waiting for the slowest rank is part of it
+        work.ledger.close(session.ranks)
     work.ledger.require_complete()
     return work.ledger, work
 

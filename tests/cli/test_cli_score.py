@@ -128,7 +128,10 @@ def test_the_record_rule_from_numbers(pgolf: Call) -> None:
     ("options", "says"),
     [
         (("--record", "--level", 0.9, "--variant", "sp1024"), "--record does not read --level"),
-        (("--cluster", "document", "--variant", "sp1024"), "a paired comparison does not read --cluster, --variant"),
+        (
+            ("--bytes-per-token", "2.4", "--variant", "sp1024"),
+            "a paired comparison does not read --bytes-per-token, --variant",
+        ),
         (("--until-ci", 0.1, "--compile"), "--until-ci does not read --compile"),
         (("--record", "--bytes-per-token", "nan"), "--bytes-per-token nan: it must be positive"),
         (("--record", "--until-ci", 0.1), "choose one"),

@@ -25,7 +25,7 @@ PASSES: list[tuple[Any, type]] = [
     (ttt("sgd", "chunk_tokens=80", "optimizer=adamw", "learning_rate=0.01"), ChunkPass),
     (ttt("sgd", "chunk_tokens=80"), ChunkPass),
     (ttt("sgd", "chunk_tokens=80", "optimizer=muon"), ChunkPass),
-    (ttt("lora"), LoraPass),
+    (ttt("lora", "lanes=2", "batch_documents=2"), LoraPass),
     (ttt("phased"), LoraPass),
 ]
 

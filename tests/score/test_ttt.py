@@ -291,13 +291,6 @@ def test_out_of_memory_names_the_setting(bench: Bench, monkeypatch: pytest.Monke
     assert "train_batch_seqs" in str(caught.value.hint)
 
 
-def test_ranks_are_refused(bench: Bench) -> None:
-    from pgolf_post.ranks import Ranks
-
-    with pytest.raises(SettingsError, match="one process"):
-        bench.score(ttt("lora"), Session(ranks=Ranks(0, 2, 0)))
-
-
 def test_the_first_chunk_of_a_document_is_scored_by_the_plain_model(bench: Bench) -> None:
     """B = 0 at the start of every document, even after batches that learned: nothing leaks from one to the next."""
     ledger = bench.ledger(ttt("lora", "learning_rate=0.1"))

@@ -52,21 +52,23 @@ class Adapters:
         self.paths = adapted_modules(module, family, settings)
         self.a: dict[str, Tensor] = {}  # "path@visit" → (documents, rank, in)
         self.b: dict[str, Tensor] = {}  # "path@visit" → (documents, out, rank)
-        self.rows = 0  # documents in the forward that runs
+        self.rows = slice(0, 0)  # documents in the forward that runs
         self._visits: dict[str, int] = {}
         self._head_input: Tensor | None = None
-        self._make()
+        self.shapes = self._shapes()  # widths in and out of every visit that a forward makes
+        self.begin(self.drawn(), settings.batch_documents)
         if hasattr(module, "log_probs"):
             self.log_probs = self._log_probs
 
-    def _make(self) -> None:
-        """One pair of matrices for each visit that a forward makes, A ~ U(±1/√in), B = 0."""
+    def drawn(self) -> dict[str, Tensor]:
+        """A as it is before anything is learned, the same each time: U(±1/√in)."""
         settings, device = self.settings, next(self.module.parameters()).device
         random = torch.Generator().manual_seed(settings.seed)
-        for key, (width_in, width_out) in self._shapes().items():
+        found = {}
+        for key, (width_in, _) in self.shapes.items():
             a = torch.rand(settings.batch_documents, settings.rank, width_in, generator=random)
-            self.a[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
-            self.b[key] = torch.zeros(settings.batch_documents, width_out, settings.rank, device=device)
+            found[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
+        return found
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Widths in and out of every visit, seen on a forward over made-up tokens."""
@@ -110,19 +112,19 @@ class Adapters:
 
     def _adapt(self, key: str, x: Tensor, output: Tensor) -> Tensor:
         """output + scale · B A x, with each row's own A and B."""
-        a, b = self.a[key][: self.rows], self.b[key][: self.rows]
-        by_row = x.reshape(self.rows, -1, x.size(-1)).to(a.dtype)
-        added = self.scale * torch.bmm(torch.bmm(by_row, a.mT), b.mT)
-        return output + added.view_as(output).to(output.dtype)
+        a, b = self.a[key][self.rows], self.b[key][self.rows]
+        by_row, plain = (some.reshape(len(a), -1, some.size(-1)).to(a.dtype) for some in (x, output))
+        added = torch.baddbmm(plain, torch.bmm(by_row, a.mT), b.mT, alpha=self.scale)
+        return added.view_as(output).to(output.dtype)
 
     # ---- as a language model --------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[Tensor]:
         yield from self.module.parameters()
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
-        """The model's hidden states; row i uses the adapters of document i of the batch."""
-        self._visits, self.rows = {}, tokens.size(0)
+    def hidden(self, tokens: Tensor, first: int = 0) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
+        """The model's hidden states; row i uses the adapters of document `first` + i of the batch."""
+        self._visits, self.rows = {}, slice(first, first + tokens.size(0))
         found: Tensor = self.module.hidden(tokens)
         return found
 
@@ -146,14 +148,27 @@ class Adapters:
         named = {f"{key}.a": tensor for key, tensor in self.a.items()}
         return {**named, **{f"{key}.b": tensor for key, tensor in self.b.items()}}
 
-    def reset(self) -> None:
-        """Between documents: B ← 0, so that the next forward is the plain model's; A stays as it is."""
-        for tensor in self.b.values():
-            tensor.zero_()
+    def begin(self, a: dict[str, Tensor], documents: int) -> None:
+        """Between documents: B ← 0, so that the next forward is the plain model's; A is what the lane carries.
+
+        A batch of fewer documents than `a` has rows gets copies of the first ones.
+        """
+        self.a = {key: tensor[:documents].clone() if documents < len(tensor) else tensor for key, tensor in a.items()}
+        for key, tensor in self.a.items():
+            if key in self.b and len(self.b[key]) == documents:
+                self.b[key].zero_()
+            else:
+                self.b[key] = tensor.new_zeros(documents, self.shapes[key][1], self.settings.rank)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.trained().items():
-            tensor.copy_(state[name])
+        device = next(self.module.parameters()).device
+        self.a = {key: state[f"{key}.a"].to(device, copy=True) for key in self.shapes}
+        self.b = {key: state[f"{key}.b"].to(device, copy=True) for key in self.shapes}
+
+    @property
+    def numbers(self) -> int:
+        """How many a document trains."""
+        return sum(self.settings.rank * (width_in + width_out) for width_in, width_out in self.shapes.values())
 
     @torch.no_grad()
     def require_zero_is_plain(self) -> None:

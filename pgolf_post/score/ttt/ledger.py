@@ -3,6 +3,9 @@
 Test-time training is legal only where a token's nats are final before any step has seen it. Here that is no convention:
 every protocol commits its nats to a ledger, which takes each target once, and a training loop gets its tokens from the
 ledger alone, which hands out only ranges that are committed. A loop that trains first does not run.
+
+Ranks each have a ledger of what they have scored themselves. `merge` makes them one: only from then on does a rank hand
+out what another has scored, and clocks go on from the latest, so that turns prove the order across ranks too.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pgolf_post.errors import VerificationError
 from pgolf_post.ranks import Ranks
@@ -39,6 +43,7 @@ class Ledger:
         self.turn = np.full(len(tokens), -1, dtype=np.int64)  # the commit that scored each target; -1 = none yet
         self.turns = 0
         self.lessons: list[Lesson] = []
+        self._merged = np.zeros(len(tokens), dtype=bool)  # targets that every rank knows
 
     @property
     def scored(self) -> np.ndarray:  # (n,) bool
@@ -82,25 +87,45 @@ class Ledger:
         if len(missing):
             raise LedgerError(f"{len(missing)} of {self.num_targets} targets were never scored, first {missing[0]}")
 
-    def merge(self, ranks: Ranks) -> None:
-        """Bring together what ranks have scored. Raises LedgerError if two scored the same target."""
+    def merge(self, ranks: Ranks, start: int = 0, stop: int | None = None) -> None:
+        """Bring together what ranks have scored of places [start, stop) since the last time.
+
+        Raises LedgerError if two scored the same target.
+        """
         if ranks.world_size == 1:
             return
-        import torch
-
-        nats, turn = torch.from_numpy(self.nats).to(ranks.device), torch.from_numpy(self.turn).to(ranks.device)
-        times = (turn >= 0).long()
+        part = slice(start, stop)
+        own = torch.from_numpy(self.scored[part] & ~self._merged[part]).to(ranks.device)
+        times = own.long()
+        nats, turn = (torch.from_numpy(x[part]).to(ranks.device) for x in (self.nats, self.turn))
+        nats, turn = nats * own, torch.where(own, turn, -1)
+        clock = torch.tensor([self.turns], device=ranks.device)
         ranks.sum_(times)
         if int(times.max()) > 1:
-            raise LedgerError(f"target {int(times.argmax())} was scored by {int(times.max())} ranks")
+            place = start + int(times.argmax())
+            raise LedgerError(f"target {place} was scored by {int(times.max())} ranks")
         ranks.sum_(nats)
         ranks.maximum_(turn)
-        self.nats, self.turn = nats.cpu().numpy(), turn.cpu().numpy()
+        ranks.maximum_(clock)
+        found = (times > 0).cpu().numpy()
+        self.nats[part][found], self.turn[part][found] = nats.cpu().numpy()[found], turn.cpu().numpy()[found]
+        self._merged[part] |= found
+        self.turns = int(clock)
+
+    def close(self, ranks: Ranks) -> None:
+        """Merge everything, lessons too; one that several ranks took together counts once."""
+        self.merge(ranks)
+        if ranks.world_size > 1:
+            rows = ranks.gather(torch.from_numpy(self._lesson_rows()).to(ranks.device))
+            self.lessons = [Lesson(*row) for row in sorted(set(map(tuple, rows.tolist())))]
+
+    def _lesson_rows(self) -> np.ndarray:  # (lessons, 3) int64
+        return np.array([(x.turn, x.start, x.stop) for x in self.lessons], dtype=np.int64).reshape(-1, 3)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything but the text, to go on from later."""
-        lessons = np.array([(x.turn, x.start, x.stop) for x in self.lessons], dtype=np.int64).reshape(-1, 3)
-        return {"nats": self.nats, "turn": self.turn, "turns": np.array([self.turns]), "lessons": lessons}
+        counts = {"turns": np.array([self.turns]), "lessons": self._lesson_rows()}
+        return {"nats": self.nats, "turn": self.turn, **counts}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from what `state` returned."""

@@ -4,6 +4,12 @@ Documents are sorted by length, longest first, and taken in batches whose rows a
 chunk read in a window that ends with it. Every row has adapters of its own, so documents in a batch do not know of each
 other; between batches B returns to zero. The step after a chunk is on its mean nats, document by document; a document's
 last chunk is scored and not trained on. A document's targets are the tokens after its BOS and the BOS of the next.
+
+One forward serves score and step, as in the public scripts: a chunk's nats are computed from its hidden states without
+gradients, and committed; then the ledger hands out the same targets, and what the graph holds becomes gradients.
+
+A is carried from batch to batch along a lane, one of a fixed number of queues: the published run had one per GPU. A
+batch goes to the lane with the least to do, ranks share the lanes: so the result does not depend on their number.
 Source: openai/parameter-golf, PR #1855.
 """
 
@@ -34,10 +40,11 @@ from pgolf_post.score.ttt.optimizers import (
     optimizer_step,
     optimizers_state,
 )
-from pgolf_post.score.ttt.phased import GlobalTuning
+from pgolf_post.score.ttt.phased import GlobalTuning, tuned_after
 from pgolf_post.score.ttt.settings import TTTProtocol
 
-LEARNING_COSTS = 3.0  # a forward and a backward, in forwards
+LEARNING_COSTS = 1.5  # a backward, in forwards
+TUNE = -1  # in the place of a chunk: all ranks tune the weights
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,17 @@ def batch_texts(texts: list[Text], size: int) -> list[list[Text]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
+def deal(costs: list[float], lanes: int, together: list[int]) -> list[int]:  # one per batch
+    """The lane of each batch: the first that has least to do. All wait for each other after batches `together`."""
+    load, found = [0.0] * lanes, []
+    for number, cost in enumerate(costs):
+        found.append(load.index(min(load)))
+        load[found[-1]] += cost
+        if number in together:
+            load = [max(load)] * lanes
+    return found
+
+
 class LoraPass:
     """Methods `lora` and `phased`: each step scores one chunk of every document of a batch that has it."""
 
@@ -78,17 +96,40 @@ class LoraPass:
     ) -> None:
         self.module, self.ledger, self.settings, self.session = module, ledger, settings, session
         self.batches = batch_texts(find_texts(ledger.tokens, ledger.num_targets), settings.batch_documents)
-        self.plan = [(b, k) for b, batch in enumerate(self.batches) for k in range(self.num_chunks(batch[0]))]
-        self.costs = np.array([self._cost(b, k) for b, k in self.plan])
+        self._plan()
         module.requires_grad_(False)
         self.adapters = Adapters(module, family, settings)
         self.adapters.require_zero_is_plain()
-        self.tuning = GlobalTuning(module, ledger, settings) if settings.method == "phased" else None
-        number = sum(map(len, self.batches))
-        if self.tuning and number < settings.phases[0] and not session.quiet:
-            say(f"warning: no phase will run: the text has {number} documents, the first is at {settings.phases[0]}")
+        self.unused: dict[str, Tensor] = self.adapters.a  # the first lane's A
+        phased = settings.method == "phased"
+        self.tuning = GlobalTuning(module, ledger, settings, session.ranks) if phased else None
+        self.carried: dict[int, dict[str, Tensor]] = {}  # lane → A, where the lane has begun and goes on
         self.optimizers: Optimizers = {}
         self.optimizer_steps = 0
+        self._warn()
+
+    def _plan(self) -> None:
+        """The steps of this rank, (batch, chunk) in the order of batches, and what each costs."""
+        ranks, tuned = self.session.ranks, tuned_after(self.batches, self.settings)
+        chunks = [range(self.num_chunks(batch[0])) for batch in self.batches]
+        costs = [sum(self._cost(b, k) for k in chunks[b]) for b in range(len(self.batches))]
+        self.lanes = deal(costs, self.settings.lanes, tuned)
+        self.plan: list[tuple[int, int]] = []
+        for b, lane in enumerate(self.lanes):
+            if lane % ranks.world_size == ranks.rank:
+                self.plan += [(b, k) for k in chunks[b]]
+            if b in tuned:
+                self.plan.append((b, TUNE))
+        self.costs = np.array([0.0 if k == TUNE else self._cost(b, k) for b, k in self.plan])
+
+    def _warn(self) -> None:
+        """Say what a user would not expect."""
+        settings, ranks = self.settings, self.session.ranks
+        number = sum(map(len, self.batches))
+        if self.tuning and number < settings.phases[0] and not self.session.quiet:
+            say(f"warning: no phase will run: the text has {number} documents, the first is at {settings.phases[0]}")
+        if ranks.world_size > settings.lanes:
+            say(f"warning: {settings.lanes} lanes keep no more of {ranks.world_size} ranks busy: --set lanes=…")
 
     def num_chunks(self, text: Text) -> int:
         return -(-text.targets // self.settings.chunk_tokens)
@@ -101,28 +142,39 @@ class LoraPass:
 
     def step(self, index: int) -> None:
         number, chunk = self.plan[index]
-        batch = self.batches[number]
+        if chunk == TUNE:
+            assert self.tuning is not None
+            with self.session.clock.phase("adapt"):
+                self.tuning.run([text for some in self.batches[: number + 1] for text in some])
+            return
         if chunk == 0:
-            self.adapters.reset()
-            self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
-        rows = [text for text in batch if self.num_chunks(text) > chunk]
-        learners = [text for text in batch if self.num_chunks(text) > chunk + 1]
+            self.begin(number)
+        batch = self.batches[number]
+        learners = [text for text in batch if self.num_chunks(text) > chunk + 1]  # longest first: the batch's first
+        ending = [text for text in batch if self.num_chunks(text) == chunk + 1]
         try:
             with self.adapters.attached():
-                with self.session.clock.phase("score"):
-                    self.score(rows, chunk)
-                with self.session.clock.phase("adapt"):
-                    self.learn(learners, chunk)
+                if ending:
+                    self.score(ending, chunk, len(learners))
+                if learners:
+                    self.score_and_learn(learners, chunk)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise PgolfError(
-                f"out of memory with {len(rows)} documents at once",
+                f"out of memory with {len(learners) + len(ending)} documents at once",
                 hint=f"--set batch_documents={max(1, self.settings.batch_documents // 2)}, or a smaller rank",
             ) from None
-        if self.tuning is not None and chunk + 1 == self.num_chunks(batch[0]):
-            with self.session.clock.phase("adapt"):
-                self.tuning.after([text for some in self.batches[: number + 1] for text in some])
+
+    def begin(self, number: int) -> None:
+        """A new batch: the lane's A, B = 0, optimizers without a past."""
+        lane = self.lanes[number]
+        carried = self.carried.pop(lane, {}) or self.unused or self.adapters.drawn()
+        self.unused = {}
+        self.adapters.begin(carried, len(self.batches[number]))
+        if lane in self.lanes[number + 1 :]:
+            self.carried[lane] = self.adapters.a  # is learned in place: the lane's next batch begins with it
+        self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
 
     def window(self, chunk: int) -> tuple[int, int, int]:
         """Of a chunk: where its window begins, its first and one past its last target; offsets in the document."""
@@ -130,45 +182,57 @@ class LoraPass:
         stop = first + self.settings.chunk_tokens
         return max(0, stop - 1 - self.settings.seq_len), first, stop
 
-    @torch.no_grad()
-    def score(self, rows: list[Text], chunk: int) -> None:
-        """Commit a chunk's nats of every document that has it."""
-        begin, first, stop = self.window(chunk)
-        width = stop - begin
-        padded = np.zeros((len(rows), width), dtype=np.int64)  # what lies after a document's end is never looked at
-        for row, text in enumerate(rows):
+    def score(self, texts: list[Text], chunk: int, first_row: int) -> None:
+        """Commit the nats of the last chunk of documents, whose adapters are the batch's from `first_row` on."""
+        with self.session.clock.phase("score"), torch.no_grad():
+            tokens = self.tokens(texts, chunk)
+            self.commit(texts, chunk, tokens, self.hidden(tokens, chunk, first_row))
+
+    def score_and_learn(self, texts: list[Text], chunk: int) -> None:
+        """Commit a chunk's nats of documents that go on after it, then take one step on it: on one forward."""
+        trained = self.adapters.trained()
+        with self.session.clock.phase("score"):
+            tokens = self.tokens(texts, chunk)
+            for tensor in trained.values():
+                tensor.requires_grad_(True)
+            with torch.enable_grad():
+                hidden = self.hidden(tokens, chunk, 0)
+            self.commit(texts, chunk, tokens, hidden.detach())
+        with self.session.clock.phase("adapt"):
+            begin, first, stop = self.window(chunk)
+            targets = np.stack([self.lesson(text, begin, stop) for text in texts])[:, first - stop :]
+            with torch.enable_grad():
+                nats = target_nats(self.adapters, hidden, torch.from_numpy(targets).to(hidden.device).flatten())
+                nats.view(len(texts), -1).mean(dim=1).sum().backward()
+            optimizer_step(self.optimizers, trained, self.settings.learning_rate, clip=0.0)
+            for tensor in trained.values():
+                tensor.requires_grad_(False)
+            self.optimizer_steps += 1
+
+    def tokens(self, texts: list[Text], chunk: int) -> Tensor:  # (rows, width) int64
+        """A chunk's window of each document and the token after it; what lies after a document's end is never read."""
+        begin, _, stop = self.window(chunk)
+        padded = np.zeros((len(texts), stop - begin), dtype=np.int64)
+        for row, text in enumerate(texts):
             own = self.ledger.tokens[text.start + begin : min(text.start + stop, text.stop + 1)]
             padded[row, : len(own)] = own
-        nats, hidden = self._nats(padded, stop - first)
-        chunks = [np.arange(text.start + first, min(text.start + stop, text.stop + 1)) for text in rows]
+        return torch.from_numpy(padded).to(next(self.module.parameters()).device)
+
+    def hidden(self, tokens: Tensor, chunk: int, first_row: int) -> Tensor:  # → (rows · chunk's targets, dim)
+        _, first, stop = self.window(chunk)
+        return self.adapters.hidden(tokens[:, :-1], first_row)[:, first - stop :].flatten(0, 1)
+
+    @torch.no_grad()
+    def commit(self, texts: list[Text], chunk: int, tokens: Tensor, hidden: Tensor) -> None:
+        """Enter the nats of a chunk of documents."""
+        _, first, stop = self.window(chunk)
+        nats = target_nats(self.adapters, hidden, tokens[:, first - stop :].flatten())
+        chunks = [np.arange(text.start + first, min(text.start + stop, text.stop + 1)) for text in texts]
         real = np.concatenate([row * (stop - first) + np.arange(len(some)) for row, some in enumerate(chunks)])
-        places = np.full(len(rows) * (stop - first), -1)
+        places = np.full(len(texts) * (stop - first), -1)
         places[real] = np.concatenate(chunks)
         observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
         self.ledger.commit(places[real], nats.double().cpu().numpy()[real])
-
-    def _nats(self, padded: np.ndarray, scored: int) -> tuple[Tensor, Tensor]:
-        """(rows · scored,) nats of the last `scored` columns of rows of tokens (rows, width), and hidden states."""
-        whole = torch.from_numpy(padded).to(next(self.module.parameters()).device)
-        hidden = self.adapters.hidden(whole[:, :-1])[:, -scored:].flatten(0, 1)
-        return target_nats(self.adapters, hidden, whole[:, -scored:].flatten()), hidden
-
-    def learn(self, learners: list[Text], chunk: int) -> None:
-        """One step on a committed chunk, for documents that go on after it."""
-        if not learners:
-            return
-        begin, first, stop = self.window(chunk)
-        rows = np.stack([self.lesson(text, begin, stop) for text in learners])
-        trained = self.adapters.trained()
-        for tensor in trained.values():
-            tensor.requires_grad_(True)
-        with torch.enable_grad():
-            nats, _ = self._nats(rows, stop - first)
-            nats.view(len(learners), -1).mean(dim=1).sum().backward()
-        optimizer_step(self.optimizers, trained, self.settings.learning_rate, clip=0.0)
-        for tensor in trained.values():
-            tensor.requires_grad_(False)
-        self.optimizer_steps += 1
 
     def lesson(self, text: Text, begin: int, stop: int) -> np.ndarray:
         """A document's tokens at offsets [begin, stop), from the ledger; its BOS opened it, and is known from then."""
@@ -181,9 +245,11 @@ class LoraPass:
         tuned = self.tuning.state() if self.tuning else {}
         return {
             **{f"adapter.{name}": tensor for name, tensor in trained.items()},
+            **{f"lane.{lane}.{key}": x for lane, a in self.carried.items() for key, x in a.items()},
             **{f"optimizer.{key}": tensor for key, tensor in moments.items()},
             **{f"tuned.{key}": tensor for key, tensor in tuned.items()},
             "optimizer_steps": torch.tensor(self.optimizer_steps),
+            "lane_in_use": torch.tensor(next((n for n, a in self.carried.items() if a is self.adapters.a), -1)),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -191,6 +257,11 @@ class LoraPass:
             return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
         self.adapters.load_state(part("adapter."))
+        device = next(self.module.parameters()).device
+        for lane in {int(key.partition(".")[0]) for key in part("lane.")}:
+            self.carried[lane] = {key: x.to(device) for key, x in part(f"lane.{lane}.").items()}
+        if (lane := int(state["lane_in_use"])) >= 0:
+            self.carried[lane] = self.adapters.a
         self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
         load_optimizers_state(self.optimizers, self.adapters.trained(), part("optimizer."))
         if self.tuning:
@@ -198,11 +269,12 @@ class LoraPass:
         self.optimizer_steps = int(state["optimizer_steps"])
 
     def facts(self) -> dict[str, Any]:
-        """Evidence that it acted."""
-        numbers = sum(tensor.numel() for tensor in self.adapters.trained().values()) // self.settings.batch_documents
-        learned = self.optimizer_steps
+        """Evidence that it acted, on all ranks together."""
+        steps = torch.tensor([self.optimizer_steps], device=self.session.ranks.device)
+        self.session.ranks.sum_(steps)
+        adapted = {"trained_parameters": self.adapters.numbers, "adapters": len(self.adapters.a)}
         tuned = {"phases_run": self.tuning.phases_run, "global_steps": self.tuning.steps} if self.tuning else {}
-        return {"optimizer_steps": learned, "trained_parameters": numbers, "adapters": len(self.adapters.a), **tuned}
+        return {"optimizer_steps": int(steps), **adapted, **tuned}
 
 
 class _AllRows:

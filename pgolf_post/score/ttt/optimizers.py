@@ -16,7 +16,13 @@ Optimizers = dict[str, torch.optim.Optimizer]
 def make_optimizers(parameters: Mapping[str, Tensor], settings: TTTProtocol) -> Optimizers:
     """What the settings name; Muon (Jordan et al. 2024) takes matrices and leaves the rest to AdamW."""
     rate, decay = settings.learning_rate, settings.weight_decay
-    adam = {"lr": rate, "weight_decay": decay, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    adam = {
+        "lr": rate,
+        "weight_decay": decay,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "fused": True,
+    }
     if settings.optimizer == "sgd":
         made = torch.optim.SGD(list(parameters.values()), lr=rate, momentum=settings.beta1, weight_decay=decay)
         return {"sgd": made}
@@ -67,5 +73,4 @@ def load_optimizers_state(
         kind, _, rest = full_name.partition(".")
         key, _, name = rest.partition(".")
         parameter = parameters[name]
-        device = value.device if key == "step" else parameter.device  # AdamW counts on the CPU
-        optimizers[kind].state[parameter][key] = value.to(device, copy=True)
+        optimizers[kind].state[parameter][key] = value.to(parameter.device, copy=True)

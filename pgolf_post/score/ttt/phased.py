@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pgolf_post.progress import say
+from pgolf_post.ranks import Ranks
 from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.optimizers import cosine, optimizer_step
 from pgolf_post.score.ttt.settings import TTTProtocol
@@ -23,22 +25,35 @@ if TYPE_CHECKING:
     from pgolf_post.score.ttt.lora import Text
 
 
-class GlobalTuning:
-    """The weights' own learning, at phase boundaries."""
+def phases_reached(documents: int, settings: TTTProtocol) -> int:
+    """How many phases' boundaries a number of fully scored documents has reached."""
+    return sum(boundary <= documents for boundary in settings.phases)
 
-    def __init__(self, module: Any, ledger: Ledger, settings: TTTProtocol) -> None:
-        self.module, self.ledger, self.settings = module, ledger, settings
+
+def tuned_after(batches: list[list[Text]], settings: TTTProtocol) -> list[int]:
+    """Numbers of the batches after which a phase is run."""
+    if settings.method != "phased":
+        return []
+    reached = [0, *(phases_reached(int(n), settings) for n in np.cumsum([len(batch) for batch in batches]))]
+    return [number for number in range(len(batches)) if reached[number + 1] > reached[number]]
+
+
+class GlobalTuning:
+    """The weights' own learning, at phase boundaries, which ranks reach together."""
+
+    def __init__(self, module: Any, ledger: Ledger, settings: TTTProtocol, ranks: Ranks) -> None:
+        self.module, self.ledger, self.settings, self.ranks = module, ledger, settings, ranks
         self.parameters: dict[str, Tensor] = dict(module.named_parameters())
         self.phases_run = 0
         self.steps = 0
 
-    def after(self, scored: list[Text]) -> None:
-        """Run the phases whose boundary the number of fully scored documents has reached; one if it passed several."""
-        reached = sum(boundary <= len(scored) for boundary in self.settings.phases)
-        if reached > self.phases_run:
-            self.phases_run = reached
-            self.tune(scored)
-            say(f"phase {reached} of {len(self.settings.phases)}: weights tuned on {len(scored)} scored documents")
+    def run(self, scored: list[Text]) -> None:
+        """The phase that these fully scored documents have reached; one if they passed several boundaries."""
+        self.ledger.merge(self.ranks)
+        self.phases_run = phases_reached(len(scored), self.settings)
+        self.tune(scored)
+        phases = len(self.settings.phases)
+        say(f"phase {self.phases_run} of {phases}: weights tuned on {len(scored)} scored documents")
 
     def tune(self, scored: list[Text]) -> None:
         """One epoch over documents, in the text's order."""
@@ -46,7 +61,7 @@ class GlobalTuning:
         momentum = self.settings.global_momentum
         sgd = torch.optim.SGD(list(self.parameters.values()), lr=self.settings.global_lr, momentum=momentum)
         for number, sequences in enumerate(chunks[:-1]):
-            backward(self.module, self.parameters, sequences)
+            backward(self.module, self.parameters, sequences, self.ranks)
             rate = self.settings.global_lr * cosine(number, len(chunks))
             optimizer_step({"sgd": sgd}, self.parameters, rate, self.settings.global_grad_clip)
             self.steps += 1

@@ -17,7 +17,7 @@ Method = Literal["sgd", "scales", "lora", "phased"]
 AdapterTarget = Literal["q", "k", "v", "o", "mlp", "head"]
 
 CHUNK_ONLY = ("stride", "schedule", "grad_clip", "epochs", "train_batch_seqs", "freeze")
-LORA_ONLY = ("rank", "alpha", "adapt", "batch_documents")
+LORA_ONLY = ("rank", "alpha", "adapt", "batch_documents", "lanes")
 PHASED_ONLY = ("phases", "global_lr", "global_momentum", "global_chunk_tokens", "global_seq_len", "global_grad_clip")
 UNREAD: dict[str, tuple[str, ...]] = {  # method → settings that it has no use for
     "sgd": (*LORA_ONLY, *PHASED_ONLY),
@@ -58,6 +58,8 @@ class TTTProtocol(Settings):
     alpha: float = Field(144.0, gt=0, description="an adapter's output is scaled by alpha / rank")
     adapt: tuple[AdapterTarget, ...] = Field(("q", "k", "v", "o", "mlp", "head"), min_length=1)
     batch_documents: int = Field(64, ge=1, description="documents of similar length that adapt side by side")
+
+    lanes: int = Field(8, ge=1, description="queues of batches, shared by ranks, along each of which A is carried")
 
     phases: tuple[int, ...] = Field((833, 1666, 2500), description="fully scored documents at which weights are tuned")
     global_lr: float = Field(0.001, ge=0)

@@ -2,7 +2,9 @@
 
 The text is cut into chunks of some 32K targets. A chunk is scored with the weights as they are, committed, and then
 trained on for a few epochs; the last one is scored and not trained on. With learning rate 0 this is sliding-window
-scoring. Source: openai/parameter-golf, PR #1493 and its forebears.
+scoring. Ranks share a chunk's windows, wait until all of it is scored, then share the sequences of each step, whose
+gradients are added up: the step is the same whatever the number of ranks. Source: openai/parameter-golf, PR #1493 and
+its forebears.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.families import ModelFamily
+from pgolf_post.ranks import Ranks
 from pgolf_post.score.nats import target_nats
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.session import Session
@@ -63,9 +66,11 @@ class ChunkPass:
 
     def step(self, index: int) -> None:
         with self.session.clock.phase("score"):
-            for batch in batches_of(self.spans(index), fitting(BATCH_TOKENS, self.module)):
-                nats = batch_nats(self.module, self.ledger.tokens, batch, self.session)
-                self.ledger.commit(places_of(batch), nats)
+            batches = batches_of(self.spans(index), fitting(BATCH_TOKENS, self.module))
+            for number in self.session.ranks.share(range(len(batches))):
+                nats = batch_nats(self.module, self.ledger.tokens, batches[number], self.session)
+                self.ledger.commit(places_of(batches[number]), nats)
+            self.ledger.merge(self.session.ranks, *self.chunks[index])
         if index + 1 < len(self.chunks):
             with self.session.clock.phase("adapt"):
                 self.learn(index)
@@ -79,7 +84,7 @@ class ChunkPass:
         for _ in range(self.settings.epochs):
             for first in range(0, len(sequences), self.settings.train_batch_seqs):
                 step_sequences = sequences[first : first + self.settings.train_batch_seqs]
-                backward(self.module, self.parameters, step_sequences)
+                backward(self.module, self.parameters, step_sequences, self.session.ranks)
                 rate = self.settings.learning_rate * decay
                 optimizer_step(self.optimizers, self.parameters, rate, self.settings.grad_clip)
                 self.optimizer_steps += 1
@@ -123,25 +128,30 @@ def pad(sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
 
 def micro_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Sequence]]:
     """Parts of one step that fit in memory at once."""
-    longest = max(len(inputs) for inputs, _ in sequences)
+    longest = max((len(inputs) for inputs, _ in sequences), default=1)
     size = max(1, batch_tokens // longest)
     for first in range(0, len(sequences), size):
         yield sequences[first : first + size]
 
 
 @torch.enable_grad()
-def backward(module: Any, parameters: Mapping[str, Tensor], sequences: list[Sequence]) -> None:
-    """Gradients of the mean nats per target. Raises PgolfError naming the setting where memory runs out."""
+def backward(module: Any, parameters: Mapping[str, Tensor], sequences: list[Sequence], ranks: Ranks) -> None:
+    """Gradients of the mean nats per target, the same on every rank; each takes a part of the sequences.
+
+    Raises PgolfError naming the setting where memory runs out.
+    """
+    own = [sequences[number] for number in ranks.share(range(len(sequences)))]
     total = sum(len(targets) for _, targets in sequences)
     device = next(module.parameters()).device
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        for part in micro_batches(sequences, fitting(BATCH_TOKENS, module)):
+        for part in micro_batches(own, fitting(BATCH_TOKENS, module)):
             inputs, targets = (tensor.to(device) for tensor in pad(part))
             real = targets != IGNORED
             nats = target_nats(module, module.hidden(inputs)[real], targets[real])
             (nats.sum() / total).backward()
+        sum_gradients(parameters, ranks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -152,6 +162,19 @@ def backward(module: Any, parameters: Mapping[str, Tensor], sequences: list[Sequ
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Add up gradients over ranks, in one message; a rank without a sequence adds nothing."""
+    if ranks.world_size == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters.values()])
+    ranks.sum_(flat)
+    for parameter, gradient in zip(
+        parameters.values(), flat.split([p.numel() for p in parameters.values()]), strict=True
+    ):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
 def synthetic_tokens(module: Any, count: int = PROBE_TOKENS) -> Tensor:  # (2, count)

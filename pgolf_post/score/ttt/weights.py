@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_post.errors import VerificationError
+from pgolf_post.ranks import Ranks
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -24,6 +25,18 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_equal_weights(module: nn.Module, ranks: Ranks) -> None:
+    """Raise VerificationError unless every rank has learned the same, bit for bit."""
+    if ranks.world_size == 1:
+        return
+    own = weights_sha256(module)
+    main = ranks.main_says(own)
+    if own != main:
+        raise VerificationError(
+            f"rank {ranks.rank} ends test-time training with weights {own[:12]}, rank 0 with {main[:12]}"
+        )
 
 
 @contextmanager
