@@ -235,11 +235,10 @@ def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
 
 def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The checkpoints of a training run beside this one, its own or imported, in step order, itself included."""
-    siblings = []
-    for meta_path in checkpoint.path.parent.glob("step_*/meta.json"):
-        sibling = Checkpoint.open(meta_path.parent)
-        if sibling.meta.get("kind") in ("raw", "imported"):
-            siblings.append(sibling)
+    named = {meta_path.parent for meta_path in checkpoint.path.parent.glob("step_*/meta.json")}
+    others = [path for path in named if path.resolve() != checkpoint.path.resolve()]
+    found = [checkpoint, *map(Checkpoint.open, others)]  # itself whatever its folder is called
+    siblings = [sibling for sibling in found if sibling.meta.get("kind") in ("raw", "imported")]
     return sorted(siblings, key=lambda sibling: int(sibling.meta["step"]))
 
 

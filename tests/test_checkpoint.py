@@ -25,12 +25,14 @@ from pgolf_post.checkpoint import (
     list_checkpoints,
     point_latest,
     read_tensors,
+    run_checkpoints,
     save_checkpoint,
     tensors_sha256,
     view_id,
     write_tensors,
 )
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
+from pgolf_post.ledger.disk import rows_at
 
 META = {"kind": "raw", "phase": "final", "step": 12, "parents": []}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8)
@@ -399,3 +401,13 @@ def test_listing_passes_over_what_is_incomplete_damaged_or_foreign(pico_run: Pat
     (pico_run / "README").touch()
     assert [checkpoint.path.name for checkpoint in list_checkpoints(pico_run)] == names[4:]
     assert list_checkpoints(pico_run / "absent") == []
+
+
+def test_a_checkpoint_is_among_its_runs_whatever_its_folder_is_called(pico_run: Path) -> None:
+    last = Checkpoint.open(pico_run / "latest")
+    steps = [int(checkpoint.meta["step"]) for checkpoint in run_checkpoints(last)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 12
+    alone = Checkpoint.open(last.path.rename(pico_run / "pico" / "kept"))
+    assert [int(checkpoint.meta["step"]) for checkpoint in run_checkpoints(alone)] == steps
+    assert next(row.kind for row in rows_at(alone.path)) == "run"
