@@ -29,7 +29,7 @@ def predict_bytes(model: QuantizedModel) -> int:
     layout = Layout(model)
     roles = [layout.blocks(key) for key in sorted(layout.units) if key[0] == SYMBOLS and layout.fits_rans(key)]
     others = [key for key in layout.units if key[0] != SYMBOLS or not layout.fits_rans(key)]
-    streams = [codecs.compress(layout.raw(key), codecs.BEST)[1] for key in others]
+    streams = [layout.compressed(key, codecs.BEST)[1] for key in others]
     streams.append(codecs.compress(manifest_bytes(model, layout), codecs.BEST)[1])
     num_units = len(streams) + len(roles) + (4 if roles else 0)
     fixed = len(decode.MAGIC) + num_units * decode.FRAME.size + sum(map(len, streams))
@@ -54,7 +54,9 @@ def _coded_bytes(roles: Sequence[Sequence[Block]]) -> float:
 def _every(block: Block, step: int) -> Block:
     """Every `step`-th column of each tensor."""
     tensors = np.split(block.symbols, len(block.scales), axis=1)
-    return make_block([tensor[:, (step // 2) % max(1, block.columns) :: step] for tensor in tensors], block.trellis)
+    kept = slice((step // 2) % max(1, block.columns), None, step)
+    steps = np.split(block.steps, len(tensors), axis=1)
+    return make_block([t[:, kept] for t in tensors], block.trellis, [part[:, kept] for part in steps])
 
 
 def _mean_log_size(blocks: Sequence[Block]) -> float:
