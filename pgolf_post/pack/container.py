@@ -275,13 +275,13 @@ def split_role(name: str) -> tuple[str, int | None]:
     return f"{name[: found.start()]}*{name[found.end() :]}", int(found.group())
 
 
-def manifest_bytes(model: QuantizedModel, layout: Layout) -> bytes:
-    """Compact JSON of everything that is not a tensor."""
+def manifest_bytes(model: QuantizedModel, layout: Layout, symbols_sha256: str = "") -> bytes:
+    """Compact JSON of everything that is not a tensor. The sha256 is computed if it is not given."""
     tree = {
         "config": dict(model.config),
         "lineage": dict(model.lineage),
         "rans": layout.rans,
-        "symbols_sha256": model.symbols_sha256(),
+        "symbols_sha256": symbols_sha256 or model.symbols_sha256(),
         "tensors": layout.table,
     }
     try:

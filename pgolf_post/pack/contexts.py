@@ -42,8 +42,9 @@ QUICK, STEADY, INFORMED = RANS  # kinds of block, by codec id
 TOTAL = 4096  # of a table's frequencies
 ENTRY_BITS, TABLE_BITS = 4.5, 12.0  # what a table costs in the artifact, measured
 ESCAPE_BITS = 16.0
+CHANCE = 0.755  # standard deviation of a Gaussian's magnitudes, relative to their mean
 SAMPLE_SYMBOLS = 1 << 20  # on which row scales are tried
-ROUNDS, LOST_BITS = 3, 0.006  # a scale wrong by x eighths costs LOST_BITS·x² bits per symbol
+ROUNDS, LOST_BITS = 12, 0.005  # a scale wrong by x eighths costs LOST_BITS·x² bits per symbol
 
 _eighths = np.arange(128)
 LOG = np.searchsorted(MANTISSAS[_eighths & 7] << (_eighths >> 3) >> 8, np.arange(1 << 16), "right").astype(np.uint8)
@@ -83,6 +84,15 @@ def make_block(
     known = steps or [np.zeros(symbols.shape, np.int16)]
     scales = np.full((len(matrices), len(symbols)), FLAT_SCALE, np.uint8)
     return Block(symbols, matrices[0].shape[1], trellis, np.concatenate(known, axis=1), scales, symbols, INFORMED)
+
+
+def side_by_side(blocks: Sequence[Block]) -> Block:
+    """Blocks of one shape and trellis as one."""
+    symbols, steps, residuals = (
+        np.concatenate([getattr(block, name) for block in blocks], axis=1) for name in ("symbols", "steps", "residuals")
+    )
+    scales = np.concatenate([block.scales for block in blocks])
+    return replace(blocks[0], symbols=symbols, steps=steps, residuals=residuals, scales=scales)
 
 
 def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) uint8 each
@@ -144,7 +154,7 @@ def entries_of(symbols: np.ndarray) -> np.ndarray:  # int8 or int16 → int32
 def with_scales(blocks: Sequence[Block]) -> list[Block]:
     """One role's blocks with the row scales that make it smaller, judged on a sample of rows."""
     chained = [with_chain(with_residuals(block)) for block in blocks]
-    scaled = [[scale(block) for block in chained] for scale in (_with_one_scale, _with_row_scales)]
+    scaled = [[scale(block) for block in chained] for scale in (with_one_scale, with_row_scales)]
     return min(scaled, key=_sample_bits)
 
 
@@ -196,12 +206,12 @@ def mean_sizes(symbols: np.ndarray, columns: int) -> np.ndarray:  # (rows, tenso
     return means
 
 
-def _with_row_scales(block: Block) -> Block:
-    """A scale per row, to a quarter of an octave, or as much less precise as saves more than it costs."""
+def with_row_scales(block: Block) -> Block:
+    """A scale per row, of the few values for which less precision would cost more bits than it saves."""
     if block.scales.size == 0:
         return block
     wanted = _eighths_of(_row_means(block))
-    eighths = 2 * np.rint(wanted / 2)
+    eighths = np.rint(wanted)
     for _ in range(ROUNDS):
         values, counts = np.unique(eighths, return_counts=True)
         bits = np.log2(eighths.size / counts)
@@ -210,11 +220,18 @@ def _with_row_scales(block: Block) -> Block:
     return _scaled(block, eighths)
 
 
-def _with_one_scale(block: Block) -> Block:
+def with_one_scale(block: Block) -> Block:
     """One scale for all rows but those coded as differences, which have one as well."""
     means, alike = _row_means(block), block.scales >= DIFFERENCE
     both = [_eighths_of(means[kind].mean() if kind.any() else 0.0) for kind in (alike, ~alike)]
     return _scaled(block, np.rint(np.where(alike, *both)))
+
+
+def has_even_rows(block: Block) -> bool:
+    """Whether rows' mean magnitudes differ about as little as those of one Gaussian would by chance."""
+    chance = 8 * np.log2(np.e) * CHANCE / np.sqrt(max(1, block.columns))
+    spread = _eighths_of(_row_means(block)).std() if block.scales.size else 0.0
+    return bool(spread < 1.3 * chance and not (block.scales >= DIFFERENCE).any())
 
 
 def _row_means(block: Block) -> np.ndarray:  # (tensors, rows)

@@ -16,7 +16,6 @@ from pgolf_post.pack import codecs, compare, contexts, rans
 from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
 from pgolf_post.pack.container import PackSettings, block_of, pack
-from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 from pgolf_post.quantize.trellis import Trellis, first_bits
 
@@ -131,12 +130,6 @@ def test_stored_tables_give_every_occurring_symbol_a_frequency() -> None:
 )
 def test_lanes_cost_little(num_symbols: int, lanes: int) -> None:
     assert rans.lane_count(num_symbols) == lanes
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_prediction_is_within_a_third_of_a_percent(spread: float) -> None:
-    model = gaussian_model(spread, spread, blocks=4)
-    assert predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
 
 
 # the comparison
