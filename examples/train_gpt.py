@@ -7,14 +7,15 @@
 import hashlib
 import json
 import lzma
-import math
 import struct
 import zlib
 from itertools import groupby
+from math import prod
 import brotli
 import numpy as np
 MAGIC, FRAME = (b'PGLF\x02', struct.Struct('<BII'))
-DTYPES = [np.dtype(code) for code in ('<i1', '<i2', '<f2', '<u2', '<f4')]
+DTYPES = [*map(np.dtype, ('<i1', '<i2', '<f2', '<u2', '<f4'))]
+RANS = {4: (6, 2, 0), 5: (8, 32, 0), 7: (7, 128, 64)}
 MANTISSAS = np.array([256, 279, 304, 332, 362, 395, 431, 470])
 
 def decode(data):
@@ -24,115 +25,114 @@ def read_units(data):
     units, at = ([], 5)
     while at < len(data):
         codec, size, crc = FRAME.unpack_from(data, at)
-        head, start, at = (data[at:at + 5], at + 9, at + 9 + size)
+        start, at = (at + 9, at + 9 + size)
         units.append((codec, data[start:at]))
     return units
 
 def build(first, *units):
-    manifest, arrays = (json.loads(bytes(inflate(*first))), {})
-    for (key, parts), (codec, data) in zip(lay_out(manifest), units, strict=True):
-        dtype, ends = (DTYPES[key[2]], np.cumsum([math.prod(shape) for shape, *_ in parts]))
-        if codec > 3:
-            flat = rans(data, dtype, parts, arrays, codec)
+    manifest, tensors, digest = (json.loads(bytes(inflate(*first))), {}, hashlib.sha256())
+    layout, packed = lay_out(manifest)
+    for (key, parts), (codec, data) in zip(sorted(layout.items()), units, strict=True):
+        dtype, sizes = (DTYPES[key[2]], [prod(part[0]) for part in parts])
+        if codec in RANS:
+            arrays = rans(data, dtype, parts, layout, codec)
         else:
             raw = np.frombuffer(inflate(codec, data), 'u1')
-            flat = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0]
-        arrays[key] = [a.reshape(part[0]) for a, part in zip(np.split(flat, ends[:-1]), parts)][::-1]
-    packed = assemble(manifest, lambda key, *_: arrays[key] and arrays[key].pop())
-    tensors, digest = ({}, hashlib.sha256())
-    for name, array in sorted(packed.items()):
-        if type(array) is tuple:
-            digest.update(f'{name}\x00{array[0].shape}\x00'.encode() + array[0].astype('<i2').tobytes())
-            tensors[name] = dequantize(*array)
+            flat = raw.reshape(-1, dtype.itemsize, order='FC'[codec > 3]).tobytes()
+            arrays = np.split(np.frombuffer(flat, dtype), np.cumsum(sizes)[:-1])
+        for part, array in zip(parts, arrays):
+            part[0] = array.reshape(part[0])
+    for name, (array, *more) in sorted(packed.items()):
+        if more:
+            digest.update(f'{name}\x00{array.shape}\x00'.encode() + array.astype('<i2').tobytes())
+            tensors[name] = dequantize(array, *more)
         else:
             tensors[name] = (array.astype('<u4') << 16).view('<f4') if array.dtype == '<u2' else array.astype('<f4')
     assert digest.hexdigest() == manifest['symbols_sha256']
-    for name in [name[:-4] for name in packed if name.endswith('.lqA')]:
+    for name in [n[:-4] for n in packed if n.endswith('.lqA')]:
         left, right = (tensors.pop(name + '.lqA'), tensors.pop(name + '.lqB'))
-        tensors[name] = tensors[name] + left @ right
+        tensors[name] += left @ right
     return tensors
 
 def lay_out(manifest):
-    layout = {(2, label, 0): [(shape,)] for label, shape in enumerate(manifest['rans'])}
-    assemble(manifest, lambda key, *part: layout.setdefault(key, []).append(part))
-    parts = [(max(2, DTYPES[key[2]].itemsize), key[0] > 2, part[0]) for key in layout for part in layout[key]]
-    return sorted(layout.items())
+    layout, packed = ({(2, label, 0): [[shape]] for label, shape in enumerate(manifest['rans'])}, {})
 
-def assemble(manifest, take):
-    tensors = {}
+    def add(part, *key):
+        layout.setdefault(key, []).append(part)
+        return part
     for name, role, table, shape, dtype, *more in manifest['tensors']:
+        section, part = (1, [shape])
         if more:
             matrix, trellis, *factors = more
-            factors = [(axis, repeat, take((0, axis, form), [n])) for axis, form, repeat, n in factors]
-            if table:
-                take((2, 3, 0), matrix[:1])
-            tensors[name] = (take((3, role, dtype), matrix, trellis, table), shape, trellis, factors)
-        else:
-            tensors[name] = take((1, 0, dtype), shape)
-    return tensors
+            factors = [(axis, repeat, add([[n]], 0, axis, form)) for axis, form, repeat, n in factors]
+            section, part = (3, [matrix, trellis, table, factors, table and add([matrix[:1]], 2, 3, 0), shape])
+        packed[name] = add(part, section, role, dtype)
+    return (layout, packed)
 
-def dequantize(symbols, shape, trellis, factors):
-    scale, exponent = (np.ones((1, 1), '<f4'), np.zeros((1, 1), '<i4'))
-    for axis, repeat, values in factors:
-        values = values[None] if axis == 2 else values.repeat(repeat)[:symbols.size].reshape(symbols.shape)
-        if values.dtype.kind == 'f':
-            scale = scale * values.astype('<f4')
-        else:
-            exponent = exponent + values
+def spread(factors, shape, kind):
+    for axis, repeat, (values,) in factors:
+        if values.dtype.kind == kind:
+            yield (values[None] if axis == 2 else values.repeat(repeat)[:prod(shape)].reshape(shape))
+
+def dequantize(symbols, trellis, _, factors, scales, shape):
+    scale = prod((values.astype('<f4') for values in spread(factors, symbols.shape, 'f')), start=np.float32(1))
+    exponent = sum(spread(factors, symbols.shape, 'i'), np.zeros((1, 1), '<i4'))
     scale = scale * np.ldexp((2.0 ** (np.arange(8) / 8)).astype('<f4')[exponent & 7], exponent >> 3)
     points, state = (symbols.astype('<i4') << len(trellis[:1]), np.zeros(symbols.shape[1], int))
-    for row in range(len(symbols) if trellis else 0):
-        state *= row % trellis[0] > 0
+    for row in range(len(symbols) * bool(trellis)):
         points[row] += state & 1
-        state = next_state(state, symbols[row], *trellis)
+        state = next_state(state, symbols[row], row, trellis)
     return (points.astype('<f4') * scale).reshape(shape)
 
-def next_state(state, symbol, _, h0, h1):
-    return state >> 1 ^ (state & 1) * h0 ^ (symbol & 1) * h1
+def next_state(state, symbols, row, trellis):
+    lane, h0, h1 = trellis
+    return (state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1) * ((row + 1) % lane > 0)
 
-def rans(data, dtype, parts, arrays, codec):
-    (states,), (classes,), (weights,) = (arrays[2, label, 0] for label in range(3))
-    states = arrays.setdefault('states', states.view('<u4')[:, 0].astype(int))
-    (contexts, entries), weights, half = (weights.shape, weights.astype(int), weights.shape[1] // 2)
-    ends = ((weights > 0) * MANTISSAS[weights & 7] << (weights >> 3)).cumsum(1)
-    freqs = np.diff(4096 * ends // ends[:, -1:], axis=1, prepend=0).ravel()
-    starts = np.cumsum(freqs) - freqs & 4095
+def power(n):
+    return MANTISSAS[n & 7] << (n >> 3)
+
+def rans(data, dtype, parts, layout, codec):
+    states, classes, weights = (layout[2, label, 0][0][0] for label in range(3))
+    states = layout.setdefault('states', states.view('<u4')[:, 0].astype(int))
+    weights, entries = (weights.astype(int), weights.shape[1])
+    ends = ((weights > 0) * power(weights)).cumsum(1)
+    freqs = np.diff(4096 * ends // ends[:, -1:], prepend=0).ravel()
+    starts, symbols = (np.cumsum(freqs) - freqs, np.arange(len(freqs)) % entries - entries // 2)
     table, n = (np.arange(len(freqs)).repeat(freqs), np.arange(128))
-    log = np.searchsorted(MANTISSAS[n & 7] << (n >> 3) >> 8, np.arange(1 << 16), 'right')
-    shrink = MANTISSAS[-n & 7] << 8 >> 8 - (64 - n >> 3)
-    words, flat, new = (np.frombuffer(data, '<u2'), [], codec > 4)
-    for ((rows, columns), trellis, group), same in groupby(parts):
-        levels = np.array([arrays[2, 3, 0].pop() for _ in same], int)
-        width = len(levels) * columns
-        out, line, path, means = (np.zeros((rows, width), dtype), *np.full((3, width), [[0], [0], [1024]]))
-        base = np.zeros(width, dtype)
-        for row in range(rows):
-            level, odd = (levels[:, row].repeat(columns), path & 1)
-            context = 2 * classes[group - 1, log[means] + (level & 127)].astype(int) + odd
+    log, shrink = (np.searchsorted(power(n) >> 8, np.arange(1 << 16), 'right'), power(128 - n) >> 8)
+    words, (shift, first, half) = (np.frombuffer(data, '<u2'), RANS[codec])
+    for (shape, trellis, group), some in groupby(parts, lambda part: part[:3]):
+        same, (rows, columns) = ([*some], shape)
+        near = np.transpose([part[4][0] for part in same]).repeat(columns, 1)
+        steps = [sum(spread(part[3] * (codec > 6), shape, 'i'), np.zeros(shape, '<i2')) for part in same]
+        scales, width = (near - np.concatenate(steps, 1) & 127, len(same) * columns)
+        out, (line, path, base, means) = (np.zeros((rows, width), dtype), np.zeros((4, width), '<i4'))
+        means += 1024
+        for row, (scale, alike, now) in enumerate(zip(scales, near < 0, out)):
+            odd = path & 1
+            context = 2 * classes[group - 1, log[means] + scale].astype(int) + odd
             for at in range(0, width, len(states)):
                 here = context[at:at + len(states)]
                 state = states[:len(here)]
-                slot = state & 4095
-                which = table[(here << 12) + slot]
+                slot = (here << 12) + (state & 4095)
+                which = table[slot]
                 state[:] = freqs[which] * (state >> 12) + slot - starts[which]
                 low = np.flatnonzero(state < 1 << 16)
                 state[low] = state[low] << 16 | words[:len(low)]
                 words = words[len(low):]
-                line[at:at + len(here)] = which - here * entries - half
-            wild = line == -half
+                line[at:at + len(here)] = symbols[which]
+            wild = line == symbols[0]
             words, raw = np.split(words, [len(words) - wild.sum()])
             line[wild] = raw.view('<i2')
-            size = np.minimum(abs(2 * line + odd) * shrink[level & 127], 65535)
-            means += size - means >> min(6 + 2 * new, (row + 2 + 30 * new).bit_length() - 1)
-            out[row] = line + base * (level < 0)
-            base = np.where(new & (level >= 0), base, out[row])
-            if trellis:
-                path = next_state(path, out[row], *trellis) * ((row + 1) % trellis[0] > 0)
-        flat.append(out.reshape(rows, len(levels), columns).swapaxes(0, 1).ravel())
-    return np.concatenate(flat)
+            size = np.minimum(abs(2 * line + odd) * shrink[scale], 65535)
+            means += size - means + half >> min(shift, (row + first).bit_length() - 1)
+            now[:] = line + base * alike
+            base = np.where(alike, now, base) if codec > 4 else now
+            path = next_state(path, now, row, trellis) if trellis else path
+        yield from np.split(out, len(same), 1)
 
 def inflate(codec, data):
-    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec](bytes(data))
+    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec & 3](bytes(data))
 
 
 # What follows is the contestant's own: here the model comes from the package, and the score is that of whole windows.

@@ -100,17 +100,19 @@ def read_artifact(path: Path) -> Artifact:
 def unpack(data: bytes) -> Artifact:
     """Decode an artifact's bytes. Raises decode.ArtifactError."""
     manifest, tensors, packed = decode.decode(data)
-    passthrough = {name: array for name, array in packed.items() if not isinstance(array, tuple)}
-    quantized = {name: _tensor(name, *parts) for name, parts in packed.items() if isinstance(parts, tuple)}
+    passthrough = {name: array for name, (array, *more) in packed.items() if not more}
+    quantized = {name: _tensor(name, symbols, *more) for name, (symbols, *more) in packed.items() if more}
     return Artifact(manifest, QuantizedModel(manifest["config"], manifest["lineage"], quantized, passthrough), tensors)
 
 
-def _tensor(name: str, symbols: np.ndarray, shape: list[int], stored: list[int], factors: list[Any]) -> QuantizedTensor:
+def _tensor(
+    name: str, symbols: np.ndarray, stored: list[int], _: int, factors: list[Any], scales: Any, shape: list[int]
+) -> QuantizedTensor:
     trellis = None
     if stored:
         states = {tuple(h >> 1 for h in both): states for states, both in POLYNOMIALS.items()}
         trellis = Trellis(states[tuple(stored[1:])], stored[0])
-    made = [Factor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, values in factors]
+    made = [Factor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, (values,) in factors]
     return QuantizedTensor(name, symbols, tuple(made), tuple(shape), trellis)
 
 
@@ -124,7 +126,7 @@ def read_facts(path: Path) -> ArtifactFacts:
     head = len(first[1]) + frame + len(decode.MAGIC)
     facts = [UnitFacts("manifest", "", codecs.codec_name(first[0]), head, raw, 0)]
     roles = {row[1]: split_role(row[0])[0] for row in manifest["tensors"] if len(row) > 5}
-    for (key, parts), (codec_id, stored) in zip(decode.lay_out(manifest), units, strict=True):
+    for (key, parts), (codec_id, stored) in zip(sorted(decode.lay_out(manifest)[0].items()), units, strict=True):
         values = sum(int(np.prod(part[0], dtype=np.int64)) for part in parts)
         raw_bytes, num_values = values * decode.DTYPES[key[2]].itemsize, 0 if key[0] == CODER else values
         codec = codecs.codec_name(codec_id)

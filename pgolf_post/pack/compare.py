@@ -95,7 +95,7 @@ def _shipped(model: QuantizedModel, layout: Layout, name: str) -> Row:
     seconds = time.perf_counter() - encoded
     if manifest["symbols_sha256"] != model.symbols_sha256():
         raise VerificationError(f"{name}: decoded other symbols")
-    keys = [key for key, _ in decode.lay_out(manifest)]
+    keys = sorted(decode.lay_out(manifest)[0])
     sizes = dict(zip(keys, (len(stream) + decode.FRAME.size for _, stream in units[1:]), strict=True))
     roles: dict[str, int] = {}
     for key in (key for key in keys if key[0] == SYMBOLS):
@@ -107,7 +107,7 @@ def _shipped(model: QuantizedModel, layout: Layout, name: str) -> Row:
 def _rest_bytes(model: QuantizedModel) -> int:
     """Bytes of an artifact without its symbols: manifest, factors and passthrough."""
     units = pack_units(model, PackSettings(codec=codecs.RANS))
-    keys = [key for key, _ in decode.lay_out(decode.decode(frame_units(units))[0])]
+    keys = sorted(decode.lay_out(decode.decode(frame_units(units))[0])[0])
     frames = [len(stream) + decode.FRAME.size for _, stream in units]
     return len(decode.MAGIC) + frames[0] + sum(size for key, size in zip(keys, frames[1:], strict=True) if key[0] < 2)
 

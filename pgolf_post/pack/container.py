@@ -12,13 +12,14 @@ stream; so do all factors of one axis and type, and all passed-through tensors o
                number of the role's context table, counted from 1, or 0 if rANS does not code it; trellis is [] or
                [lane_rows, h0 >> 1, h1 >> 1]; a factor is [axis, dtype, repeat, length]: axis 0 tensor, 1 row, 2 column,
                3 group, each value serving `repeat` weights in row-major order (0 for a column's)
-      rans     [] or the shapes of states, classes and weights; codecs 4 and 5 are rANS with quick or steady means
+      rans     [] or the shapes of states, classes and weights; codec 7 is rANS, 4 and 5 its older kinds
     the rest   in order of their keys (section, label, dtype): factors (0, axis, ·), passthrough (1, 0, ·), the coder's
                states, classes, weights and row scales (2, 0 to 3, ·), symbols (3, role, ·)
 
 dtype 0 is int8, 1 int16, 2 float16, 3 bfloat16's bits, 4 float32 (which only foreign artifacts have). The bytes of a
 wider number differ in kind (sign and exponent against mantissa noise), so all low bytes of a unit come first, then all
-high bytes; rANS units hold words of their own. A weight is its symbol (or the trellis' grid point) times its factors.
+high bytes, except under codec 6, an lzma that knows them apart; rANS units hold words of their own. A weight is its
+symbol (or the trellis' grid point) times its factors.
 
 The same model and settings always give the same bytes, for one version of the codec libraries: no clock, no random
 state, sorted keys.
@@ -107,7 +108,7 @@ def pack_units(
     jobs = {key: side_codec for key in keys if key[0] != SYMBOLS or settings.codec != codecs.RANS}
     streams: dict[Key, tuple[int, bytes]] = {}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # the codecs release the interpreter lock
-        for key, stream in pool.map(lambda job: (job[0], codecs.compress(layout.raw(job[0]), job[1])), jobs.items()):
+        for key, stream in pool.map(lambda job: (job[0], layout.compressed(*job)), jobs.items()):
             streams[key] = stream
             announce()
     if settings.codec in (codecs.RANS, codecs.BEST):
@@ -132,15 +133,14 @@ def code_symbols(layout: Layout, streams: dict[Key, tuple[int, bytes]]) -> None:
     keys = [key for key in units if layout.fits_rans(key)]
     for key in units:
         if key not in keys and key not in streams:
-            streams[key] = codecs.compress(layout.raw(key), codecs.BEST)
+            streams[key] = layout.compressed(key, codecs.BEST)
     coded, expected_bits = _coded(layout, keys)
     better = [key for key in keys if key not in streams or expected_bits[key] < 8 * len(streams[key][1])]
     if better != keys:
         coded, _ = _coded(layout, better)
     if coded is None:
         return
-    ids = [codecs.STEADY_RANS_ID if steady else codecs.RANS_ID for steady in coded.steady]
-    ours = dict(zip(better, zip(ids, coded.streams, strict=True), strict=True))
+    ours = dict(zip(better, ((codecs.RANS_ID, stream) for stream in coded.streams), strict=True))
     own = layout.coder_units(coded)
     ours |= {key: codecs.compress(to_planes(arrays, key[2]), codecs.BEST) for key, arrays in own.items()}
     stored_bytes = sum(len(stream) + decode.FRAME.size for _, stream in ours.values())
@@ -162,7 +162,7 @@ class Layout:
 
     def __init__(self, model: QuantizedModel) -> None:
         self.units: Units = {}
-        self.trellises: dict[Key, list[Trellis | None]] = {}
+        self.coded: dict[Key, list[QuantizedTensor]] = {}  # whose symbols those of a unit are
         self.table: list[TableRow] = []
         self.rans: list[list[int]] = []
         self.roles = sorted({split_role(name)[0] for name in model.quantized})
@@ -183,7 +183,7 @@ class Layout:
             self.units.setdefault((FACTORS, axis, form), []).append(factor.values)
         key = (SYMBOLS, role, dtype_of(tensor.symbols))
         self.units.setdefault(key, []).append(tensor.symbols)
-        self.trellises.setdefault(key, []).append(tensor.trellis)
+        self.coded.setdefault(key, []).append(tensor)
         more = [[rows, columns], stored_trellis(tensor.trellis), *factors]
         self.table.append([name, role, 0, list(tensor.shape), key[2], *more])
 
@@ -191,11 +191,20 @@ class Layout:
         """A unit's bytes before compression."""
         return to_planes(self.units[key], key[2])
 
+    def compressed(self, key: Key, codec: str) -> tuple[int, bytes]:
+        """(codec id, stream) of a unit; "best" tries numbers of several bytes as they lie, too."""
+        stream = codecs.compress(self.raw(key), codec)
+        width_bytes = decode.DTYPES[key[2]].itemsize
+        if codec != codecs.BEST or width_bytes == 1:
+            return stream
+        return min(
+            stream, codecs.compress_words(to_bytes(self.units[key], key[2]), width_bytes), key=lambda s: len(s[1])
+        )
+
     def blocks(self, key: Key) -> list[Block]:
         """A unit of symbols as the entropy coder takes it."""
-        parts = zip(self.units[key], self.trellises[key], strict=True)
-        grouped = groupby(parts, key=lambda part: (part[0].shape, part[1]))
-        return [make_block([array for array, _ in same], trellis) for (_, trellis), same in grouped]
+        grouped = groupby(self.coded[key], key=lambda tensor: (tensor.symbols.shape, tensor.trellis))
+        return [block_of(list(same)) for _, same in grouped]
 
     def fits_rans(self, key: Key) -> bool:
         """Whether no row of a unit is wider than the decoder allows, and there is anything to code."""
@@ -219,11 +228,26 @@ class Layout:
         self.units.update(own)
 
 
+def block_of(tensors: Sequence[QuantizedTensor]) -> Block:
+    """Tensors of one shape and trellis side by side, with what their integer factors say about their symbols."""
+    return make_block([t.symbols for t in tensors], tensors[0].trellis, [integer_steps(tensor) for tensor in tensors])
+
+
+def integer_steps(tensor: QuantizedTensor) -> np.ndarray:  # (rows, columns) int16
+    """The sum of a tensor's integer factors."""
+    shape = tensor.symbols.shape
+    return sum((f.spread(*shape) for f in tensor.factors if f.is_exponent), np.zeros(shape, np.int16))
+
+
 def to_planes(arrays: Sequence[np.ndarray], dtype: int) -> bytes:
     """Arrays one after another: all lowest bytes of wider numbers, then all next ones."""
-    stored = decode.DTYPES[dtype]
-    whole = b"".join(np.ascontiguousarray(array, stored).tobytes() for array in arrays)
-    return b"".join(whole[plane :: stored.itemsize] for plane in range(stored.itemsize))
+    whole, width_bytes = to_bytes(arrays, dtype), decode.DTYPES[dtype].itemsize
+    return b"".join(whole[plane::width_bytes] for plane in range(width_bytes))
+
+
+def to_bytes(arrays: Sequence[np.ndarray], dtype: int) -> bytes:
+    """Arrays one after another, little-endian."""
+    return b"".join(np.ascontiguousarray(array, decode.DTYPES[dtype]).tobytes() for array in arrays)
 
 
 def _table_order(name: str, array: np.ndarray) -> tuple[str, int, int]:
@@ -251,13 +275,13 @@ def split_role(name: str) -> tuple[str, int | None]:
     return f"{name[: found.start()]}*{name[found.end() :]}", int(found.group())
 
 
-def manifest_bytes(model: QuantizedModel, layout: Layout) -> bytes:
-    """Compact JSON of everything that is not a tensor."""
+def manifest_bytes(model: QuantizedModel, layout: Layout, symbols_sha256: str = "") -> bytes:
+    """Compact JSON of everything that is not a tensor. The sha256 is computed if it is not given."""
     tree = {
         "config": dict(model.config),
         "lineage": dict(model.lineage),
         "rans": layout.rans,
-        "symbols_sha256": model.symbols_sha256(),
+        "symbols_sha256": symbols_sha256 or model.symbols_sha256(),
         "tensors": layout.table,
     }
     try:

@@ -1,19 +1,20 @@
 """What the entropy coder knows before it reads a symbol: integers made of symbols that the decoder has already.
 
-A symbol n of a column is about as large as the column's earlier ones, and as the other symbols of its row. So each
-column keeps a running integer mean of the magnitudes |2n + z| (z is the trellis bit, 0 without a trellis): in a
-*steady* role over the last 256 rows or so, and over 32 at the start, as where columns differ little; in any other over
-64, and over as many as there are at the start. And each row has a *scale* in eighths of an octave, stored in the
-artifact: one for a whole role where rows are alike, as with row scales from standard deviations, or one per row where
-they are not (equal-slope steps). A row's magnitudes are divided by its scale before they enter the column's mean, and
+A symbol n is about as large as its column's earlier ones, as the other symbols of its row, and as its step is small.
+Each symbol has a *scale* in eighths of an octave: its row's stored one less the integer factors of its weight, which
+the decoder has read before (modulo 128, so that what a tensor's factors have in common costs nothing). Stored scales
+are one for a whole role where that is enough, or one per row where they pay, no more precise than they pay. Each
+column keeps a running integer mean, over 128 rows, of the magnitudes |2n + z| (z is the trellis bit, 0 without a
+trellis), every one divided by its scale. Then
 
     level = log2(mean) + scale, in eighths of an octave
 
 predicts the next magnitude. Rows that nearly repeat another, as the embeddings of tokens that never occur do, are coded
-as the difference, and the rest is about the difference: in a steady role from the last row that was coded so, in any
-other from the row before. Levels are merged into classes, and roles into
-groups that share their classes, for as long as tables saved are worth more than the bits lost; class and trellis bit
-name the frequency table.
+as the difference from the last row that was coded so, and the rest is about the difference. (Artifacts of two older
+kinds, QUICK and STEADY, ignore factors and have means of other lengths; QUICK takes differences from the row before.)
+
+Levels are merged into classes, and roles into groups that share their classes, for as long as tables saved are worth
+more than the bits lost; class and trellis bit name the frequency table.
 
 Frequencies are stored as one byte v per entry, meaning the weight 2^(v/8) (0: absent), which costs 0.0005 bit per
 symbol; entry 0 is the escape, after which the symbol is stored raw. All of this is integer arithmetic, the same
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pgolf_post.pack.decode import MANTISSAS
+from pgolf_post.pack.decode import MANTISSAS, RANS
 from pgolf_post.quantize.trellis import Trellis, next_states
 
 LEVELS = 256
@@ -37,12 +38,13 @@ FLAT_SCALE = 64  # scale 0 as stored
 DIFFERENCE = 128  # flag of a row that is coded as the difference from another
 CLOSE = 0.8  # mean size of that difference, relative to the row's own, below which it is
 FIRST_MEAN = 1024
-MAX_SHIFT, FIRST_ROWS = {False: 6, True: 8}, {False: 2, True: 32}  # by kind: of the running mean
-STEADY_BITS = 512  # that a role must save to be of the newer kind
+QUICK, STEADY, INFORMED = RANS  # kinds of block, by codec id
 TOTAL = 4096  # of a table's frequencies
 ENTRY_BITS, TABLE_BITS = 4.5, 12.0  # what a table costs in the artifact, measured
 ESCAPE_BITS = 16.0
+CHANCE = 0.755  # standard deviation of a Gaussian's magnitudes, relative to their mean
 SAMPLE_SYMBOLS = 1 << 20  # on which row scales are tried
+ROUNDS, LOST_BITS = 12, 0.005  # a scale wrong by x eighths costs LOST_BITS·x² bits per symbol
 
 _eighths = np.arange(128)
 LOG = np.searchsorted(MANTISSAS[_eighths & 7] << (_eighths >> 3) >> 8, np.arange(1 << 16), "right").astype(np.uint8)
@@ -56,22 +58,41 @@ class Block:
     symbols: np.ndarray  # (rows, tensors·columns) int8 or int16
     columns: int
     trellis: Trellis | None
-    scales: (
-        np.ndarray
-    )  # (tensors, rows) uint8: eighths of an octave + 64; bit 7: the row is coded against the one before
+    steps: np.ndarray  # like symbols, int16: sums of integer factors, eighths of an octave
+    scales: np.ndarray  # (tensors, rows) uint8: eighths of an octave + 64; bit 7: the row is coded as a difference
     residuals: np.ndarray  # like symbols, less another row where that is so
-    steady: bool = False  # slow means; that other row is the last one so coded, zeros at first, else the row before
+    kind: int
 
     @property
     def num_symbols(self) -> int:
         return int(self.symbols.size)
 
+    def scale_of(self, row: int) -> np.ndarray:  # (tensors·columns,) int32, 0 to 127
+        """By what the magnitudes of a row are divided, as the decoder knows it: eighths of an octave + 64."""
+        stored = (self.scales[:, row] & 127).astype(np.int32).repeat(self.columns)
+        known: np.ndarray = stored - self.steps[row] & 127 if self.kind == INFORMED else stored
+        return known
 
-def make_block(matrices: Sequence[np.ndarray], trellis: Trellis | None) -> Block:  # each (rows, columns)
+
+def make_block(
+    matrices: Sequence[np.ndarray],  # each (rows, columns)
+    trellis: Trellis | None,
+    steps: Sequence[np.ndarray] = (),  # each (rows, columns) int16: eighths of an octave
+) -> Block:
     """Equal-shaped matrices as a block, rows not yet scaled."""
     symbols = np.concatenate(matrices, axis=1)
+    known = steps or [np.zeros(symbols.shape, np.int16)]
     scales = np.full((len(matrices), len(symbols)), FLAT_SCALE, np.uint8)
-    return Block(symbols, matrices[0].shape[1], trellis, scales, symbols)
+    return Block(symbols, matrices[0].shape[1], trellis, np.concatenate(known, axis=1), scales, symbols, INFORMED)
+
+
+def side_by_side(blocks: Sequence[Block]) -> Block:
+    """Blocks of one shape and trellis as one."""
+    symbols, steps, residuals = (
+        np.concatenate([getattr(block, name) for block in blocks], axis=1) for name in ("symbols", "steps", "residuals")
+    )
+    scales = np.concatenate([block.scales for block in blocks])
+    return replace(blocks[0], symbols=symbols, steps=steps, residuals=residuals, scales=scales)
 
 
 def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) uint8 each
@@ -80,9 +101,10 @@ def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) u
     levels, odds = np.empty((rows, width), np.uint8), np.zeros((rows, width), np.uint8)
     means, state = np.full(width, FIRST_MEAN, np.int32), np.zeros(width, np.uint8)
     table = next_states(block.trellis.states).ravel() if block.trellis else None
+    shift, first, half = RANS[block.kind]
     for row in range(rows):
-        scale = (block.scales[:, row] & 127).repeat(block.columns)
-        np.add(LOG[means], scale, out=levels[row])
+        scale = block.scale_of(row)
+        np.add(LOG[means], scale, out=levels[row], casting="unsafe")
         sizes = 2 * block.residuals[row].astype(np.int32)
         if table is not None and block.trellis is not None:
             if row % block.trellis.lane_rows == 0:
@@ -91,7 +113,7 @@ def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) u
             sizes += odds[row]
             state = table[2 * state.astype(np.int32) + (block.symbols[row] & 1)]
         sizes = np.minimum(np.abs(sizes) * SHRINK[scale], 65535).astype(np.int32)
-        means += (sizes - means) >> min(MAX_SHIFT[block.steady], (row + FIRST_ROWS[block.steady]).bit_length() - 1)
+        means += (sizes - means + half) >> min(shift, (row + first).bit_length() - 1)
     return levels, odds
 
 
@@ -130,11 +152,10 @@ def entries_of(symbols: np.ndarray) -> np.ndarray:  # int8 or int16 → int32
 
 
 def with_scales(blocks: Sequence[Block]) -> list[Block]:
-    """One role's blocks with the kind of row scale that makes it smaller, judged on a sample of rows."""
-    alike = [with_residuals(block) for block in blocks]
-    kinds = [alike, [with_chain(block) for block in alike]]
-    scaled = [[scale(block) for block in kind] for kind in kinds for scale in (_with_one_scale, _with_row_scales)]
-    return min(scaled, key=lambda blocks: _sample_bits(blocks) + STEADY_BITS * any(block.steady for block in blocks))
+    """One role's blocks with the row scales that make it smaller, judged on a sample of rows."""
+    chained = [with_chain(with_residuals(block)) for block in blocks]
+    scaled = [[scale(block) for block in chained] for scale in (with_one_scale, with_row_scales)]
+    return min(scaled, key=_sample_bits)
 
 
 def with_residuals(block: Block) -> Block:
@@ -145,7 +166,7 @@ def with_residuals(block: Block) -> Block:
     steps[1:] -= block.symbols[:-1]
     alike = mean_sizes(steps, block.columns) < CLOSE * mean_sizes(block.symbols, block.columns)  # (tensors, rows)
     alike[:, 0] = False
-    return with_stored_residuals(replace(block, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8)))
+    return replace(block, scales=block.scales | (alike * DIFFERENCE).astype(np.uint8))
 
 
 def with_stored_residuals(block: Block) -> Block:
@@ -156,7 +177,7 @@ def with_stored_residuals(block: Block) -> Block:
     residuals = block.symbols.astype(np.int32)
     for tensor, flags in enumerate(alike):
         others = np.arange(-1, len(flags) - 1)
-        if block.steady:
+        if block.kind != QUICK:
             last = np.maximum.accumulate(np.where(flags, np.arange(len(flags)), -1))
             others = np.concatenate([[-1], last[:-1]])
         rows = np.flatnonzero(flags & (others >= 0))
@@ -175,7 +196,7 @@ def with_chain(block: Block) -> Block:
             away = symbols - np.rint(np.median(symbols[flags], axis=0)).astype(np.int32)
             chained[tensor] = mean_sizes(away, block.columns)[0] < CLOSE * mean_sizes(symbols, block.columns)[0]
     scales = (block.scales & 127) | (chained * DIFFERENCE).astype(np.uint8)
-    return with_stored_residuals(replace(block, scales=scales, residuals=block.symbols, steady=True))
+    return with_stored_residuals(replace(block, scales=scales, residuals=block.symbols))
 
 
 def mean_sizes(symbols: np.ndarray, columns: int) -> np.ndarray:  # (rows, tensors·columns) → (tensors, rows)
@@ -185,22 +206,50 @@ def mean_sizes(symbols: np.ndarray, columns: int) -> np.ndarray:  # (rows, tenso
     return means
 
 
-def _with_row_scales(block: Block) -> Block:
-    """A scale per row, to a quarter of an octave."""
-    return _scaled(block, 2 * np.rint(_eighths_of(_row_means(block)) / 2))
+def with_row_scales(block: Block) -> Block:
+    """A scale per row, of the few values for which less precision would cost more bits than it saves."""
+    if block.scales.size == 0:
+        return block
+    wanted = _eighths_of(_row_means(block))
+    eighths = np.rint(wanted)
+    for _ in range(ROUNDS):
+        values, counts = np.unique(eighths, return_counts=True)
+        bits = np.log2(eighths.size / counts)
+        lost = LOST_BITS * block.columns * (wanted.ravel()[:, None] - values) ** 2
+        eighths = values[np.argmin(lost + bits, axis=1)].reshape(wanted.shape)
+    return _scaled(block, eighths)
 
 
-def _with_one_scale(block: Block) -> Block:
+def with_one_scale(block: Block) -> Block:
     """One scale for all rows but those coded as differences, which have one as well."""
     means, alike = _row_means(block), block.scales >= DIFFERENCE
     both = [_eighths_of(means[kind].mean() if kind.any() else 0.0) for kind in (alike, ~alike)]
     return _scaled(block, np.rint(np.where(alike, *both)))
 
 
+def has_even_rows(block: Block) -> bool:
+    """Whether rows' mean magnitudes differ about as little as those of one Gaussian would by chance."""
+    chance = 8 * np.log2(np.e) * CHANCE / np.sqrt(max(1, block.columns))
+    spread = _eighths_of(_row_means(block)).std() if block.scales.size else 0.0
+    return bool(spread < 1.3 * chance and not (block.scales >= DIFFERENCE).any())
+
+
 def _row_means(block: Block) -> np.ndarray:  # (tensors, rows)
+    """Mean magnitudes; if steps are known, as large as they would be without."""
     if block.symbols.size == 0:
         return np.zeros(block.scales.shape)
-    return mean_sizes(block.residuals, block.columns)
+    if not block.steps.any():
+        return mean_sizes(block.residuals, block.columns)
+    relative = block.steps - _offsets(block)[0].astype(np.int16).repeat(block.columns)
+    return mean_sizes(block.residuals * np.exp2(relative / np.float32(8)), block.columns)
+
+
+def _offsets(block: Block) -> np.ndarray:  # (1, tensors) int64
+    """What all steps of a tensor have in common, in steps of 64 eighths, or small ones would have different scales."""
+    if block.symbols.size == 0:
+        return np.zeros((1, len(block.scales)), np.int64)
+    offsets: np.ndarray = 64 * np.rint(block.steps[:1, :: block.columns] / 64).astype(np.int64)
+    return offsets
 
 
 def _eighths_of(means: np.ndarray | float) -> np.ndarray:
@@ -209,8 +258,8 @@ def _eighths_of(means: np.ndarray | float) -> np.ndarray:
 
 
 def _scaled(block: Block, eighths: np.ndarray) -> Block:
-    scales = np.clip(eighths + FLAT_SCALE, 0, 127).astype(np.uint8) | (block.scales & DIFFERENCE)
-    return replace(block, scales=scales)
+    scales = np.clip(eighths + FLAT_SCALE, 0, 127).astype(np.int64) + _offsets(block).T & 127
+    return replace(block, scales=scales.astype(np.uint8) | (block.scales & DIFFERENCE))
 
 
 def _sample_bits(blocks: Sequence[Block]) -> float:
@@ -218,7 +267,14 @@ def _sample_bits(blocks: Sequence[Block]) -> float:
     num_symbols = sum(block.num_symbols for block in blocks)
     step = 1 + num_symbols // SAMPLE_SYMBOLS
     sample = [
-        replace(b, symbols=b.symbols[::step], residuals=b.residuals[::step], scales=b.scales[:, ::step]) for b in blocks
+        replace(
+            b,
+            symbols=b.symbols[::step],
+            residuals=b.residuals[::step],
+            scales=b.scales[:, ::step],
+            steps=b.steps[::step],
+        )
+        for b in blocks
     ]
     counts = histogram_of(sample, [levels_of(block) for block in sample])
     sampled = sum(block.num_symbols for block in sample)

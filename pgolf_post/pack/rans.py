@@ -21,7 +21,7 @@ from pgolf_post.pack import contexts
 from pgolf_post.pack.contexts import Block, Model
 
 LOW = 1 << 16  # states stay in [LOW, 2^32)
-SYMBOLS_PER_LANE_LOG2 = 15  # 3 bytes per lane are then 0.02 % of 3.5 bits per symbol
+SYMBOLS_PER_LANE_LOG2 = 16  # 3 bytes per lane are then 0.01 % of 3.5 bits per symbol
 MAX_LANES = 4096
 
 
@@ -33,7 +33,6 @@ class Coded:
     model: Model
     states: np.ndarray  # (lanes,) uint32, before the first symbol is read
     scales: tuple[np.ndarray, ...]  # per role: (rows of all its tensors,) uint8
-    steady: tuple[bool, ...]  # per role: the kind of its blocks
 
     @property
     def unit_bits(self) -> list[float]:
@@ -74,8 +73,7 @@ def encode(roles: Sequence[Sequence[Block]]) -> Coded:
         for blocks, walks, group in reversed(list(zip(scaled, walked, model.group_of, strict=True)))
     ]
     scales = tuple(np.concatenate([block.scales.ravel() for block in blocks]) for blocks in scaled)
-    steady = tuple(any(block.steady for block in blocks) for blocks in scaled)
-    return Coded(tuple(reversed(streams)), model, states.astype(np.uint32), scales, steady)
+    return Coded(tuple(reversed(streams)), model, states.astype(np.uint32), scales)
 
 
 class Coder:

@@ -16,7 +16,7 @@ GUARDS = ("need", "check")
 # `inflate` without limits
 INFLATE = """
 def inflate(codec, data):
-    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec](bytes(data))
+    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec & 3](bytes(data))
 """
 HEADER = "# Decoder of pgolf-post artifacts: decode(bytes) -> float32 arrays by tensor name. Needs numpy and brotli.\n"
 
@@ -47,7 +47,8 @@ class _Strip(ast.NodeTransformer):
         return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        return None if "MAX_MANIFEST" in ast.unparse(node.targets[0]) else self.generic_visit(node)
+        named = ast.unparse(node.targets[0])
+        return None if "MAX_MANIFEST" in named or named in ("checked", "rooms") else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)

@@ -9,16 +9,16 @@ tensor, the manifest and the coder's tables and states, is the *container*. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgolf_post.pack import codecs, contexts, decode
+from pgolf_post.pack import contexts, decode
 from pgolf_post.pack.artifact import read_artifact
-from pgolf_post.pack.container import CODER, FACTORS, INT8, PASSTHROUGH, SYMBOLS, Key, split_role
+from pgolf_post.pack.container import CODER, FACTORS, INT8, PASSTHROUGH, SYMBOLS, Key, block_of, split_role
 from pgolf_post.pack.contexts import Block
 from pgolf_post.quantize.tensor import QuantizedModel
 
@@ -47,14 +47,14 @@ def tensor_table(path: Path) -> list[TensorBytes]:
     artifact = read_artifact(path)
     data = path.read_bytes()
     _, *units = decode.read_units(memoryview(data))
-    streams = dict(zip((key for key, _ in decode.lay_out(artifact.manifest)), units, strict=True))
+    streams = dict(zip(sorted(decode.lay_out(artifact.manifest)[0]), units, strict=True))
     parts = parts_of(artifact.manifest["tensors"], artifact.model)
     if ROW_SCALES in streams:
         parts[ROW_SCALES] = row_scales(artifact.manifest["tensors"], _raw(streams[ROW_SCALES], 1 << 27))
     owned = dict.fromkeys([*artifact.model.quantized, *artifact.model.passthrough], 0)
     for key, (codec_id, stream) in streams.items():
         if key in parts:
-            is_rans = codec_id in (codecs.RANS_ID, codecs.STEADY_RANS_ID)
+            is_rans = codec_id in decode.RANS
             costs = rans_costs(key, parts, artifact, streams) if is_rans else byte_costs(parts[key])
             shares = share_out(len(stream) + decode.FRAME.size, costs)
             for (name, _), share in zip(parts[key], shares, strict=True):
@@ -135,17 +135,15 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
     scales = dict(parts[ROW_SCALES])
     costs: list[float] = []
 
-    def block_of(part: tuple[str, np.ndarray]) -> tuple[list[int], list[int], int]:
+    def kind_of(part: tuple[str, np.ndarray]) -> tuple[list[int], list[int], int]:
         _, _, table, _, _, shape, trellis, *_ = rows[part[0]]
         return shape, trellis, table
 
-    for (_, _, group), same in groupby(parts[key], key=block_of):
+    for (_, _, group), same in groupby(parts[key], key=kind_of):
         names = [name for name, _ in same]
         tensors = [artifact.model.quantized[name] for name in names]
-        symbols = np.concatenate([tensor.symbols for tensor in tensors], axis=1)
-        stored, steady = np.stack([scales[name] for name in names]), streams[key][0] == codecs.STEADY_RANS_ID
-        columns, trellis = tensors[0].symbols.shape[1], tensors[0].trellis
-        block = Block(symbols, columns, trellis, stored, symbols, steady)
+        stored = np.stack([scales[name] for name in names])
+        block = replace(block_of(tensors), scales=stored, kind=streams[key][0])
         costs += _block_costs(contexts.with_stored_residuals(block), classes[group - 1], bits)
     return costs
 

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pgolf_post.errors import SettingsError
+from pgolf_post.pack import decode
 from pgolf_post.pack.codecs import brotli, lzma, none, zlib
 
 BEST = "best"  # every codec is tried on every unit, the smallest stream is kept
 RANS = "rans"  # symbols by rANS, everything else by the best of the codecs below
-RANS_ID, STEADY_RANS_ID = 4, 5  # the second: contexts.Block.steady
+WORDS_ID = 6  # lzma of numbers of several bytes as they lie, not in planes
+RANS_ID = 7  # what is written; 4 and 5 are contexts.Block.kind of older artifacts
 
 
 class Codec(NamedTuple):
@@ -51,9 +53,14 @@ def compress(raw: bytes, name: str) -> tuple[int, bytes]:
     return min(streams, key=lambda stream: (len(stream[1]), stream[0]))
 
 
+def compress_words(raw: bytes, width_bytes: int) -> tuple[int, bytes]:
+    """(codec id, stream) of little-endian numbers of so many bytes."""
+    return WORDS_ID, lzma.compress_words(raw, width_bytes)
+
+
 def codec_name(codec_id: int) -> str:
     """The name of a codec id found in a file. Raises SettingsError for an id that no codec has."""
-    known = {codec.id: name for name, codec in CODECS.items()} | {RANS_ID: RANS, STEADY_RANS_ID: RANS}
+    known = {codec.id: name for name, codec in CODECS.items()} | dict.fromkeys(decode.RANS, RANS) | {WORDS_ID: "lzma"}
     if codec_id not in known:
         raise SettingsError(f"unknown codec id {codec_id}; valid ids: {', '.join(map(str, known))}")
     return known[codec_id]

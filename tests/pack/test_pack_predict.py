@@ -1,0 +1,83 @@
+"""The size predictor: near the packed bytes, and the same whether it remembers or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pgolf_post.pack import predict
+from pgolf_post.pack.container import pack
+from pgolf_post.pack.predict import forget, predict_bytes
+from pgolf_post.quantize.tensor import Factor, QuantizedModel
+from pgolf_post.quantize.trellis import Trellis
+from tests.pack.samples import sample_model
+from tests.pack.test_pack_rans import gaussian_model
+
+
+def floating(model: QuantizedModel) -> QuantizedModel:
+    """The model with fp16 scales."""
+    scaled = {n: replace(t, factors=(Factor("tensor", np.ones(1, np.float16)),)) for n, t in model.quantized.items()}
+    return replace(model, quantized=scaled)
+
+
+def stepped(model: QuantizedModel, eighths: int) -> QuantizedModel:
+    """The model under a trellis, with integer factors of the columns and of the rows."""
+    rng = np.random.default_rng(eighths)
+    tensors = {}
+    for name, tensor in model.quantized.items():
+        rows, columns = tensor.symbols.shape
+        steps = [rng.integers(-eighths, eighths + 1, n).astype(np.int8) for n in (rows, columns)]
+        size = np.exp2(-(steps[0][:, None] + steps[1]) / 8)
+        symbols = np.rint(rng.normal(0, 2, (rows, columns)) * size).clip(-127, 127).astype(np.int8)
+        factors = (Factor("row", steps[0]), Factor("column", steps[1]))
+        tensors[name] = replace(tensor, symbols=symbols, factors=factors, trellis=Trellis(8, 64))
+    return replace(model, quantized=tensors)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("eighths", [None, 0, 6])
+def test_prediction_is_within_a_third_of_a_percent(spread: float, eighths: int | None) -> None:
+    model = gaussian_model(spread, spread, blocks=4)
+    model = floating(model) if eighths is None else stepped(model, eighths)
+    assert predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
+
+
+def test_a_small_model_with_everything_is_predicted() -> None:
+    assert predict_bytes(sample_model()) == pytest.approx(len(pack(sample_model())), rel=0.25)
+
+
+def test_remembering_changes_nothing_but_the_time() -> None:
+    model, other = gaussian_model(0, 0.2), gaussian_model(0, 0.2, seed=1)
+    mixed = replace(model, quantized=model.quantized | dict(list(other.quantized.items())[:2]))
+    forget()
+    first = [predict_bytes(m) for m in (model, other, mixed)]
+    assert [predict_bytes(m) for m in (mixed, model, other)] == [first[2], first[0], first[1]]
+    for m, expected in zip((mixed, other, model), (first[2], first[1], first[0]), strict=True):
+        forget()
+        assert predict_bytes(m) == expected
+
+
+def test_only_what_changed_is_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted = gaussian_model(0, 0.2), list[int]()
+    count = predict._count
+    monkeypatch.setattr(predict, "_count", lambda tensors: counted.append(len(tensors)) or count(tensors))
+    forget()
+    before = predict_bytes(model)
+    assert sum(counted) == len(model.quantized)
+    name = "blocks.1.attn.q.weight"
+    symbols = 2 * model.quantized[name].symbols + np.random.default_rng(0).integers(0, 2, (256, 256))
+    wider = replace(model.quantized[name], symbols=symbols.astype(np.int8))
+    counted.clear()
+    after = predict_bytes(replace(model, quantized={**model.quantized, name: wider}))
+    assert counted == [1]
+    assert after == pytest.approx(before + wider.symbols.size / 8, rel=0.005)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "REMEMBERED", 5)
+    forget()
+    predicted = predict_bytes(gaussian_model(0, 0.2))
+    assert len(predict._memory) == 5
+    assert predict_bytes(gaussian_model(0, 0.2)) == predicted
