@@ -10,6 +10,8 @@ at (a')'s divergence; then (a') and fit at 3/4 and 1/2 of (a)'s bytes. One calib
 careful contestant would who has our probe: each of the three groups (embedding, attention, MLP) is quantized alone, the
 divergence it causes on training text is measured, and its k is set so that every weight causes the same, twice over.
 
+one: fit alone, at --bytes.
+
 steps: fit's parts one after the other at one budget. Divergences are KL from the unquantized model on validation
 windows; gaps are paired differences in bpb with a 95 % t interval over documents.
 
@@ -217,6 +219,13 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
     print(f"bytes(d)/bytes(a') {d['bytes'] / tuned['bytes']:.3f}")
 
 
+def one(bench: Bench, limit: int) -> None:
+    """fit at a number of bytes."""
+    builder, kappa = fitted(bench, FitSettings())
+    solution = Search(builder, kappa).solve(limit)
+    bench.row(f"fit at {limit:,} bytes", solution.model, len(solution.data))
+
+
 def steps(bench: Bench) -> None:
     """fit's parts one after the other, at the record recipe's bytes."""
     limit = field_bytes(quantize_view(bench.view, bench.stats, read_plan("record-1855")))
@@ -301,13 +310,14 @@ def cost() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["field", "steps", "cost"])
+    parser.add_argument("table", choices=["field", "one", "steps", "cost"])
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--val", type=Path)
     parser.add_argument("--weights")
     parser.add_argument("--windows", type=int, default=1 << 30)
     parser.add_argument("--few-scored", action="store_true", help="(a), (a') and (c); the others by divergence")
+    parser.add_argument("--bytes", type=int, help="one: the artifact's limit")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--shares", default="0.75,0.5")
     given = parser.parse_args()
@@ -317,6 +327,8 @@ def main() -> None:
     data = DataFolder.open(given.data)
     stats = calibrate(view, data, CalibrationSettings(tokens=given.calibration_tokens, fisher=True))
     bench = Bench(view, stats, data, DataFolder.open(given.val or given.data), given.windows, not given.few_scored)
+    if given.table == "one":
+        return one(bench, given.bytes)
     shares = [float(share) for share in given.shares.split(",") if share]
     return field(bench, shares) if given.table == "field" else steps(bench)
 
