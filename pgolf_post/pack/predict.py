@@ -168,10 +168,11 @@ def _role_bits(counted: Sequence[Counted]) -> float:
     whole = np.rint(scale * counts).astype(np.int64).reshape(LEVELS, 2, ENTRIES)
     tables = contexts.tables_of(whole, contexts.classes_of(whole))
     fitted = FITTED_BITS * (scale - 1) * np.count_nonzero(tables)
+    escaped = contexts.ESCAPE_BITS * whole[:, :, 0].sum()
     moved = sum(one.num_symbols * one.log_size for one in counted)
     rows = np.concatenate([one.scales for one in counted])
     side = len(rows) * contexts.entropy(np.bincount(rows))
-    return float(CODER * (contexts.table_bits(tables).sum() + fitted + moved) + side)
+    return float(CODER * (contexts.table_bits(tables).sum() + fitted + moved) + escaped + side)
 
 
 def _mean_log_size(symbols: np.ndarray) -> float:

@@ -44,6 +44,15 @@ def test_prediction_is_within_a_third_of_a_percent(spread: float, eighths: int |
     assert predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
 
 
+def test_what_has_no_table_entry_is_predicted_as_escaped() -> None:
+    """Symbols of more than a byte, as small steps make them."""
+    symbols = np.random.default_rng(0).normal(0, 600, (512, 256)).astype(np.int16)
+    model = gaussian_model(0, 0)
+    name = "blocks.0.mlp.fc.weight"
+    wide = replace(model, quantized={**model.quantized, name: replace(model.quantized[name], symbols=symbols)})
+    assert predict_bytes(floating(wide)) == pytest.approx(len(pack(floating(wide))), rel=0.01)
+
+
 def test_a_small_model_with_everything_is_predicted() -> None:
     assert predict_bytes(sample_model()) == pytest.approx(len(pack(sample_model())), rel=0.25)
 
