@@ -64,15 +64,15 @@ def lay_out(manifest):
         section, part = (1, [shape])
         if more:
             matrix, trellis, *factors = more
-            factors = [(axis, repeat, add([[n]], 0, axis, form)) for axis, form, repeat, n in factors]
+            factors = [(axis, each, add([[n]], 0, axis, form)) for axis, form, each, n in factors]
             section, part = (3, [matrix, trellis, table, factors, table and add([matrix[:1]], 2, 3, 0), shape])
         packed[name] = add(part, section, role, dtype)
     return (layout, packed)
 
 def spread(factors, shape, kind):
-    for axis, repeat, (values,) in factors:
+    for axis, each, (values,) in factors:
         if values.dtype.kind == kind:
-            yield (values[None] if axis == 2 else values.repeat(repeat)[:prod(shape)].reshape(shape))
+            yield (values[None] if axis == 2 else values[np.arange(prod(shape)) // each].reshape(shape))
 
 def dequantize(symbols, trellis, _, factors, scales, shape):
     scale = prod((values.astype('<f4') for values in spread(factors, symbols.shape, 'f')), start=np.float32(1))

@@ -87,7 +87,7 @@ def lay_out(manifest):
         section, part = 1, [shape]
         if more:
             matrix, trellis, *factors = more
-            factors = [(axis, repeat, add([[n]], 0, axis, form)) for axis, form, repeat, n in factors]
+            factors = [(axis, each, add([[n]], 0, axis, form)) for axis, form, each, n in factors]
             section, part = 3, [matrix, trellis, table, factors, table and add([matrix[:1]], 2, 3, 0), shape]
         packed[name] = add(part, section, role, dtype)
     rooms = [(2 << (k[2] > 3)) * prod(p[0]) + 256 * sum(p[0][: k[0] > 2]) for k in layout for p in layout[k]]
@@ -102,9 +102,9 @@ def check(tree):
 
 def spread(factors, shape, kind):
     """Factors of one kind of number, as they broadcast to a matrix."""
-    for axis, repeat, (values,) in factors:
+    for axis, each, (values,) in factors:
         if values.dtype.kind == kind:
-            yield values[None] if axis == 2 else values.repeat(repeat)[: prod(shape)].reshape(shape)
+            yield values[None] if axis == 2 else values[np.arange(prod(shape)) // each].reshape(shape)
 
 
 def dequantize(symbols, trellis, _, factors, scales, shape):

@@ -279,6 +279,19 @@ def test_an_implausible_tensor_table_is_refused(traced: None, rows: object) -> N
     assert peak_bytes < FIXED_BYTES
 
 
+@pytest.mark.parametrize("each", [0, 1, HUGE])
+def test_a_factor_that_is_spread_too_far_takes_no_memory(traced: None, each: int) -> None:
+    """What a factor's values become is as large as its matrix, however many weights each of them claims to serve."""
+    first, *units = pack_units(sample_model(), PackSettings(codec="rans"))
+    manifest = json.loads(bytes(decode.inflate(*first, decode.MAX_MANIFEST)))
+    factors = [factor for tensor in manifest["tensors"] for factor in tensor[7:]]
+    assert factors
+    for factor in factors:
+        factor[2] = each
+    _, peak_bytes = outcome(frame_units([(0, json.dumps(manifest).encode()), *units]))
+    assert peak_bytes < peak_limit_bytes(pack(sample_model(), PackSettings(codec="rans")))
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
