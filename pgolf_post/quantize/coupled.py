@@ -11,6 +11,9 @@ of the Viterbi search therefore carries what its own last decisions, `depth_of` 
 (per-survivor processing, Raheli et al. 1995). What lies further back is settled: the cheapest survivor says what the
 row that far above becomes, survivors that disagree are dropped, and its error goes into all later rows.
 
+Every column reads all of F, for thousands of rows more than a cache holds, so it is kept as 16-bit integers with one
+scale per row: exact to 2e-5 of the row's largest entry.
+
 Columns are searched on the CPU, one row at a time: compiled where numba is installed (kernels.py), else in numpy, some
 hundred times slower, with the same float32 operations in the same order and so the same symbols. A scalar grid needs
 no search: its rows are rounded one after the other.
@@ -33,6 +36,25 @@ def depth_of(states: int) -> int:
 
 
 @dataclass(frozen=True)
+class RowFeedback:
+    """F above its diagonal as integers: F_ki = numbers_ki · scales_k."""
+
+    numbers: np.ndarray  # (rows, rows) int16
+    scales: np.ndarray  # (rows,) float32
+
+    @classmethod
+    def of(cls, feedback: np.ndarray) -> RowFeedback:  # (rows, rows) float32 F
+        """F, rounded."""
+        above = np.triu(feedback, 1)
+        scales = np.maximum(np.abs(above).max(1, initial=0) / F(32767), np.finfo(F).tiny)
+        return cls(np.rint(above / scales[:, None]).astype(np.int16), scales.astype(F))
+
+    def add(self, shift: np.ndarray, row: int, error: np.float32) -> None:  # shift: (rows,) float32
+        """Add to the shifts of all later rows what a row's error asks for."""
+        shift[row + 1 :] += self.numbers[row, row + 1 :].astype(F) * (error * self.scales[row])
+
+
+@dataclass(frozen=True)
 class Grid:
     """What points a path may use."""
 
@@ -50,7 +72,7 @@ def round_scalar(
     weight: np.ndarray,  # (rows,) float32, as all of these
     correction: np.ndarray,  # (rows,) what errors of earlier columns ask for
     step: np.ndarray,  # (rows,)
-    row_feedback: np.ndarray,  # (rows, rows) F
+    row_feedback: RowFeedback,
     largest: np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:  # (rows,) int16 symbols, (rows,) float32 R
     """One column on a scalar grid."""
@@ -61,7 +83,7 @@ def round_scalar(
         symbol = np.clip(np.rint(target), -largest, largest)
         residual[row] = weight[row] - symbol * step[row]
         symbols[row] = symbol
-        shift[row + 1 :] += row_feedback[row, row + 1 :] * residual[row]
+        row_feedback.add(shift, row, residual[row])
     return symbols, residual + shift
 
 
@@ -69,7 +91,7 @@ def round_trellis(
     weight: np.ndarray,  # (rows,) float32, as in round_scalar
     correction: np.ndarray,  # (rows,)
     step: np.ndarray,  # (rows,) of the union grid
-    row_feedback: np.ndarray,  # (rows, rows) F
+    row_feedback: RowFeedback,
     grid: Grid,
 ) -> tuple[np.ndarray, np.ndarray]:  # (rows,) int16 symbols, (rows,) float32 R
     """One column along the cheapest path that the survivors leave, lane after lane."""
@@ -84,7 +106,7 @@ def round_trellis(
         for row in range(
             max(lane.start, lane.stop - depth_of(len(grid.came_from))), lane.stop
         ):  # those not settled on the way
-            shift[row + 1 :] += row_feedback[row, row + 1 :] * residual[row]
+            row_feedback.add(shift, row, residual[row])
     return symbols, residual + shift
 
 
@@ -93,7 +115,7 @@ def _search_lane(
     correction: np.ndarray,
     shift: np.ndarray,  # (rows,) what settled rows above ask for; grows
     step: np.ndarray,
-    row_feedback: np.ndarray,
+    row_feedback: RowFeedback,
     grid: Grid,
     lane: slice,
 ) -> tuple[np.ndarray, np.ndarray]:  # (lane rows,) float32 points, (lane rows,) int16 symbols
@@ -115,7 +137,8 @@ def _search_lane(
         decisions.append(one)
         points.append(point)
         width = min(depth, len(weight) - row - 1)
-        ahead = row_feedback[row, row + 1 : row + 1 + width] * (weight[row] - point * step[row])[:, None]
+        errors = (weight[row] - point * step[row]) * row_feedback.scales[row]
+        ahead = row_feedback.numbers[row, row + 1 : row + 1 + width].astype(F) * errors[:, None]
         previous, pending = pending[source, 1 : width + 1], np.zeros_like(pending)
         pending[:, :width] = previous + ahead
         history = np.concatenate([history[source, 1:], every[:, None]], axis=1)
@@ -124,7 +147,7 @@ def _search_lane(
             state = history[cost.argmin(), 0]
             cost = np.where(history[:, 0] == state, cost, F(np.inf))
             error = weight[settled] - points[settled - lane.start][state] * step[settled]
-            shift[settled + 1 :] += row_feedback[settled, settled + 1 :] * error
+            row_feedback.add(shift, settled, error)
     return _trace_back(int(cost.argmin()), decisions, points, came_from)
 
 

@@ -144,11 +144,11 @@ def round_trellis(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _feed_rows(shift, row_feedback, row, error):  # type: ignore[no-untyped-def]
-    """Add to the shifts of all later rows what a row's error asks for."""
-    along = row_feedback[row]
+def _feed_rows(shift, row_feedback, scales, row, error):  # type: ignore[no-untyped-def]
+    """Add to the shifts of all later rows what a row's error asks for; see coupled.RowFeedback."""
+    along, scaled = row_feedback[row], error * scales[row]
     for later in range(row + 1, len(shift)):
-        shift[later] += along[later] * error
+        shift[later] += F(along[later]) * scaled
 
 
 @jit
@@ -187,7 +187,7 @@ def _coupled_workspace(rows, states, depth):  # type: ignore[no-untyped-def]
 
 @jit
 def _coupled_lane(  # type: ignore[no-untyped-def]
-    weight, correction, step, row_feedback, came_from, bounds, depth, shift, work, start, stop
+    weight, correction, step, row_feedback, scales, came_from, bounds, depth, shift, work, start, stop
 ):
     """Costs after the lane's last row; see coupled._search_lane."""
     pendings, histories, costs, target, (branch_cost, branch_point), (decisions, points) = work
@@ -210,10 +210,10 @@ def _coupled_lane(  # type: ignore[no-untyped-def]
             point = branch_point[bit, source]
             decisions[row, state], points[row, state] = bit, point
             next_cost[state] = branch_cost[bit, source]
-            error = weight[row] - point * step[row]
+            error = (weight[row] - point * step[row]) * scales[row]
             old, new = pending[source], next_pending[state]
             for i in range(width):
-                new[i] = old[i + 1] + along[i] * error
+                new[i] = old[i + 1] + F(along[i]) * error
             for i in range(width, depth):
                 new[i] = F(0)
             before, after = history[source], next_history[state]
@@ -229,13 +229,14 @@ def _coupled_lane(  # type: ignore[no-untyped-def]
             for state in range(states):
                 if history[state, 0] != kept:
                     cost[state] = F(np.inf)
-            _feed_rows(shift, row_feedback, settled, weight[settled] - points[settled, kept] * step[settled])
+            off = weight[settled] - points[settled, kept] * step[settled]
+            _feed_rows(shift, row_feedback, scales, settled, off)
     return cost
 
 
 @jit
 def _coupled_column(  # type: ignore[no-untyped-def]
-    weight, error, step, row_feedback, came_from, bounds, lane_rows, depth, shift, work, symbol
+    weight, error, step, row_feedback, scales, came_from, bounds, lane_rows, depth, shift, work, symbol
 ):
     """One column; `error` holds its correction before, its R after. See coupled.round_trellis."""
     rows = len(weight)
@@ -244,7 +245,9 @@ def _coupled_column(  # type: ignore[no-untyped-def]
     shift[:] = F(0)
     for start in range(0, rows, lane_rows):
         stop = min(start + lane_rows, rows)
-        cost = _coupled_lane(weight, correction, step, row_feedback, came_from, bounds, depth, shift, work, start, stop)
+        cost = _coupled_lane(
+            weight, correction, step, row_feedback, scales, came_from, bounds, depth, shift, work, start, stop
+        )
         state = _cheapest(cost)
         for row in range(stop - 1, start - 1, -1):
             point = points[row, state]
@@ -252,14 +255,14 @@ def _coupled_column(  # type: ignore[no-untyped-def]
             state = came_from[state, decisions[row, state]]
             symbol[row] = np.int16((point - F(state & 1)) * F(0.5))
         for row in range(max(start, stop - depth), stop):
-            _feed_rows(shift, row_feedback, row, error[row])
+            _feed_rows(shift, row_feedback, scales, row, error[row])
     for row in range(rows):
         error[row] = error[row] + shift[row]
 
 
 @jit
 def round_coupled_trellis(  # type: ignore[no-untyped-def]
-    weights, steps, errors, symbols, feedback, row_feedback, came_from, bounds, lane_rows, depth, start, stop
+    weights, steps, errors, symbols, feedback, row_feedback, scales, came_from, bounds, lane_rows, depth, start, stop
 ):
     """Columns start .. stop-1 with feedback from both sides; the first entries of a column are its rows."""
     rows = len(row_feedback)
@@ -268,14 +271,14 @@ def round_coupled_trellis(  # type: ignore[no-untyped-def]
         _feed(errors, feedback, start, j)
         step = steps[j if len(steps) > 1 else 0, :rows]
         _coupled_column(
-            weights[j, :rows], errors[j, :rows], step, row_feedback, came_from, bounds, lane_rows, depth, shift, work,
-            symbols[j, :rows],
+            weights[j, :rows], errors[j, :rows], step, row_feedback, scales, came_from, bounds, lane_rows, depth, shift,
+            work, symbols[j, :rows],
         )  # fmt: skip
 
 
 @jit
 def round_coupled_scalar(  # type: ignore[no-untyped-def]
-    weights, steps, errors, symbols, feedback, row_feedback, largest, start, stop
+    weights, steps, errors, symbols, feedback, row_feedback, scales, largest, start, stop
 ):
     """The same on a scalar grid."""
     rows = len(row_feedback)
@@ -290,6 +293,6 @@ def round_coupled_scalar(  # type: ignore[no-untyped-def]
             nearest = largest if nearest > largest else nearest
             symbol[row] = np.int16(nearest)
             error[row] = weight[row] - nearest * step[row]
-            _feed_rows(shift, row_feedback, row, error[row])
+            _feed_rows(shift, row_feedback, scales, row, error[row])
         for row in range(rows):
             error[row] = error[row] + shift[row]

@@ -37,7 +37,8 @@ def _compiled_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback
     from pgolf_post.quantize import kernels
 
     weights, steps, _, errors, symbols = _arrays(buffers)
-    arrays = (weights, steps, errors, symbols, feedback.numpy(), row_feedback.contiguous().numpy())
+    down = coupled.RowFeedback.of(row_feedback.numpy())
+    arrays = (weights, steps, errors, symbols, feedback.numpy(), down.numbers, down.scales)
     if job.trellis is None:
         return lambda start, stop: kernels.round_coupled_scalar(*arrays, np.float32(job.limit), start, stop)
     states = job.trellis.states
@@ -47,7 +48,8 @@ def _compiled_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback
 
 def _numpy_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback: Tensor) -> Rounding:
     weights, steps, _, errors, symbols = _arrays(buffers)
-    along, down, rows = feedback.numpy(), row_feedback.contiguous().numpy(), len(job.weight)
+    along, rows = feedback.numpy(), len(job.weight)
+    down = coupled.RowFeedback.of(row_feedback.numpy())
 
     def run(start: int, stop: int) -> None:
         for j in range(start, stop):
