@@ -146,9 +146,9 @@ def round_trellis(  # type: ignore[no-untyped-def]
 @jit
 def _feed_rows(shift, row_feedback, scales, row, error):  # type: ignore[no-untyped-def]
     """Add to the shifts of all later rows what a row's error asks for; see coupled.RowFeedback."""
-    along, scaled = row_feedback[row], error * scales[row]
-    for later in range(row + 1, len(shift)):
-        shift[later] += F(along[later]) * scaled
+    along, later, scaled = row_feedback[row, row + 1 :], shift[row + 1 :], error * scales[row]
+    for i in range(len(later)):  # from 0, or numba does not vectorize it
+        later[i] += F(along[i]) * scaled
 
 
 @jit
