@@ -203,13 +203,17 @@ class Layout:
 
     def blocks(self, key: Key) -> list[Block]:
         """A unit of symbols as the entropy coder takes it."""
-        grouped = groupby(self.coded[key], key=lambda tensor: (tensor.symbols.shape, tensor.trellis))
-        return [block_of(list(same)) for _, same in grouped]
+        return [block_of(same) for same in self._side_by_side(key)]
 
     def fits_rans(self, key: Key) -> bool:
         """Whether no row of a unit is wider than the decoder allows, and there is anything to code."""
-        widths = [block.symbols.shape[1] for block in self.blocks(key)]
+        widths = [sum(tensor.symbols.shape[1] for tensor in same) for same in self._side_by_side(key)]
         return max(widths) <= decode.MAX_WIDTH and any(array.size for array in self.units[key])
+
+    def _side_by_side(self, key: Key) -> list[list[QuantizedTensor]]:
+        """The tensors of a unit, those of one shape and trellis together."""
+        grouped = groupby(self.coded[key], key=lambda tensor: (tensor.symbols.shape, tensor.trellis))
+        return [list(same) for _, same in grouped]
 
     def coder_units(self, coded: rans.Coded) -> Units:
         """What the decoder needs beside the streams."""
