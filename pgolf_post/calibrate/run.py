@@ -63,10 +63,13 @@ def calibration_text(
 
 def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> str:
     """The id of a view's statistics on a text."""
-    identity = {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256}
-    if settings.fisher:
-        identity["backward"] = FISHER_KINDS
-    return derived_id(STAGE, STAGE_VERSION, [view.id], identity)
+    return derived_id(STAGE, STAGE_VERSION, [view.id], _identity(settings, text, seq_len))
+
+
+def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> dict[str, Any]:
+    """What decides statistics beside the view. The backward half names its sums: those of fewer are other statistics."""
+    sums = {"backward": list(FISHER_KINDS)} if settings.fisher else {}
+    return {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256, **sums}
 
 
 def observe(view: View, settings: CalibrationSettings, ranks: Ranks = ALONE) -> Observed:
@@ -95,8 +98,7 @@ def _collect(
     ranks.wait()
     sums = collect(observed, text.tokens, ranks, partial)
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
-    config |= {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256}
-    config["spans"] = [list(span) for span in text.spans]
+    config |= {**_identity(settings, text, seq_len), "spans": [list(span) for span in text.spans]}
 
     def make(building: Path) -> Mapping[str, Any]:
         write_stats(building, sums)
