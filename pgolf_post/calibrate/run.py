@@ -67,7 +67,7 @@ def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet,
 
 
 def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> dict[str, Any]:
-    """What decides statistics beside the view. The backward half names its sums: those of fewer are other statistics."""
+    """What decides statistics beside the view. Fewer sums of the backward half are other statistics."""
     sums = {"backward": list(FISHER_KINDS)} if settings.fisher else {}
     return {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256, **sums}
 

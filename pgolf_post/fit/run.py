@@ -24,15 +24,15 @@ from pgolf_post.fit.probe import probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search, Solution, Try
 from pgolf_post.fit.steps import expected_loss
-from pgolf_post.pack.artifact import ARTIFACT_FILE, write_verified
+from pgolf_post.pack.artifact import write_verified
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
 from pgolf_post.quantize.distill import distill
 from pgolf_post.quantize.distill_settings import DistillSettings
 from pgolf_post.ranks import ALONE, Ranks
-from pgolf_post.requant import Artifact, artifact_facts
+from pgolf_post.requant import PAYLOAD, STAGE, Artifact, artifact_facts
 
-STAGE, STAGE_VERSION, PAYLOAD = "artifact", 1, ARTIFACT_FILE
+STAGE_VERSION = 1
 DISTILL = DistillSettings()
 
 
@@ -105,7 +105,7 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     """The best artifact of at most so many bytes; cached by everything that decides it."""
     view = fitter.view
     identity = {**fitter.identity, "artifact_limit": artifact_limit, "codec": codec}
-    artifact_id = derived_id("fit", STAGE_VERSION, [view.id, fitter.stats.id], identity)
+    artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, fitter.stats.id], identity)
     folder = view.checkpoint.derived(STAGE, artifact_id)
 
     def make(building: Path) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ from typing import Literal
 
 from pgolf_post.progress import say
 
-LIMIT_SECONDS = 600.0
 WARN_SHARE = 0.8
 
 Phase = Literal["load", "decompress", "compile", "score", "adapt"]

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -225,13 +225,6 @@ def window_bits(candidate: Score, control: Score, chosen: np.ndarray) -> np.ndar
 def bytes_of_windows(spans: list[Span], token_bytes: np.ndarray) -> np.ndarray:  # (windows,) int64
     """How many bytes of text the scored targets of each window stand for."""
     return np.array([int(token_bytes[slice(*span.targets)].sum()) for span in spans])
-
-
-def joined(first: Score, second: Score) -> Score:
-    """Two scores of different windows of one text, as one."""
-    names = [field.name for field in fields(Score) if field.name != "seconds"]
-    arrays = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
-    return Score(**arrays, seconds=first.seconds + second.seconds)
 
 
 def window_scorer(

@@ -26,7 +26,6 @@ from pgolf_post.score.screen import (
     ScreenSettings,
     bytes_of_windows,
     estimate,
-    joined,
     screen,
     sequence_factor,
     window_scorer,
@@ -225,7 +224,5 @@ def test_screening_real_models(bench: Bench) -> None:
     bench.module = other
     assert found.last.bpb == pytest.approx(bench.score(PlainProtocol(seq_len=4)).bpb - control, abs=1e-6)
     assert found.facts()["share"] == 1.0
-    halves = joined(*scorer(np.array([1, 2])))
-    assert len(halves.window) == 2 * len(scorer(np.array([1, 2]))[0].window)
     few = screen(scorer, all_bytes[:2], 8, settings)
     assert few.reason == "all windows are scored"
