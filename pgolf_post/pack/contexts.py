@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pgolf_post.compiled import use_compiled
 from pgolf_post.pack.decode import MANTISSAS, RANS
 from pgolf_post.quantize.trellis import Trellis, next_states
 
@@ -95,26 +96,44 @@ def side_by_side(blocks: Sequence[Block]) -> Block:
     return replace(blocks[0], symbols=symbols, steps=steps, residuals=residuals, scales=scales)
 
 
-def levels_of(block: Block) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) uint8 each
+def levels_of(block: Block, compiled: bool | None = None) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) uint8 each
     """The level that predicts each symbol, and its trellis bit."""
-    rows, width = block.symbols.shape
-    levels, odds = np.empty((rows, width), np.uint8), np.zeros((rows, width), np.uint8)
-    means, state = np.full(width, FIRST_MEAN, np.int32), np.zeros(width, np.uint8)
-    table = next_states(block.trellis.states).ravel() if block.trellis else None
-    shift, first, half = RANS[block.kind]
-    for row in range(rows):
+    levels, odds = np.empty(block.symbols.shape, np.uint8), np.zeros(block.symbols.shape, np.uint8)
+    table = next_states(block.trellis.states).ravel() if block.trellis else np.zeros(0, np.uint8)
+    means = np.full(block.symbols.shape[1], FIRST_MEAN, np.int32)
+    if block.num_symbols:
+        (_walk_compiled if use_compiled(compiled) else _walk)(block, table, means, levels, odds)
+    return levels, odds
+
+
+def _shifts(block: Block) -> np.ndarray:  # (rows,) int64
+    """By how many bits each row's news are divided before they move the means: short at first."""
+    shift, first, _ = RANS[block.kind]
+    return np.array([min(shift, (row + first).bit_length() - 1) for row in range(len(block.symbols))], np.int64)
+
+
+def _walk_compiled(block: Block, table: np.ndarray, means: np.ndarray, levels: np.ndarray, odds: np.ndarray) -> None:
+    from pgolf_post.pack import kernels
+
+    known = (block.residuals, block.symbols, block.scales, block.steps, block.kind == INFORMED)
+    lane_rows = block.trellis.lane_rows if block.trellis else 1
+    kernels.walk(*known, _shifts(block), RANS[block.kind][2], LOG, SHRINK, means, table, lane_rows, levels, odds)
+
+
+def _walk(block: Block, table: np.ndarray, means: np.ndarray, levels: np.ndarray, odds: np.ndarray) -> None:
+    half, state = RANS[block.kind][2], np.zeros(len(means), np.uint8)
+    for row, shift in enumerate(_shifts(block)):
         scale = block.scale_of(row)
         np.add(LOG[means], scale, out=levels[row], casting="unsafe")
         sizes = 2 * block.residuals[row].astype(np.int32)
-        if table is not None and block.trellis is not None:
+        if block.trellis is not None:
             if row % block.trellis.lane_rows == 0:
                 state[:] = 0
             odds[row] = state & 1
             sizes += odds[row]
             state = table[2 * state.astype(np.int32) + (block.symbols[row] & 1)]
         sizes = np.minimum(np.abs(sizes) * SHRINK[scale], 65535).astype(np.int32)
-        means += (sizes - means + half) >> min(shift, (row + first).bit_length() - 1)
-    return levels, odds
+        means += (sizes - means + half) >> shift
 
 
 def histogram(block: Block, levels: np.ndarray, odds: np.ndarray) -> np.ndarray:  # (LEVELS, 2, ENTRIES) int64

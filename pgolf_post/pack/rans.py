@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgolf_post.compiled import use_compiled
 from pgolf_post.pack import contexts
 from pgolf_post.pack.contexts import Block, Model
 
@@ -89,16 +90,47 @@ class Coder:
         blocks: Sequence[Block],
         walks: Sequence[tuple[np.ndarray, np.ndarray]],
         classes: np.ndarray,  # (LEVELS,)
+        compiled: bool | None = None,
     ) -> bytes:
         """One unit."""
+        encode_block = self._encode_compiled if use_compiled(compiled) else self._encode_block
         words: list[np.ndarray] = []
         escaped: list[np.ndarray] = []
-        for block, (levels, odds) in reversed(list(zip(blocks, walks, strict=True))):
-            for row in reversed(range(len(levels))):
-                contexts_of_row = 2 * classes[levels[row]].astype(np.int64) + odds[row]
-                self._encode_row(block.residuals[row], contexts_of_row, words, escaped)
+        for block, walk in reversed(list(zip(blocks, walks, strict=True))):
+            levels, odds = walk
+            encode_block(block.residuals, levels, odds, classes, words, escaped)
         parts = [part.astype("<u2") for part in reversed(words)] + [part.astype("<i2").view("<u2") for part in escaped]
         return b"".join(part.tobytes() for part in parts)
+
+    def _encode_compiled(
+        self,
+        symbols: np.ndarray,
+        levels: np.ndarray,
+        odds: np.ndarray,
+        classes: np.ndarray,
+        words: list[np.ndarray],
+        escaped: list[np.ndarray],
+    ) -> None:
+        from pgolf_post.pack import kernels
+
+        ours, theirs = np.empty(symbols.size, np.uint16), np.empty(symbols.size, symbols.dtype)
+        tables = (classes, self.freqs, self.starts, self.width, contexts.TOTAL)
+        first, count = kernels.encode(symbols, levels, odds, *tables, self.states, ours, theirs)
+        words.append(ours[first:].copy())
+        escaped.append(theirs[:count].copy())
+
+    def _encode_block(
+        self,
+        symbols: np.ndarray,  # (rows, width)
+        levels: np.ndarray,  # like symbols
+        odds: np.ndarray,
+        classes: np.ndarray,  # (LEVELS,)
+        words: list[np.ndarray],  # appended to, the last first
+        escaped: list[np.ndarray],
+    ) -> None:
+        for row in reversed(range(len(levels))):
+            contexts_of_row = 2 * classes[levels[row]].astype(np.int64) + odds[row]
+            self._encode_row(symbols[row], contexts_of_row, words, escaped)
 
     def _encode_row(
         self, symbols: np.ndarray, row_contexts: np.ndarray, words: list[np.ndarray], escaped: list[np.ndarray]

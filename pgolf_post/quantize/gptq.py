@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pgolf_post.quantize.compiled import use_compiled
+from pgolf_post.compiled import use_compiled
 from pgolf_post.quantize.factorize import Factor, FactorCache, factorize
 from pgolf_post.quantize.job import Job
 from pgolf_post.quantize.panels import Buffers, Panel, panels_of

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.compiled import use_compiled
 from pgolf_post.errors import NumericsError
-from pgolf_post.quantize.compiled import use_compiled
 from pgolf_post.quantize.trellis import Trellis, next_states
 from pgolf_post.workers import map_items
 

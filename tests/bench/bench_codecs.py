@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
+from pgolf_post import compiled
 from pgolf_post.cli.compress import show
 from pgolf_post.pack.artifact import read_artifact, unpack
 from pgolf_post.pack.compare import compare
@@ -21,6 +26,7 @@ from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.progress import print_table, say
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.trellis import Trellis
 
 RECORD_SHAPES = {  # (rows, columns), blocks
     "attn.q": ((512, 512), 11),
@@ -46,22 +52,56 @@ def record_symbols(seed: int = 0) -> QuantizedModel:
     return QuantizedModel({}, {}, quantized, {})
 
 
+def with_trellis(model: QuantizedModel, seed: int = 1) -> QuantizedModel:
+    """The same symbols as points of a trellis of 64 states, with integer factors as `fit` writes them."""
+    rng = np.random.default_rng(seed)
+    quantized = {}
+    for name, tensor in model.quantized.items():
+        rows, columns = (rng.integers(-6, 7, size).astype(np.int8) for size in tensor.symbols.shape)
+        factors = (Factor("tensor", np.full(1, 0.01, np.float16)), Factor("row", rows), Factor("column", columns))
+        quantized[name] = replace(tensor, trellis=Trellis(64, 512), factors=factors)
+    return replace(model, quantized=quantized)
+
+
+def small(model: QuantizedModel) -> QuantizedModel:
+    """One of its tensors."""
+    return replace(model, quantized=dict([next(iter(model.quantized.items()))]))
+
+
+@contextmanager
+def numpy_alone() -> Iterator[None]:
+    """As where numba is not installed."""
+    with mock.patch.object(compiled, "has_numba", return_value=False):
+        yield
+
+
+def timed(model: QuantizedModel, codec: str) -> tuple[int, float, float, float, float]:
+    """Bytes, and wall and processor seconds to encode and to decode."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    data = pack(model, PackSettings(codec=codec))
+    encoded = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = time.perf_counter(), time.process_time()
+    unpack(data)
+    return len(data), *encoded, time.perf_counter() - wall, time.process_time() - cpu
+
+
 def speed() -> None:
     """Processor and wall seconds for 36M symbols."""
     model = record_symbols()
+    pack(small(model))  # compiles what is not compiled yet
     num_weights = sum(tensor.symbols.size for tensor in model.quantized.values())
+    trials = {"brotli": (model, "brotli"), "rans": (model, "rans"), "rans, trellis": (with_trellis(model), "rans")}
     rows: list[tuple[str, ...]] = []
     baseline = 0.0
-    for codec in ("brotli", "rans"):
-        wall, cpu = time.perf_counter(), time.process_time()
-        data = pack(model, PackSettings(codec=codec))
-        encode_wall, encode_cpu = time.perf_counter() - wall, time.process_time() - cpu
-        wall, cpu = time.perf_counter(), time.process_time()
-        unpack(data)
-        decode_wall, decode_cpu = time.perf_counter() - wall, time.process_time() - cpu
-        baseline = baseline or encode_cpu
-        seconds = (encode_wall, encode_cpu, baseline / encode_cpu, decode_wall, decode_cpu)
-        rows.append((codec, f"{len(data):,}", *(f"{value:.2f}" for value in seconds)))
+    for name, trial in trials.items():
+        contexts = {"": nullcontext()} if name == "brotli" else {", numpy alone": numpy_alone(), "": nullcontext()}
+        for how, context in contexts.items():
+            with context:
+                found = timed(*trial)
+            baseline = baseline or found[2]
+            ratio = f"{baseline / found[2]:.1f}"
+            cells = [f"{value:.2f}" for value in found[1:]]
+            rows.append((name + how, f"{found[0]:,}", *cells[:2], ratio, *cells[2:]))
     header = ("codec", "bytes", "encode wall s", "encode cpu s", "× brotli", "decode wall s", "decode cpu s")
     print_table(f"{num_weights:,} random symbols of the record model's shapes", header, rows)
     started = time.process_time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from pgolf_post.pack import codecs, compare, contexts, rans
 from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
 from pgolf_post.pack.container import PackSettings, block_of, pack
+from pgolf_post.pack.decode import RANS
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
 from pgolf_post.quantize.trellis import Trellis, first_bits
 
@@ -67,6 +69,32 @@ def test_rows_that_nearly_repeat_are_coded_as_differences() -> None:
     assert np.flatnonzero(block.scales[0] & contexts.DIFFERENCE).tolist() == list(range(20, 40))
     model = QuantizedModel({}, {}, {"w": QuantizedTensor("w", symbols, (), symbols.shape)}, {})
     assert np.array_equal(unpack(pack(model)).symbols["w"], symbols)
+
+
+@pytest.mark.parametrize("states", [0, 4, 64])
+@pytest.mark.parametrize("kind", RANS)
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_compiled_loops_give_the_same_bytes(states: int, kind: int, dtype: type) -> None:
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(states)
+    matrices = [np.rint(rng.normal(0, 6, (40, 17))).astype(dtype) for _ in range(3)]
+    matrices[0][7, 3] = np.iinfo(dtype).min  # an escape
+    matrices[1][20:30] = matrices[1][19]  # differences
+    steps = [rng.integers(-9, 10, (40, 17)).astype(np.int16) for _ in matrices]
+    made = contexts.make_block(matrices, Trellis(states, 16) if states else None, steps)
+    block = replace(contexts.with_scales([made])[0], kind=kind)
+    walks = [contexts.levels_of(block, compiled) for compiled in (False, True)]
+    for ours, theirs in zip(*walks, strict=True):
+        assert np.array_equal(ours, theirs)
+    model = contexts.fit([contexts.histogram(block, *walks[0])])
+    found = []
+    for compiled in (False, True):
+        lanes = np.full(8, rans.LOW, np.int64)
+        coder = rans.Coder(contexts.frequencies(model.weights), lanes)
+        stream = coder.encode_role([block, block], [walks[0]] * 2, model.classes[0], compiled)
+        found.append((stream, lanes.tolist()))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 1000
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])

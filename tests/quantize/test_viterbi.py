@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pgolf_post import compiled as compiled_module
 from pgolf_post.errors import NotFoundError, NumericsError
-from pgolf_post.quantize import compiled as compiled_module
 from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis, first_bits, grid_points, next_states
 from pgolf_post.quantize.viterbi import encode, predecessors
 

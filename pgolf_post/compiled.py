@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pgolf_post.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @lru_cache
@@ -16,16 +18,17 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def use_compiled(wanted: bool | None, tensor: Tensor) -> bool:
-    """`wanted`, or if None: numba is installed and the tensor is on the CPU.
+def use_compiled(wanted: bool | None, tensor: Tensor | None = None) -> bool:
+    """`wanted`, or if None: numba is installed and the tensor, if there is one, is on the CPU.
 
     Raises NotFoundError if compiled kernels are asked for where they cannot run.
     """
-    possible = has_numba() and tensor.device.type == "cpu"
+    device = "cpu" if tensor is None else tensor.device.type
+    possible = has_numba() and device == "cpu"
     if wanted and not possible:
         raise NotFoundError(
             f"compiled kernels need numba and tensors on the CPU (numba {'is' if has_numba() else 'is not'} "
-            f"installed, tensor on {tensor.device})",
+            f"installed, tensors on {device})",
             hint="pip install 'pgolf-post[fast]'",
         )
     return possible if wanted is None else wanted
