@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["windows", "labels", "generation", "random tokens", "held-out windows", "distillation"]
+Purpose = Literal["windows", "labels", "generation", "random tokens", "held-out windows", "distillation", "fine-tuning"]
 PURPOSES: dict[Purpose, int] = {
-    "windows": 0, "labels": 1, "generation": 2, "random tokens": 3, "held-out windows": 4, "distillation": 5
+    "windows": 0, "labels": 1, "generation": 2, "random tokens": 3, "held-out windows": 4, "distillation": 5,
+    "fine-tuning": 6,
 }  # fmt: skip
 
 

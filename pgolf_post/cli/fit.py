@@ -50,6 +50,7 @@ FIT_FLAGS = {
     "shrink": "--shrink",
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
+    "tune_tokens": "--tune-tokens",
     "distill": "--distill",
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",

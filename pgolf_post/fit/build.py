@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -90,16 +91,30 @@ class Builder:
             found[name] = Part(name, self.roles[name], weight, minded[name], factor, row_factor, shape)
         return found
 
-    def quantize(self, constants: Mapping[str, float]) -> dict[str, QuantizedTensor]:  # name → c/√κ
-        """The named matrices, each by its own constant."""
+    def quantize(
+        self,
+        constants: Mapping[str, float],  # name → c/√κ
+        weights: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, QuantizedTensor]:
+        """The named matrices, each by its own constant; other weights than the view's may stand in for them."""
         factors = {name: self._factors(name, constant) for name, constant in constants.items()}
-        jobs = [self._job(self.parts[name], factors[name]) for name in constants]
+        parts = {name: self._part(name, weights) for name in constants}
+        jobs = [self._job(part, factors[name]) for name, part in parts.items()]
         with progress_bar("quantizing", sum(job.weight.numel() for job in jobs)) as advance:
             found = gptq_jobs(jobs, advance=advance)
         return {
-            job.name: self._finish(self.parts[job.name], symbols, factors[job.name], job.trellis, constants[job.name])
+            job.name: self._finish(parts[job.name], symbols, factors[job.name], job.trellis, constants[job.name])
             for job, symbols in zip(jobs, found, strict=True)
         }
+
+    def _part(self, name: str, weights: Mapping[str, Tensor]) -> Part:
+        part = self.parts[name]
+        return replace(part, weight=as_matrix(weights[name].float())) if name in weights else part
+
+    def rounding_error(self, name: str, constant: float) -> float:
+        """The rms error that rounding one matrix at c/√κ makes in its weights."""
+        steps = scale_of(self._factors(name, constant), *self.parts[name].weight.shape)
+        return float(np.sqrt(np.mean(np.square(steps, dtype=np.float64)) / 12))
 
     def model(self, quantized: Mapping[str, QuantizedTensor]) -> QuantizedModel:
         """A whole model."""

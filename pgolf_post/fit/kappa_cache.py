@@ -25,7 +25,7 @@ def cached_kappas(
     """κ by group, from the cache or measured by all ranks, and the seconds that took where it is from the cache."""
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = {**settings.model_dump(mode="json", exclude={"distill"}), "text_sha256": text.sha256}
+    identity = {**settings.model_dump(mode="json", exclude={"distill", "tune_tokens"}), "text_sha256": text.sha256}
     kappa_id = derived_id(STAGE, STAGE_VERSION, [view.id, builder.stats.id], identity)
     folder = view.checkpoint.derived(STAGE, kappa_id)
     meta = ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main and not fresh else None)

@@ -7,23 +7,30 @@ that ships, and kept beside the checkpoint under everything that decided it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.calibrate.run import calibration_text
+from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
+from pgolf_post.families import train_seq_len
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of
 from pgolf_post.fit.kappa_cache import cached_kappas
-from pgolf_post.fit.probe import probe_text
+from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search, Solution, Try
 from pgolf_post.fit.steps import expected_loss
+from pgolf_post.fit.tune import STEP_NAME, fine_tuned
 from pgolf_post.pack.artifact import write_verified
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
@@ -34,6 +41,7 @@ from pgolf_post.requant import PAYLOAD, STAGE, Artifact, artifact_facts
 
 STAGE_VERSION = 1
 DISTILL = DistillSettings()
+HELD_OUT_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Fitter:
     kappas: Mapping[str, Kappa]  # tensor or role → measurement; empty where κ is off
     clock: TrainingClock  # of the steps that read training text, now or when what they made was cached
     distills: bool  # whether floats are tuned: asked for, and there is time
+    text: CalibrationSet | None = None  # on which blocks are fine-tuned; None: they are not
 
     @property
     def kappa(self) -> dict[str, float]:
@@ -57,8 +66,10 @@ class Fitter:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the symbols, beside view, statistics and bytes."""
-        settings = self.settings.model_dump(mode="json", exclude={"distill"})
-        return {"fit": settings, "kappa": self.kappa, **({"distill": DISTILL.model_dump()} if self.distills else {})}
+        settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
+        tuning = {"tokens": self.settings.tune_tokens, "text_sha256": self.text.sha256} if self.text else {}
+        extra = {"distill": DISTILL.model_dump() if self.distills else {}, "tune": tuning}
+        return {"fit": settings, "kappa": self.kappa, **{name: value for name, value in extra.items() if value}}
 
 
 def prepare(
@@ -87,13 +98,22 @@ def prepare(
             kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks)
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
-    return Fitter(view, data, stats, settings, builder, kappas, clock, distills)
+    tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, _tune_seconds(stats, settings))
+    text = None
+    if tunes:
+        text = calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config), ranks)
+    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, text)
 
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
     """About what κ will take: statistics cost three forward passes a token."""
     groups = len(groups_of(builder, settings.kappa))
     return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (groups + 1)
+
+
+def _tune_seconds(stats: Stats, settings: FitSettings) -> float:
+    """About what fine-tuning will take: two forward passes and a backward one, about as statistics do."""
+    return stats.seconds / stats.num_tokens * settings.tune_tokens
 
 
 def _distill_seconds(stats: Stats) -> float:
@@ -109,17 +129,40 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     folder = view.checkpoint.derived(STAGE, artifact_id)
 
     def make(building: Path) -> Mapping[str, Any]:
-        solution = Search(fitter.builder, fitter.kappa, codec).solve(artifact_limit, _say_try)
+        search = Search(fitter.builder, fitter.kappa, codec)
+        solution, extra = search.solve(artifact_limit, _say_try), {}
+        if fitter.text is not None:
+            solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, fitter.text)
         if fitter.distills:
-            solution, tuned = _distilled(fitter, solution, artifact_limit, codec)
+            solution, extra["distilled"] = _distilled(fitter, solution, artifact_limit, codec)
         facts = artifact_facts(solution.model, view, fitter.stats, codec)
         write_verified(building / PAYLOAD, solution.data, facts["symbols_sha256"])
-        return {**facts, **_facts(fitter, solution), **({"distilled": tuned} if fitter.distills else {})}
+        return {**facts, **_facts(fitter, solution), **extra}
 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
     config |= {"stats_id": fitter.stats.id, "plan": "fit", **identity}
     meta, cached = load_or_make(folder, PAYLOAD, config, make, fresh)
     return Artifact(folder, artifact_id, meta, cached)
+
+
+def _fine_tuned(
+    fitter: Fitter, search: Search, solution: Solution, limit: int, text: CalibrationSet
+) -> tuple[Solution, dict[str, Any]]:
+    """The solution with its blocks fine-tuned, where that fits and lowers the divergence on text not tuned on."""
+    tokens = fitter.settings.tune_tokens
+    tuned = fine_tuned(fitter.builder, search, solution, limit, text, tokens, fitter.clock)
+    with fitter.clock.step("held-out text"):
+        held_out = probe_text(fitter.view, fitter.data, HELD_OUT_TOKENS, fitter.settings.kappa_seed + 2)
+        probe = Probe(fitter.view, held_out)
+        before, after = (probe.divergence(_decoded(found)).mean if found else math.inf for found in (solution, tuned))
+    kept = tuned is not None and after < before
+    say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
+    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after if tuned else None}
+    return tuned if tuned is not None and kept else solution, facts
+
+
+def _decoded(solution: Solution) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in solution.model.quantized.items()}
 
 
 def _distilled(fitter: Fitter, solution: Solution, limit: int, codec: str) -> tuple[Solution, dict[str, Any]]:

@@ -31,6 +31,11 @@ class FitSettings(Settings):
     kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
 
     floats: Literal["fp16", "bf16"] = Field("bf16", description="how what is no matrix is stored")
+    tune_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens of calibration text, in all, on which blocks not rounded yet are tuned; 0: none",
+    )
     distill: bool = Field(False, description="tune what stays float by distillation, with symbols frozen")
 
     hessian_share: float = Field(1.0, ge=0, le=1, description="off-diagonal moments are multiplied by it")

@@ -3,6 +3,7 @@
     python -m tests.bench.bench_fit field CHECKPOINT --data FOLDER --val FOLDER [--windows N] [--weights ema]
     python -m tests.bench.bench_fit steps CHECKPOINT --data FOLDER --val FOLDER [--windows N]
     python -m tests.bench.bench_fit cost
+    python -m tests.bench.bench_fit whole
 
 field: (a) the record-1855 preset under the smaller of brotli and per-group lrzip; (a') the same with its three k and a
 rank-4 LQER re-tuned for the checkpoint, at (a)'s bytes; (b) sdclip-1394 under brotli; (c) fit at (a)'s bytes; (d) fit
@@ -16,12 +17,15 @@ steps: fit's parts one after the other at one budget. Divergences are KL from th
 windows; gaps are paired differences in bpb with a 95 % t interval over documents.
 
 cost: equal slope on 36M weights (11 blocks × 512, vocabulary 8192, random), against one plain GPTQ pass.
+
+whole: all of fit after statistics and κ, and decoding, on the record recipe's model with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,21 +39,26 @@ from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
+from pgolf_post.data.build import BuildSettings, build
+from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import train_seq_len
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import by_tensor, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
+from pgolf_post.fit.run import prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
 from pgolf_post.pack.compare import compare
+from pgolf_post.pack.decode import decode
 from pgolf_post.plan import read_plan
-from pgolf_post.progress import say
+from pgolf_post.progress import print_table, say
 from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.paired import pair, t_interval
 from pgolf_post.score.plain import PlainProtocol, protocol_windows, score_windows
 from pgolf_post.score.pool import ModelPool
+from tests.bench.bench_hot_start import RECIPE, random_checkpoint
 
 RECORD_K = {"embedding": 14.0, "attention": 13.0, "mlp": 11.5}
 GROUP_OF = {"q": "attention", "k": "attention", "v": "attention", "attn_proj": "attention"}
@@ -308,9 +317,29 @@ def cost() -> None:
         print(f"| {name} | {found:.1f} | {found / base:.2f} |", flush=True)
 
 
+def whole(limit: int = 15_950_000) -> None:
+    """Seconds from statistics to a written artifact, and to read it, on a model of the record recipe's shapes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "data"
+        data = build(stdlib_documents(), out, BuildSettings(name="bench", vocab_size=8192), source=stdlib_source())
+        view = random_checkpoint(Path(folder), data, RECIPE.with_name("record_8xh100.toml")).load()
+        fitter = prepare(view, data, CalibrationSettings(tokens=8192), FitSettings(kappa="off"))
+        seconds: dict[str, tuple[float, float]] = {}
+        started = time.perf_counter(), time.process_time()
+        artifact = solve(fitter, limit)
+        seconds["fit"] = time.perf_counter() - started[0], time.process_time() - started[1]
+        started = time.perf_counter(), time.process_time()
+        decode(artifact.path.read_bytes())
+        seconds["decode"] = time.perf_counter() - started[0], time.process_time() - started[1]
+        size, builds = artifact.path.stat().st_size, artifact.meta["builds"]
+    say(f"{fitter.builder.num_weights:,} weights, {builds} builds, {size:,} bytes")
+    rows = [(name, f"{wall:.1f}", f"{cpu:.1f}") for name, (wall, cpu) in seconds.items()]
+    print_table("", ("", "wall s", "CPU s"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["field", "one", "steps", "cost"])
+    parser.add_argument("table", choices=["field", "one", "steps", "cost", "whole"])
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--val", type=Path)
@@ -323,6 +352,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.table == "cost":
         return cost()
+    if given.table == "whole":
+        return whole()
     view = Checkpoint.open(given.checkpoint).load(given.weights)
     data = DataFolder.open(given.data)
     stats = calibrate(view, data, CalibrationSettings(tokens=given.calibration_tokens, fisher=True))

@@ -32,9 +32,9 @@ REPEATS = 3
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "small_cpu.toml"
 
 
-def random_checkpoint(root: Path, data: DataFolder) -> Checkpoint:
-    """A checkpoint of the small recipe with random weights."""
-    recipe = read_settings(RECIPE, Recipe, [f"data.dir={data.path}"])
+def random_checkpoint(root: Path, data: DataFolder, recipe_file: Path = RECIPE) -> Checkpoint:
+    """A checkpoint of a recipe's model with random weights."""
+    recipe = read_settings(recipe_file, Recipe, [f"data.dir={data.path}"])
     torch.manual_seed(0)
     model = GolfGPT(recipe.model_config_for(data.vocab_size), GraphState(active_loops=recipe.model.num_loops))
     model.initialise()

@@ -1,0 +1,147 @@
+"""Fine-tuning between blocks: what it tunes, that it helps where it may, and that it costs no bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import NumericsError
+from pgolf_post.families import get_family, train_seq_len
+from pgolf_post.fit import tune
+from pgolf_post.fit.budget import TrainingClock
+from pgolf_post.fit.build import constants_of
+from pgolf_post.fit.probe import Probe
+from pgolf_post.fit.run import Fitter, prepare, solve
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
+from pgolf_post.fit.tune import Student, stages_of
+
+CALIBRATION = CalibrationSettings(tokens=4096)
+SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192)
+COARSE = 0.01  # c
+
+
+@pytest.fixture
+def fitter(view: View, pico_data: DataFolder) -> Fitter:
+    return prepare(view, pico_data, CALIBRATION, SETTINGS)
+
+
+@pytest.fixture
+def limit(fitter: Fitter) -> int:
+    return fixed_bytes(fitter.builder) + fitter.builder.num_weights * 2 // 8 + WINDOW_BYTES // 2
+
+
+@pytest.fixture
+def text(view: View, pico_data: DataFolder) -> CalibrationSet:
+    return draw_training_text(pico_data, CALIBRATION, train_seq_len(view.config))
+
+
+def rounded_first(fitter: Fitter, student: Student) -> list[str]:
+    """Round the first stage into a student; what is left."""
+    first, *rest = stages_of(fitter.view, list(fitter.builder.parts))
+    student.load(fitter.builder.quantize(constants_of(first, COARSE, {})), first)
+    return [name for names in rest for name in names]
+
+
+def test_stages_take_every_matrix_once_in_the_order_of_the_blocks(fitter: Fitter) -> None:
+    stages = stages_of(fitter.view, list(fitter.builder.parts))
+    assert sorted(name for names in stages for name in names) == sorted(fitter.builder.parts)
+    family = get_family(fitter.view.config["family"])
+    layers = [{family.layer(name) for name in names} - {None} for names in stages]
+    assert layers == [{layer} for layer in range(len(stages))]
+    assert "tok_emb.weight" in stages[0]
+
+
+def test_tuning_lowers_the_divergence_on_its_text(fitter: Fitter, view: View, text: CalibrationSet) -> None:
+    probe, student = Probe(view, text), Student(view, text, 16384)
+    rest = rounded_first(fitter, student)
+    before = probe.divergence(student.weights(list(fitter.builder.parts))).mean
+    student.tune(tune._rates(fitter.builder, constants_of(rest, COARSE, {})), "1")
+    assert probe.divergence(student.weights(list(fitter.builder.parts))).mean < 0.97 * before
+
+
+def test_only_what_is_left_is_tuned(fitter: Fitter, view: View, text: CalibrationSet) -> None:
+    student = Student(view, text, 4096)
+    rest = rounded_first(fitter, student)
+    before = {name: parameter.clone() for name, parameter in student.parameters.items()}
+    student.tune(dict.fromkeys(rest, 1e-4), "1")
+    moved = {name for name, parameter in student.parameters.items() if not torch.equal(parameter, before[name])}
+    assert moved == set(rest)
+    assert not any(parameter.requires_grad for parameter in student.parameters.values())
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(fitter: Fitter, view: View, text: CalibrationSet) -> None:
+    found = []
+    for micro in (1, 3, 100):
+        student = Student(view, text, 4096)
+        student.micro = micro
+        name = rounded_first(fitter, student)[0]
+        weight = student.parameters[name].requires_grad_(True)
+        loss = student._backward(torch.arange(8))
+        assert weight.grad is not None
+        found.append((loss, weight.grad.clone()))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-9)
+
+
+def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) -> None:
+    student = Student(view, text, 4096)
+    student.batch = 4
+    per_epoch = len(text.tokens) // 4
+    for _ in range(2):
+        seen = torch.cat([next(student.batches) for _ in range(per_epoch)]).tolist()
+        assert len(set(seen)) == len(seen) == 4 * per_epoch
+
+
+def test_the_budget_is_filled_again(fitter: Fitter, limit: int, view: View) -> None:
+    before = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    artifact = solve(fitter, limit)
+    assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
+    facts = artifact.meta["fine_tuned"]
+    assert facts["kept"] == (facts["divergence_after"] < facts["divergence_before"])
+    assert artifact.meta["train_seconds"]["fine-tuning"] > 0
+    assert all(torch.equal(view.tensors[name], tensor) for name, tensor in before.items())
+
+
+def test_the_same_settings_tune_alike(fitter: Fitter, limit: int) -> None:
+    assert solve(fitter, limit).symbols_sha256 == solve(fitter, limit, fresh=True).symbols_sha256
+
+
+def test_what_does_not_help_is_not_kept(
+    view: View, pico_data: DataFolder, fitter: Fitter, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "RATE", 1.0)
+    worse = solve(fitter, limit)
+    plain = solve(prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_tokens": 0})), limit)
+    assert not worse.meta["fine_tuned"]["kept"]
+    assert worse.symbols_sha256 == plain.symbols_sha256
+    assert "fine_tuned" not in plain.meta
+
+
+def test_kappa_is_measured_once_for_both(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
+    other = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_tokens": 0}))
+    assert other.kappas == fitter.kappas
+    assert len(list(view.checkpoint.path.glob("derived/kappa/*"))) == 1
+
+
+def test_too_few_seconds_leave_it_out(view: View, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off")).stats
+    clock = TrainingClock(limit=stats.seconds + 60)
+    late = prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off", tune_tokens=10**9), clock)
+    assert late.text is None
+    assert "left out: fine-tuning" in capsys.readouterr().err
+
+
+def test_predictions_that_are_not_finite_are_an_error(fitter: Fitter, view: View, text: CalibrationSet) -> None:
+    student = Student(view, text, 4096)
+    name = rounded_first(fitter, student)[0]
+    with torch.no_grad():
+        student.parameters[name].fill_(np.nan)
+    with pytest.raises(NumericsError, match="not finite"):
+        student.tune({name: 1e-4}, "1")
