@@ -31,6 +31,7 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search, Solution, Try
 from pgolf_post.fit.steps import expected_loss
 from pgolf_post.fit.tune import STEP_NAME, fine_tuned
+from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.artifact import write_verified
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.progress import say
@@ -127,12 +128,15 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     identity = {**fitter.identity, "artifact_limit": artifact_limit, "codec": codec}
     artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, fitter.stats.id], identity)
     folder = view.checkpoint.derived(STAGE, artifact_id)
+    partial = TunePartial(folder.with_name(f"{folder.name}.partial.safetensors"))
+    if fresh:
+        partial.remove()
 
     def make(building: Path) -> Mapping[str, Any]:
         search = Search(fitter.builder, fitter.kappa, codec)
         solution, extra = search.solve(artifact_limit, _say_try), {}
         if fitter.text is not None:
-            solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, fitter.text)
+            solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, partial)
         if fitter.distills:
             solution, extra["distilled"] = _distilled(fitter, solution, artifact_limit, codec)
         facts = artifact_facts(solution.model, view, fitter.stats, codec)
@@ -142,15 +146,17 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
     config |= {"stats_id": fitter.stats.id, "plan": "fit", **identity}
     meta, cached = load_or_make(folder, PAYLOAD, config, make, fresh)
+    partial.remove()
     return Artifact(folder, artifact_id, meta, cached)
 
 
 def _fine_tuned(
-    fitter: Fitter, search: Search, solution: Solution, limit: int, text: CalibrationSet
+    fitter: Fitter, search: Search, solution: Solution, limit: int, partial: TunePartial
 ) -> tuple[Solution, dict[str, Any]]:
     """The solution with its blocks fine-tuned, where that fits and lowers the divergence on text not tuned on."""
+    assert fitter.text is not None
     tokens = fitter.settings.tune_tokens
-    tuned = fine_tuned(fitter.builder, search, solution, limit, text, tokens, fitter.clock)
+    tuned = fine_tuned(fitter.builder, search, solution, limit, fitter.text, tokens, fitter.clock, partial)
     with fitter.clock.step("held-out text"):
         held_out = probe_text(fitter.view, fitter.data, HELD_OUT_TOKENS, fitter.settings.kappa_seed + 2)
         probe = Probe(fitter.view, held_out)

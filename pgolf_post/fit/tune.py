@@ -34,6 +34,7 @@ from pgolf_post.families import get_family, load_module
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
+from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.progress import progress_bar, say
@@ -67,11 +68,12 @@ def stages_of(view: View, names: Sequence[str]) -> list[list[str]]:
 def fine_tuned(
     builder: Builder,
     search: Search,
-    solution: Solution,
+    solution: Solution,  # what the budget takes without
     limit: int,
     text: CalibrationSet,
     tokens: int,
     clock: TrainingClock,
+    partial: TunePartial,
 ) -> Solution | None:
     """The solution built again with fine-tuning between its blocks; None, said aloud, if that does not fit the limit.
 
@@ -79,18 +81,25 @@ def fine_tuned(
     """
     stages = stages_of(builder.view, list(builder.parts))
     student = Student(builder.view, text, tokens // max(1, len(stages) - 1))
-    done: dict[str, QuantizedTensor] = {}
-    constant = solution.constant
     spare = len(solution.data) - predict_bytes(solution.model)  # what the predictor does not see
+    done: dict[str, QuantizedTensor] = {}
+    blocks_before, kept = partial.resume()
+    targets: dict[str, Tensor] = {}  # what was rounded
+    constant = solution.constant
     for number, names in enumerate(stages[:-1]):
-        done |= builder.quantize(constants_of(names, constant, search.kappa), student.weights(names))
+        targets |= {name: kept[name] for name in names} if number < blocks_before else student.weights(names)
+        done |= builder.quantize(constants_of(names, constant, search.kappa), {name: targets[name] for name in names})
+        student.load(done, names)
         rest = [name for stage in stages[number + 1 :] for name in stage]
         excess = predict_bytes(builder.model({**solution.model.quantized, **done})) + spare - _aim(limit)
         constant = solution.constant * 2 ** _octaves(excess, builder, rest)
-        student.load(done, names)
+        if number < blocks_before:
+            student.skip({name: kept[name] for name in rest})
+            continue
         with clock.step(STEP_NAME) as step:
             step.add(clock.seconds.get(STEP_NAME, 0.0))
             student.tune(_rates(builder, constants_of(rest, constant, search.kappa)), f"{number + 1} of {len(stages)}")
+        partial.save(number + 1, {**targets, **student.weights(rest)})
     return _finished(builder, search, done, stages[-1], student.weights(stages[-1]), constant, limit)
 
 
@@ -166,6 +175,12 @@ class Student:
         """Put rounded matrices in."""
         decoded = {name: torch.from_numpy(np.ascontiguousarray(quantized[name].dequantize())) for name in names}
         swap_weights(self.module, decoded)
+
+    def skip(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what one call of `tune` came to before."""
+        swap_weights(self.module, weights)
+        for _ in range(self.steps):
+            next(self.batches)
 
     def tune(self, rates: Mapping[str, float], label: str) -> None:
         """Tune these matrices, each at its own rate. Raises NumericsError if the loss is not finite."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from pgolf_post.fit.run import Fitter, prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
 from pgolf_post.fit.tune import Student, stages_of
+from pgolf_post.fit.tune_partial import TunePartial
 
 CALIBRATION = CalibrationSettings(tokens=4096)
 SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192)
@@ -145,3 +149,39 @@ def test_predictions_that_are_not_finite_are_an_error(fitter: Fitter, view: View
         student.parameters[name].fill_(np.nan)
     with pytest.raises(NumericsError, match="not finite"):
         student.tune({name: 1e-4}, "1")
+
+
+def test_an_interrupted_one_goes_on(
+    fitter: Fitter, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = solve(fitter, limit)
+    shutil.rmtree(first.folder)
+    calls: list[str] = []
+    own = Student.tune
+
+    def interrupted(student: Student, rates: dict[str, float], label: str) -> None:
+        calls.append(label)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        own(student, rates, label)
+
+    monkeypatch.setattr(Student, "tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        solve(fitter, limit)
+    resumed = solve(fitter, limit)
+    assert "resuming: fine-tuned after 1 blocks before" in capsys.readouterr().err
+    assert len(calls) == 2 + len(stages_of(fitter.view, list(fitter.builder.parts))) - 2
+    assert resumed.symbols_sha256 == first.symbols_sha256
+    assert not list(resumed.folder.parent.glob("*.partial*"))
+
+
+def test_a_damaged_partial_is_said_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial = TunePartial(tmp_path / "x.partial.safetensors")
+    partial.save(3, {"w": torch.arange(4.0)})
+    assert partial.resume()[0] == 3
+    assert partial.path is not None
+    damaged = bytearray(partial.path.read_bytes())
+    damaged[-1] ^= 1
+    partial.path.write_bytes(damaged)
+    assert partial.resume() == (0, {})
+    assert "fine-tuning starts again" in capsys.readouterr().err
