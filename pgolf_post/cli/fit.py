@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pgolf_post.fit.run import Fitter
     from pgolf_post.requant import Artifact
 
+SUGGESTED_TOKENS = 1 << 20
 FIT_FLAGS = {
     "rows": "--rows",
     "columns": "--columns",
@@ -202,9 +203,14 @@ def _total(seconds: dict[str, float]) -> float:
 
 
 def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
-    """What reading training data took by step, of the fit that took longest, and what was learnt of κ."""
+    """What reading training data took by step, of the fit that took longest, what more would buy, and κ."""
+    from pgolf_post.fit.run import tune_seconds
+
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")
+    if not fitter.settings.tune_tokens:
+        more = tune_seconds(fitter.stats, SUGGESTED_TOKENS)
+        say(f"--tune-tokens {SUGGESTED_TOKENS}: a lower loss at the same bytes, for about {more:,.0f} s more")
     if fitter.kappas:
         header = (fitter.settings.kappa, "predicted nats", "divergence", "± 2 s.e.", "κ used")
         rows = [
@@ -230,6 +236,7 @@ def _answer(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None
         "symbols_sha256": artifact.symbols_sha256,
         "artifact_cached": artifact.cached,
         "fit_seconds": meta["seconds"],
+        **{key: meta[key] for key in ("fine_tuned", "distilled") if key in meta},
         "train_seconds": meta["train_seconds"],  # as making it took them: the clock of a cached one has not seen all
     }
 

@@ -1,7 +1,7 @@
 """The seconds that touch training data: they count against the challenge's training time.
 
-Statistics, κ and distillation read training text, so a submission that fits its artifact has to do them within its 600
-seconds. Each is timed; where a limit is set, a step that would not fit any more is left out, and named.
+Statistics, κ, fine-tuning and distillation read training text, so a submission that fits its artifact has to do them
+within its 600 seconds. Each is timed; where a limit is set, a step that would not fit any more is left out, and named.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def prepare(
             kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks)
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
-    tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, _tune_seconds(stats, settings))
+    tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))
     text = None
     if tunes:
         text = calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config), ranks)
@@ -112,9 +112,9 @@ def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> flo
     return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (groups + 1)
 
 
-def _tune_seconds(stats: Stats, settings: FitSettings) -> float:
+def tune_seconds(stats: Stats, tokens: int) -> float:
     """About what fine-tuning will take: two forward passes and a backward one, about as statistics do."""
-    return stats.seconds / stats.num_tokens * settings.tune_tokens
+    return stats.seconds / stats.num_tokens * tokens
 
 
 def _distill_seconds(stats: Stats) -> float:

@@ -47,11 +47,12 @@ def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pico_run: Path, pico_
 
 
 def test_a_cached_fit_reports_the_training_data_that_making_it_read(pgolf: Any, pico_data: DataFolder) -> None:
-    """Distillation too, which a cached artifact does not repeat."""
-    options = ("fit", "--budget", 9000, "--distill", "--data", pico_data.path, "--json", *FIT)
+    """Fine-tuning and distillation too, which a cached artifact does not repeat."""
+    options = ("fit", "--budget", 9000, "--distill", "--tune-tokens", 4096, "--data", pico_data.path, "--json", *FIT)
     first, again = pgolf(*options).json, pgolf(*options).json
     assert (first["artifact_cached"], again["artifact_cached"]) == (False, True)
-    assert set(first["train_seconds"]) == {"statistics", "kappa", "distillation"}
+    assert set(first["train_seconds"]) == {"statistics", "kappa", "fine-tuning", "held-out text", "distillation"}
+    assert first["fine_tuned"] == again["fine_tuned"]
     assert again["train_seconds"] == first["train_seconds"]
 
 
