@@ -11,7 +11,7 @@ at (a')'s divergence; then (a') and fit at 3/4 and 1/2 of (a)'s bytes. One calib
 careful contestant would who has our probe: each of the three groups (embedding, attention, MLP) is quantized alone, the
 divergence it causes on training text is measured, and its k is set so that every weight causes the same, twice over.
 
-one: fit alone, at --bytes.
+one: fit alone, at --bytes, with --tune-tokens of fine-tuning between its blocks.
 
 steps: fit's parts one after the other at one budget. Divergences are KL from the unquantized model on validation
 windows; gaps are paired differences in bpb with a 95 % t interval over documents.
@@ -48,6 +48,7 @@ from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.run import prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
+from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.compare import compare
 from pgolf_post.pack.decode import decode
 from pgolf_post.plan import read_plan
@@ -228,11 +229,14 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
     print(f"bytes(d)/bytes(a') {d['bytes'] / tuned['bytes']:.3f}")
 
 
-def one(bench: Bench, limit: int) -> None:
-    """fit at a number of bytes."""
-    builder, kappa = fitted(bench, FitSettings())
-    solution = Search(builder, kappa).solve(limit)
-    bench.row(f"fit at {limit:,} bytes", solution.model, len(solution.data))
+def one(bench: Bench, limit: int, tune_tokens: int) -> None:
+    """fit at a number of bytes, as its users run it."""
+    calibration = CalibrationSettings(tokens=bench.stats.num_tokens)
+    fitter = prepare(bench.view, bench.data, calibration, FitSettings(tune_tokens=tune_tokens))
+    artifact = solve(fitter, limit)
+    more = f", {tune_tokens:,} tokens of fine-tuning" if tune_tokens else ""
+    bench.row(f"fit at {limit:,} bytes{more}", read_artifact(artifact.path).model, artifact.path.stat().st_size)
+    say(f"training data: {artifact.meta['train_seconds']}, {artifact.meta.get('fine_tuned')}")
 
 
 def steps(bench: Bench) -> None:
@@ -347,6 +351,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1 << 30)
     parser.add_argument("--few-scored", action="store_true", help="(a), (a') and (c); the others by divergence")
     parser.add_argument("--bytes", type=int, help="one: the artifact's limit")
+    parser.add_argument("--tune-tokens", type=int, default=0, help="one: of calibration text, between blocks")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--shares", default="0.75,0.5")
     given = parser.parse_args()
@@ -359,7 +364,7 @@ def main() -> None:
     stats = calibrate(view, data, CalibrationSettings(tokens=given.calibration_tokens, fisher=True))
     bench = Bench(view, stats, data, DataFolder.open(given.val or given.data), given.windows, not given.few_scored)
     if given.table == "one":
-        return one(bench, given.bytes)
+        return one(bench, given.bytes, given.tune_tokens)
     shares = [float(share) for share in given.shares.split(",") if share]
     return field(bench, shares) if given.table == "field" else steps(bench)
 
