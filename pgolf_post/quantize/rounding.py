@@ -34,16 +34,16 @@ def _arrays(buffers: Buffers) -> tuple[np.ndarray, ...]:  # weights, steps, shri
 
 
 def _compiled_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback: Tensor) -> Rounding:
-    from pgolf_post.quantize import kernels
+    from pgolf_post.quantize import coupled_kernels
 
     weights, steps, _, errors, symbols = _arrays(buffers)
     down = coupled.RowFeedback.of(row_feedback.numpy())
     arrays = (weights, steps, errors, symbols, feedback.numpy(), down.numbers, down.scales)
     if job.trellis is None:
-        return lambda start, stop: kernels.round_coupled_scalar(*arrays, np.float32(job.limit), start, stop)
+        return lambda start, stop: coupled_kernels.round_coupled_scalar(*arrays, np.float32(job.limit), start, stop)
     states = job.trellis.states
     path = (predecessors(states), coset_bounds(job.limit), job.trellis.lane_rows, coupled.depth_of(states))
-    return lambda start, stop: kernels.round_coupled_trellis(*arrays, *path, start, stop)
+    return lambda start, stop: coupled_kernels.round_coupled_trellis(*arrays, *path, start, stop)
 
 
 def _numpy_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback: Tensor) -> Rounding:
