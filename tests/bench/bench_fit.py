@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_fit field CHECKPOINT --data FOLDER --val FOLDER [--windows N] [--weights ema]
     python -m tests.bench.bench_fit steps CHECKPOINT --data FOLDER --val FOLDER [--windows N]
+    python -m tests.bench.bench_fit front CHECKPOINT --data FOLDER --val FOLDER [--figure FILE.svg]
     python -m tests.bench.bench_fit cost
     python -m tests.bench.bench_fit whole
 
@@ -12,6 +13,8 @@ careful contestant would who has our probe: each of the three groups (embedding,
 divergence it causes on training text is measured, and its k is set so that every weight causes the same, twice over.
 
 one: fit alone, at --bytes, with --tune-tokens of fine-tuning between its blocks.
+
+front: divergence against bytes of (a), (a') and (b), their k times several numbers, under brotli, and of fit.
 
 steps: fit's parts one after the other at one budget. Divergences are KL from the unquantized model on validation
 windows; gaps are paired differences in bpb with a 95 % t interval over documents.
@@ -42,7 +45,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import train_seq_len
-from pgolf_post.fit.build import Builder
+from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.kappa import by_tensor, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.run import prepare, solve
@@ -50,6 +53,7 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.compare import compare
+from pgolf_post.pack.container import pack
 from pgolf_post.pack.decode import decode
 from pgolf_post.plan import read_plan
 from pgolf_post.progress import print_table, say
@@ -65,6 +69,7 @@ RECORD_K = {"embedding": 14.0, "attention": 13.0, "mlp": 11.5}
 GROUP_OF = {"q": "attention", "k": "attention", "v": "attention", "attn_proj": "attention"}
 GROUP_OF |= {"mlp_fc": "mlp", "mlp_proj": "mlp", "embedding": "embedding", "head": "embedding"}
 RECORD_BITS, LEAST_K = {"embedding": 7, "attention": 6, "mlp": 6}, 6.0
+FRONT_FACTORS = (0.85, 1.0, 1.2, 1.45, 1.75, 2.2)
 CLOSE, TUNING_ROUNDS, KL_WINDOWS = 0.0005, 2, 64
 
 
@@ -267,6 +272,56 @@ def steps(bench: Bench) -> None:
         bench.row(name, solution.model, len(solution.data), scored=False)
 
 
+# ---- front -----------------------------------------------------------------------------------------------------------
+
+
+def front(bench: Bench, figure: Path | None) -> None:
+    """Divergence against bytes. The recipes trace theirs by their k, fit by its c."""
+    k, (builder, kappa) = tuned_k(bench), fitted(bench, FitSettings())
+    first = Search(builder, kappa).first_constant(field_bytes(recipe(bench, RECORD_K), ["brotli"]))
+
+    def scaled(base: Mapping[str, float], factor: float) -> dict[str, float]:
+        return {group: value * factor for group, value in base.items()}
+
+    def sdclip(factor: float) -> QuantizedModel:
+        plan = read_plan("sdclip-1394", [f"embedding.clip={20 * factor}", f"matrices.clip={12.85 * factor}"])
+        return quantize_view(bench.view, bench.stats, plan)
+
+    makers: dict[str, Any] = {
+        "(a) record-1855": lambda factor: recipe(bench, scaled(RECORD_K, factor)),
+        "(a') re-tuned": lambda factor: recipe(bench, scaled(k, factor)),
+        "(b) sdclip-1394": sdclip,
+        "fit": lambda factor: builder.model(builder.quantize(constants_of(builder.parts, first * factor, kappa))),
+    }
+    print("|  | × | bytes | divergence, nats |\n|---|---|---|---|")
+    lines: dict[str, list[tuple[int, float]]] = {name: [] for name in makers}
+    for name, make in makers.items():
+        for factor in FRONT_FACTORS:
+            model = make(factor)
+            size = len(pack(model)) if name == "fit" else field_bytes(model, ["brotli"])
+            lines[name].append((size, bench.eyes.divergence(tensors_of(model)).mean))
+            print(f"| {name} | {factor:g} | {size:,} | {lines[name][-1][1]:.6f} |", flush=True)
+    if figure:
+        draw_front(lines, figure)
+
+
+def draw_front(lines: Mapping[str, Sequence[tuple[int, float]]], figure: Path) -> None:
+    """The table as a picture."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "fit_front"  # the same ids every time
+    canvas = Figure(figsize=(7, 4.5))
+    axes = canvas.subplots()
+    for name, points in lines.items():
+        axes.plot([size / 1e6 for size, _ in points], [kl for _, kl in points], marker="o", label=name)
+    axes.set(xlabel="artifact, MB", ylabel="divergence from the unquantized model, nats per token", yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    canvas.tight_layout()
+    canvas.savefig(figure, metadata={"Date": None})
+
+
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +398,7 @@ def whole(limit: int = 15_950_000) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["field", "one", "steps", "cost", "whole"])
+    parser.add_argument("table", choices=["field", "one", "steps", "front", "cost", "whole"])
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--val", type=Path)
@@ -353,6 +408,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, help="one: the artifact's limit")
     parser.add_argument("--tune-tokens", type=int, default=0, help="one: of calibration text, between blocks")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
+    parser.add_argument("--figure", type=Path, help="front: write a picture, too")
     parser.add_argument("--shares", default="0.75,0.5")
     given = parser.parse_args()
     if given.table == "cost":
@@ -365,6 +421,8 @@ def main() -> None:
     bench = Bench(view, stats, data, DataFolder.open(given.val or given.data), given.windows, not given.few_scored)
     if given.table == "one":
         return one(bench, given.bytes, given.tune_tokens)
+    if given.table == "front":
+        return front(bench, given.figure)
     shares = [float(share) for share in given.shares.split(",") if share]
     return field(bench, shares) if given.table == "field" else steps(bench)
 
