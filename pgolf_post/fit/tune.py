@@ -34,7 +34,7 @@ from pgolf_post.families import get_family, load_module
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
-from pgolf_post.fit.tune_partial import TunePartial
+from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.progress import progress_bar, say
@@ -83,32 +83,32 @@ def fine_tuned(
     student = Student(builder.view, text, tokens // max(1, len(stages) - 1))
     spare = len(solution.data) - predict_bytes(solution.model)  # what the predictor does not see
     done: dict[str, QuantizedTensor] = {}
-    blocks_before, kept = partial.resume()
+    before = partial.resume()
     targets: dict[str, Tensor] = {}  # what was rounded
     constant = solution.constant
     for number, names in enumerate(stages[:-1]):
-        targets |= {name: kept[name] for name in names} if number < blocks_before else student.weights(names)
+        targets |= {name: before.weights[name] for name in names} if number < before.blocks else student.weights(names)
         done |= builder.quantize(constants_of(names, constant, search.kappa), {name: targets[name] for name in names})
         student.load(done, names)
         rest = [name for stage in stages[number + 1 :] for name in stage]
         excess = predict_bytes(builder.model({**solution.model.quantized, **done})) + spare - _aim(limit)
         constant = solution.constant * 2 ** _octaves(excess, builder, rest)
-        if number < blocks_before:
-            student.skip({name: kept[name] for name in rest})
+        if number < before.blocks:
+            student.skip({name: before.weights[name] for name in rest})
             continue
         with clock.step(STEP_NAME) as step:
-            step.add(clock.seconds.get(STEP_NAME, 0.0))
+            step.add(clock.seconds.get(STEP_NAME, before.seconds))
             student.tune(_rates(builder, constants_of(rest, constant, search.kappa)), f"{number + 1} of {len(stages)}")
-        partial.save(number + 1, {**targets, **student.weights(rest)})
-    return _finished(builder, search, done, stages[-1], student.weights(stages[-1]), constant, limit)
+        partial.save(Done(number + 1, clock.seconds[STEP_NAME], {**targets, **student.weights(rest)}))
+    return _finished(builder, search, solution, done, student.weights(stages[-1]), constant, limit)
 
 
 def _finished(
     builder: Builder,
     search: Search,
+    solution: Solution,
     done: Mapping[str, QuantizedTensor],
-    names: Sequence[str],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],  # of the last block
     constant: float,
     limit: int,
 ) -> Solution | None:
@@ -116,20 +116,20 @@ def _finished(
     best: Solution | None = None
     tries: list[Try] = []
     for _ in range(LAST_TRIES):
-        last = builder.quantize(constants_of(names, constant, search.kappa), weights)
+        last = builder.quantize(constants_of(weights, constant, search.kappa), weights)
         model = builder.model({**done, **last})
         data = pack(model, search.packing)
         tries.append(Try(constant, len(data), True))
         if len(data) <= limit and (best is None or len(data) > len(best.data)):
-            best = Solution(model, data, constant, ())
+            best = replace(solution, model=model, data=data)
         if best is not None and len(best.data) >= limit - WINDOW_BYTES:
             break
-        constant *= 2 ** _octaves(len(data) - _aim(limit), builder, names)
+        constant *= 2 ** _octaves(len(data) - _aim(limit), builder, list(weights))
     if best is None:
         smallest = min(found.num_bytes for found in tries)
         say(f"fine-tuned blocks do not fit: {smallest:,} of {limit:,} bytes; the untuned ones stay")
         return None
-    return replace(best, tries=tuple(tries))
+    return replace(best, tries=(*solution.tries, *tries))
 
 
 def _aim(limit: int) -> float:

@@ -1,13 +1,15 @@
 """Interrupted fine-tuning goes on after the last block that it finished.
 
 One file beside the artifact to be: the weights that every rounded matrix was rounded from, those of the others as they
-are tuned so far, and how many blocks that is. Rounding is repeated from them; tuning, which is what takes long, is not.
+are tuned so far, how many blocks that is, and the seconds it took, which count as training. Rounding is repeated from
+them; tuning, which is what takes long, is not.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,35 +22,44 @@ from pgolf_post.progress import say
 from pgolf_post.storage import atomic_file
 
 
+@dataclass(frozen=True)
+class Done:
+    """What was fine-tuned before."""
+
+    blocks: int = 0  # after which matrices were tuned
+    seconds: float = 0.0
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # of every matrix
+
+
 class TunePartial:
     """What a fine-tuning under way has done. Without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
-    def resume(self) -> tuple[int, dict[str, Tensor]]:
-        """Blocks after which tuning was done, and the weights; nothing, said aloud, where the file is damaged."""
+    def resume(self) -> Done:
+        """What was done; nothing, said aloud, where the file is damaged."""
         if self.path is None or not self.path.is_file():
-            return 0, {}
+            return Done()
         try:
             with safe_open(self.path, framework="pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if facts["sha256"] != tensors_sha256(tensors):
                 raise DamagedFileError("not what was written")
-            blocks = int(facts["blocks"])
+            done = Done(int(facts["blocks"]), float(facts["seconds"]), tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, DamagedFileError) as error:
             say(f"{self.path}: {error}; fine-tuning starts again")
-            return 0, {}
-        say(f"resuming: fine-tuned after {blocks} blocks before")
-        return blocks, tensors
+            return Done()
+        say(f"resuming: fine-tuned after {done.blocks} blocks before")
+        return done
 
-    def save(self, blocks: int, weights: Mapping[str, Tensor]) -> None:
+    def save(self, done: Done) -> None:
         """Replace the file in one rename. Raises PgolfError."""
         if self.path is None:
             return
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        facts = {"blocks": blocks, "sha256": tensors_sha256(tensors)}
+        tensors = {name: tensor.contiguous() for name, tensor in done.weights.items()}
+        facts = {"blocks": done.blocks, "seconds": done.seconds, "sha256": tensors_sha256(tensors)}
         with atomic_file(self.path) as temporary:
             try:
                 save_file(tensors, temporary, {"facts": json.dumps(facts)})

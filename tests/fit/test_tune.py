@@ -23,7 +23,7 @@ from pgolf_post.fit.run import Fitter, prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
 from pgolf_post.fit.tune import Student, stages_of
-from pgolf_post.fit.tune_partial import TunePartial
+from pgolf_post.fit.tune_partial import Done, TunePartial
 
 CALIBRATION = CalibrationSettings(tokens=4096)
 SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192)
@@ -172,16 +172,17 @@ def test_an_interrupted_one_goes_on(
     assert "resuming: fine-tuned after 1 blocks before" in capsys.readouterr().err
     assert len(calls) == 2 + len(stages_of(fitter.view, list(fitter.builder.parts))) - 2
     assert resumed.symbols_sha256 == first.symbols_sha256
+    assert resumed.meta["builds"] == first.meta["builds"]
     assert not list(resumed.folder.parent.glob("*.partial*"))
 
 
 def test_a_damaged_partial_is_said_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partial = TunePartial(tmp_path / "x.partial.safetensors")
-    partial.save(3, {"w": torch.arange(4.0)})
-    assert partial.resume()[0] == 3
+    partial.save(Done(3, 1.5, {"w": torch.arange(4.0)}))
+    assert (partial.resume().blocks, partial.resume().seconds) == (3, 1.5)
     assert partial.path is not None
     damaged = bytearray(partial.path.read_bytes())
     damaged[-1] ^= 1
     partial.path.write_bytes(damaged)
-    assert partial.resume() == (0, {})
+    assert partial.resume() == Done()
     assert "fine-tuning starts again" in capsys.readouterr().err
