@@ -4,6 +4,7 @@
     python -m tests.bench.bench_score screening ARTIFACT_A ARTIFACT_B --data FOLDER
     python -m tests.bench.bench_score shown CHECKPOINT ARTIFACT --data FOLDER
     python -m tests.bench.bench_score audits ARTIFACT --data FOLDER
+    python -m tests.bench.bench_score order ARTIFACT ARTIFACT … --data FOLDER
 
 Speed uses the small CPU recipe's shape (4.6M parameters) with random weights, which cost the same as trained ones; the
 two sides of a ratio take turns.
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,25 @@ def shown(checkpoint: Path, artifact: Path, data: DataFolder) -> None:
     print_table(title, ("", "bpb", "seconds", "against plain", "95 %, by document"), rows)
 
 
+def order(artifacts: Sequence[Path], data: DataFolder) -> None:
+    """Whether artifacts that differ before test-time training differ alike after it: plain and lora of each."""
+    tokens, counts = excerpt(data, PIECE_TOKENS, PIECE_DOCUMENTS)
+    protocols = {name: shown_protocols()[name] for name in ("plain", "ttt lora")}
+    rows: list[list[str]] = []
+    first: dict[str, Any] = {}
+    for path in artifacts:
+        module, config = artifact_module(path)
+        row = [path.parent.name, f"{path.stat().st_size:,}"]
+        for name, protocol in protocols.items():
+            session = Session(description=f"{path.parent.name}, {name}")
+            score = score_text(module, get_family(config["family"]), tokens, counts, protocol, session)[0]
+            d = t_interval(paired_documents(score, first.setdefault(name, score)))
+            row += [f"{score.bpb:.5f}", f"{d.bpb:+.5f}", f"{d.low:+.5f} … {d.high:+.5f}"]
+        rows.append(row)
+    header = ("artifact", "bytes", *(text for name in protocols for text in (name, "against the first", "95 %")))
+    print_table(f"{len(tokens):,} tokens, {PIECE_DOCUMENTS} documents", header, rows)
+
+
 def audits(artifact: Path, data: DataFolder) -> None:
     """Every protocol's audit of one model on the beginnings of eight documents."""
     module, config = artifact_module(artifact)
@@ -318,6 +338,9 @@ def main(arguments: tuple[str, ...] = ()) -> None:
     if arguments:
         kind, first, second, *_, folder = arguments
         data = DataFolder.open(Path(folder))
+        if kind == "order":
+            order([Path(argument) for argument in arguments[1:-2]], data)
+            return
         if kind == "audits":
             audits(Path(first), data)
             return
