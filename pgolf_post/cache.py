@@ -6,7 +6,7 @@ An entry is in one of these states; only the first is ever used:
 
     complete     its meta.json is there; whether its bytes are those that were written is for `verify` to say
     orphan       complete, but its checkpoint is gone, or holds other weights than those it was made from
-    partial      what an interrupted calibration or attribution has done; the same command takes it up again
+    partial      what an interrupted calibration, attribution or fit has done; the same command takes it up again
     temporary    left by a killed process (`.tmp-…`, `.old-…`)
     incomplete   anything else
 """
@@ -53,7 +53,8 @@ class Entry:
             if key not in NOT_SETTINGS and value is not None and not isinstance(value, list | dict)
         }
         parts = [f"{key}={value[:12] if isinstance(value, str) else value}" for key, value in kept.items()]
-        return ", ".join([f"{self.config['view']} weights"] * ("view" in self.config) + parts)
+        weights = [f"{self.config['view']} weights"] if "view" in self.config else []
+        return ", ".join(weights + parts)
 
     def facts(self) -> dict[str, Any]:
         """The entry as JSON."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.calibrate.run import calibration_text
+from pgolf_post.calibrate.run import PARTIAL_SUFFIX, calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -128,7 +128,7 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     identity = {**fitter.identity, "artifact_limit": artifact_limit, "codec": codec}
     artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, fitter.stats.id], identity)
     folder = view.checkpoint.derived(STAGE, artifact_id)
-    partial = TunePartial(folder.with_name(f"{folder.name}.partial.safetensors"))
+    partial = TunePartial(folder.with_name(folder.name + PARTIAL_SUFFIX))
     if fresh:
         partial.remove()
 

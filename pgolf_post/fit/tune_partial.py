@@ -1,13 +1,14 @@
 """Interrupted fine-tuning goes on after the last block that it finished.
 
-One file beside the artifact to be: the weights that every rounded matrix was rounded from, those of the others as they
-are tuned so far, how many blocks that is, and the seconds it took, which count as training. Rounding is repeated from
-them; tuning, which is what takes long, is not.
+One file in a `.partial` folder beside the artifact to be: the weights that every rounded matrix was rounded from, those
+of the others as they are tuned so far, how many blocks that is, and the seconds it took, which count as training.
+Rounding is repeated from them; tuning, which is what takes long, is not.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from pgolf_post.errors import DamagedFileError
 from pgolf_post.progress import say
 from pgolf_post.storage import atomic_file
 
+FILE = "tuning.safetensors"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -32,14 +35,14 @@ class Done:
 
 
 class TunePartial:
-    """What a fine-tuning under way has done. Without a path nothing is kept."""
+    """What a fine-tuning under way has done."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / FILE
 
     def resume(self) -> Done:
         """What was done; nothing, said aloud, where the file is damaged."""
-        if self.path is None or not self.path.is_file():
+        if not self.path.is_file():
             return Done()
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -56,8 +59,6 @@ class TunePartial:
 
     def save(self, done: Done) -> None:
         """Replace the file in one rename. Raises PgolfError."""
-        if self.path is None:
-            return
         tensors = {name: tensor.contiguous() for name, tensor in done.weights.items()}
         facts = {"blocks": done.blocks, "seconds": done.seconds, "sha256": tensors_sha256(tensors)}
         with atomic_file(self.path) as temporary:
@@ -68,5 +69,4 @@ class TunePartial:
 
     def remove(self) -> None:
         """Nothing is left of it."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -43,6 +43,11 @@ def test_the_cache_is_listed_verified_and_pruned(pgolf: Any, pico_checkpoint: Ch
     pgolf("calibrate", *FEW)
     entries = pgolf("cache", "list", "--json").json["entries"]
     assert [entry["stage"] for entry in entries] == ["stats"]
+    left = Path(entries[0]["path"]).with_name("0123456789ab.partial")  # by a killed process: nothing says what it was
+    left.mkdir()
+    listed = pgolf("cache", "list")
+    assert (listed.code, "partial" in listed.out + listed.err) == (0, True)
+    left.rmdir()
     assert pgolf("cache", "verify", "--json").json == {"verified": 1, "damaged": []}
     payload = next(pico_checkpoint.path.glob("derived/stats/*/stats.safetensors"))
     payload.write_bytes(payload.read_bytes() + b"x")
