@@ -1,13 +1,12 @@
 """`fit`: a checkpoint and a number of bytes in, the artifact with the lowest loss we know how to make out.
 
-Statistics and κ are read from the cache or made; they are all that touches training data, and the seconds they took are
-said, because the challenge counts them. The budget is then solved for, and the result written, read back by the decoder
-that ships, and kept beside the checkpoint under everything that decided it.
+Statistics and κ are read from the cache or made. The budget is then solved for, if asked for once more with fine-tuning
+between blocks, and the result written, read back by the decoder that ships, and kept beside the checkpoint under
+everything that decided it. Seconds that touch training data are said, because the challenge counts them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search, Solution, Try
 from pgolf_post.fit.steps import expected_loss
-from pgolf_post.fit.tune import STEP_NAME, fine_tuned
+from pgolf_post.fit.tune import STEP_NAME, fine_tuned, split_text
 from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.artifact import write_verified
 from pgolf_post.pack.container import PackSettings, pack
@@ -42,7 +41,6 @@ from pgolf_post.requant import PAYLOAD, STAGE, Artifact, artifact_facts
 
 STAGE_VERSION = 1
 DISTILL = DistillSettings()
-HELD_OUT_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ def prepare(
 ) -> Fitter:
     """Statistics, κ and everything else that does not depend on the budget. Runs on all ranks.
 
-    Raises SettingsError if the seconds allowed do not even hold the statistics, and what `calibrate` raises.
+    Raises SettingsError if the seconds allowed do not even hold the statistics or the text is too short to tune on, and
+    what `calibrate` raises.
     """
     clock = clock or TrainingClock()
     if stats is None:
@@ -103,6 +102,7 @@ def prepare(
     text = None
     if tunes:
         text = calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config), ranks)
+        split_text(text)  # refuses too short a text before anything is built
     return Fitter(view, data, stats, settings, builder, kappas, clock, distills, text)
 
 
@@ -156,15 +156,17 @@ def _fine_tuned(
     """The solution with its blocks fine-tuned, where that fits and lowers the divergence on text not tuned on."""
     assert fitter.text is not None
     tokens = fitter.settings.tune_tokens
-    tuned = fine_tuned(fitter.builder, search, solution, limit, fitter.text, tokens, fitter.clock, partial)
+    lesson, exam = split_text(fitter.text)
+    tuned = fine_tuned(fitter.builder, search, solution, limit, lesson, tokens, fitter.clock, partial)
+    if tuned is None:
+        return solution, {"kept": False, "tokens": tokens}
     with fitter.clock.step("held-out text"):
-        held_out = probe_text(fitter.view, fitter.data, HELD_OUT_TOKENS, fitter.settings.kappa_seed + 2)
-        probe = Probe(fitter.view, held_out)
-        before, after = (probe.divergence(_decoded(found)).mean if found else math.inf for found in (solution, tuned))
-    kept = tuned is not None and after < before
+        probe = Probe(fitter.view, exam)
+        before, after = (probe.divergence(_decoded(found)).mean for found in (solution, tuned))
+    kept = after < before
     say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
-    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after if tuned else None}
-    return tuned if tuned is not None and kept else solution, facts
+    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after}
+    return tuned if kept else solution, facts
 
 
 def _decoded(solution: Solution) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from pgolf_post.calibrate.randomness import generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
-from pgolf_post.errors import NumericsError
+from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import get_family, load_module
 from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder, constants_of
@@ -49,8 +49,24 @@ MOST_STEPS = 512  # between two blocks: more text makes larger batches
 MICRO_TOKENS = {"cpu": 2048, "cuda": 32768}
 RATE = 0.005  # Adam's at first, relative to the rms error that rounding will make in a weight; cosine to zero
 BETAS = (0.9, 0.99)
+HELD_OUT, HELD_OUT_TOKENS = 0.125, 16384  # the share of the text that judges, and how much is enough
 LAST_TRIES = 8
 LARGEST_STEP = 0.5  # octaves of c
+
+
+def split_text(text: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
+    """The windows to tune on, and those that judge it. Raises SettingsError if there is but one."""
+    windows, seq_len = text.tokens.shape
+    if windows < 2:
+        raise SettingsError(
+            f"fine-tuning needs a window of text to tune on and one to hold out; there is {windows} of {seq_len} tokens",
+            hint="more --calibration-tokens",
+        )
+    count = min(max(1, round(HELD_OUT * windows)), max(1, HELD_OUT_TOKENS // seq_len))
+    order = generator(0, "held-out windows").permutation(windows)
+    parts = np.sort(order[count:]), np.sort(order[:count])
+    lesson, exam = (CalibrationSet((), np.ascontiguousarray(text.tokens[part])) for part in parts)
+    return lesson, exam
 
 
 def stages_of(view: View, names: Sequence[str]) -> list[list[str]]:

@@ -13,7 +13,7 @@ from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import NumericsError
+from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.fit import tune
 from pgolf_post.fit.budget import TrainingClock
@@ -101,6 +101,17 @@ def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) ->
     for _ in range(2):
         seen = torch.cat([next(student.batches) for _ in range(per_epoch)]).tolist()
         assert len(set(seen)) == len(seen) == 4 * per_epoch
+
+
+def test_what_judges_is_not_tuned_on(text: CalibrationSet) -> None:
+    lesson, exam = tune.split_text(text)
+    both = [{window.tobytes() for window in part.tokens} for part in (lesson, exam)]
+    assert len(lesson.tokens) + len(exam.tokens) == len(text.tokens)
+    assert len(exam.tokens) == round(len(text.tokens) / 8)
+    assert both[0] | both[1] == {window.tobytes() for window in text.tokens}
+    assert not both[0] & both[1]
+    with pytest.raises(SettingsError, match="there is 1 of"):
+        tune.split_text(CalibrationSet((), text.tokens[:1]))
 
 
 def test_the_budget_is_filled_again(fitter: Fitter, limit: int, view: View) -> None:
