@@ -59,7 +59,7 @@ def split_text(text: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
     windows, seq_len = text.tokens.shape
     if windows < 2:
         raise SettingsError(
-            f"fine-tuning needs a window of text to tune on and one to hold out; there is {windows} of {seq_len} tokens",
+            f"fine-tuning needs a window of text to tune on and another to hold out; there is {windows} of {seq_len}",
             hint="more --calibration-tokens",
         )
     count = min(max(1, round(HELD_OUT * windows)), max(1, HELD_OUT_TOKENS // seq_len))
