@@ -49,6 +49,7 @@ FIT_FLAGS = {
     "weighted": "--weighted",
     "trellis_states": "--trellis-states",
     "shrink": "--shrink",
+    "zeros": "--zeros",
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
     "tune_tokens": "--tune-tokens",

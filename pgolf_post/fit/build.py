@@ -30,6 +30,8 @@ from pgolf_post.quantize.run import as_matrix, entropy_bits, keep_tensor
 from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, scale_of, smallest_dtype
 from pgolf_post.quantize.trellis import Trellis
 
+ZERO_ENERGY = 1 / 12  # σ² in squared steps, below which rounding leaves more error than zeros do
+ZEROING = 127  # the exponent of a step so large that everything rounds to zero
 SMALLEST_DAMP = 1e-6  # the ridge has made the moments positive definite already
 
 
@@ -123,8 +125,9 @@ class Builder:
         return QuantizedModel(self.view.config, lineage, ordered, self.passthrough)
 
     def _factors(self, name: str, constant: float) -> tuple[Factor, ...]:
-        finer = UNION_GRID if self.settings.trellis_states else 1.0
-        return self.parts[name].shape.factors(constant * finer, name)
+        finer, part = UNION_GRID if self.settings.trellis_states else 1.0, self.parts[name]
+        factors = part.shape.factors(constant * finer, name)
+        return with_zeros(part.weight, factors, finer) if self.settings.zeros else factors
 
     def _job(self, part: Part, factors: tuple[Factor, ...]) -> Job:
         steps = torch.from_numpy(scale_of(factors, *part.weight.shape))
@@ -151,6 +154,22 @@ class Builder:
         }
         facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": part.sensitivity.loss(error)}
         return replace(made, facts=facts)
+
+
+def with_zeros(weight: Tensor, factors: tuple[Factor, ...], finer: float) -> tuple[Factor, ...]:
+    """Factors under which columns, and rows of a scalar grid, whose steps exceed √12·σ become nothing but zeros.
+
+    There Δ²/12 exceeds σ²: a Gaussian is worth no bits at all (reverse water-filling). A trellis has no zero in every
+    state, so its rows stay; a column of zeros is a path of it.
+    """
+    energy = np.square(weight.numpy() / scale_of(factors, *weight.shape) * finer)  # in steps of the scalar grid
+    quiet = {"column": energy.mean(axis=0) < ZERO_ENERGY, "row": (energy.mean(axis=1) < ZERO_ENERGY) & (finer == 1)}
+    return tuple(
+        replace(factor, values=np.where(quiet[factor.axis], ZEROING, factor.values).astype(np.int8))
+        if factor.axis in quiet
+        else factor
+        for factor in factors
+    )
 
 
 def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:

@@ -24,6 +24,7 @@ class FitSettings(Settings):
     trellis_states: int = Field(64, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
     lane_rows: int = Field(512, ge=1, description="rows after which a trellis restarts")
     shrink: bool = Field(False, description="decode towards the centroid: one factor per tensor, in closed form")
+    zeros: bool = Field(False, description="columns (of a scalar grid rows, too) whose steps exceed √12·σ become zeros")
     kappa: Literal["off", "role", "tensor"] = Field(
         "tensor", description="what is quantized alone to see how wrong the quadratic model is: tensor, role, or off"
     )

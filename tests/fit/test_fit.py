@@ -128,6 +128,22 @@ def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
     assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
 
 
+@pytest.mark.parametrize("states", [0, 4])
+def test_columns_that_are_worth_no_bits_are_zero(fitter: Fitter, states: int) -> None:
+    settings = SETTINGS.model_copy(update={"trellis_states": states, "zeros": True, "kappa": "off"})
+    builder = Builder(fitter.view, fitter.stats, settings)
+    name = max(builder.parts, key=lambda name: builder.parts[name].num_weights)
+    part = builder.parts[name]
+    weight = part.weight.clone()
+    weight[:, 3] *= 1e-4
+    weight[5] *= 1e-4
+    builder.parts[name] = replace(part, weight=weight)
+    symbols = builder.quantize({name: 0.001})[name].symbols
+    assert not symbols[:, 3].any()
+    assert symbols[5].any() == (states > 0)  # a trellis has no zero in every state
+    assert (symbols != 0).mean() > 0.5
+
+
 def test_the_centroid_lowers_the_predicted_loss(fitter: Fitter) -> None:
     constants = constants_of(fitter.builder.parts, 0.01, {})
     plain = fitter.builder.quantize(constants)
