@@ -8,6 +8,7 @@ modules import no torch either: a command's own `--help` does not wait for it, i
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -72,22 +73,33 @@ def cli() -> None:
 
 def run_command(command: click.Command) -> None:
     """Run a command as a process: a foreseen failure becomes one clear line, the next command and its exit code."""
+    code = _exit_code(command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from pgolf_post.ranks import end_process
+
+        end_process(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(command: click.Command) -> int:
     try:
         command(standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was left half-written", err=True)
-        sys.exit(130)
+        return 130
     except OSError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        return 1
     except PgolfError as error:
         click.echo(f"error: {error}", err=True)
         if error.hint:
             click.echo(f"next: {error.hint}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ from pathlib import Path
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.ranks import Ranks
+from pgolf_post.ranks import Ranks, end_process
 from pgolf_post.score import protocols
 from pgolf_post.score.cached import score_view
 from pgolf_post.score.plain import PlainProtocol
@@ -155,6 +155,7 @@ for protocol in (PlainProtocol(seq_len=16), SlidingProtocol(seq_len=16, stride=4
         if ranks.is_main:
             print(json.dumps([score["nats"], score["tokens"], cached]), flush=True)
 ranks.leave()
+end_process(0)
 """
 
 

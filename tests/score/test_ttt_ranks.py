@@ -31,7 +31,6 @@ PROTOCOLS = {
 }
 
 SCRIPT = """
-import os
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import numpy as np
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, load_module
-from pgolf_post.ranks import Ranks
+from pgolf_post.ranks import Ranks, end_process
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.settings import TTTProtocol
@@ -60,8 +59,7 @@ for line in open(sys.argv[3]):
             out = f"{sys.argv[4]}/{name}.{run}.npz"
             np.savez(out, nats=ledger.nats, turn=ledger.turn, lessons=lessons, steps=steps)
 ranks.leave()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads can abort the interpreter's own way out, when all is done
+end_process(0)
 """
 
 

@@ -139,6 +139,7 @@ def test_resuming_with_as_many_processes_changes_no_bit(
 RANKS_SCRIPT = """
 import torch
 from torch import nn
+from pgolf_post.ranks import end_process
 from trainer.distributed import Ranks
 from trainer.optim import Optimizer, OptimSettings
 
@@ -173,6 +174,7 @@ assert optimizer.step(1.0, 0.9) == 0.0  # nothing has a gradient, so nothing is 
 ranks.wait()
 print("ok", flush=True)
 ranks.leave()
+end_process(0)
 """
 
 
