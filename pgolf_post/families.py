@@ -126,11 +126,16 @@ def build_module(config: Mapping[str, Any]) -> nn.Module:
         return get_family(config["family"]).build(config["model"], config["graph"])
 
 
-def load_module(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+def load_module(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    copy: bool = False,  # for one whose weights will change: else float32 tensors are shared
+) -> nn.Module:
     """A float32 module in eval mode holding `tensors`. Strict: raises MismatchError listing every offender."""
     module = build_module(config)
     check_tensors(module, tensors, source)
-    state = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    state = {name: tensor.to(torch.float32, copy=copy) for name, tensor in tensors.items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

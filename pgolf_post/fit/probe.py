@@ -45,8 +45,7 @@ class Probe:
 
     def __init__(self, view: View, text: CalibrationSet, ranks: Ranks = ALONE) -> None:
         self.view, self.text, self.ranks = view, text, ranks
-        owned = {name: tensor.clone() for name, tensor in view.tensors.items()}  # a module shares what it is given
-        self.module: Any = load_module(view.config, owned, str(view)).to(ranks.device)
+        self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(ranks.device)
         head = next(site for site in get_family(view.config["family"]).sites(self.module) if site.is_head)
         self.head = head.tensors[0]
         size = max(1, BATCH_TOKENS[ranks.device.type] // text.tokens.shape[1])

@@ -71,8 +71,7 @@ def split_text(text: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
 
 def stages_of(view: View, names: Sequence[str]) -> list[list[str]]:
     """Matrices in the order in which they are rounded: block by block, the others with the first."""
-    copies = {name: tensor.clone() for name, tensor in view.tensors.items()}
-    module = load_module(view.config, copies, str(view))
+    module = load_module(view.config, view.tensors, str(view))
     blocks = blocks_in_order(module, get_family(view.config["family"]))
     stages = [[name for site in sites for name in site.tensors if name in names] for _, sites in blocks]
     inside = {name for stage in stages for name in stage}
@@ -175,13 +174,9 @@ class Student:
         self.steps = max(1, tokens_between // (self.batch * seq_len))
         self.micro = max(1, MICRO_TOKENS[self.device.type] // seq_len)
         self.batches = self._batches()
-        self.teacher, self.module = self._model(), self._model()
+        self.teacher: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
+        self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(self.device)
         self.parameters = dict(self.module.named_parameters())
-
-    def _model(self) -> Any:  # a LanguageModel
-        owned = {name: tensor.clone() for name, tensor in self.view.tensors.items()}  # a module shares what it is given
-        module = load_module(self.view.config, owned, str(self.view)).to(self.device)
-        return module.requires_grad_(False)
 
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Some matrices as they are now."""

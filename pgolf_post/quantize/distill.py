@@ -161,9 +161,8 @@ class _Work:
         self.model, self.settings, self.device = model, settings, ALONE.device
         decoded = {name: torch.from_numpy(array) for name, array in model.tensors().items()}
         student = load_module(model.config, decoded, "quantized").to(self.device)
-        teacher = {name: tensor.clone() for name, tensor in view.tensors.items()}
         self.student: Any = student  # LanguageModels
-        self.teacher: Any = load_module(view.config, teacher, str(view)).to(self.device)
+        self.teacher: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
         self.parameters = {name: student.get_parameter(name) for name in tunable(model)}
 
     @torch.no_grad()

@@ -61,8 +61,7 @@ def quantize_in_order(
     """
     tokens = _require_text(stats, text).tokens
     family = get_family(view.config["family"])
-    copies = {name: tensor.clone() for name, tensor in view.tensors.items()}
-    module = load_module(view.config, copies, str(view)).to(ALONE.device)
+    module = load_module(view.config, view.tensors, str(view), copy=True).to(ALONE.device)
     blocks = blocks_in_order(module, family)
     members = _members(blocks, rows, family)
     inside = {name for names in members for name in names}

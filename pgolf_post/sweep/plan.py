@@ -173,9 +173,7 @@ def _cached_rate(rates: dict[str, float], view: View) -> float:
     """Seconds per token of a forward pass, from one timed window after a warm one; measured once per config."""
     key = str(view.config["model"])
     if key not in rates:
-        module: Any = load_module(
-            view.config, {name: tensor.clone() for name, tensor in view.tensors.items()}, str(view)
-        )
+        module: Any = load_module(view.config, view.tensors, str(view))
         length = train_seq_len(view.config)
         tokens = torch.full((1, length), 2)
         with torch.no_grad():
