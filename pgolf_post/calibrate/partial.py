@@ -8,23 +8,19 @@ what only the other one held is done again.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.sums import MATRICES, Sums, kind_of
-from pgolf_post.checkpoint import tensors_sha256
 from pgolf_post.errors import DamagedFileError
+from pgolf_post.partial_file import read_partial, write_partial
 from pgolf_post.progress import say
 from pgolf_post.ranks import Ranks
-from pgolf_post.storage import atomic_file
 
 SAVE_SECONDS = 20.0  # between two saves, or as long as keeps saving under SAVE_SHARE of the time
 SAVE_SHARE = 0.03
@@ -68,12 +64,8 @@ class Partial:
         """Write the sums so far in one rename, then remove the files that they contain. Raises PgolfError."""
         started = time.perf_counter()
         tensors = {key: _packed(key, sums[key]) for key in sums}
-        facts = {"batch_windows": self.batch_windows, "batches": sorted(batches), "sha256": tensors_sha256(tensors)}
-        with atomic_file(self.path) as temporary:
-            try:
-                save_file(tensors, temporary, {"facts": json.dumps(facts)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        facts = {"batch_windows": self.batch_windows, "batches": sorted(batches)}
+        write_partial(self.path, tensors, facts)
         for path in self.absorbed:
             path.unlink(missing_ok=True)
         self.absorbed = []
@@ -83,13 +75,11 @@ class Partial:
     def _read(self, path: Path) -> tuple[Sums, set[int]] | None:
         """A file's sums and their batches; None, said aloud, if it is damaged or cut into other batches."""
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if facts["batch_windows"] != self.batch_windows or facts["sha256"] != tensors_sha256(tensors):
-                raise DamagedFileError("not these batches, or not what was written")
+            facts, tensors = read_partial(path)
+            if facts["batch_windows"] != self.batch_windows:
+                raise DamagedFileError("not these batches")
             return Sums({key: _unpacked(key, tensor) for key, tensor in tensors.items()}), set(facts["batches"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, DamagedFileError) as error:
+        except (KeyError, TypeError, ValueError, DamagedFileError) as error:
             say(f"{path}: {error}; its part is done again")
             return None
 

@@ -7,20 +7,16 @@ Rounding is repeated from them; tuning, which is what takes long, is not.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pgolf_post.checkpoint import tensors_sha256
 from pgolf_post.errors import DamagedFileError
+from pgolf_post.partial_file import read_partial, write_partial
 from pgolf_post.progress import say
-from pgolf_post.storage import atomic_file
 
 FILE = "tuning.safetensors"
 
@@ -45,13 +41,9 @@ class TunePartial:
         if not self.path.is_file():
             return Done()
         try:
-            with safe_open(self.path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if facts["sha256"] != tensors_sha256(tensors):
-                raise DamagedFileError("not what was written")
+            facts, tensors = read_partial(self.path)
             done = Done(int(facts["blocks"]), float(facts["seconds"]), tensors)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, DamagedFileError) as error:
+        except (KeyError, TypeError, ValueError, DamagedFileError) as error:
             say(f"{self.path}: {error}; fine-tuning starts again")
             return Done()
         say(f"resuming: fine-tuned after {done.blocks} blocks before")
@@ -60,12 +52,7 @@ class TunePartial:
     def save(self, done: Done) -> None:
         """Replace the file in one rename. Raises PgolfError."""
         tensors = {name: tensor.contiguous() for name, tensor in done.weights.items()}
-        facts = {"blocks": done.blocks, "seconds": done.seconds, "sha256": tensors_sha256(tensors)}
-        with atomic_file(self.path) as temporary:
-            try:
-                save_file(tensors, temporary, {"facts": json.dumps(facts)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        write_partial(self.path, tensors, {"blocks": done.blocks, "seconds": done.seconds})
 
     def remove(self) -> None:
         """Nothing is left of it."""
