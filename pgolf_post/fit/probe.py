@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_post.calibrate import CalibrationSettings
@@ -26,6 +25,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import get_family, load_module, train_seq_len
+from pgolf_post.quantize.divergence import token_divergences
 from pgolf_post.ranks import ALONE, Ranks
 from pgolf_post.score.pool import swap_weights
 
@@ -69,9 +69,8 @@ class Probe:
     def _divergences(self) -> np.ndarray:  # (windows,) float64 nats per token
         found = torch.zeros(len(self.text.tokens), dtype=torch.float64, device=self.ranks.device)
         for (start, batch), hidden in zip(self.batches, self.hidden, strict=True):
-            own = F.log_softmax(self._own_logits(hidden.flatten(0, 1)).float(), -1)
-            other = F.log_softmax(self.module.logits(self._hidden(batch).flatten(0, 1)).float(), -1)
-            tokens = (own.exp() * (own - other)).sum(-1)
+            own, other = self._own_logits(hidden.flatten(0, 1)), self.module.logits(self._hidden(batch).flatten(0, 1))
+            tokens = token_divergences(own, other)
             found[start : start + len(batch)] = tokens.double().view(len(batch), -1).mean(1)
         self.ranks.sum_(found)
         if not torch.isfinite(found).all():

@@ -17,16 +17,15 @@ block's c is searched until the artifact fills its budget again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.calibrate.randomness import generator
+from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError, SettingsError
@@ -38,6 +37,7 @@ from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.predict import predict_bytes
 from pgolf_post.progress import progress_bar, say
+from pgolf_post.quantize.divergence import token_divergences
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
 from pgolf_post.ranks import ALONE
@@ -173,7 +173,7 @@ class Student:
         self.batch = min(len(self.tokens), max(1, batch_tokens // seq_len))  # windows
         self.steps = max(1, tokens_between // (self.batch * seq_len))
         self.micro = max(1, MICRO_TOKENS[self.device.type] // seq_len)
-        self.batches = self._batches()
+        self.batches = epochs(len(self.tokens), self.batch, 0, "fine-tuning")
         self.teacher: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(self.device)
         self.parameters = dict(self.module.named_parameters())
@@ -204,7 +204,7 @@ class Student:
         with progress_bar(f"fine-tuning after block {label}", self.steps) as advance:
             for _ in range(self.steps):
                 optimizer.zero_grad(set_to_none=True)
-                kl = self._backward(next(self.batches))
+                kl = self._backward(torch.from_numpy(next(self.batches)))
                 if not math.isfinite(kl):
                     raise NumericsError("predictions on calibration text are not finite with quantized weights")
                 optimizer.step()
@@ -214,25 +214,16 @@ class Student:
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _batches(self) -> Iterator[Tensor]:  # each (batch,) int64
-        """Endless batches: every window once per epoch, in an order of its own."""
-        epoch = 0
-        while True:
-            order = generator(0, "fine-tuning", epoch).permutation(len(self.tokens))
-            for start in range(0, len(order) - self.batch + 1, self.batch):
-                yield torch.from_numpy(order[start : start + self.batch])
-            epoch += 1
-
     def _backward(self, chosen: Tensor) -> float:
         """Gradients of the mean KL(teacher ‖ student) over some windows; that mean, nats per token."""
         total = 0.0
         for part in chosen.split(self.micro):
             tokens = self.tokens[part].to(self.device)
             with torch.no_grad():
-                target = F.log_softmax(self.teacher.logits(self.teacher.hidden(tokens)).float(), -1)
+                own = self.teacher.logits(self.teacher.hidden(tokens))
             with torch.enable_grad():
-                found = F.log_softmax(self.module.logits(self.module.hidden(tokens)).float(), -1)
-                kl = (target.exp() * (target - found)).sum(-1).mean() * (len(part) / len(chosen))
+                other = self.module.logits(self.module.hidden(tokens))
+                kl = token_divergences(own, other).mean() * (len(part) / len(chosen))
                 kl.backward()
             total += kl.item()
         return total

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.calibrate.randomness import generator
+from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id
@@ -31,6 +31,7 @@ from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, load_module
 from pgolf_post.progress import progress_bar, say
 from pgolf_post.quantize.distill_settings import DistillSettings
+from pgolf_post.quantize.divergence import divergences_of
 from pgolf_post.quantize.tensor import QuantizedModel, widen
 from pgolf_post.ranks import ALONE
 
@@ -185,12 +186,13 @@ class _Work:
         optimizer = torch.optim.AdamW(
             list(self.parameters.values()), settings.learning_rate, BETAS, weight_decay=settings.weight_decay
         )
-        batches = self._batches(lesson)
+        size = min(len(lesson), self._batch_windows(lesson.tokens.size(1)))
+        batches = epochs(len(lesson), size, settings.seed, "distillation")
         with torch.enable_grad():
             for step in range(settings.steps):
                 rate = 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
                 optimizer.param_groups[0]["lr"] = rate
-                kl, _ = self._loss(lesson, next(batches))
+                kl, _ = self._loss(lesson, torch.from_numpy(next(batches)))
                 optimizer.zero_grad(set_to_none=True)
                 kl.backward()
                 optimizer.step()
@@ -198,23 +200,13 @@ class _Work:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
-    def _batches(self, lesson: Taught) -> Iterator[Tensor]:  # each (batch,) int64
-        """Endless batches: every window once per epoch, in an order of the seed."""
-        size = min(len(lesson), self._batch_windows(lesson.tokens.size(1)))
-        epoch = 0
-        while True:
-            order = generator(self.settings.seed, "distillation", epoch).permutation(len(lesson))
-            for start in range(0, len(order) - size + 1, size):
-                yield torch.from_numpy(order[start : start + size])
-            epoch += 1
-
     def _loss(self, taught: Taught, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
         """Mean KL over all positions, and mean nats of the next tokens."""
         tokens = taught.tokens[chosen].to(self.device)
         with torch.no_grad():
             target = F.log_softmax(self.teacher.logits(taught.hidden[chosen].to(self.device)).float(), -1)
         found = F.log_softmax(self.student.logits(self.student.hidden(tokens)).float(), -1)
-        kl = (target.exp() * (target - found)).sum(-1).mean()
+        kl = divergences_of(target, found).mean()
         nats = F.nll_loss(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return kl, nats
 

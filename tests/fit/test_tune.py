@@ -96,10 +96,10 @@ def test_gradients_do_not_depend_on_the_micro_batch(fitter: Fitter, view: View, 
 
 def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) -> None:
     student = Student(view, text, 4096)
-    student.batch = 4
+    student.batches = tune.epochs(len(text.tokens), 4, 0, "fine-tuning")
     per_epoch = len(text.tokens) // 4
     for _ in range(2):
-        seen = torch.cat([next(student.batches) for _ in range(per_epoch)]).tolist()
+        seen = np.concatenate([next(student.batches) for _ in range(per_epoch)]).tolist()
         assert len(set(seen)) == len(seen) == 4 * per_epoch
 
 
