@@ -55,7 +55,7 @@ class Fitter:
     kappas: Mapping[str, Kappa]  # tensor or role → measurement; empty where κ is off
     clock: TrainingClock  # of the steps that read training text, now or when what they made was cached
     distills: bool  # whether floats are tuned: asked for, and there is time
-    text: CalibrationSet | None = None  # on which blocks are fine-tuned; None: they are not
+    texts: tuple[CalibrationSet, CalibrationSet] | None = None  # to fine-tune on, and to judge it; None: it is not done
 
     @property
     def kappa(self) -> dict[str, float]:
@@ -66,7 +66,11 @@ class Fitter:
     def identity(self) -> dict[str, Any]:
         """What decides the symbols, beside view, statistics and bytes."""
         settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
-        tuning = {"tokens": self.settings.tune_tokens, "text_sha256": self.text.sha256} if self.text else {}
+        tuning = (
+            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts]}
+            if self.texts
+            else {}
+        )
         extra = {"distill": DISTILL.model_dump() if self.distills else {}, "tune": tuning}
         return {"fit": settings, "kappa": self.kappa, **{name: value for name, value in extra.items() if value}}
 
@@ -99,11 +103,11 @@ def prepare(
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
     tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))
-    text = None
+    texts = None
     if tunes:
-        text = calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config), ranks)
-        split_text(text)  # refuses too short a text before anything is built
-    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, text)
+        seq_len = calibration.seq_len or train_seq_len(view.config)
+        texts = split_text(calibration_text(view, data, calibration, seq_len, ranks))
+    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, texts)
 
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
@@ -135,8 +139,9 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
     def make(building: Path) -> Mapping[str, Any]:
         search = Search(fitter.builder, fitter.kappa, codec)
         solution, extra = search.solve(artifact_limit, _say_try), {}
-        if fitter.text is not None:
-            solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, partial)
+        if fitter.texts:
+            made = _fine_tuned(fitter, search, solution, artifact_limit, fitter.texts, partial)
+            solution, extra["fine_tuned"] = made
         if fitter.distills:
             solution, extra["distilled"] = _distilled(fitter, solution, artifact_limit, codec)
         facts = artifact_facts(solution.model, view, fitter.stats, codec)
@@ -151,12 +156,15 @@ def solve(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool 
 
 
 def _fine_tuned(
-    fitter: Fitter, search: Search, solution: Solution, limit: int, partial: TunePartial
+    fitter: Fitter,
+    search: Search,
+    solution: Solution,
+    limit: int,
+    texts: tuple[CalibrationSet, CalibrationSet],
+    partial: TunePartial,
 ) -> tuple[Solution, dict[str, Any]]:
     """The solution with its blocks fine-tuned, where that fits and lowers the divergence on text not tuned on."""
-    assert fitter.text is not None
-    tokens = fitter.settings.tune_tokens
-    lesson, exam = split_text(fitter.text)
+    tokens, (lesson, exam) = fitter.settings.tune_tokens, texts
     tuned = fine_tuned(fitter.builder, search, solution, limit, lesson, tokens, fitter.clock, partial)
     if tuned is None:
         return solution, {"kept": False, "tokens": tokens}

@@ -99,6 +99,7 @@ def fine_tuned(
     spare = len(solution.data) - predict_bytes(solution.model)  # what the predictor does not see
     done: dict[str, QuantizedTensor] = {}
     before = partial.resume()
+    spent_seconds = before.seconds
     targets: dict[str, Tensor] = {}  # what was rounded
     constant = solution.constant
     for number, names in enumerate(stages[:-1]):
@@ -112,9 +113,10 @@ def fine_tuned(
             student.skip({name: before.weights[name] for name in rest})
             continue
         with clock.step(STEP_NAME) as step:
-            step.add(clock.seconds.get(STEP_NAME, before.seconds))
+            step.add(spent_seconds)
             student.tune(_rates(builder, constants_of(rest, constant, search.kappa)), f"{number + 1} of {len(stages)}")
-        partial.save(Done(number + 1, clock.seconds[STEP_NAME], {**targets, **student.weights(rest)}))
+        spent_seconds = clock.seconds[STEP_NAME]
+        partial.save(Done(number + 1, spent_seconds, {**targets, **student.weights(rest)}))
     return _finished(builder, search, solution, done, student.weights(stages[-1]), constant, limit)
 
 

@@ -124,6 +124,11 @@ def test_the_budget_is_filled_again(fitter: Fitter, limit: int, view: View) -> N
     assert all(torch.equal(view.tensors[name], tensor) for name, tensor in before.items())
 
 
+def test_seconds_are_those_of_one_budget(fitter: Fitter, limit: int) -> None:
+    fitter.clock.seconds["fine-tuning"] = 1000.0  # of the budget before
+    assert solve(fitter, limit).meta["train_seconds"]["fine-tuning"] < 1000
+
+
 def test_the_same_settings_tune_alike(fitter: Fitter, limit: int) -> None:
     assert solve(fitter, limit).symbols_sha256 == solve(fitter, limit, fresh=True).symbols_sha256
 
@@ -149,7 +154,7 @@ def test_too_few_seconds_leave_it_out(view: View, pico_data: DataFolder, capsys:
     stats = prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off")).stats
     clock = TrainingClock(limit=stats.seconds + 60)
     late = prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off", tune_tokens=10**9), clock)
-    assert late.text is None
+    assert late.texts is None
     assert "left out: fine-tuning" in capsys.readouterr().err
 
 
