@@ -15,9 +15,10 @@ import brotli
 import numpy as np
 
 from pgolf_post.errors import SettingsError, VerificationError
-from pgolf_post.pack import codecs, contexts, decode
+from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.codecs import lrzip, zstd
 from pgolf_post.pack.container import SYMBOLS, Key, Layout, PackSettings, frame_units, pack_units
+from pgolf_post.pack.frequency_tables import entropy
 from pgolf_post.pack.rans import fit
 from pgolf_post.quantize.tensor import QuantizedModel
 
@@ -75,7 +76,7 @@ def compare(
         else:
             rows.append(_shipped(model, layout, name))
         on_codec(name)
-    order0 = sum(contexts.entropy(np.unique(u, return_counts=True)[1]) * u.size for u in _symbol_units(layout).values())
+    order0 = sum(entropy(np.unique(u, return_counts=True)[1]) * u.size for u in _symbol_units(layout).values())
     _, fitted = fit([layout.blocks(key) for key in _symbol_units(layout)])
     num_weights = sum(tensor.symbols.size for tensor in model.quantized.values())
     return Comparison(num_weights, order0 / 8, sum(fitted.entropy_bits) / 8, tuple(rows), missing)

@@ -23,7 +23,9 @@ import numpy as np
 from pgolf_post.pack import codecs, contexts, decode, rans
 from pgolf_post.pack.container import SYMBOLS, Key, Layout, block_of, manifest_bytes
 from pgolf_post.pack.contexts import ENTRIES, LEVELS, Block
+from pgolf_post.pack.frequency_tables import ESCAPE_BITS, classes_of, entropy, table_bits, tables_of
 from pgolf_post.pack.packable import check_packable
+from pgolf_post.pack.row_scales import has_even_rows, with_chain, with_one_scale, with_residuals, with_row_scales
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor
 
 SAMPLE_SYMBOLS = 1 << 15  # of a tensor, in whole columns
@@ -150,8 +152,8 @@ def _thin(tensor: QuantizedTensor) -> Block:
 
 def _sample(block: Block) -> Block:
     """Some columns of a block, with the row scales of all."""
-    chained = contexts.with_chain(contexts.with_residuals(block))
-    scaled = (contexts.with_one_scale if contexts.has_even_rows(chained) else contexts.with_row_scales)(chained)
+    chained = with_chain(with_residuals(block))
+    scaled = (with_one_scale if has_even_rows(chained) else with_row_scales)(chained)
     step = max(1, block.num_symbols // SAMPLE_SYMBOLS)
     kept = slice((step // 2) % max(1, block.columns), None, step)
     symbols, residuals, steps = (array[:, kept] for array in (scaled.symbols, scaled.residuals, scaled.steps))
@@ -166,13 +168,13 @@ def _role_bits(counted: Sequence[Counted]) -> float:
     total = sum(one.num_symbols for one in counted)
     scale = total / max(1, counts.sum())
     whole = np.rint(scale * counts).astype(np.int64).reshape(LEVELS, 2, ENTRIES)
-    tables = contexts.tables_of(whole, contexts.classes_of(whole))
+    tables = tables_of(whole, classes_of(whole))
     fitted = FITTED_BITS * (scale - 1) * np.count_nonzero(tables)
-    escaped = contexts.ESCAPE_BITS * whole[:, :, 0].sum()
+    escaped = ESCAPE_BITS * whole[:, :, 0].sum()
     moved = sum(one.num_symbols * one.log_size for one in counted)
     rows = np.concatenate([one.scales for one in counted])
-    side = len(rows) * contexts.entropy(np.bincount(rows))
-    return float(CODER * (contexts.table_bits(tables).sum() + fitted + moved) + escaped + side)
+    side = len(rows) * entropy(np.bincount(rows))
+    return float(CODER * (table_bits(tables).sum() + fitted + moved) + escaped + side)
 
 
 def _mean_log_size(symbols: np.ndarray) -> float:

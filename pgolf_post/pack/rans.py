@@ -7,7 +7,7 @@ and the decoder forwards. A row of a block is coded in vectors of at most `lanes
 over all units of an artifact, so that they are stored once, and cost 3 bytes a lane beyond their information.
 
 A unit is its words in the order read, then escaped symbols as int16, the first row's last. What a symbol's context is
-decides `contexts.py`; the decoder is in `decode.py`.
+decide `contexts.py` and `frequency_tables.py`; the decoder is in `decode.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 
 from pgolf_post.compiled import use_compiled
 from pgolf_post.pack import contexts
-from pgolf_post.pack.contexts import Block, Model
+from pgolf_post.pack.contexts import Block
+from pgolf_post.pack.frequency_tables import TOTAL, Model, entropy, fit_tables, frequencies
+from pgolf_post.pack.row_scales import with_scales
 
 LOW = 1 << 16  # states stay in [LOW, 2^32)
 SYMBOLS_PER_LANE_LOG2 = 16  # 3 bytes per lane are then 0.01 % of 3.5 bits per symbol
@@ -38,7 +40,7 @@ class Coded:
     @property
     def unit_bits(self) -> list[float]:
         """Per role: expected bits of its symbols and row scales; shared tables and states are not counted."""
-        scale_bits = [len(scales) * contexts.entropy(np.bincount(scales)) for scales in self.scales]
+        scale_bits = [len(scales) * entropy(np.bincount(scales)) for scales in self.scales]
         return [bits + side for bits, side in zip(self.model.coded_bits, scale_bits, strict=True)]
 
 
@@ -58,17 +60,17 @@ def _walk(
     roles: Sequence[Sequence[Block]],
 ) -> tuple[list[list[Block]], list[list[tuple[np.ndarray, np.ndarray]]], Model]:
     """Blocks with their scales, every symbol's level and trellis bit, and the model fitted to them."""
-    scaled = [contexts.with_scales(blocks) for blocks in roles]
+    scaled = [with_scales(blocks) for blocks in roles]
     walked = [[contexts.levels_of(block) for block in blocks] for blocks in scaled]
     histograms = [contexts.histogram_of(*both) for both in zip(scaled, walked, strict=True)]
-    return scaled, walked, contexts.fit(histograms)
+    return scaled, walked, fit_tables(histograms)
 
 
 def encode(roles: Sequence[Sequence[Block]]) -> Coded:
     """Choose scales, contexts and tables for all roles, then code them."""
     scaled, walked, model = _walk(roles)
     states = np.full(lane_count(sum(block.num_symbols for blocks in roles for block in blocks)), LOW, np.int64)
-    coder = Coder(contexts.frequencies(model.weights), states)
+    coder = Coder(frequencies(model.weights), states)
     streams = [
         coder.encode_role(blocks, walks, model.classes[group])
         for blocks, walks, group in reversed(list(zip(scaled, walked, model.group_of, strict=True)))
@@ -114,7 +116,7 @@ class Coder:
         from pgolf_post.pack import kernels
 
         ours, theirs = np.empty(symbols.size, np.uint16), np.empty(symbols.size, symbols.dtype)
-        tables = (classes, self.freqs, self.starts, self.width, contexts.TOTAL)
+        tables = (classes, self.freqs, self.starts, self.width, TOTAL)
         first, count = kernels.encode(symbols, levels, odds, *tables, self.states, ours, theirs)
         words.append(ours[first:].copy())
         escaped.append(theirs[:count].copy())
@@ -155,4 +157,4 @@ class Coder:
         words.append(state[full] & 0xFFFF)
         state[full] >>= 16
         quotient = (state / freqs).astype(np.int64)
-        state += quotient * (contexts.TOTAL - freqs) + starts
+        state += quotient * (TOTAL - freqs) + starts

@@ -20,6 +20,8 @@ from pgolf_post.pack import contexts, decode
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.container import CODER, FACTORS, INT8, PASSTHROUGH, SYMBOLS, Key, block_of, split_role
 from pgolf_post.pack.contexts import Block
+from pgolf_post.pack.frequency_tables import ESCAPE_BITS, TOTAL, frequencies
+from pgolf_post.pack.row_scales import with_stored_residuals
 from pgolf_post.quantize.tensor import QuantizedModel
 
 CONTAINER = "container"
@@ -130,7 +132,7 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
         np.frombuffer(_raw(streams[CODER, label, INT8], 1 << 27), dtype).reshape(shapes[label])
         for label, dtype in ((1, np.int8), (2, np.uint8))
     )
-    bits = -np.log2(np.maximum(contexts.frequencies(weights), 1e-9) / contexts.TOTAL)  # (contexts, width)
+    bits = -np.log2(np.maximum(frequencies(weights), 1e-9) / TOTAL)  # (contexts, width)
     rows = {row[0]: row for row in artifact.manifest["tensors"]}
     scales = dict(parts[ROW_SCALES])
     costs: list[float] = []
@@ -144,7 +146,7 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
         tensors = [artifact.model.quantized[name] for name in names]
         stored = np.stack([scales[name] for name in names])
         block = replace(block_of(tensors), scales=stored, kind=streams[key][0])
-        costs += _block_costs(contexts.with_stored_residuals(block), classes[group - 1], bits)
+        costs += _block_costs(with_stored_residuals(block), classes[group - 1], bits)
     return costs
 
 
@@ -157,7 +159,7 @@ def _block_costs(block: Block, classes: np.ndarray, bits: np.ndarray) -> list[fl
         entries = residuals.astype(np.int64) + width // 2
         context = 2 * classes[levels[row]].astype(np.int64) + odds[row]
         inside = (entries > 0) & (entries < width)
-        known = inside & (bits[context, np.where(inside, entries, 0)] < contexts.ESCAPE_BITS)
+        known = inside & (bits[context, np.where(inside, entries, 0)] < ESCAPE_BITS)
         costs += np.where(known, bits[context, np.where(known, entries, 0)], 0)
-        costs += np.where(known, 0, bits[context, 0] + contexts.ESCAPE_BITS)
+        costs += np.where(known, 0, bits[context, 0] + ESCAPE_BITS)
     return [float(part.sum()) for part in np.split(costs, len(block.scales))]

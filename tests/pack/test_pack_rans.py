@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from pgolf_post.cli.compress import command
 from pgolf_post.errors import NotFoundError, SettingsError
-from pgolf_post.pack import codecs, compare, contexts, rans
+from pgolf_post.pack import codecs, compare, contexts, frequency_tables, rans, row_scales
 from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
 from pgolf_post.pack.container import PackSettings, block_of, pack
@@ -37,7 +37,7 @@ def gaussian_model(row_spread: float, column_spread: float, blocks: int = 2, see
 
 def order0_bytes(model: QuantizedModel) -> float:
     symbols = np.concatenate([tensor.symbols.ravel() for tensor in model.quantized.values()])
-    return contexts.entropy(np.unique(symbols, return_counts=True)[1]) * symbols.size / 8
+    return frequency_tables.entropy(np.unique(symbols, return_counts=True)[1]) * symbols.size / 8
 
 
 @pytest.mark.parametrize(("row_spread", "column_spread"), [(0, 0), (0, 0.3), (0.5, 0), (0.4, 0.4)])
@@ -65,7 +65,7 @@ def test_rows_that_nearly_repeat_are_coded_as_differences() -> None:
     rng = np.random.default_rng(0)
     symbols = rng.integers(-9, 10, (64, 256)).astype(np.int8)
     symbols[20:40] = symbols[19] + rng.integers(0, 2, (20, 256))
-    block = contexts.with_residuals(contexts.make_block([symbols], None))
+    block = row_scales.with_residuals(contexts.make_block([symbols], None))
     assert np.flatnonzero(block.scales[0] & contexts.DIFFERENCE).tolist() == list(range(20, 40))
     model = QuantizedModel({}, {}, {"w": QuantizedTensor("w", symbols, (), symbols.shape)}, {})
     assert np.array_equal(unpack(pack(model)).symbols["w"], symbols)
@@ -82,15 +82,15 @@ def test_compiled_loops_give_the_same_bytes(states: int, kind: int, dtype: type)
     matrices[1][20:30] = matrices[1][19]  # differences
     steps = [rng.integers(-9, 10, (40, 17)).astype(np.int16) for _ in matrices]
     made = contexts.make_block(matrices, Trellis(states, 16) if states else None, steps)
-    block = replace(contexts.with_scales([made])[0], kind=kind)
+    block = replace(row_scales.with_scales([made])[0], kind=kind)
     walks = [contexts.levels_of(block, compiled) for compiled in (False, True)]
     for ours, theirs in zip(*walks, strict=True):
         assert np.array_equal(ours, theirs)
-    model = contexts.fit([contexts.histogram(block, *walks[0])])
+    model = frequency_tables.fit_tables([contexts.histogram(block, *walks[0])])
     found = []
     for compiled in (False, True):
         lanes = np.full(8, rans.LOW, np.int64)
-        coder = rans.Coder(contexts.frequencies(model.weights), lanes)
+        coder = rans.Coder(frequency_tables.frequencies(model.weights), lanes)
         stream = coder.encode_role([block, block], [walks[0]] * 2, model.classes[0], compiled)
         found.append((stream, lanes.tolist()))
     assert found[0] == found[1]
@@ -120,8 +120,8 @@ def test_scales_are_as_precise_as_they_pay() -> None:
     rng, kinds = np.random.default_rng(0), []
     for columns in (4, 1024):
         symbols = np.rint(rng.normal(0, 5, (128, columns)) * np.exp2(rng.integers(-1, 2, (128, 1)) / 2)).astype(np.int8)
-        scaled = contexts.with_scales([contexts.make_block([symbols], None)])
-        kinds.append(contexts.entropy(np.bincount(scaled[0].scales.ravel())))
+        scaled = row_scales.with_scales([contexts.make_block([symbols], None)])
+        kinds.append(frequency_tables.entropy(np.bincount(scaled[0].scales.ravel())))
     assert kinds[0] < 0.6 < 1.4 < kinds[1]
 
 
@@ -148,8 +148,8 @@ def test_stored_tables_give_every_occurring_symbol_a_frequency() -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 2, (40, contexts.ENTRIES)) * rng.integers(1, 10**6, (40, contexts.ENTRIES))
     counts[:, 0] = 0
-    freqs = contexts.frequencies(contexts.weights_of(counts))
-    assert (freqs.sum(axis=1) == contexts.TOTAL).all()
+    freqs = frequency_tables.frequencies(frequency_tables.weights_of(counts))
+    assert (freqs.sum(axis=1) == frequency_tables.TOTAL).all()
     assert ((freqs > 0).sum(axis=1) > 50).all()
 
 
