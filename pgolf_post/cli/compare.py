@@ -14,15 +14,16 @@ from click.core import ParameterSource
 from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view
 from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
-from pgolf_post.progress import print_json, print_table
+from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
+    from pgolf_post.score.expected import ExpectedWindows
 
 
 IDLE = {  # way of comparing → options that it does not read
-    "paired": ("bytes_per_token", "variant"),
-    "record": ("level", "seed"),
+    "paired": ("bytes_per_token", "variant", "reference"),
+    "record": ("level", "seed", "reference"),
     "until_ci": ("bytes_per_token", "variant", "compiled"),
 }
 
@@ -34,6 +35,7 @@ IDLE = {  # way of comparing → options that it does not read
 @protocol_options
 @click.option("--record", is_flag=True, help="The challenge's rule over groups of seeds (comma-separated).")
 @click.option("--until-ci", type=click.FloatRange(min=0, min_open=True), help="Screen until known to ± so many bpb.")
+@click.option("--reference", metavar="CKPT", help="--until-ci: the difference that this checkpoint expects.")
 @click.option(
     "--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True, help="Of the intervals."
 )
@@ -50,12 +52,15 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     pgolf-post compare ARTIFACT CKPT                                 paired by document: t, bootstrap, sign test
     pgolf-post compare CKPT:ema CKPT:raw                             two sets of weights of one folder
     pgolf-post compare A B --until-ci 0.0003                         as little text as the question needs
+    pgolf-post compare A B --until-ci 0.0001 --reference CKPT        far less yet, for two quantizations of CKPT
     pgolf-post compare --record 1.0791,1.0802,1.0799 1.0812,1.0810,1.0808 --variant sp8192
     pgolf-post compare --record A1,A2,A3 B1,B2,B3                    the same from checkpoints or artifacts
 
     A checkpoint's weights are its EMA where it has one, else raw; :ema, :raw or :swa after its path names others.
     Scores are read from the cache where they are there. --until-ci draws plain windows at random and stops when the
-    whole text's difference is known to so many bpb, or to be no zero; looking often is paid for in its interval.
+    whole text's difference is known to so many bpb, or to be no zero; looking often is paid for in its interval. With
+    --reference that difference is not measured on the text's words but expected over all that CKPT thinks possible:
+    the same but for the luck of the words, where CKPT is a good model of the text, which is tested on the way.
     """
     from pgolf_post.ledger.comparison import comparison_row
     from pgolf_post.ledger.recording import record
@@ -193,30 +198,64 @@ def _group(
 
 def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.families import load_module
+    from pgolf_post.score.expected import ExpectedWindows
     from pgolf_post.score.protocols import folder_text, protocol_spans
     from pgolf_post.score.screen import ScreenSettings, bytes_of_windows, screen, window_scorer
     from pgolf_post.score.sliding import num_targets
     from pgolf_post.settings import parse_settings
 
-    opened = [_open(name, options) for name in (candidate, control)]
+    names = [name for name in (candidate, control, options["reference"]) if name]
+    opened = [_open(name, options) for name in names]
     protocol = parse_protocol(options, opened[0].config, "compare")
     if protocol.protocol == "ttt":
         raise click.UsageError("--until-ci samples windows; test-time training needs the whole text")
-    if opened[0].data.manifest_sha256 != opened[1].data.manifest_sha256:
-        raise MismatchError(f"{candidate} and {control} belong to different data", hint="pass --data FOLDER")
-    data = opened[0].data
-    tokens, token_bytes = folder_text(data, protocol)
-    modules = [load_module(some.config, some.tensors(), some.name) for some in opened]
+    if len({some.data.manifest_sha256 for some in opened}) > 1:
+        raise MismatchError(f"{' and '.join(names)} belong to different data", hint="pass --data FOLDER")
+    tokens, token_bytes = folder_text(opened[0].data, protocol)
+    first, second, *reference = (load_module(some.config, some.tensors(), some.name) for some in opened)
     targets = num_targets(len(tokens), protocol.seq_len, protocol.tail)
     spans = protocol_spans(protocol, targets)
     wanted = {"half_width_bpb": options["until_ci"], "level": options["level"], "seed": options["seed"]}
     settings = parse_settings(ScreenSettings, wanted, "compare")
-    scorer = window_scorer(modules[0], modules[1], tokens, token_bytes, spans)
-    found = screen(scorer, bytes_of_windows(spans, token_bytes), targets, settings)
-    last = found.last
-    rows = [("difference, bpb", f"{last.bpb:+.6f}")]
-    rows += [(f"interval, {100 * settings.level:g} %", f"{found.low:+.6f} … {found.high:+.6f}")]
+    text = (tokens, token_bytes, spans)
+    expected = ExpectedWindows(reference[0], first, second, *text) if reference else None
+    all_bytes = bytes_of_windows(spans, token_bytes)
+    found = screen(expected or window_scorer(first, second, *text), all_bytes, targets, settings)
+    facts = _expected_facts(expected, all_bytes, options) if expected else {}
+    last, percent = found.last, f"{100 * settings.level:g} %"
+    rows = [(f"{'expected ' if expected else ''}difference, bpb", f"{last.bpb:+.6f}")]
+    rows += [(f"interval, {percent}", f"{found.low:+.6f} … {found.high:+.6f}")]
+    rows += _expected_rows(facts) if facts else []
     rows += [("tokens", f"{last.tokens:,} of {targets:,} ({100 * last.tokens / targets:.1f} %)")]
     rows += [("windows, looks", f"{last.windows:,}, {len(found.looks):,}")]
     print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
-    return found.facts(), []
+    if facts and abs(facts["surprise_bpb"]) > facts["surprise_half_bpb"]:
+        say(
+            f"the text's words differ from what {options['reference']} expects by more than chance: "
+            "its expectation may mislead here; compare without --reference"
+        )
+    return {**found.facts(), **facts}, []
+
+
+def _expected_facts(expected: ExpectedWindows, all_bytes: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
+    """What goes with an expected difference: divergences, what was measured, and how far that is from it."""
+    level = options["level"]
+    candidate, control = expected.divergences(all_bytes, level)
+    found = {"candidate_divergence": candidate, "control_divergence": control}
+    found |= {"measured": expected.measured(all_bytes, level), "surprise": expected.surprise(all_bytes, level)}
+    facts: dict[str, Any] = {"reference": options["reference"]}
+    for name, interval in found.items():
+        facts |= {f"{name}_bpb": interval.bpb, f"{name}_half_bpb": interval.half}
+    return facts
+
+
+def _expected_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    def shown(name: str, sign: str = "+") -> str:
+        return f"{facts[f'{name}_bpb']:{sign}.6f} ± {facts[f'{name}_half_bpb']:.6f}"
+
+    return [
+        ("candidate's divergence from the reference, bpb", shown("candidate_divergence", "")),
+        ("control's", shown("control_divergence", "")),
+        ("measured on the same windows", shown("measured")),
+        ("measured less expected", shown("surprise")),
+    ]

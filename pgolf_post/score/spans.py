@@ -7,7 +7,7 @@ batch is halved, which is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -68,13 +68,30 @@ def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
     """(batch · scored,) float64 nats of the targets of spans of one shape. Halves the batch where memory runs out."""
+
+    def work(part: list[Span]) -> np.ndarray:
+        hidden, targets = scored_hidden(module, tokens, part)
+        nats = target_nats(module, hidden, targets)
+        observe(session.observer, module, hidden, places_of(part))
+        return nats.double().cpu().numpy()
+
+    return halving(work, batch)
+
+
+def scored_hidden(
+    module: Any, tokens: np.ndarray, batch: list[Span]
+) -> tuple[Tensor, Tensor]:  # (batch · scored, dim), (batch · scored,) int64
+    """Hidden states at the scored positions of spans of one shape, and their targets, on the module's device."""
     device = next(module.parameters()).device
     inputs, targets = stack(tokens, batch)
+    hidden = module.hidden(inputs.to(device))[:, -batch[0].scored :].flatten(0, 1)
+    return hidden, targets.to(device).flatten()
+
+
+def halving(work: Callable[[list[Span]], np.ndarray], batch: list[Span]) -> np.ndarray:
+    """work(batch), in halves where memory runs out; what it gives is joined along the last axis. Raises PgolfError."""
     try:
-        hidden = module.hidden(inputs.to(device))[:, -batch[0].scored :].flatten(0, 1)
-        nats = target_nats(module, hidden, targets.to(device).flatten())
-        observe(session.observer, module, hidden, places_of(batch))
-        return nats.double().cpu().numpy()
+        return work(batch)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -82,12 +99,11 @@ def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Sess
         raise PgolfError(
             f"out of memory on a single window of {batch[0].length} tokens", hint="score shorter windows: --seq-len"
         )
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(batch) // 2
     say(f"out of memory with {len(batch)} windows of {batch[0].length} tokens at once; trying {half}")
-    parts = [batch_nats(module, tokens, part, session) for part in (batch[:half], batch[half:])]
-    return np.concatenate(parts)
+    return np.concatenate([halving(work, part) for part in (batch[:half], batch[half:])], axis=-1)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -99,6 +99,13 @@ def test_compare_two_checkpoints(pgolf: Call) -> None:
     screened = pgolf("compare", CKPT, earlier, "--until-ci", 0.0003, "--json").json
     assert 0 < screened["share"] <= 1
     assert "stopped" in screened
+    expected = pgolf("compare", CKPT, earlier, "--until-ci", 0.0003, "--reference", CKPT, "--json")
+    assert expected.code == 0, expected.err
+    found = expected.json
+    assert found["candidate_divergence_bpb"] == pytest.approx(0, abs=1e-7)
+    assert found["difference_bpb"] == pytest.approx(-found["control_divergence_bpb"], abs=1e-6)
+    assert found["surprise_bpb"] == pytest.approx(found["measured_bpb"] - found["difference_bpb"], abs=1e-6)
+    assert "measured less expected" in expected.err
 
 
 def test_compare_two_views_of_one_checkpoint(pgolf: Call) -> None:
@@ -133,6 +140,7 @@ def test_the_record_rule_from_numbers(pgolf: Call) -> None:
             "a paired comparison does not read --bytes-per-token, --variant",
         ),
         (("--until-ci", 0.1, "--compile"), "--until-ci does not read --compile"),
+        (("--reference", "somewhere"), "a paired comparison does not read --reference"),
         (("--record", "--bytes-per-token", "nan"), "--bytes-per-token nan: it must be positive"),
         (("--record", "--until-ci", 0.1), "choose one"),
     ],

@@ -41,8 +41,8 @@ RECORD = {
 def record_model(seed: int = 0, **changes: Any) -> Any:
     """A pico model with loops, lanes, gates and smear, and weights of some size everywhere."""
     model: dict[str, Any] = {**RECORD, **changes}
-    module = get_family("golf_gpt").build(model, {"active_loops": 2})
     torch.manual_seed(seed)
+    module = get_family("golf_gpt").build(model, {"active_loops": 2})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
