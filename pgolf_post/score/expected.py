@@ -15,6 +15,7 @@ the *surprise*, with an interval: where that excludes zero, the text is not as p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,62 @@ from pgolf_post.score.spans import Span, batches_of, fitting, halving, places_of
 
 
 @dataclass(frozen=True)
+class Against:
+    """Sums over the same windows: losses, and divergences of models from a reference (in the place of nats)."""
+
+    reference: Score
+    losses: list[Score]  # one per model
+    divergences: list[Score]  # one per model
+
+
+def score_against(
+    reference: Any,  # a LanguageModel, as are the models
+    models: Sequence[Any],
+    tokens: np.ndarray,  # (n,)
+    token_bytes: np.ndarray,  # (n,)
+    spans: list[Span],  # the text's windows
+    chosen: np.ndarray,  # (k,) which of them, ascending
+    advance: Callable[[int], None] = lambda windows: None,  # called with each number of windows done
+) -> Against:
+    """Score windows with a reference and models. Raises MismatchError for other vocabularies, NumericsError."""
+    picked = [spans[i] for i in chosen]
+    values = []
+    for batch in batches_of(picked, fitting(BATCH_TOKENS, reference)):
+        values.append(halving(lambda part: target_values(reference, models, tokens, part), batch))
+        advance(len(batch))
+    places = places_of(picked)
+    windows = np.repeat(chosen, [span.scored for span in picked])
+    scores = []
+    for row in np.concatenate(values, axis=-1):
+        require_finite(tokens, places, row)
+        scores.append(sum_units(tokens, places, windows, row, token_bytes, 0.0))
+    return Against(scores[0], scores[1 : 1 + len(models)], scores[1 + len(models) :])
+
+
+@torch.no_grad()
+def target_values(
+    reference: Any, models: Sequence[Any], tokens: np.ndarray, batch: list[Span]
+) -> np.ndarray:  # (1 + 2·models, batch · scored) float64 nats
+    """At each target: the reference's loss, the models' losses, the models' divergences from the reference."""
+    hidden, targets = scored_hidden(reference, tokens, batch)
+    expected = distribution(reference, hidden).float()
+    losses, divergences = [-expected.gather(-1, targets[:, None])[:, 0].double().cpu()], []
+    for module in models:
+        found = distribution(module, scored_hidden(module, tokens, batch)[0]).float()
+        if found.shape != expected.shape:
+            raise MismatchError(
+                f"the reference tells {expected.shape[1]} tokens apart, another model {found.shape[1]}",
+                hint="--reference is the checkpoint that both were made from",
+            )
+        losses.append(-found.gather(-1, targets[:, None])[:, 0].double().cpu())
+        divergences.append(divergences_of(expected, found).double().cpu())
+    return torch.stack([*losses, *divergences]).numpy()
+
+
+# ---- for screening ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Interval:
     """An estimate for the whole text, in bpb, and half the width of its interval (0 once every window is scored)."""
 
@@ -44,10 +101,7 @@ class Interval:
 
 
 class ExpectedWindows:
-    """Scores windows with two models by their divergence from a third, and keeps their losses too.
-
-    Raises MismatchError where vocabularies differ, NumericsError where something is not finite.
-    """
+    """Scores windows with two models by their divergence from a third, and keeps their losses too."""
 
     def __init__(
         self,
@@ -58,48 +112,23 @@ class ExpectedWindows:
         token_bytes: np.ndarray,  # (n,)
         spans: list[Span],  # the text's N windows
     ) -> None:
-        self.modules = (reference, candidate, control)
+        self.reference, self.models = reference, (candidate, control)
         self.tokens, self.token_bytes, self.spans = tokens, token_bytes, spans
         self.divergence_bits = np.zeros((2, len(spans)))  # of candidate and control, once scored
         self.measured_bits = np.zeros(len(spans))  # candidate's loss less control's, once scored
         self.drawn = np.zeros(len(spans), bool)
 
     def __call__(self, chosen: np.ndarray) -> tuple[Score, Score]:  # windows (k,) ascending
-        """Sums of both divergences over windows, in the place of nats."""
-        picked = [self.spans[i] for i in chosen]
-        batches = batches_of(picked, fitting(BATCH_TOKENS, self.modules[0]))
-        values = np.concatenate([halving(self._of_batch, batch) for batch in batches], axis=-1)
-        places = places_of(picked)
-        windows = np.repeat(chosen, [span.scored for span in picked])
-        scores = []
-        for row in values:
-            require_finite(self.tokens, places, row)
-            scores.append(sum_units(self.tokens, places, windows, row, self.token_bytes, 0.0))
-        for model, score in enumerate(scores[:2]):
+        """Sums of both divergences over windows, in the place of nats. Raises what `score_against` does."""
+        found = score_against(self.reference, self.models, self.tokens, self.token_bytes, self.spans, chosen)
+        for model, score in enumerate(found.divergences):
             bits = score.unit_nats / math.log(2)
             self.divergence_bits[model, chosen] = np.bincount(np.searchsorted(chosen, score.window), bits)
-        self.measured_bits[chosen] = window_bits(scores[2], scores[3], chosen)
+        first, second = found.losses
+        self.measured_bits[chosen] = window_bits(first, second, chosen)
         self.drawn[chosen] = True
-        return scores[0], scores[1]
-
-    @torch.no_grad()
-    def _of_batch(self, batch: list[Span]) -> np.ndarray:  # (4, batch · scored) float64
-        """Divergences of candidate and control, then the nats of both."""
-        expected, divergences, nats = None, [], []
-        for module in self.modules:
-            hidden, targets = scored_hidden(module, self.tokens, batch)
-            found = distribution(module, hidden).float()
-            if expected is None:
-                expected = found
-                continue
-            if found.shape != expected.shape:
-                raise MismatchError(
-                    f"the reference tells {expected.shape[1]} tokens apart, another model {found.shape[1]}",
-                    hint="--reference is the checkpoint that both were made from",
-                )
-            divergences.append(divergences_of(expected, found).double().cpu())
-            nats.append(-found.gather(-1, targets[:, None])[:, 0].double().cpu())
-        return torch.stack([*divergences, *nats]).numpy()
+        candidate, control = found.divergences
+        return candidate, control
 
     def divergences(self, all_bytes: np.ndarray, level: float) -> tuple[Interval, Interval]:  # (N,) int64
         """Of candidate and control from the reference, in bpb."""

@@ -1,6 +1,7 @@
 """`fit` against the field, at equal bytes and at equal loss, and what each of its steps is worth.
 
     python -m tests.bench.bench_fit field CHECKPOINT --data FOLDER --val FOLDER [--windows N] [--weights ema]
+                                          [--beside ARTIFACT]
     python -m tests.bench.bench_fit steps CHECKPOINT --data FOLDER --val FOLDER [--windows N]
     python -m tests.bench.bench_fit front CHECKPOINT --data FOLDER --val FOLDER [--figure FILE.svg]
     python -m tests.bench.bench_fit cost
@@ -11,13 +12,14 @@ rank-4 LQER re-tuned for the checkpoint, at (a)'s bytes; (b) sdclip-1394 under b
 at (a')'s divergence; then (a') and fit at 3/4 and 1/2 of (a)'s bytes. One calibration for all. (a') is tuned as a
 careful contestant would who has our probe: each of the three groups (embedding, attention, MLP) is quantized alone, the
 divergence it causes on training text is measured, and its k is set so that every weight causes the same, twice over.
+Two gaps of each on the same windows: measured, and as the unquantized model expects it (score/expected.py).
 
 one: fit alone, at --bytes, with --tune-tokens of fine-tuning between its blocks.
 
 front: divergence against bytes of (a), (a') and (b), their k times several numbers, under brotli, and of fit.
 
 steps: fit's parts one after the other at one budget. Divergences are KL from the unquantized model on validation
-windows; gaps are paired differences in bpb with a 95 % t interval over documents.
+windows; gaps are in bpb with a 95 % t interval over documents.
 
 cost: equal slope on 36M weights (11 blocks × 512, vocabulary 8192, random), against one plain GPTQ pass.
 
@@ -31,7 +33,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
-from pgolf_post.families import train_seq_len
+from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.kappa import by_tensor, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
@@ -56,13 +58,13 @@ from pgolf_post.pack.compare import compare
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.decode import decode
 from pgolf_post.plan import read_plan
-from pgolf_post.progress import print_table, say
+from pgolf_post.progress import print_table, progress_bar, say
 from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
-from pgolf_post.score.bpb import Score
-from pgolf_post.score.paired import pair, t_interval
-from pgolf_post.score.plain import PlainProtocol, protocol_windows, score_windows
-from pgolf_post.score.pool import ModelPool
+from pgolf_post.score.expected import score_against
+from pgolf_post.score.paired import Difference, pair, t_interval
+from pgolf_post.score.plain import PlainProtocol, protocol_windows
+from pgolf_post.score.spans import Span
 from tests.bench.bench_hot_start import RECIPE, random_checkpoint
 
 RECORD_K = {"embedding": 14.0, "attention": 13.0, "mlp": 11.5}
@@ -95,28 +97,38 @@ class Bench:
         rows = [self.tokens[start : start + length] for start, length in (self.spans[i] for i in np.sort(few))]
         self.eyes = Probe(self.view, CalibrationSet((), np.stack(rows).astype(np.int64)))
         self.tuner = Probe(self.view, probe_text(self.view, self.data, 16384, 0))
-        self.pool = ModelPool()
-        self.own = self.score(self.view.tensors)
-
-    def score(self, tensors: Mapping[str, torch.Tensor]) -> Score:
-        """Of the sampled windows."""
-        module = self.pool.load(self.view.config, tensors, "bench", torch.device("cpu"))
-        return score_windows(module, self.tokens, self.token_bytes, self.spans, self.chosen)
+        self.scored: dict[str, Mapping[str, torch.Tensor]] = {}  # rows whose gaps are wanted
 
     def row(self, name: str, model: QuantizedModel, num_bytes: int, scored: bool | None = None) -> dict[str, Any]:
-        """Score a model and print its line."""
-        scored = self.all_scored if scored is None else scored
+        """Print a model's bytes and divergence; its gaps come with `gaps`."""
         decoded = tensors_of(model)
         kl = self.eyes.divergence(decoded)
-        cells = [name, f"{num_bytes:,}", f"{kl.mean:.6f}"]
-        facts: dict[str, Any] = {"bytes": num_bytes, "kl": kl.mean}
-        if scored:
-            score = self.score(decoded)
-            gap = t_interval(pair(score, self.own))
-            facts |= {"gap": gap.bpb, "low": gap.low, "high": gap.high, "bpb": score.bpb}
-            cells += [f"{score.bpb:.5f}", f"{gap.bpb:+.5f}", f"{gap.low:+.5f} … {gap.high:+.5f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
-        return facts
+        if self.all_scored if scored is None else scored:
+            self.scored[name] = decoded
+        print(f"| {name} | {num_bytes:,} | {kl.mean:.6f} |", flush=True)
+        return {"name": name, "bytes": num_bytes, "kl": kl.mean}
+
+    def gaps(self) -> dict[str, tuple[Difference, Difference]]:
+        """The gap of every scored row, measured and expected, from one pass over the windows; printed."""
+        reference, *models = (
+            load_module(self.view.config, tensors, name)
+            for name, tensors in {"unquantized": self.view.tensors, **self.scored}.items()
+        )
+        spans = [Span(start, length, length) for start, length in self.spans]
+        with progress_bar("scoring", len(self.chosen)) as advance:
+            found = score_against(reference, models, self.tokens, self.token_bytes, spans, self.chosen, advance)
+        own = found.reference
+        nothing = replace(own, unit_nats=np.zeros_like(own.unit_nats))
+        documents = len(own.document_nats)
+        print(f"\nunquantized {own.bpb:.5f} bpb, {own.tokens:,} tokens in {documents} documents\n")
+        print("|  | bpb | gap, bpb | 95 % | expected gap | 95 % |\n|---|---|---|---|---|---|")
+        result = {}
+        for name, loss, divergence in zip(self.scored, found.losses, found.divergences, strict=True):
+            both = t_interval(pair(loss, own)), t_interval(pair(divergence, nothing))
+            cells = [f"{gap.bpb:+.5f} | {gap.low:+.5f} … {gap.high:+.5f}" for gap in both]
+            print("| " + " | ".join([name, f"{loss.bpb:.5f}", *cells]) + " |", flush=True)
+            result[name] = both
+        return result
 
 
 def tensors_of(model: QuantizedModel) -> dict[str, torch.Tensor]:
@@ -205,11 +217,9 @@ def at_divergence(bench: Bench, builder: Builder, kappa: Mapping[str, float], wa
     return model, search.packed_bytes(model)
 
 
-def field(bench: Bench, shares: Sequence[float]) -> None:
+def field(bench: Bench, shares: Sequence[float], beside: Sequence[Path] = ()) -> None:
     """The comparison."""
-    documents = len(bench.own.document_nats)
-    print(f"unquantized {bench.own.bpb:.5f} bpb, {bench.own.tokens:,} tokens in {documents} documents")
-    print("\n|  | bytes | divergence, nats | bpb | gap, bpb | 95 % |\n|---|---|---|---|---|---|")
+    print("|  | bytes | divergence, nats |\n|---|---|---|")
     first = quantize_view(bench.view, bench.stats, read_plan("record-1855"))
     size = field_bytes(first)
     a = bench.row("(a) record-1855", first, size, scored=True)
@@ -222,15 +232,22 @@ def field(bench: Bench, shares: Sequence[float]) -> None:
     c = bench.row("(c) fit at (a)'s bytes", solution.model, len(solution.data), scored=True)
     same_loss = at_divergence(bench, builder, kappa, bench.tuner.divergence(tensors_of(second)).mean, solution.constant)
     d = bench.row("(d) fit at (a')'s divergence", *same_loss)
+    for path in beside:
+        bench.row(path.parent.name, read_artifact(path).model, path.stat().st_size, scored=True)
     for share in shares:
         limit = round(size * share)
         model, num_bytes, _ = recipe_at(bench, used, limit)
         bench.row(f"(a') at {share:g} ×", model, num_bytes)
         solution = Search(builder, kappa).solve(limit)
         bench.row(f"fit at {share:g} ×", solution.model, len(solution.data))
-    for name, base in (("a", a), ("a'", tuned)):
-        ratio, upper, divergence = c["gap"] / base["gap"], c["high"] / base["gap"], c["kl"] / base["kl"]
-        print(f"gap(c)/gap({name}) {ratio:.3f} (upper end {upper:.3f}), divergence {divergence:.3f}")
+    gaps = bench.gaps()
+    ours = [c["name"], *(path.parent.name for path in beside)]
+    print("\n|  | of | gap | its upper end | expected gap | its upper end |\n|---|---|---|---|---|---|")
+    for name in ours:
+        for base in (a["name"], tuned["name"]):
+            pairs = zip(gaps[name], gaps[base], strict=True)
+            shares_of = [f"{own.bpb / other.bpb:.3f} | {own.high / other.bpb:.3f}" for own, other in pairs]
+            print("| " + " | ".join([name, base, *shares_of]) + " |")
     print(f"bytes(d)/bytes(a') {d['bytes'] / tuned['bytes']:.3f}")
 
 
@@ -242,6 +259,7 @@ def one(bench: Bench, limit: int, tune_tokens: int) -> None:
     more = f", {tune_tokens:,} tokens of fine-tuning" if tune_tokens else ""
     bench.row(f"fit at {limit:,} bytes{more}", read_artifact(artifact.path).model, artifact.path.stat().st_size)
     say(f"training data: {artifact.meta['train_seconds']}, {artifact.meta.get('fine_tuned')}")
+    bench.gaps()
 
 
 def steps(bench: Bench) -> None:
@@ -405,6 +423,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--windows", type=int, default=1 << 30)
     parser.add_argument("--few-scored", action="store_true", help="(a), (a') and (c); the others by divergence")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="field: artifact.pgolf as a row, too")
     parser.add_argument("--bytes", type=int, help="one: the artifact's limit")
     parser.add_argument("--tune-tokens", type=int, default=0, help="one: of calibration text, between blocks")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
@@ -424,7 +443,7 @@ def main() -> None:
     if given.table == "front":
         return front(bench, given.figure)
     shares = [float(share) for share in given.shares.split(",") if share]
-    return field(bench, shares) if given.table == "field" else steps(bench)
+    return field(bench, shares, given.beside) if given.table == "field" else steps(bench)
 
 
 if __name__ == "__main__":

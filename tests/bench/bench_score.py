@@ -1,7 +1,7 @@
 """What scoring costs, as ratios in one run; with a checkpoint and an artifact, what each protocol says about them.
 
     python -m tests.bench.bench_score      speed: sliding, adapters side by side, compiled swap
-    python -m tests.bench.bench_score screening ARTIFACT_A ARTIFACT_B --data FOLDER
+    python -m tests.bench.bench_score screening ARTIFACT_A ARTIFACT_B [--reference CHECKPOINT] --data FOLDER
     python -m tests.bench.bench_score shown CHECKPOINT ARTIFACT --data FOLDER
     python -m tests.bench.bench_score audits ARTIFACT --data FOLDER
     python -m tests.bench.bench_score order ARTIFACT ARTIFACT … --data FOLDER
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
@@ -32,6 +33,7 @@ from pgolf_post.progress import print_table, say
 from pgolf_post.score.audit import Subject, audit
 from pgolf_post.score.bpb import Score, documents_of
 from pgolf_post.score.compare import paired_documents
+from pgolf_post.score.expected import target_values
 from pgolf_post.score.paired import t_interval
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -39,7 +41,7 @@ from pgolf_post.score.protocols import Protocol, folder_text, protocol_spans, sc
 from pgolf_post.score.screen import EXCLUDED, ScreenSettings, screen
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol, num_targets, sliding_spans
-from pgolf_post.score.spans import batch_nats, places_of, stack
+from pgolf_post.score.spans import places_of, stack
 from pgolf_post.score.ttt.settings import ttt_protocol
 from tests.bench.bench_hot_start import random_checkpoint
 
@@ -170,7 +172,7 @@ def artifact_module(path: Path) -> tuple[Any, dict[str, Any]]:
     return load_module(config, tensors, str(path)), config
 
 
-def bench_screening(first: Path, second: Path, data: DataFolder) -> None:
+def bench_screening(first: Path, second: Path, reference: Path | None, data: DataFolder) -> None:
     """How much text it takes to know the difference of two artifacts to ±0.0005, and how often what is said is true."""
     (candidate, config), (control, _) = artifact_module(first), artifact_module(second)
     seq_len = get_family(config["family"]).train_seq_len(candidate)
@@ -178,17 +180,26 @@ def bench_screening(first: Path, second: Path, data: DataFolder) -> None:
     spans = protocol_spans(PlainProtocol(seq_len=seq_len), num_targets(len(tokens), seq_len, "drop"))
     some = np.sort(np.random.default_rng(0).permutation(len(spans))[: int(SCREEN_SHARE * len(spans))])
     places = places_of([spans[i] for i in some]).reshape(len(some), seq_len)
-    bits = np.zeros(places.shape)
-    for sign, module in ((1, candidate), (-1, control)):
-        for row, window in enumerate(some):
-            bits[row] += sign * batch_nats(module, tokens, [spans[window]], Session()) / np.log(2)
-            if row % 128 == 0:
-                say(f"{row} of {len(some)} windows")
-    needed(bits, counts[places], documents_of(tokens)[places[:, seq_len // 2]], len(spans))
-    resample(bits.sum(1), counts[places].sum(1), len(spans))
+    expecting = checkpoint_module(reference) if reference else candidate
+    values = np.zeros((5, *places.shape))
+    for row, window in enumerate(some):
+        values[:, row] = target_values(expecting, [candidate, control], tokens, [spans[window]]) / np.log(2)
+        if row % 128 == 0:
+            say(f"{row} of {len(some)} windows")
+    kinds = {"measured": values[1] - values[2]}
+    if reference:
+        kinds["expected by the reference"] = values[3] - values[4]
+    for kind, bits in kinds.items():
+        needed(kind, bits, counts[places], documents_of(tokens)[places[:, seq_len // 2]], len(spans))
+        resample(kind, bits.sum(1), counts[places].sum(1), len(spans))
 
 
-def needed(bits: np.ndarray, counts: np.ndarray, document: np.ndarray, total: int) -> None:
+def checkpoint_module(path: Path) -> Any:
+    view = Checkpoint.open(path).load()
+    return load_module(view.config, view.tensors, str(view))
+
+
+def needed(kind: str, bits: np.ndarray, counts: np.ndarray, document: np.ndarray, total: int) -> None:
     """From differences by token (windows, seq_len): the text that one look needs, by what is taken as independent."""
     size, number = counts.sum(1), len(bits)
     ratio = bits.sum() / counts.sum()
@@ -208,10 +219,10 @@ def needed(bits: np.ndarray, counts: np.ndarray, document: np.ndarray, total: in
         half = 1.96 * bpb * np.sqrt((1 - 0.12) / (0.12 * total))
         rows.append((name, f"{spread:.2f}", f"{100 / (1 + total / alone):.1f} %", f"±{half:.5f}"))
     heads = (f"Δ {ratio:+.5f} bpb", "sd, bits a window", f"text for ±{HALF_WIDTH}", "at 12 % of the text")
-    print_table("One look, 95 %", heads, rows)
+    print_table(f"One look at the difference {kind}, 95 %", heads, rows)
 
 
-def resample(bits: np.ndarray, size: np.ndarray, total: int, texts: int = 300) -> None:
+def resample(kind: str, bits: np.ndarray, size: np.ndarray, total: int, texts: int = 300) -> None:
     """Draw whole texts from the windows that were scored, (windows,) each; screen them; count the truths covered."""
     random = np.random.default_rng(1)
     rows = []
@@ -235,7 +246,7 @@ def resample(bits: np.ndarray, size: np.ndarray, total: int, texts: int = 300) -
         share = f"{100 * np.median(used):.1f} %"
         rows.append((name, f"{covered / texts:.3f}", share, f"{np.mean(reasons):.2f}"))
     heads = ("stop", "covers the truth", "median text used", "excluded zero")
-    print_table(f"{texts} resampled texts, ±{HALF_WIDTH}", heads, rows)
+    print_table(f"{texts} resampled texts, ±{HALF_WIDTH}, {kind}", heads, rows)
 
 
 def excerpt(data: DataFolder, length: int, documents: int) -> tuple[np.ndarray, np.ndarray]:
@@ -344,7 +355,11 @@ def main(arguments: tuple[str, ...] = ()) -> None:
         if kind == "audits":
             audits(Path(first), data)
             return
-        (bench_screening if kind == "screening" else shown)(Path(first), Path(second), data)
+        if kind == "screening":
+            at = arguments.index("--reference") if "--reference" in arguments else None
+            bench_screening(Path(first), Path(second), Path(arguments[at + 1]) if at else None, data)
+            return
+        shown(Path(first), Path(second), data)
         return
     with tempfile.TemporaryDirectory() as folder:
         view, data, module = random_model(Path(folder))
