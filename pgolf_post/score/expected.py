@@ -48,6 +48,7 @@ def score_against(
     token_bytes: np.ndarray,  # (n,)
     spans: list[Span],  # the text's windows
     chosen: np.ndarray,  # (k,) which of them, ascending
+    pieces: np.ndarray | None = None,  # (n,) int64, to cut units finer than documents
     advance: Callable[[int], None] = lambda windows: None,  # called with each number of windows done
 ) -> Against:
     """Score windows with a reference and models. Raises MismatchError for other vocabularies, NumericsError."""
@@ -61,7 +62,7 @@ def score_against(
     scores = []
     for row in np.concatenate(values, axis=-1):
         require_finite(tokens, places, row)
-        scores.append(sum_units(tokens, places, windows, row, token_bytes, 0.0))
+        scores.append(sum_units(tokens, places, windows, row, token_bytes, 0.0, pieces))
     return Against(scores[0], scores[1 : 1 + len(models)], scores[1 + len(models) :])
 
 

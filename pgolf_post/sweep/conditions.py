@@ -16,7 +16,7 @@ from pgolf_post.errors import SettingsError
 SIZES = ("predicted_bytes", "artifact_bytes", "total_bytes", "headroom_bytes", "budget_bytes")
 FACTS = SIZES + tuple(
     f"{stage}_{fact}"
-    for stage in ("screen", "plain", "sliding", "ttt")
+    for stage in ("screen", "expected", "plain", "sliding", "ttt")
     for fact in ("bpb", "difference_bpb", "low_bpb", "high_bpb")
 )
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {

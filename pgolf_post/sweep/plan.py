@@ -146,6 +146,8 @@ def _seconds(
         total += earlier("pack", PACK_SECONDS_PER_WEIGHT * weights)
     if spec.stages.screen:
         total += earlier("screen", rate * spec.stages.screen.tokens)
+    if spec.stages.expected:
+        total += earlier("expected", 2 * rate * spec.stages.expected.tokens)
     data = sweep.bench.calibration.data(spec, view.checkpoint)
     for name, ratio in (("plain", 1.0), ("sliding", 8.0), ("ttt", TTT_RATIO)):
         stage: Any = getattr(spec.stages, name)

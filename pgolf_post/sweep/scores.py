@@ -1,14 +1,16 @@
 """What a trial's artifact scores: a screen of a few windows, or any protocol of `eval`, found if it was scored before.
 
 An artifact is scored once, whatever the number of trials that lead to it. Screens draw the same windows for every
-trial, and are kept beside the checkpoint as other scores are.
+trial, and are kept beside the checkpoint as other scores are. The `expected` stage draws them too, and says what the
+weights lose there before quantization plus their quantization's divergence (score/expected.py): the differences between
+two quantizations of the same weights are then free of the luck of the text's words.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pgolf_post.progress import hushed
 from pgolf_post.ranks import Ranks
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import load_score, score_subject
+from pgolf_post.score.expected import score_against
 from pgolf_post.score.pieces import cut_documents
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -35,16 +38,16 @@ from pgolf_post.settings import parse_settings
 from pgolf_post.sweep.artifacts import Quantized
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import KEPT_SMALL, Places, Recent, Spending
-from pgolf_post.sweep.spec import ScreenStage, SweepSpec, TrialSettings
+from pgolf_post.sweep.spec import DRAWN, ScreenStage, SweepSpec, TrialSettings
 
-SCREEN_STAGE, SCREEN_VERSION, SCREEN_PAYLOAD = "screen", 1, "documents.safetensors"
+SCREEN_VERSION, SCREEN_PAYLOAD = 1, "documents.safetensors"
 
 
 def stage_protocol(spec: SweepSpec, stage: str, settings: TrialSettings, config: Mapping[str, Any]) -> Protocol:
     """What a scoring stage does to a model of this config. Raises SettingsError for a setting that does not exist."""
     chosen: Any = getattr(spec.stages, stage)
     window = spec.stages.seq_len or train_seq_len(config)
-    if stage == "screen":
+    if stage in DRAWN:
         return PlainProtocol(seq_len=window)
     if stage == "plain":
         return PlainProtocol(seq_len=window, max_tokens=chosen.max_tokens)
@@ -83,24 +86,32 @@ class Scores:
     def __init__(self, places: Places, spending: Spending, compiled: bool, device: torch.device | None) -> None:
         self.places, self.spending = places, spending
         self.ranks = Ranks() if device is None else OneDevice(chosen=device)
-        self.pool = ModelPool(compiled)
+        self.pool, self.reference_pool = ModelPool(compiled), ModelPool(compiled)
         self._scores = Recent[tuple[dict[str, Any], Score]](KEPT_SMALL)
         self._texts: dict[str, Text] = {}
 
     def score(
-        self, spec: SweepSpec, stage: str, settings: TrialSettings, quantized: Quantized, data: DataFolder
+        self,
+        spec: SweepSpec,
+        stage: str,
+        settings: TrialSettings,
+        quantized: Quantized,
+        weights: Quantized,  # before quantization
+        data: DataFolder,
     ) -> tuple[dict[str, Any], Score]:
         """A scoring stage's facts and sums; found if they are there."""
         protocol = stage_protocol(spec, stage, settings, quantized.subject.config)
-        screen = spec.stages.screen if stage == "screen" else None
+        screen: ScreenStage | None = getattr(spec.stages, stage) if stage in DRAWN else None
         drawn = screen.model_dump_json(exclude={"only_if"}) if screen else ""
-        key = f"{quantized.subject.id}:{data.manifest_sha256}:{stage}:{protocol.model_dump_json()}{drawn}"
+        reference = weights if stage == "expected" else None
+        beside = f":{reference.subject.id}" if reference else ""
+        key = f"{quantized.subject.id}{beside}:{data.manifest_sha256}:{stage}:{protocol.model_dump_json()}{drawn}"
         if key in self._scores:
             self.spending.shared.append(stage)
             return self._scores[key]
         with self.spending.timed(stage), claim(self.places.locks, f"{stage}-{quantized.subject.id}", wait=True):
             if screen:
-                facts, cached = self._screen(screen, quantized, data, protocol)
+                facts, cached = self._drawn(stage, screen, quantized, reference, data, protocol)
             else:
                 session = Session(ranks=self.ranks, quiet=True)
                 facts, cached = score_subject(
@@ -110,30 +121,48 @@ class Scores:
             self.spending.shared.append(stage)
         return self._scores.keep(key, (facts, load_score(facts)))
 
-    def _screen(
-        self, stage: ScreenStage, quantized: Quantized, data: DataFolder, protocol: Protocol
+    def _drawn(
+        self,
+        name: str,
+        stage: ScreenStage,
+        quantized: Quantized,
+        reference: Quantized | None,  # whose expectation is wanted; None: what the text's words say
+        data: DataFolder,
+        protocol: Protocol,
     ) -> tuple[dict[str, Any], bool]:
-        """A screen's facts, and whether they were there."""
+        """A score of drawn windows, its facts, and whether they were there."""
         identity = {**protocol.model_dump(mode="json"), **stage.model_dump(mode="json", exclude={"only_if"})}
         identity["data_manifest_sha256"] = data.manifest_sha256
         subject = quantized.subject
-        screen_id = derived_id(SCREEN_STAGE, SCREEN_VERSION, [subject.id], identity)
-        folder = subject.root / SCREEN_STAGE / screen_id[:12]
+        sources = [subject.id, *([reference.subject.id] if reference else [])]
+        screen_id = derived_id(name, SCREEN_VERSION, sources, identity)
+        folder = subject.root / name / screen_id[:12]
 
         def make(building: Path) -> Mapping[str, Any]:
             text = self._text(data, protocol)
             wanted = max(1, min(len(text.spans), stage.tokens // protocol.seq_len))
             order = np.random.default_rng(stage.seed).permutation(len(text.spans))
-            module = self.pool.load(subject.config, quantized.tensors(), subject.name, self.ranks.device)
-            chosen = np.sort(order[:wanted])
-            found = score_chosen(module, text.tokens, text.token_bytes, text.spans, text.pieces, chosen)
+            found = self._score_windows(quantized, reference, text, np.sort(order[:wanted]))
             found.save(building / SCREEN_PAYLOAD)
             return {**found.sums(), "windows": wanted, "subject_id": subject.id}
 
-        config = {"stage": SCREEN_STAGE, "version": SCREEN_VERSION, **identity}
+        config = {"stage": name, "version": SCREEN_VERSION, **identity}
         with hushed():
             meta, cached = load_or_make(folder, SCREEN_PAYLOAD, config, make)
         return {**meta, "folder": str(folder)}, cached
+
+    def _score_windows(
+        self, quantized: Quantized, reference: Quantized | None, text: Text, chosen: np.ndarray
+    ) -> Score:
+        subject = quantized.subject
+        module = self.pool.load(subject.config, quantized.tensors(), subject.name, self.ranks.device)
+        if reference is None or reference.subject.id == subject.id:  # nothing diverges from itself
+            return score_chosen(module, text.tokens, text.token_bytes, text.spans, text.pieces, chosen)
+        source = reference.subject
+        before = self.reference_pool.load(source.config, reference.tensors(), source.name, self.ranks.device)
+        found = score_against(before, [module], text.tokens, text.token_bytes, text.spans, chosen, text.pieces)
+        own, (divergence,) = found.reference, found.divergences
+        return replace(own, unit_nats=own.unit_nats + divergence.unit_nats)
 
     def _text(self, data: DataFolder, protocol: Protocol) -> Text:
         """The whole text that windows are drawn from, cut into pieces."""

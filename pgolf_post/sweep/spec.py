@@ -31,8 +31,9 @@ from pgolf_post.settings import Settings, apply_override, canonical_json, parse_
 from pgolf_post.sweep.conditions import check_condition
 
 Role = Literal["control", "baseline", "noise", "trial"]
-RankBy = Literal["screen", "plain", "sliding", "ttt", "bytes"]
-SCORING: tuple[RankBy, ...] = ("screen", "plain", "sliding", "ttt")  # in the order in which they run
+RankBy = Literal["screen", "expected", "plain", "sliding", "ttt", "bytes"]
+SCORING: tuple[RankBy, ...] = ("screen", "expected", "plain", "sliding", "ttt")  # in the order in which they run
+DRAWN = ("screen", "expected")  # those that draw windows from the whole text
 UNQUANTIZED = "unquantized"
 EACH_BLOCK = "@each."
 
@@ -144,6 +145,10 @@ class ScreenStage(Stage):
     seed: int = Field(0, ge=0, description="of the draw")
 
 
+class ExpectedStage(ScreenStage):
+    """Windows drawn likewise: the loss before quantization, and what quantizing is expected to add (its divergence)."""
+
+
 class PlainStage(Stage):
     """The validation text in plain windows."""
 
@@ -169,6 +174,7 @@ class Stages(Settings):
     predict: Stage | None = Field(None, description="bytes without packing")
     pack: Stage = Stage()
     screen: ScreenStage | None = ScreenStage()
+    expected: ExpectedStage | None = None
     plain: PlainStage | None = None
     sliding: SlidingStage | None = None
     ttt: TTTStage | None = None

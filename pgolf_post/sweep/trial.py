@@ -27,7 +27,7 @@ from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.artifacts import Quantized, unquantized
 from pgolf_post.sweep.conditions import holds
 from pgolf_post.sweep.scores import stage_protocol
-from pgolf_post.sweep.spec import SCORING, SweepSpec, Trial, trial_plan
+from pgolf_post.sweep.spec import DRAWN, SCORING, SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.training import recipe_tree
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
@@ -157,7 +157,8 @@ class Run:
         data = bench.calibration.data(spec, view.checkpoint)
         result["checkpoint_id"] = view.id
         self.parents = (view.id,)
-        quantized = self._quantized(view, result) if settings.quantize else unquantized(view)
+        weights = unquantized(view)
+        quantized = self._quantized(view, result) if settings.quantize else weights
         result["content_sha256"] = quantized.content_sha256
         protocols = {stage: stage_protocol(spec, stage, settings, view.config) for stage in spec.stages.scoring()}
         result["protocols"] = {
@@ -168,7 +169,7 @@ class Run:
             raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
         for stage in spec.stages.scoring():
             if self._wants(stage, result):
-                facts, score = bench.scores.score(spec, stage, settings, quantized, data)
+                facts, score = bench.scores.score(spec, stage, settings, quantized, weights, data)
                 kept = ("bpb", "nats", "tokens", "bytes")
                 result[stage] = {key: facts[key] for key in kept} | self._difference(stage, score)
         if spec.deciding_stage in result:
@@ -225,7 +226,7 @@ class Run:
         if self.control is None:
             return {}
         control = self._control_score(stage)
-        clusters = pair(score, control, "piece") if stage == "screen" else paired_documents(score, control)
+        clusters = pair(score, control, "piece") if stage in DRAWN else paired_documents(score, control)
         facts = t_interval(clusters, self.spec.stages.level).facts()
         return {key: facts[key] for key in ("difference_bpb", "low_bpb", "high_bpb", "clusters", "effective_clusters")}
 
@@ -236,7 +237,7 @@ class Run:
             view = bench.weights.view(settings)
             quantized = bench.artifacts.quantized(view, bench.calibration.stats(spec, settings, view), settings)
             data = bench.calibration.data(spec, view.checkpoint)
-            return bench.scores.score(spec, stage, settings, quantized, data)[1]
+            return bench.scores.score(spec, stage, settings, quantized, unquantized(view), data)[1]
 
     def _lineage(self, view: View, stats: Stats, quantized: Quantized) -> tuple[Row, ...]:
         """Rows of the weights, statistics and artifact, so that the tree can be drawn."""

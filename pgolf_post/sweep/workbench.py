@@ -18,14 +18,15 @@ from pgolf_post.score import cached as score_cache
 from pgolf_post.sweep.artifacts import Artifacts
 from pgolf_post.sweep.calibration import Calibration
 from pgolf_post.sweep.common import Places, Spending
-from pgolf_post.sweep.scores import SCREEN_STAGE, SCREEN_VERSION, Scores
+from pgolf_post.sweep.scores import SCREEN_VERSION, Scores
+from pgolf_post.sweep.spec import DRAWN
 from pgolf_post.sweep.weights import Weights
 
 VERSIONS = {
     "stats": calibrate_run.STAGE_VERSION,
     "artifact": requant.STAGE_VERSION,
     "score": score_cache.STAGE_VERSION,
-    SCREEN_STAGE: SCREEN_VERSION,
+    **dict.fromkeys(DRAWN, SCREEN_VERSION),
 }  # a stage that works otherwise than before makes other trials
 
 

@@ -116,7 +116,7 @@ class Bench:
         )
         spans = [Span(start, length, length) for start, length in self.spans]
         with progress_bar("scoring", len(self.chosen)) as advance:
-            found = score_against(reference, models, self.tokens, self.token_bytes, spans, self.chosen, advance)
+            found = score_against(reference, models, self.tokens, self.token_bytes, spans, self.chosen, advance=advance)
         own = found.reference
         nothing = replace(own, unit_nats=np.zeros_like(own.unit_nats))
         documents = len(own.document_nats)

@@ -118,6 +118,23 @@ def test_same_symbols_are_packed_once_and_the_same_artifact_is_scored_once(
     assert rows["same"].result["artifact_id"] != rows["control"].result["artifact_id"]
 
 
+def test_an_expected_score_is_the_weights_loss_and_the_divergence_from_them(lab: Lab) -> None:
+    text = 'question = "?"\nnoise_repeats = 1\n[grid]\nmatrices.clip = [6.0, 12.85]\n'
+    stages = "[stages.expected]\ntokens = 320\n"  # as many as the screen
+    rows = by_name(lab.run(spec_text(text + stages)))
+    weights, control = rows["unquantized"].result, rows["control (matrices.clip = 12.85)"].result
+    assert weights["expected"]["bpb"] == pytest.approx(weights["screen"]["bpb"], abs=1e-7)
+    assert control["expected"]["bpb"] > weights["expected"]["bpb"]  # no divergence is negative
+    assert control["expected"]["bpb"] != pytest.approx(control["screen"]["bpb"], abs=1e-6)
+    trial = rows["matrices.clip = 6.0"]
+    found = trial.result["expected"]
+    assert found["difference_bpb"] == pytest.approx(found["bpb"] - control["expected"]["bpb"], abs=1e-9)
+    assert trial.result["bpb"] == found["bpb"]  # the later stage decides
+    noise = next(row for row in rows.values() if row.settings["role"] == "noise")
+    assert "screen" not in noise.result
+    assert trial.result["noise_floor_bpb"] > 0
+
+
 def test_a_codec_changes_bytes_and_no_symbol(lab: Lab) -> None:
     text = 'question = "?"\nnoise_repeats = 0\nrank_by = "bytes"\n[grid]\ncodec = ["none", "rans", "brotli"]'
     rows = by_name(lab.run(spec_text(text)))
