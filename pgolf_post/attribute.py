@@ -2,8 +2,9 @@
 
 A view is quantized once. Then one group at a time (a role, a block, a tensor) is left in float while everything else
 stays as decoded, and the validation text is scored again: the bpb gained, with its interval paired by document, is what
-quantizing that group costs. Its bytes are the artifact's less those of the artifact packed without the group, so that
-shared streams and tables are charged to whom they are due. Gains of groups need not add up to that of all: errors meet.
+quantizing that group costs, measured, or as the unquantized model expects it (score/expected.py: far less noise). Its
+bytes are the artifact's less those of the artifact packed without the group, so that shared streams and tables are
+charged to whom they are due. Gains of groups need not add up to that of all: errors meet.
 
 A group whose decoded tensors are what they would be in float is marked NO-OP: leaving it in float changes nothing.
 Rows are kept one by one; an interrupted attribution goes on after the last.
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, intact_meta, store
 from pgolf_post.errors import PgolfError
-from pgolf_post.families import ModelFamily, get_family
+from pgolf_post.families import ModelFamily, get_family, load_module
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import Plan
 from pgolf_post.progress import progress_bar, say
@@ -35,11 +37,13 @@ from pgolf_post.requant import plan_identity, quantize_by_plan
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import require_tokenizer
 from pgolf_post.score.compare import paired_documents
+from pgolf_post.score.expected import expected_score
 from pgolf_post.score.paired import t_interval
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
-from pgolf_post.score.protocols import folder_text, score_text
+from pgolf_post.score.protocols import folder_text, protocol_spans, score_text
 from pgolf_post.score.session import Session
+from pgolf_post.score.sliding import num_targets
 from pgolf_post.settings import parse_settings
 from pgolf_post.storage import atomic_file, read_json, write_json
 
@@ -72,21 +76,26 @@ def attribute(
     codec: str = "rans",
     fresh: bool = False,
     text: CalibrationSet | None = None,
+    expected: bool = False,
 ) -> Attribution:
     """Attribute a plan's loss to groups of tensors; cached by all that decides it. `text` as for `requant`.
+
+    `expected`: scores are the unquantized model's loss plus a model's divergence from it, instead of measured ones.
 
     Raises SettingsError for an unknown codec, MismatchError for data of another tokenizer, PgolfError if the plan
     quantizes nothing.
     """
     packing = parse_settings(PackSettings, {"codec": codec}, "attribute")
     require_tokenizer(view.config, data, str(view))
-    identity = {
+    identity: dict[str, Any] = {
         "by": by,
         "codec": codec,
         "plan": plan_identity(plan, text),
         "protocol": protocol.model_dump(mode="json"),
     }
     identity["data_manifest_sha256"] = data.manifest_sha256
+    if expected:
+        identity["expected"] = True
     folder = view.checkpoint.derived(STAGE, derived_id(STAGE, STAGE_VERSION, [view.id, stats.id], identity))
     partial = folder.with_name(f"{folder.name}.partial")
     if fresh:
@@ -94,7 +103,7 @@ def attribute(
     elif intact_meta(folder, PAYLOAD) is not None:
         return _open(folder, cached=True)
     model, floats, _ = quantize_by_plan(view, stats, plan, None, text)
-    work = _Work(model, floats, data, protocol, packing, partial)
+    work = _Work(model, floats, data, protocol, packing, partial, view if expected else None)
     control, rows = work.run(groups(model, get_family(view.config["family"]), by))
 
     def make(building: Path) -> Mapping[str, Any]:
@@ -152,12 +161,14 @@ class _Work:
         protocol: PlainProtocol,
         packing: PackSettings,
         partial: Path,
+        reference: View | None = None,  # whose expectations are wanted
     ) -> None:
         self.model, self.floats, self.packing, self.partial = model, floats, packing, partial
         self.decoded = {name: torch.from_numpy(array) for name, array in model.tensors().items()}
         self.family, self.protocol = get_family(model.config["family"]), protocol
         self.text, self.pool = folder_text(data, protocol), ModelPool()
         self.symbols = model.symbols_sha256()
+        self.reference = load_module(reference.config, reference.tensors, str(reference)) if reference else None
 
     def run(self, named: Mapping[str, list[str]]) -> tuple[dict[str, Any], list[Row]]:
         """The control's sums, and a row per group."""
@@ -203,6 +214,11 @@ class _Work:
     def _score(self, name: str, tensors: Mapping[str, Tensor]) -> Score:
         session = Session(quiet=True, partial=self.partial / SCORING, identity=f"{self.symbols} {name}")
         module = self.pool.load(self.model.config, tensors, name, session.ranks.device)
+        if self.reference is not None:
+            tokens, token_bytes = self.text
+            spans = protocol_spans(self.protocol, num_targets(len(tokens), self.protocol.seq_len, self.protocol.tail))
+            before = self.reference.to(session.ranks.device)
+            return expected_score(before, module, tokens, token_bytes, spans, np.arange(len(spans)))
         return score_text(module, self.family, *self.text, self.protocol, session)[0]
 
     def _control(self) -> Score:

@@ -54,6 +54,21 @@ def test_the_row_of_all_is_the_float_model_and_every_group_is_a_row(
         assert not row["no_op"]
 
 
+def test_expected_gains_are_divergences_from_the_unquantized_model(
+    view: View, stats: Stats, pico_data: DataFolder
+) -> None:
+    plan = coarse("lqer.top_k=0")
+    result = run(view, stats, pico_data, plan, expected=True)
+    protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=400)
+    whole = score_folder(load_module(view.config, view.tensors, "float"), pico_data, protocol)
+    assert result.rows[-1]["bpb"] == pytest.approx(whole.bpb, abs=1e-5)  # but for floats kept in fewer bits
+    assert result.control["bpb"] > whole.bpb
+    assert all(row["bpb"] >= whole.bpb - 1e-7 for row in result.rows)
+    measured = run(view, stats, pico_data, plan)
+    assert measured.folder != result.folder
+    assert measured.control["bpb"] != pytest.approx(result.control["bpb"], abs=1e-6)
+
+
 @pytest.mark.parametrize("by", ["role", "layer", "tensor"])
 def test_groups_part_the_quantized_tensors(view: View, stats: Stats, by: Any) -> None:
     model = quantize_view(view, stats, coarse())

@@ -43,6 +43,7 @@ HEADER = ("left in float", "tensors", "weights", "bytes", "bpb gained", "95 %, b
 @click.option(
     "--tokens", "score_tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens."
 )
+@click.option("--expected", is_flag=True, help="Gains as the unquantized model expects them: less noise.")
 @codec_option
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
@@ -54,6 +55,7 @@ def command(
     weights: str | None,
     by: Any,
     score_tokens: int | None,
+    expected: bool,
     codec: str,
     data_dir: Path | None,
     allow_stale: str | None,
@@ -66,8 +68,10 @@ def command(
     \b
     pgolf-post attribute --plan record-1855 --tokens 262145
     pgolf-post attribute --by layer --clip 11.5
+    pgolf-post attribute --by tensor --expected --tokens 32769
 
     bpb gained: the quantized model's bpb less that with the group in float, with its interval paired by document.
+    With --expected it is the divergence gained: what the luck of the text's words adds to a difference is left out.
     bytes: the artifact's less those of the artifact without the group. Ctrl-C keeps the rows that are done; the same
     command goes on from there.
     """
@@ -85,10 +89,18 @@ def command(
     data = find_data(found, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=score_tokens)
-    result = attribute(view, stats, plan, data, protocol, by, codec, fresh, plan_text(view, data, plan, calibration))
+    result = attribute(
+        view, stats, plan, data, protocol, by, codec, fresh, plan_text(view, data, plan, calibration), expected
+    )
     _show(result)
     if as_json:
-        named = {"plan": plan.name, "settings": plan.identity(), "by": by, "checkpoint_id": view.id}
+        named = {
+            "plan": plan.name,
+            "settings": plan.identity(),
+            "by": by,
+            "expected": expected,
+            "checkpoint_id": view.id,
+        }
         seconds = round(time.perf_counter() - started, 3)
         where = {"attribution": str(result.folder), "stats_id": stats.id, "stale": stats.stale}
         rows = {"rows": list(result.rows), "cached": result.cached, "seconds": seconds}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,20 @@ def score_against(
         require_finite(tokens, places, row)
         scores.append(sum_units(tokens, places, windows, row, token_bytes, 0.0, pieces))
     return Against(scores[0], scores[1 : 1 + len(models)], scores[1 + len(models) :])
+
+
+def expected_score(
+    reference: Any,  # LanguageModels, both
+    model: Any,
+    tokens: np.ndarray,  # (n,)
+    token_bytes: np.ndarray,  # (n,)
+    spans: list[Span],
+    chosen: np.ndarray,  # (k,) ascending
+    pieces: np.ndarray | None = None,  # (n,) int64
+) -> Score:
+    """What a reference expects of a model: its own measured loss, and the model's divergence from it."""
+    found = score_against(reference, [model], tokens, token_bytes, spans, chosen, pieces)
+    return replace(found.reference, unit_nats=found.reference.unit_nats + found.divergences[0].unit_nats)
 
 
 @torch.no_grad()

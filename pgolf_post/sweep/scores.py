@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pgolf_post.progress import hushed
 from pgolf_post.ranks import Ranks
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import load_score, score_subject
-from pgolf_post.score.expected import score_against
+from pgolf_post.score.expected import expected_score
 from pgolf_post.score.pieces import cut_documents
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -160,9 +160,7 @@ class Scores:
             return score_chosen(module, text.tokens, text.token_bytes, text.spans, text.pieces, chosen)
         source = reference.subject
         before = self.reference_pool.load(source.config, reference.tensors(), source.name, self.ranks.device)
-        found = score_against(before, [module], text.tokens, text.token_bytes, text.spans, chosen, text.pieces)
-        own, (divergence,) = found.reference, found.divergences
-        return replace(own, unit_nats=own.unit_nats + divergence.unit_nats)
+        return expected_score(before, module, text.tokens, text.token_bytes, text.spans, chosen, text.pieces)
 
     def _text(self, data: DataFolder, protocol: Protocol) -> Text:
         """The whole text that windows are drawn from, cut into pieces."""
