@@ -138,6 +138,24 @@ def t_interval(clusters: Clusters, level: float = 0.95) -> Difference:
     return _difference(clusters, clusters.bpb - half, clusters.bpb + half, level, variance)
 
 
+def share_interval(own: Clusters, base: Clusters, level: float = 0.95) -> tuple[float, float, float]:
+    """(share, low, high): what part of a difference another one is, Σ own bits / Σ base bits, with its t interval.
+
+    Both are of the same clusters, so what makes both large in the same documents cancels. Leaves out one cluster at a
+    time, as `t_interval` does; infinite if that says nothing. Raises MismatchError for other clusters.
+    """
+    if not np.array_equal(own.bytes, base.bytes):
+        raise MismatchError("the share of one difference in another needs both on the same text")
+    share = math.fsum(own.bits) / math.fsum(base.bits)
+    count, rest = len(own.bits), base.bits.sum() - base.bits
+    if count < 2 or rest.min() <= 0:
+        return share, -math.inf, math.inf
+    without = (own.bits.sum() - own.bits) / rest
+    error = math.sqrt((count - 1) / count * np.square(without - share).sum())
+    half = float(stdtrit(max(1.0, effective_clusters(own.bytes) - 1), (1 + level) / 2)) * error
+    return share, share - half, share + half
+
+
 def bootstrap_interval(clusters: Clusters, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Difference:
     """The difference and its percentile interval over `samples` draws of the clusters with replacement."""
     count = len(clusters.bytes)

@@ -62,7 +62,7 @@ from pgolf_post.progress import print_table, progress_bar, say
 from pgolf_post.quantize.run import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.expected import score_against
-from pgolf_post.score.paired import Difference, pair, t_interval
+from pgolf_post.score.paired import pair, share_interval, t_interval
 from pgolf_post.score.plain import PlainProtocol, protocol_windows
 from pgolf_post.score.spans import Span
 from tests.bench.bench_hot_start import RECIPE, random_checkpoint
@@ -108,8 +108,8 @@ class Bench:
         print(f"| {name} | {num_bytes:,} | {kl.mean:.6f} |", flush=True)
         return {"name": name, "bytes": num_bytes, "kl": kl.mean}
 
-    def gaps(self) -> dict[str, tuple[Difference, Difference]]:
-        """The gap of every scored row, measured and expected, from one pass over the windows; printed."""
+    def gaps(self, compared: Sequence[tuple[str, str]] = ()) -> None:
+        """Print every scored row's gap, measured and expected, from one pass over the windows; then shares of gaps."""
         reference, *models = (
             load_module(self.view.config, tensors, name)
             for name, tensors in {"unquantized": self.view.tensors, **self.scored}.items()
@@ -122,13 +122,17 @@ class Bench:
         documents = len(own.document_nats)
         print(f"\nunquantized {own.bpb:.5f} bpb, {own.tokens:,} tokens in {documents} documents\n")
         print("|  | bpb | gap, bpb | 95 % | expected gap | 95 % |\n|---|---|---|---|---|---|")
-        result = {}
+        both = {}
         for name, loss, divergence in zip(self.scored, found.losses, found.divergences, strict=True):
-            both = t_interval(pair(loss, own)), t_interval(pair(divergence, nothing))
-            cells = [f"{gap.bpb:+.5f} | {gap.low:+.5f} … {gap.high:+.5f}" for gap in both]
+            both[name] = pair(loss, own), pair(divergence, nothing)
+            gaps = [t_interval(clusters) for clusters in both[name]]
+            cells = [f"{gap.bpb:+.5f} | {gap.low:+.5f} … {gap.high:+.5f}" for gap in gaps]
             print("| " + " | ".join([name, f"{loss.bpb:.5f}", *cells]) + " |", flush=True)
-            result[name] = both
-        return result
+        print("\n|  | of | gap | 95 %, paired | expected gap | 95 %, paired |\n|---|---|---|---|---|---|")
+        for first, second in compared:
+            shares = [share_interval(*sides) for sides in zip(both[first], both[second], strict=True)]
+            cells = [f"{share:.3f} | {low:.3f} … {high:.3f}" for share, low, high in shares]
+            print("| " + " | ".join([first, second, *cells]) + " |")
 
 
 def tensors_of(model: QuantizedModel) -> dict[str, torch.Tensor]:
@@ -232,22 +236,18 @@ def field(bench: Bench, shares: Sequence[float], beside: Sequence[Path] = ()) ->
     c = bench.row("(c) fit at (a)'s bytes", solution.model, len(solution.data), scored=True)
     same_loss = at_divergence(bench, builder, kappa, bench.tuner.divergence(tensors_of(second)).mean, solution.constant)
     d = bench.row("(d) fit at (a')'s divergence", *same_loss)
+    ours = [c["name"]]
     for path in beside:
-        bench.row(path.parent.name, read_artifact(path).model, path.stat().st_size, scored=True)
+        ours.append(bench.row(path.parent.name, read_artifact(path).model, path.stat().st_size, scored=True)["name"])
+    compared = [(name, base["name"]) for name in ours for base in (a, tuned)]
     for share in shares:
         limit = round(size * share)
         model, num_bytes, _ = recipe_at(bench, used, limit)
-        bench.row(f"(a') at {share:g} ×", model, num_bytes)
+        base = bench.row(f"(a') at {share:g} ×", model, num_bytes, scored=True)
         solution = Search(builder, kappa).solve(limit)
-        bench.row(f"fit at {share:g} ×", solution.model, len(solution.data))
-    gaps = bench.gaps()
-    ours = [c["name"], *(path.parent.name for path in beside)]
-    print("\n|  | of | gap | its upper end | expected gap | its upper end |\n|---|---|---|---|---|---|")
-    for name in ours:
-        for base in (a["name"], tuned["name"]):
-            pairs = zip(gaps[name], gaps[base], strict=True)
-            shares_of = [f"{own.bpb / other.bpb:.3f} | {own.high / other.bpb:.3f}" for own, other in pairs]
-            print("| " + " | ".join([name, base, *shares_of]) + " |")
+        own = bench.row(f"fit at {share:g} ×", solution.model, len(solution.data), scored=True)
+        compared.append((own["name"], base["name"]))
+    bench.gaps(compared)
     print(f"bytes(d)/bytes(a') {d['bytes'] / tuned['bytes']:.3f}")
 
 
@@ -422,7 +422,7 @@ def main() -> None:
     parser.add_argument("--val", type=Path)
     parser.add_argument("--weights")
     parser.add_argument("--windows", type=int, default=1 << 30)
-    parser.add_argument("--few-scored", action="store_true", help="(a), (a') and (c); the others by divergence")
+    parser.add_argument("--few-scored", action="store_true", help="not (b) and (d): their divergences alone")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="field: artifact.pgolf as a row, too")
     parser.add_argument("--bytes", type=int, help="one: the artifact's limit")
     parser.add_argument("--tune-tokens", type=int, default=0, help="one: of calibration text, between blocks")

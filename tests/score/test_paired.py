@@ -12,7 +12,7 @@ import pytest
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score, sum_units
-from pgolf_post.score.paired import Clusters, bootstrap_interval, effective_clusters, pair, t_interval
+from pgolf_post.score.paired import Clusters, bootstrap_interval, effective_clusters, pair, share_interval, t_interval
 from pgolf_post.score.pieces import break_quality, cut_documents
 
 LN2 = math.log(2)
@@ -156,3 +156,36 @@ def test_documents_are_cut_at_blank_lines_into_pieces_of_limited_size(pico_data:
     tiny = cut_documents(pico_data, tokens, token_bytes, 1)
     assert np.all(np.diff(tiny) <= 1)
     assert int((quality[:second] == 2).sum()) == 11  # each blank line is found once
+
+
+def clusters_of(bits: np.ndarray, sizes: np.ndarray) -> Clusters:
+    return Clusters(bits, sizes, units=len(bits), tokens=int(sizes.sum()), unit_variance=0.0)
+
+
+def test_a_share_knows_what_makes_both_differences_large() -> None:
+    random = np.random.default_rng(4)
+    sizes = random.integers(100, 1000, 60)
+    base = sizes * random.gamma(2.0, 1.0, 60)  # documents that lose little and documents that lose much
+    share, low, high = share_interval(clusters_of(0.3 * base, sizes), clusters_of(base, sizes))
+    assert (share, low, high) == pytest.approx((0.3, 0.3, 0.3), abs=1e-9)
+    apart = t_interval(clusters_of(0.3 * base, sizes)).high / t_interval(clusters_of(base, sizes)).bpb
+    assert apart > 0.33  # what is said without pairing
+
+
+def test_a_share_is_covered_as_often_as_it_says() -> None:
+    random = np.random.default_rng(5)
+    covered = 0
+    for _ in range(400):
+        sizes = random.integers(500, 1000, 60)
+        base = sizes * random.gamma(4.0, 1.0, 60)
+        own = 0.3 * base + sizes * random.normal(0, 0.8, 60)
+        _, low, high = share_interval(clusters_of(own, sizes), clusters_of(base, sizes))
+        covered += low <= 0.3 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_shares_of_other_texts_are_refused_and_one_document_says_nothing() -> None:
+    one = clusters_of(np.array([1.0]), np.array([10]))
+    assert share_interval(one, one) == (1.0, -math.inf, math.inf)
+    with pytest.raises(MismatchError, match="both on the same text"):
+        share_interval(one, clusters_of(np.array([1.0]), np.array([11])))
