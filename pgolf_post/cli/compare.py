@@ -231,8 +231,8 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
     if facts and abs(facts["surprise_bpb"]) > facts["surprise_half_bpb"]:
         say(
-            f"the text's words differ from what {options['reference']} expects by more than chance: "
-            "its expectation may mislead here; compare without --reference"
+            f"what was measured differs from what {options['reference']} expects by more than chance: "
+            "its expectation misleads here; compare without --reference"
         )
     return {**found.facts(), **facts}, []
 
@@ -257,5 +257,5 @@ def _expected_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("candidate's divergence from the reference, bpb", shown("candidate_divergence", "")),
         ("control's", shown("control_divergence", "")),
         ("measured on the same windows", shown("measured")),
-        ("measured less expected", shown("surprise")),
+        ("measured less expected; by chance up to", shown("surprise")),
     ]

@@ -9,7 +9,9 @@ Over text that is as p says, both have the same mean. But what one word says of 
 first order in the error, and that chance is gone from the expectation: it is known to the same precision from a small
 part of the text (docs/BENCHMARKS.md says how small). This is the estimator of Rao and Blackwell if p is the truth. As
 p is only a model, the measured difference of the same windows is kept beside it, and what it has over the expectation,
-the *surprise*, with an interval: where that excludes zero, the text is not as p says, and only measuring is right.
+the *surprise*. Were the text as p says, windows' surprises would be uncorrelated with mean zero (each token's is, given
+all before it), so their squares say how large their sum may be by chance. Where it is larger, the text is not as p
+says, not in what these two models differ in, and only measuring is right.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def target_values(
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate for the whole text, in bpb, and half the width of its interval (0 once every window is scored)."""
+    """An estimate in bpb, and half the width of its interval."""
 
     bpb: float
     half: float
@@ -146,18 +148,21 @@ class ExpectedWindows:
         return candidate, control
 
     def divergences(self, all_bytes: np.ndarray, level: float) -> tuple[Interval, Interval]:  # (N,) int64
-        """Of candidate and control from the reference, in bpb."""
+        """Of candidate and control from the reference on the whole text; known once every window is scored."""
         candidate, control = (self._interval(bits, all_bytes, level) for bits in self.divergence_bits)
         return candidate, control
 
     def measured(self, all_bytes: np.ndarray, level: float) -> Interval:
-        """The difference in loss, from the same windows."""
+        """The difference in loss on the whole text, from the same windows; known once every window is scored."""
         return self._interval(self.measured_bits, all_bytes, level)
 
     def surprise(self, all_bytes: np.ndarray, level: float) -> Interval:
-        """What the measured difference has over the expected one."""
-        expected = self.divergence_bits[0] - self.divergence_bits[1]
-        return self._interval(self.measured_bits - expected, all_bytes, level)
+        """What the drawn windows' measured difference has over the expected one, and what it may have by chance."""
+        drawn = np.flatnonzero(self.drawn)
+        bits = (self.measured_bits - self.divergence_bits[0] + self.divergence_bits[1])[drawn]
+        size = int(all_bytes[drawn].sum())
+        chance = math.sqrt(math.fsum(bits**2)) / size
+        return Interval(math.fsum(bits) / size, float(stdtrit(len(drawn), 0.5 + level / 2)) * chance)
 
     def _interval(self, bits: np.ndarray, all_bytes: np.ndarray, level: float) -> Interval:
         drawn = np.flatnonzero(self.drawn)

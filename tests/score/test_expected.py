@@ -126,7 +126,9 @@ def test_text_as_the_reference_expects_holds_no_surprise_and_other_text_does(set
         scorer(np.arange(0, WINDOWS, 2))
         return scorer.surprise(setting.all_bytes, 0.99)
 
-    assert not surprise(setting.tokens).excludes_zero
+    own = surprise(setting.tokens)
+    assert not own.excludes_zero
+    assert own.half > 0
     assert surprise(np.full_like(setting.tokens, 7)).excludes_zero
 
 
@@ -152,3 +154,19 @@ def test_another_vocabulary_is_refused(setting: Setting) -> None:
     with pytest.raises(MismatchError, match="the reference tells 320 tokens apart, another model 321") as caught:
         setting.scorer(control=record_model(vocab_size=321))(np.arange(4))
     assert "--reference" in str(caught.value.hint)
+
+
+def test_chance_is_called_chance_as_often_as_it_says(setting: Setting) -> None:
+    scorer = setting.scorer()
+    scorer(np.arange(WINDOWS))
+    random = np.random.default_rng(2)
+    size = scorer.measured_bits - scorer.divergence_bits[0] + scorer.divergence_bits[1]
+    expected = scorer.divergence_bits[0] - scorer.divergence_bits[1]
+    called = 0
+    for _ in range(400):  # the text again with other words: surprises of either sign, of these sizes
+        scorer.measured_bits = expected + size * random.choice([-1, 1], WINDOWS)
+        found = scorer.surprise(setting.all_bytes, 0.9)
+        called += found.excludes_zero
+    assert 0.05 <= called / 400 <= 0.15
+    scorer.measured_bits = expected + np.abs(size)
+    assert scorer.surprise(setting.all_bytes, 0.9).excludes_zero
