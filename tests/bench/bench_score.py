@@ -189,6 +189,10 @@ def bench_screening(first: Path, second: Path, reference: Path | None, data: Dat
     kinds = {"measured": values[1] - values[2]}
     if reference:
         kinds["expected by the reference"] = values[3] - values[4]
+        surprise = (kinds["measured"] - kinds["expected by the reference"]).sum(1)  # of each window
+        total = counts[places].sum()
+        chance = 1.96 * np.sqrt((surprise**2).sum()) / total
+        print(f"measured less expected {surprise.sum() / total:+.5f} bpb; by chance up to {chance:.5f}")
     for kind, bits in kinds.items():
         needed(kind, bits, counts[places], documents_of(tokens)[places[:, seq_len // 2]], len(spans))
         resample(kind, bits.sum(1), counts[places].sum(1), len(spans))
