@@ -19,6 +19,7 @@ from pgolf_post.progress import print_json, print_table, say
 if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
     from pgolf_post.score.expected import ExpectedWindows
+    from pgolf_post.score.screen import Screening
 
 
 IDLE = {  # way of comparing → options that it does not read
@@ -222,19 +223,25 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     all_bytes = bytes_of_windows(spans, token_bytes)
     found = screen(expected or window_scorer(first, second, *text), all_bytes, targets, settings)
     facts = _expected_facts(expected, all_bytes, options) if expected else {}
-    last, percent = found.last, f"{100 * settings.level:g} %"
-    rows = [(f"{'expected ' if expected else ''}difference, bpb", f"{last.bpb:+.6f}")]
-    rows += [(f"interval, {percent}", f"{found.low:+.6f} … {found.high:+.6f}")]
+    _show_screening(f"{candidate} against {control}", found, settings.level, facts)
+    return {**found.facts(), **facts}, []
+
+
+def _show_screening(title: str, found: Screening, level: float, facts: dict[str, Any]) -> None:
+    """The table; `facts` are what goes with an expected difference, empty for a measured one."""
+    last, kind = found.last, "expected difference" if facts else "difference"
+    rows = [(f"{kind}, bpb", f"{last.bpb:+.6f}")]
+    rows += [(f"interval, {100 * level:g} %", f"{found.low:+.6f} … {found.high:+.6f}")]
     rows += _expected_rows(facts) if facts else []
-    rows += [("tokens", f"{last.tokens:,} of {targets:,} ({100 * last.tokens / targets:.1f} %)")]
+    share = f"{100 * last.tokens / found.total_tokens:.1f} %"
+    rows += [("tokens", f"{last.tokens:,} of {found.total_tokens:,} ({share})")]
     rows += [("windows, looks", f"{last.windows:,}, {len(found.looks):,}")]
-    print_table(f"{candidate} against {control}", ("", "value"), [*rows, ("stopped because", found.reason)])
+    print_table(title, ("", "value"), [*rows, ("stopped because", found.reason)])
     if facts and abs(facts["surprise_bpb"]) > facts["surprise_half_bpb"]:
         say(
-            f"what was measured differs from what {options['reference']} expects by more than chance: "
+            f"what was measured differs from what {facts['reference']} expects by more than chance: "
             "its expectation misleads here; compare without --reference"
         )
-    return {**found.facts(), **facts}, []
 
 
 def _expected_facts(expected: ExpectedWindows, all_bytes: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:

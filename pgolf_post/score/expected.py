@@ -117,6 +117,12 @@ class Interval:
         return abs(self.bpb) > self.half
 
 
+def chance_of(surprises: np.ndarray, num_bytes: int, level: float) -> Interval:
+    """Windows' surprises in bits, (k,), as one number in bpb, and how far from zero chance alone would take it."""
+    half = float(stdtrit(len(surprises), 0.5 + level / 2)) * math.sqrt(math.fsum(surprises**2))
+    return Interval(math.fsum(surprises) / num_bytes, half / num_bytes)
+
+
 class ExpectedWindows:
     """Scores windows with two models by their divergence from a third, and keeps their losses too."""
 
@@ -158,11 +164,8 @@ class ExpectedWindows:
 
     def surprise(self, all_bytes: np.ndarray, level: float) -> Interval:
         """What the drawn windows' measured difference has over the expected one, and what it may have by chance."""
-        drawn = np.flatnonzero(self.drawn)
-        bits = (self.measured_bits - self.divergence_bits[0] + self.divergence_bits[1])[drawn]
-        size = int(all_bytes[drawn].sum())
-        chance = math.sqrt(math.fsum(bits**2)) / size
-        return Interval(math.fsum(bits) / size, float(stdtrit(len(drawn), 0.5 + level / 2)) * chance)
+        bits = self.measured_bits - self.divergence_bits[0] + self.divergence_bits[1]
+        return chance_of(bits[self.drawn], int(all_bytes[self.drawn].sum()), level)
 
     def _interval(self, bits: np.ndarray, all_bytes: np.ndarray, level: float) -> Interval:
         drawn = np.flatnonzero(self.drawn)

@@ -33,7 +33,7 @@ from pgolf_post.progress import print_table, say
 from pgolf_post.score.audit import Subject, audit
 from pgolf_post.score.bpb import Score, documents_of
 from pgolf_post.score.compare import paired_documents
-from pgolf_post.score.expected import target_values
+from pgolf_post.score.expected import chance_of, target_values
 from pgolf_post.score.paired import t_interval
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -189,10 +189,9 @@ def bench_screening(first: Path, second: Path, reference: Path | None, data: Dat
     kinds = {"measured": values[1] - values[2]}
     if reference:
         kinds["expected by the reference"] = values[3] - values[4]
-        surprise = (kinds["measured"] - kinds["expected by the reference"]).sum(1)  # of each window
-        total = counts[places].sum()
-        chance = 1.96 * np.sqrt((surprise**2).sum()) / total
-        print(f"measured less expected {surprise.sum() / total:+.5f} bpb; by chance up to {chance:.5f}")
+        surprises = (kinds["measured"] - kinds["expected by the reference"]).sum(1)
+        surprise = chance_of(surprises, int(counts[places].sum()), 0.95)
+        print(f"measured less expected {surprise.bpb:+.5f} bpb; by chance up to {surprise.half:.5f}")
     for kind, bits in kinds.items():
         needed(kind, bits, counts[places], documents_of(tokens)[places[:, seq_len // 2]], len(spans))
         resample(kind, bits.sum(1), counts[places].sum(1), len(spans))
