@@ -28,7 +28,7 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 
 bench: .venv/installed-test
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m benchmarks
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,8 +40,8 @@ bench: .venv/installed-test
 	touch $@
 
 bench-train: .venv/installed-test
-	$(BIN)/python -m tests.bench.bench_train
-	$(BIN)/python -m tests.bench.bench_kernels
+	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks.bench_kernels
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.artifacts import plan_identity, quantize_by_plan
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.storage import atomic_file, read_json, write_json
 from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
@@ -31,21 +34,18 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.families import ModelFamily, get_family, load_module
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import Plan
-from pgolf_post.progress import progress_bar, say
 from pgolf_post.quantize.tensor import LOW_RANK, QuantizedModel
-from pgolf_post.requant import plan_identity, quantize_by_plan
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import require_tokenizer
-from pgolf_post.score.compare import paired_documents
-from pgolf_post.score.expected import expected_score
-from pgolf_post.score.paired import t_interval
+from pgolf_post.score.compare.compare import paired_documents
+from pgolf_post.score.compare.expected import expected_score
+from pgolf_post.score.compare.paired import t_interval
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import folder_text, protocol_spans, score_text
 from pgolf_post.score.session import Session
-from pgolf_post.score.sliding import num_targets
+from pgolf_post.score.spans import num_targets
 from pgolf_post.settings import parse_settings
-from pgolf_post.storage import atomic_file, read_json, write_json
 
 STAGE, STAGE_VERSION, PAYLOAD = "attribution", 1, "rows.json"
 CONTROL, ROWS, SCORING = "control.safetensors", "rows.json", "scoring.safetensors"  # of an unfinished attribution

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pgolf_post.base.storage import TEMPORARY_PREFIX, read_json, sha256_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.storage import TEMPORARY_PREFIX, read_json, sha256_file
 
 State = Literal["complete", "orphan", "partial", "temporary", "incomplete"]
 OLD_PREFIX, PARTIAL_SUFFIX = ".old-", ".partial"

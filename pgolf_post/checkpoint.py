@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pgolf_post.base.storage import atomic_folder, atomic_symlink, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.families import build_module, check_finite, check_tensors, get_family
 from pgolf_post.settings import canonical_json
-from pgolf_post.storage import atomic_folder, atomic_symlink, read_json, write_json
 
 FORMAT_VERSION = 1
 CHECKPOINT_ROOT = Path("checkpoints")
@@ -148,23 +147,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(contiguous, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        update_digest(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
-def update_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    """One more tensor of `tensors_sha256`; feed them in name order."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-    if tensor.numel():
-        flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
-        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:

@@ -13,18 +13,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgolf_post.blend import swa_blend
+from pgolf_post.artifacts import requant
+from pgolf_post.average.linear import swa_blend
+from pgolf_post.base.progress import print_table, say
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import train_seq_len
-from pgolf_post.pack.size import count
+from pgolf_post.pack.report.size import count
 from pgolf_post.plan import read_plan
 from pgolf_post.presets import DEFAULT_PRESET
-from pgolf_post.progress import print_table, say
-from pgolf_post.requant import requant
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
 from pgolf_post.score.cached import score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import atomic_folder, read_json, sha256_file, write_json
 from pgolf_post.errors import DamagedFileError, PgolfError
-from pgolf_post.progress import say
 from pgolf_post.settings import canonical_json
-from pgolf_post.storage import atomic_folder, read_json, sha256_file, write_json
 
 
 def derived_id(stage: str, version: int, parents: Sequence[str], settings: Mapping[str, Any]) -> str:

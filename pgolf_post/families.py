@@ -159,3 +159,11 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
     if bad.any():
         index = tuple(int(i) for i in bad.nonzero()[0])
         raise NumericsError(f"{source}: {name}{list(index)} is {tensor[index].item()} ({int(bad.sum())} such values)")
+
+
+@torch.no_grad()
+def swap_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module's own, in place: addresses stay, so compiled code stays valid."""
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)

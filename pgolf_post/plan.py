@@ -19,12 +19,37 @@ from pydantic import Field, field_validator, model_validator
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import ModelFamily, Site
 from pgolf_post.presets import FOLDER, preset_names
-from pgolf_post.quantize.distill_settings import DistillSettings
-from pgolf_post.quantize.lqer import LqerSettings
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
 DepthName = Literal["early", "loop", "mid", "late"]
 ScaleName = Literal["sdclip", "absmax", "percentile", "percentile-hessian"]
+
+
+class LqerSettings(Settings):
+    """Which correction, and for how many tensors."""
+
+    rank: int = Field(4, ge=1, description="columns of A and rows of B")
+    top_k: int = Field(3, ge=0, description="tensors that are corrected: those with the largest error norm; 0 = none")
+    asymmetric: bool = Field(True, description="A int2 and B int4 as in PR #1855; else both in `bits` symmetric bits")
+    bits: int = Field(4, ge=2, le=8, description="bits of both factors where symmetric")
+
+    @model_validator(mode="after")
+    def _bits_act(self) -> LqerSettings:
+        if self.asymmetric and "bits" in self.model_fields_set and self.bits != 4:
+            raise ValueError("bits acts only where asymmetric = false: the asymmetric form is int2 and int4")
+        return self
+
+
+class DistillSettings(Settings):
+    """How the remaining floats are tuned. All of it is part of the artifact's identity."""
+
+    tokens: int = Field(32768, ge=2, description="calibration tokens, the held-out ones included; the text's first")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    learning_rate: float = Field(0.001, gt=0, le=1, description="AdamW's at the start; cosine to zero")
+    batch_tokens: int = Field(2048, ge=1, description="tokens per step; one window at least")
+    holdout: float = Field(0.125, gt=0, lt=1, description="share of the windows that decides whether it is kept")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    seed: int = Field(0, ge=0, description="which windows are held out, and the order of the others")
 
 
 class Rule(Settings):

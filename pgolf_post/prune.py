@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pgolf_post.base.progress import say
 from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import Checkpoint, View, save_checkpoint, view_id
@@ -16,9 +17,8 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import Plan
-from pgolf_post.progress import say
 from pgolf_post.quantize.masks import PruneMethod, magnitude_mask, ones_mask, wanda_mask
-from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.tensor import scale_of
 from pgolf_post.score.metric import measure
 from pgolf_post.settings import Settings

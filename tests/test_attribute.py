@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pgolf_post import attribute as module
+from pgolf_post.artifacts import quantize_by_plan
 from pgolf_post.attribute import ALL, attribute, groups
 from pgolf_post.cache import list_entries
 from pgolf_post.calibrate import Stats
@@ -18,8 +19,7 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.families import get_family, load_module, train_seq_len
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import Plan, read_plan
-from pgolf_post.quantize.run import quantize_beside_floats, quantize_view
-from pgolf_post.requant import quantize_by_plan
+from pgolf_post.quantize.model import quantize_beside_floats, quantize_view
 from pgolf_post.score.plain import PlainProtocol, score_folder
 
 COARSE = ("*.bits=3", "mlp.clip=3", "attention.clip=3", "embedding.clip=3")

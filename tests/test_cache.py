@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from pgolf_post.artifacts import requant
 from pgolf_post.cache import choose, list_entries, remove, verify_entry
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, NotFoundError
 from pgolf_post.plan import read_plan
-from pgolf_post.requant import requant
 
 
 @pytest.fixture

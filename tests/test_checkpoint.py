@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from pgolf_post.base.storage import tensors_sha256
 from pgolf_post.checkpoint import (
     Checkpoint,
     ViewName,
@@ -27,7 +28,6 @@ from pgolf_post.checkpoint import (
     read_tensors,
     run_checkpoints,
     save_checkpoint,
-    tensors_sha256,
     view_id,
     write_tensors,
 )

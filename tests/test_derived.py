@@ -11,12 +11,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from pgolf_post.base.storage import sha256_file
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make, verified_meta
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.storage import sha256_file
 
 CONFIG = {"stage": "stats", "version": 1}
 SCALARS = st.integers() | st.text(max_size=5) | st.booleans() | st.none()

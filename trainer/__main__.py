@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.progress import print_json, say
 from pgolf_post.errors import SettingsError
-from pgolf_post.progress import print_json, say
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -87,7 +87,7 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
                 "checkpoint": str(checkpoint.path),
                 "checkpoint_id": checkpoint.meta["id"],
                 "views": views,
-                "ledger": trainer.ledger.as_facts(recipe.schedule.seconds),
+                "ledger": trainer.phase_times.as_facts(recipe.schedule.seconds),
             }
         )
 

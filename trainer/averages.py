@@ -2,7 +2,7 @@
 
 An exponential one (EMA); from a share of the run on, a running equal-weight mean (SWA, Izmailov et al. 2018); and
 power-function ones (Karras et al. 2024, arXiv 2312.02696, section 3), whose snapshots along the run let any other EMA
-be synthesised after it (`pgolf_post.posthoc_ema`).
+be synthesised after it (`pgolf_post.average.posthoc`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pgolf_post.ema_profiles import gamma_of, power_beta
+from pgolf_post.average.profiles import gamma_of, power_beta
 from pgolf_post.errors import NotFoundError
 
 

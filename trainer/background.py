@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from pgolf_post.progress import say
+from pgolf_post.base.progress import say
 
 SAY_AFTER_SECONDS = 1.0
 Job = Callable[[], object]

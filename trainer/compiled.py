@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_post.progress import say
+from pgolf_post.base.progress import say
 from trainer.attention_backends import Reach
 from trainer.model import BOS_ID, GolfGPT
 from trainer.schedule import active_loops_at

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf_post.ranks import Ranks as PlainRanks
+from pgolf_post.base.ranks import Ranks as PlainRanks
 
 # torch 2.13 renamed both and warns of the old names; 2.9, the oldest we run on, knows only those.
 REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from pgolf_post.progress import print_table, say
 from trainer.config import Recipe
 from trainer.disk import disk_need
 from trainer.loop import Trainer

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.storage import FREE_SPACE
 from pgolf_post.errors import PgolfError
-from pgolf_post.storage import FREE_SPACE
 
 LOG_FILE = "train.jsonl"
 RECENT_STEPS = 20

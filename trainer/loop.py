@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError, SettingsError
-from pgolf_post.progress import progress_bar, say
+from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend
 from trainer.averages import EMA, PowerEMA, RunningMean
@@ -30,12 +31,11 @@ from trainer.compiled import compiled_loss, compiles, say_late_graphs, training_
 from trainer.config import Precision, Recipe
 from trainer.distributed import ALONE, Ranks
 from trainer.kernels import fuse_mlps, fused_loss, require_usable
-from trainer.ledger import LEDGER_FILE, Ledger, show_ledger, write_ledger
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
+from trainer.phase_times import LEDGER_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.phases import PERIODIC, Periodic, PhaseTracker
-from trainer.provenance import provenance
 from trainer.reserve import Reserve, measure_reserve
 from trainer.resuming import prepare_power_ema, restore
 from trainer.saving import save, save_power_ema, score_saved
@@ -68,7 +68,7 @@ class Trainer:
     """One run: the model, its optimizer, its data order and its clock."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
-        self.recipe, self.ranks, self.ledger = recipe, ranks, Ledger()
+        self.recipe, self.ranks, self.phase_times = recipe, ranks, PhaseTimes()
         self.micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
@@ -105,7 +105,7 @@ class Trainer:
         self.parents: list[str] = []
         self.resumed_from: Path | None = None
         self.reserve: Reserve | None = None  # under a cap, settled before the first step
-        self.ledger.add("load", time.perf_counter() - self.ledger.started)
+        self.phase_times.add("load", time.perf_counter() - self.phase_times.started)
 
     def _new_model(self) -> GolfGPT:
         """The recipe's model, initialised by its seed, on the device, with its kernels and its attention."""
@@ -129,7 +129,7 @@ class Trainer:
     @property
     def wall_seconds(self) -> float:
         """Seconds since the run began, those of the processes that this one resumes included."""
-        return round(self.earlier_wall_seconds + time.perf_counter() - self.ledger.started, 3)
+        return round(self.earlier_wall_seconds + time.perf_counter() - self.phase_times.started, 3)
 
     def num_parameters(self) -> int:
         """Of the model; tied ones count once."""
@@ -146,21 +146,21 @@ class Trainer:
         if self.ranks.is_main:
             self._make_run_dir()
         self.ranks.wait()
-        with self.ledger.phase("warm_up"):
+        with self.phase_times.phase("warm_up"):
             self.provenance["warm_up"] = warmed = warm_up(self)
         self._settle_reserve()
         with self.writer:  # left when all that was handed over is on disk
             loss = self._step_to_the_end()
             self.update_graph(1.0)
-            with self.ledger.phase("final"):
+            with self.phase_times.phase("final"):
                 path = save(self, "final")
                 self.writer.drain()
         if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
-            with self.ledger.phase("scoring"):
+            with self.phase_times.phase("scoring"):
                 score_saved(self)
         self.ranks.wait()
         final = Checkpoint.open(path)
-        self._close_ledger()
+        self._close_phase_times()
         self._say_summary(loss, final)
         say_late_graphs(self, warmed)
         return final
@@ -171,11 +171,11 @@ class Trainer:
         with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
             while (at := self.progress) < 1.0:
                 self.update_graph(at)
-                with self.ledger.phase("checkpoint"):
+                with self.phase_times.phase("checkpoint"):
                     if phase := self._phase_due(at):
                         save(self, phase)
                 loss, norm = self.timed_step(at)
-                with self.ledger.phase("checkpoint"):
+                with self.phase_times.phase("checkpoint"):
                     save_power_ema(self, at)
                 self.writer.check()
                 if self.ranks.is_main:
@@ -193,17 +193,17 @@ class Trainer:
 
     def _settle_reserve(self) -> None:
         """Before the clock starts: what a cap must leave free. A resumed run keeps what it began with."""
-        with self.ledger.phase("warm_up"):
+        with self.phase_times.phase("warm_up"):
             self.reserve = self.reserve or measure_reserve(self)
         if self.reserve:
             say(f"cap {self.recipe.schedule.seconds:g} s: {self.reserve}")
 
-    def _close_ledger(self) -> None:
+    def _close_phase_times(self) -> None:
         """Show where the time went and leave it in the run's folder."""
         if self.ranks.is_main:
-            facts = self.ledger.as_facts(self.recipe.schedule.seconds)
-            write_ledger(self.run_dir / LEDGER_FILE, facts)
-            show_ledger(facts)
+            facts = self.phase_times.as_facts(self.recipe.schedule.seconds)
+            write_phase_times(self.run_dir / LEDGER_FILE, facts)
+            show_phase_times(facts)
 
     def _make_run_dir(self) -> None:
         """The run's folder, with a log that can be appended to. Raises PgolfError if it is taken or cannot be made."""
@@ -259,7 +259,7 @@ class Trainer:
         before = self.train_seconds
         self.train_seconds = self.ranks.main_float(before + time.perf_counter() - started)
         looped = self.model.graph.active_loops > 0
-        self.ledger.add("train_looped" if looped else "train_plain", self.train_seconds - before)
+        self.phase_times.add("train_looped" if looped else "train_plain", self.train_seconds - before)
         self.clock.tick(self.train_seconds)
         return loss, norm
 

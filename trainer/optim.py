@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pgolf_post.ema_profiles import gamma_of
+from pgolf_post.average.profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import ALONE, Ranks

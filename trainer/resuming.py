@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgolf_post.average.snapshots import adopt_snapshots, drop_snapshots_after
+from pgolf_post.base.progress import say
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, complete_config, read_tensors
-from pgolf_post.ema_snapshots import adopt_snapshots, drop_snapshots_after
 from pgolf_post.errors import MismatchError, NotFoundError
-from pgolf_post.progress import say
 from trainer.architecture import GraphState
 from trainer.background import Waits
 from trainer.log import StepClock
@@ -51,7 +51,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.clock = StepClock(trainer.recipe.data.batch_tokens, trainer.train_seconds)
     trainer.waits = Waits(**checkpoint.meta.get("checkpoint_waits", {}))
     if "ledger" in checkpoint.meta:
-        trainer.ledger.resume(checkpoint.meta["ledger"])
+        trainer.phase_times.resume(checkpoint.meta["ledger"])
     trainer.reserve = resumed_reserve(trainer.recipe.schedule, checkpoint.meta.get("reserve"))
     trainer.parents, trainer.resumed_from = [checkpoint.view_id("raw")], checkpoint.path
     trainer.phases.skip_past(trainer.step, trainer.progress)

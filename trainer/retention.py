@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import remove_folder
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, list_checkpoints
 from pgolf_post.errors import PgolfError
-from pgolf_post.progress import say
-from pgolf_post.storage import remove_folder
 from trainer.config import CheckpointSettings
 from trainer.phases import PERIODIC
 

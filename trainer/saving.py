@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pgolf_post.average.snapshots import write_snapshot
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import atomic_file, write_json
 from pgolf_post.checkpoint import Checkpoint, ViewName, point_latest, save_checkpoint
-from pgolf_post.ema_snapshots import write_snapshot
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import load_module
-from pgolf_post.progress import say
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
-from pgolf_post.storage import atomic_file, write_json
 from trainer.averages import snapshots_due
 from trainer.model import GolfGPT
 from trainer.phases import PERIODIC
@@ -71,7 +71,7 @@ def meta_of(trainer: Trainer, phase: str) -> dict[str, Any]:
         "tokens_seen": trainer.step * recipe.data.batch_tokens,
         "train_seconds": trainer.train_seconds,
         "wall_seconds": trainer.wall_seconds,
-        "ledger": trainer.ledger.as_facts(recipe.schedule.seconds),
+        "ledger": trainer.phase_times.as_facts(recipe.schedule.seconds),
         "reserve": asdict(trainer.reserve) if trainer.reserve else None,
         "checkpoint_waits": trainer.waits.record(),
         "swa_count": trainer.swa.count if trainer.swa else 0,
@@ -159,7 +159,7 @@ def take_snapshot(trainer: Trainer, path: Path, phase: str, training: dict[str, 
     waits.waited_seconds += trainer.writer.make_room()
     metrics: dict[str, dict[str, Any]] = {}
     if settings.metric == "each" or (settings.metric == "final" and phase == "final"):
-        with waits.scoring(), trainer.ledger.phase("scoring"):
+        with waits.scoring(), trainer.phase_times.phase("scoring"):
             metrics = {name: measure_view(trainer, tensors) for name, tensors in views.items()}
     with waits.snapshot():
         copies = {name: host_copies(tensors) for name, tensors in views.items()}

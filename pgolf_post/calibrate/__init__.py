@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from pgolf_post.calibrate.settings import CalibrationSettings
 
 if TYPE_CHECKING:
-    from pgolf_post.calibrate.run import calibrate
+    from pgolf_post.calibrate.stage import calibrate
     from pgolf_post.calibrate.stale import stale_stats
     from pgolf_post.calibrate.stats import Fisher, Stats
 else:
-    LATER = {"calibrate": "run", "stale_stats": "stale", "Fisher": "stats", "Stats": "stats"}  # name: module
+    LATER = {"calibrate": "stage", "stale_stats": "stale", "Fisher": "stats", "Stats": "stats"}  # name: module
 
     def __getattr__(name: str) -> Any:
         if name not in LATER:

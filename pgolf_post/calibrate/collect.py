@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.backward import fisher_batch
 from pgolf_post.calibrate.forward import forward_batch
 from pgolf_post.calibrate.partial import Partial
 from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.sums import MAXIMA, Sums, kind_of
 from pgolf_post.families import Lookup, Site
-from pgolf_post.progress import progress_bar
-from pgolf_post.ranks import ALONE, Ranks
 
 FORWARD_TOKENS, FISHER_TOKENS = 8192, 2048  # per batch; a backward pass keeps every activation
 

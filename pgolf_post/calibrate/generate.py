@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.backward import sample_labels
 from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.settings import CalibrationSettings
@@ -25,8 +27,6 @@ from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.derived import derived_id, intact_meta, store
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import load_module
-from pgolf_post.progress import progress_bar
-from pgolf_post.ranks import ALONE, Ranks
 
 STAGE, STAGE_VERSION, PAYLOAD = "selftext", 1, "tokens.safetensors"
 WINDOWS_AT_ONCE = 32

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import say
 from pgolf_post.calibrate.backward import HEAD_TOKENS
 from pgolf_post.calibrate.forward import hooks
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import Lookup, Site
-from pgolf_post.progress import say
 
 LIVE_INPUTS = 8  # activations as wide as the widest input that exist at once in a forward pass
 HEAD_COPIES = 10  # logits-sized tensors that exist at once

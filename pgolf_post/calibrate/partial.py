@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from pgolf_post.base.partial import read_partial, write_partial
+from pgolf_post.base.progress import say
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.sums import MATRICES, Sums, kind_of
 from pgolf_post.errors import DamagedFileError
-from pgolf_post.partial_file import read_partial, write_partial
-from pgolf_post.progress import say
-from pgolf_post.ranks import Ranks
 
 SAVE_SECONDS = 20.0  # between two saves, or as long as keeps saving under SAVE_SHARE of the time
 SAVE_SHARE = 0.03

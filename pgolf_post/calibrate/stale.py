@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import say
 from pgolf_post.calibrate.collect import collect
 from pgolf_post.calibrate.packed import mirror_upper
-from pgolf_post.calibrate.run import STAGE, calibration_text, observe
 from pgolf_post.calibrate.settings import CalibrationSettings
+from pgolf_post.calibrate.stage import STAGE, calibration_text, observe
 from pgolf_post.calibrate.stats import PAYLOAD, Stats, open_stats
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import verified_meta
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.families import train_seq_len
-from pgolf_post.progress import say
 
 PROBE_TOKENS = 8192
 

@@ -75,7 +75,7 @@ def run_command(command: click.Command) -> None:
     """Run a command as a process: a foreseen failure becomes one clear line, the next command and its exit code."""
     code = _exit_code(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pgolf_post.ranks import end_process
+        from pgolf_post.base.ranks import end_process
 
         end_process(code)
     if code:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
@@ -25,7 +26,6 @@ from pgolf_post.cli.common import (
 )
 from pgolf_post.cli.packing import codec_option
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
-from pgolf_post.progress import print_json, print_table
 
 if TYPE_CHECKING:
     from pgolf_post.attribute import Attribution
@@ -75,10 +75,10 @@ def command(
     bytes: the artifact's less those of the artifact without the group. Ctrl-C keeps the rows that are done; the same
     command goes on from there.
     """
+    from pgolf_post.artifacts import plan_text
     from pgolf_post.attribute import attribute
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
-    from pgolf_post.requant import plan_text
     from pgolf_post.score.plain import PlainProtocol
 
     started = time.perf_counter()

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import checkpoint_argument, data_option, json_option, weights_option
 from pgolf_post.cli.scoring import open_subject, parse_protocol, protocol_options
-from pgolf_post.progress import print_json, print_table, say
 
 WORDS = {True: "pass", False: "FAIL", None: "n/a"}
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, progress_bar, say
 from pgolf_post.cli.common import json_option
-from pgolf_post.progress import print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from pgolf_post.cache import Entry

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.common import (
     allow_stale_option,
@@ -24,7 +25,6 @@ from pgolf_post.cli.common import (
     stats_folder,
     weights_option,
 )
-from pgolf_post.progress import print_json, print_table
 
 if TYPE_CHECKING:
     from pgolf_post.calibrate import Stats
@@ -71,9 +71,9 @@ def command(
     was; any number of processes gives the same sums under the same key. Text is drawn from the training split, written
     by the model itself, or random: calibrating on validation text is against the challenge's rules, and refused.
     """
+    from pgolf_post.base.ranks import Ranks
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.ledger.recording import record
-    from pgolf_post.ranks import Ranks
 
     started = time.perf_counter()
     settings = given_settings(CalibrationSettings, options, "calibrate")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
 from pgolf_post.errors import VerificationError
-from pgolf_post.progress import print_json, print_table
 
 
 @click.group("checkpoint")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
 
 import click
 
+from pgolf_post.base.progress import say
 from pgolf_post.errors import MismatchError, NotFoundError
-from pgolf_post.progress import say
 from pgolf_post.settings import Settings, parse_settings
 
 if TYPE_CHECKING:

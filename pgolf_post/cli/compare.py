@@ -11,15 +11,15 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view
 from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
-    from pgolf_post.score.expected import ExpectedWindows
-    from pgolf_post.score.screen import Screening
+    from pgolf_post.score.compare.expected import ExpectedWindows
+    from pgolf_post.score.compare.screen import Screening
 
 
 IDLE = {  # way of comparing → options that it does not read
@@ -121,8 +121,8 @@ def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], lis
 
 
 def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
-    from pgolf_post.score.compare import paired_documents, sign_test
-    from pgolf_post.score.paired import bootstrap_interval, t_interval
+    from pgolf_post.score.compare.compare import paired_documents, sign_test
+    from pgolf_post.score.compare.paired import bootstrap_interval, t_interval
 
     (first, second), folders = _scores([candidate, control], options)
     clusters = paired_documents(first, second)
@@ -143,7 +143,7 @@ def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
 
 
 def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:
-    from pgolf_post.score.compare import RECORD_MARGIN_NATS, record_rule
+    from pgolf_post.score.compare.compare import RECORD_MARGIN_NATS, record_rule
 
     first, first_ratio, folders = _group(candidate, options)
     second, second_ratio, more_folders = _group(control, options)
@@ -171,7 +171,7 @@ def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:
 
 
 def _bytes_per_token(options: dict[str, Any]) -> float | None:
-    from pgolf_post.score.compare import BYTES_PER_TOKEN
+    from pgolf_post.score.compare.compare import BYTES_PER_TOKEN
 
     if options["variant"]:
         return BYTES_PER_TOKEN[options["variant"]]
@@ -199,10 +199,10 @@ def _group(
 
 def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.families import load_module
-    from pgolf_post.score.expected import ExpectedWindows
+    from pgolf_post.score.compare.expected import ExpectedWindows
+    from pgolf_post.score.compare.screen import ScreenSettings, bytes_of_windows, screen, window_scorer
     from pgolf_post.score.protocols import folder_text, protocol_spans
-    from pgolf_post.score.screen import ScreenSettings, bytes_of_windows, screen, window_scorer
-    from pgolf_post.score.sliding import num_targets
+    from pgolf_post.score.spans import num_targets
     from pgolf_post.settings import parse_settings
 
     names = [name for name in (candidate, control, options["reference"]) if name]

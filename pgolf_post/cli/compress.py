@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, progress_bar, say
 from pgolf_post.cli.common import json_option
-from pgolf_post.progress import print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from pgolf_post.pack.compare import Comparison
+    from pgolf_post.pack.report.compare import Comparison
 
 
 @click.command("compress")
@@ -29,7 +29,7 @@ def command(artifact: Path, names: str, as_json: bool) -> None:
     Codecs marked * are yardsticks: the decoder that ships does not know them. The artifact itself is left as it is.
     """
     from pgolf_post.pack.artifact import find_artifact, read_artifact
-    from pgolf_post.pack.compare import check_names, compare
+    from pgolf_post.pack.report.compare import check_names, compare
 
     wanted = check_names([name.strip() for name in names.split(",")])
     model = read_artifact(find_artifact(artifact)).model

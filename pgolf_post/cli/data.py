@@ -174,7 +174,7 @@ def download(out: Path | None, force: bool, as_json: bool, **options: Any) -> No
 
 def _report(folder: DataFolder, seconds: float, as_json: bool) -> None:
     """What came out: for people a table, for machines one object."""
-    from pgolf_post.progress import print_json, print_table, say
+    from pgolf_post.base.progress import print_json, print_table, say
 
     splits = folder.manifest["splits"]
     counts = {split: {key: entry[key] for key in _COUNTS} for split, entry in splits.items()}
@@ -224,10 +224,10 @@ def check(folder: Path, sample_documents: int, as_json: bool) -> None:
     Validation splits of the challenge are recognised, and their bytes compared with the known 151.08 MB.
     Exit code 4 if anything does not hold.
     """
+    from pgolf_post.base.progress import print_json, print_table
     from pgolf_post.data.check import check as check_folder
     from pgolf_post.data.folder import DataFolder
     from pgolf_post.errors import VerificationError
-    from pgolf_post.progress import print_json, print_table
 
     rows = check_folder(DataFolder.open(folder), sample_documents)
     table = [[row.name, "ok" if row.passed else "FAILED", row.evidence] for row in rows]

@@ -21,10 +21,10 @@ def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     About three minutes on two CPU cores, 90 seconds of them training.
     """
+    from pgolf_post.base.progress import print_json
     from pgolf_post.demo import Demo, show
     from pgolf_post.ledger.disk import scan
     from pgolf_post.ledger.recording import record
-    from pgolf_post.progress import print_json
 
     started = time.perf_counter()
     answer = Demo(root, overrides).run()

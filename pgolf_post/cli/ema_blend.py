@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from pgolf_post.average.profiles import Length
     from pgolf_post.checkpoint import Checkpoint
-    from pgolf_post.ema_profiles import Length
 
 
 class Numbers(click.ParamType):
@@ -52,9 +52,9 @@ def command(
     Each length becomes a checkpoint folder beside the run's own, with the snapshots' shares and the reconstruction
     error recorded, and its bpb measured as the run's checkpoints were.
     """
-    from pgolf_post.ema_profiles import ExponentialLength, PowerLength
+    from pgolf_post.average.posthoc import MAX_ERROR, posthoc_ema
+    from pgolf_post.average.profiles import ExponentialLength, PowerLength
     from pgolf_post.ledger.recording import record
-    from pgolf_post.posthoc_ema import MAX_ERROR, posthoc_ema
 
     lengths: list[Length] = [*map(PowerLength, sigmas or ()), *map(ExponentialLength, half_lives or ())]
     if not lengths:

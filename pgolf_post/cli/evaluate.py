@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
@@ -17,7 +18,6 @@ from pgolf_post.cli.common import (
     weights_option,
 )
 from pgolf_post.cli.scoring import open_subject, parse_protocol, protocol_options
-from pgolf_post.progress import print_json, print_table
 
 
 @click.command("eval")
@@ -54,16 +54,16 @@ def command(
     Sums by document are kept beside what was scored, so that two scores can be compared document by document. Ctrl-C
     and an exhausted --time-budget keep what was done; the same command goes on from there.
     """
+    from pgolf_post.base.ranks import Ranks
     from pgolf_post.ledger.recording import record
-    from pgolf_post.ranks import Ranks
-    from pgolf_post.score.clock import Clock
+    from pgolf_post.score.phase_times import PhaseTimes
     from pgolf_post.score.pool import ModelPool
     from pgolf_post.score.session import Session
 
     started = time.perf_counter()
     ranks = Ranks.join()
     try:
-        session = Session(Clock(time_budget), ranks)
+        session = Session(PhaseTimes(time_budget), ranks)
         with session.clock.phase("load"):
             subject = open_subject(checkpoint, weights, data_dir)
         protocol = parse_protocol(options, subject.config, "eval")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.progress import print_json, say
 from pgolf_post.cli.common import json_option
-from pgolf_post.progress import print_json, say
 
 
 @click.command("export-decoder")
@@ -22,9 +22,9 @@ def command(out: Path | None, as_json: bool) -> None:
 
     It needs numpy and brotli and leaves out the defences against damaged files; `pgolf_post/pack/decode.py` has them.
     """
+    from pgolf_post.base.storage import atomic_file
     from pgolf_post.pack.script import MINIFIER_MISSING, pack_source
     from pgolf_post.pack.snippet import decoder_snippet
-    from pgolf_post.storage import atomic_file
 
     snippet = decoder_snippet()
     packed = pack_source(snippet, keep_names=["decode"])

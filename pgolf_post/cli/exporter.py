@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import checkpoint_argument, find_checkpoint, json_option, load_view, weights_option
-from pgolf_post.progress import print_json
 
 
 @click.command("export")
@@ -18,7 +18,7 @@ from pgolf_post.progress import print_json
 @json_option
 def command(checkpoint: Path | None, weights: str | None, form: str, out: Path, as_json: bool) -> None:
     """Write CHECKPOINT's weights as a bare state dict in a public script's names, every tensor identical."""
-    from pgolf_post.importers.run import export_view
+    from pgolf_post.importers.importing import export_view
 
     view = load_view(find_checkpoint(checkpoint), weights)
     export_view(view, form, out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
@@ -34,12 +35,11 @@ from pgolf_post.cli.packing import (
 )
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.pack.size import BUDGET_BYTES, SizeReport, count_code
-from pgolf_post.progress import print_json, print_table, say
+from pgolf_post.pack.report.size import BUDGET_BYTES, SizeReport, count_code
 
 if TYPE_CHECKING:
-    from pgolf_post.fit.run import Fitter
-    from pgolf_post.requant import Artifact
+    from pgolf_post.artifacts import PackedArtifact
+    from pgolf_post.fit.stage import Fitter
 
 SUGGESTED_TOKENS = 1 << 20
 FIT_FLAGS = {
@@ -108,10 +108,10 @@ def command(
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
-    from pgolf_post.fit.gap import limit_for_gap
-    from pgolf_post.fit.run import solve
-    from pgolf_post.pack.size import count
-    from pgolf_post.ranks import Ranks
+    from pgolf_post.base.ranks import Ranks
+    from pgolf_post.fit.stage import solve
+    from pgolf_post.fit.target_gap import limit_for_gap
+    from pgolf_post.pack.report.size import count
 
     started = time.perf_counter()
     refuse_idle_eval_tokens(evaluate, eval_tokens)
@@ -177,8 +177,8 @@ def _prepared(
     ranks: Any,
 ) -> Fitter:
     from pgolf_post.calibrate import stale_stats
-    from pgolf_post.fit.budget import TrainingClock
-    from pgolf_post.fit.run import prepare
+    from pgolf_post.fit.stage import prepare
+    from pgolf_post.fit.training_clock import TrainingClock
 
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
     return prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats)
@@ -190,7 +190,7 @@ def _artifact_limit(total: int, code_bytes: int) -> int:
     return total - code_bytes
 
 
-def _score(artifact: Artifact, data: Any, config: Any, eval_tokens: int | None, fresh: bool) -> dict[str, Any]:
+def _score(artifact: PackedArtifact, data: Any, config: Any, eval_tokens: int | None, fresh: bool) -> dict[str, Any]:
     from pgolf_post.families import train_seq_len
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
@@ -205,7 +205,7 @@ def _total(seconds: dict[str, float]) -> float:
 
 def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
     """What reading training data took by step, of the fit that took longest, what more would buy, and κ."""
-    from pgolf_post.fit.run import tune_seconds
+    from pgolf_post.fit.stage import tune_seconds
 
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")
@@ -221,7 +221,7 @@ def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
         print_table("What quantizing one alone costs, against its prediction", header, rows)
 
 
-def _answer(artifact: Artifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
+def _answer(artifact: PackedArtifact, report: SizeReport, score: dict[str, Any] | None) -> dict[str, Any]:
     meta = artifact.meta
     weights = sum(int(row["weights"]) for row in meta["tensors"])
     sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes")} if score else {}
@@ -272,7 +272,7 @@ def _show(answers: list[dict[str, Any]], has_code: bool) -> None:
         say(row["artifact"])
 
 
-def _show_explained(fitter: Fitter, artifact: Artifact) -> None:
+def _show_explained(fitter: Fitter, artifact: PackedArtifact) -> None:
     from pgolf_post.fit.explain import by_role, explain
 
     header = ("tensor", "role", "weights", "bits/weight", "share of bits", "predicted nats", "nats per 100 KB")

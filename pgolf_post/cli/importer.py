@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option
-from pgolf_post.progress import print_json, print_table, say
 from pgolf_post.settings import apply_override, read_toml
 
 
@@ -61,7 +61,7 @@ def command(
     from pgolf_post.data import DataFolder
     from pgolf_post.errors import SettingsError
     from pgolf_post.importers.foreign_config import read_log, require_known, split_log
-    from pgolf_post.importers.run import import_file
+    from pgolf_post.importers.importing import import_file
     from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say, terminal_width
 from pgolf_post.cli.common import dollars_option, json_option
 from pgolf_post.ledger.schema import KINDS, VERDICTS, Row, Verdict, priced
-from pgolf_post.progress import print_json, print_table, say, terminal_width
 
 if TYPE_CHECKING:
     from pgolf_post.ledger.importing import Imported
@@ -268,8 +268,8 @@ def export_command(
     as_json: bool,
 ) -> None:
     """Write the rows for another program: csv (every field), jsonl (whole; `import` reads it), md (main columns)."""
+    from pgolf_post.base.storage import atomic_file
     from pgolf_post.ledger.exporting import FORMATS
-    from pgolf_post.storage import atomic_file
 
     if as_json and out is None:
         raise click.UsageError("--json needs stdout for itself; name a file with --out")

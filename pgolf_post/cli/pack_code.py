@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option
-from pgolf_post.progress import print_json, print_table, say
 
 
 @click.command("pack-code")
@@ -33,9 +33,9 @@ def command(
     With --beside, script and packed script are run with ARGUMENTS, each in an empty folder beside those files, and must
     print the same: exit code 4 if not.
     """
+    from pgolf_post.base.storage import atomic_file
     from pgolf_post.errors import NotFoundError
     from pgolf_post.pack.script import MINIFIER_MISSING, check_same_output, local_imports, pack_source, read_script
-    from pgolf_post.storage import atomic_file
 
     source = read_script(script)
     packed = pack_source(source)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.pack.codecs import CHOICES
-from pgolf_post.pack.size import BUDGET_BYTES, SizeReport
+from pgolf_post.pack.report.size import BUDGET_BYTES, SizeReport
 
 if TYPE_CHECKING:
-    from pgolf_post.requant import Artifact
+    from pgolf_post.artifacts import PackedArtifact
 
 codec_option = click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
 code_option = click.option(
@@ -33,7 +33,7 @@ def refuse_idle_eval_tokens(evaluate: bool, eval_tokens: int | None) -> None:
 
 
 def record_artifact(
-    artifact: Artifact,
+    artifact: PackedArtifact,
     report: SizeReport,
     score: dict[str, Any] | None,
     stats: Path,  # the folder of the statistics it was made with

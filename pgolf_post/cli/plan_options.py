@@ -121,7 +121,7 @@ def _change(key: str, value: Any) -> str:
 
 def _with_distill(plan: Plan, wanted: bool | None) -> Plan:
     """The plan with its own [distill] table or the usual one, or without."""
-    from pgolf_post.quantize.distill_settings import DistillSettings
+    from pgolf_post.plan import DistillSettings
 
     if wanted is None:
         return plan

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
@@ -22,7 +23,6 @@ from pgolf_post.cli.common import (
     weights_option,
 )
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
     from pgolf_post.checkpoint import View
@@ -63,10 +63,10 @@ def command(
     wanda      in each row, the smallest weight × root mean square of its input
     ones       of the symbols ±1 under the plan, those whose zeroing costs least by the Hessian
     """
+    from pgolf_post.artifacts import plan_text
     from pgolf_post.calibrate import calibrate
     from pgolf_post.ledger.recording import record
     from pgolf_post.prune import PruneSettings, prune_checkpoint
-    from pgolf_post.requant import plan_text
 
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "prune")
@@ -96,8 +96,8 @@ def command(
 
 def _measure(view: View, calibration: CalibrationSettings, plan: Plan, data: DataFolder) -> dict[str, Any]:
     """bpb of a view, and bytes and bpb of its artifact by the plan."""
+    from pgolf_post.artifacts import plan_text, requant
     from pgolf_post.calibrate import calibrate
-    from pgolf_post.requant import plan_text, requant
     from pgolf_post.score.cached import score_artifact, score_view
     from pgolf_post.score.metric import recorded_protocol
 

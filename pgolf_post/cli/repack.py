@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, progress_bar, say
 from pgolf_post.cli.common import json_option
 from pgolf_post.pack.codecs import CHOICES
-from pgolf_post.progress import print_json, print_table, progress_bar, say
 
 
 @click.command("repack")

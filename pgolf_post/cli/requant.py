@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
@@ -35,12 +36,11 @@ from pgolf_post.cli.packing import (
     refuse_idle_eval_tokens,
 )
 from pgolf_post.cli.plan_options import PLAN_HEADER, chosen_plans, plan_options, plan_row
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from pgolf_post.pack.size import SizeReport
+    from pgolf_post.artifacts import PackedArtifact
+    from pgolf_post.pack.report.size import SizeReport
     from pgolf_post.plan import Plan, TensorPlan
-    from pgolf_post.requant import Artifact
 
 
 @click.command("requant")
@@ -86,13 +86,13 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget (of
     several trials: when the smallest is).
     """
+    from pgolf_post.artifacts import plan_text, requant
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
-    from pgolf_post.pack.size import count
-    from pgolf_post.quantize.factors import StatsFactors
-    from pgolf_post.quantize.run import plan_view
-    from pgolf_post.requant import plan_text, requant
+    from pgolf_post.pack.report.size import count
+    from pgolf_post.quantize.gptq.stats_factors import StatsFactors
+    from pgolf_post.quantize.model import plan_view
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
     from pgolf_post.score.pool import ModelPool
@@ -136,14 +136,14 @@ class Trial(NamedTuple):
 
     name: str  # the flags that make it another than the control; empty if there is one trial
     plan: Plan
-    artifact: Artifact
+    artifact: PackedArtifact
     report: SizeReport
     score: dict[str, Any] | None
 
 
 def _no_ops(trials: list[Trial]) -> list[bool]:
     """Which trials are the same as the first, their control."""
-    from pgolf_post.requant import is_no_op
+    from pgolf_post.artifacts import is_no_op
 
     control = trials[0].artifact
     return [False, *(is_no_op(trial.artifact, control) for trial in trials[1:])]

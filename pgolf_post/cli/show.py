@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option
 from pgolf_post.errors import NotFoundError, PgolfError
-from pgolf_post.progress import print_json, print_table, say
 
 Rows = list[tuple[str, str]]
 
@@ -101,7 +101,7 @@ def _run(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
 
 
 def _derived(path: Path) -> tuple[str, Rows, list[str], dict[str, Any]]:
-    from pgolf_post.storage import read_json
+    from pgolf_post.base.storage import read_json
 
     config, meta = read_json(path / "config.json"), read_json(path / "meta.json")
     short = {key: value for key, value in {**config, **meta}.items() if not isinstance(value, list | dict)}

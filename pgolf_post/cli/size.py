@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from pgolf_post import progress
+from pgolf_post.base import progress
 from pgolf_post.cli.common import json_option
 from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
 from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
-from pgolf_post.pack.picture import draw_size, require_plots
+from pgolf_post.pack.report.picture import draw_size, require_plots
+from pgolf_post.pack.report.size import SizeReport, UnitBytes, count, unit_table
+from pgolf_post.pack.report.tensor_bytes import TensorBytes, role_table, tensor_table
 from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
-from pgolf_post.pack.size import SizeReport, UnitBytes, count, unit_table
-from pgolf_post.pack.tensor_bytes import TensorBytes, role_table, tensor_table
 
 
 @click.command("size")

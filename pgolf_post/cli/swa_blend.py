@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pgolf_post.blend_settings import SearchSettings, Selection
+from pgolf_post.average.settings import SearchSettings, Selection
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
@@ -22,11 +23,10 @@ from pgolf_post.cli.common import (
     split_view,
 )
 from pgolf_post.errors import SettingsError
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from pgolf_post.blend import Part
-    from pgolf_post.blend_search import Search
+    from pgolf_post.average.linear import Part
+    from pgolf_post.average.search import Search
     from pgolf_post.checkpoint import Checkpoint
 
 SEARCH_FLAGS = {
@@ -149,7 +149,7 @@ def _numbers(text: str | None, kind: Any, key: str) -> Any:
 def _blend_run(
     path: Path | None, ema_share: float, selection: Selection, data_dir: Path | None, allow: tuple[str, ...]
 ) -> Made:
-    from pgolf_post.blend import swa_blend
+    from pgolf_post.average.linear import swa_blend
 
     final = find_checkpoint(path)
     blended, cached = swa_blend(final, ema_share, find_data(final, data_dir), selection, allow)
@@ -157,7 +157,7 @@ def _blend_run(
 
 
 def _blend_named(named: tuple[str, ...], data_dir: Path | None, allow: tuple[str, ...]) -> Made:
-    from pgolf_post.blend import linear_blend, save_blend
+    from pgolf_post.average.linear import linear_blend, save_blend
 
     blend = linear_blend([parse_part(text) for text in named], allow)
     blended, cached = save_blend(blend, "blend", find_data(blend.reference, data_dir), {})
@@ -166,7 +166,7 @@ def _blend_named(named: tuple[str, ...], data_dir: Path | None, allow: tuple[str
 
 def parse_part(text: str) -> Part:
     """`PATH[:VIEW]=SHARE` → a part; the view is by default EMA where the folder has it, else raw."""
-    from pgolf_post.blend import Part
+    from pgolf_post.average.linear import Part
     from pgolf_post.checkpoint import Checkpoint
 
     place, equals, share = text.rpartition("=")
@@ -189,8 +189,8 @@ def _search(
     data_dir: Path | None,
     allow: tuple[str, ...],
 ) -> Made:
-    from pgolf_post.blend import linear_blend, save_blend
-    from pgolf_post.blend_search import family, search_blends
+    from pgolf_post.average.linear import linear_blend, save_blend
+    from pgolf_post.average.search import family, search_blends
     from pgolf_post.data import DataFolder
 
     final = find_checkpoint(path)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option
-from pgolf_post.progress import print_json, print_table, say
 
 if TYPE_CHECKING:
     from pgolf_post.sweep.plan import PlanRow
@@ -149,8 +149,8 @@ def run_command(
     A trial that fails is a row with its error, and the others go on. Exit code 4 if the control does not reproduce
     what the spec's gate says.
     """
+    from pgolf_post.base.ranks import Ranks
     from pgolf_post.ledger.schema import iso_utc
-    from pgolf_post.ranks import Ranks
     from pgolf_post.sweep.engines.local import run_local
     from pgolf_post.sweep.engines.torchrun import run_torchrun
     from pgolf_post.sweep.table import live

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import atomic_file, atomic_folder, sha256_file, write_json
 from pgolf_post.data.counts import count_split, sidecar_bytes
 from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
 from pgolf_post.errors import MismatchError, NotFoundError
-from pgolf_post.progress import say
-from pgolf_post.storage import atomic_file, atomic_folder, sha256_file, write_json
 
 TOKENIZER_NAME = "tokenizer.model"
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.storage import atomic_folder, sha256_file, write_json
 from pgolf_post.data.documents import Document
 from pgolf_post.data.encode import Encoder
 from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder, Split
@@ -24,9 +26,7 @@ from pgolf_post.data.shards import write_shard
 from pgolf_post.data.tokenizer import load_tokenizer
 from pgolf_post.data.train_tokenizer import MAX_VOCAB_SIZE, train_tokenizer
 from pgolf_post.errors import MismatchError, PgolfError, SettingsError
-from pgolf_post.progress import progress_bar, say
 from pgolf_post.settings import Settings
-from pgolf_post.storage import atomic_folder, sha256_file, write_json
 
 TOKENIZER_NAME = "tokenizer.model"
 MAX_TEXT_BYTES = 4_000_000_000  # the corpus is held in memory to be ordered

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.storage import sha256_file
 from pgolf_post.data.counts import SplitCounts, count_split, sidecar_bytes
 from pgolf_post.data.folder import DataFolder, Split, check_token_ids
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import PgolfError
-from pgolf_post.progress import progress_bar
-from pgolf_post.storage import sha256_file
 
 # The challenge's validation splits: (vocabulary, tokens scored) -> what it is. Scorers drop the last, incomplete
 # window, so the files have up to SCORED_WINDOW tokens more than the counts that runs report.

@@ -19,13 +19,13 @@ from typing import Any
 
 from pydantic import Field
 
+from pgolf_post.base.storage import read_json
 from pgolf_post.data.adopt import TOKENIZER_NAME, ShardNames, write_manifest
 from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
 from pgolf_post.data.hub import RemoteFile, Repository
 from pgolf_post.data.shards import read_shard
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, SettingsError
 from pgolf_post.settings import Settings
-from pgolf_post.storage import read_json
 
 CHALLENGE_REPOSITORY = "willdepueoai/parameter-golf"
 CASEOPS_VARIANT = "sp8192_lossless_caps_caseops_v1_reserved"

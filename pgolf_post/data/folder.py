@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pgolf_post.base.storage import read_json
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import ByteTable, load_tokenizer
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.settings import canonical_json
-from pgolf_post.storage import read_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.progress import progress_bar, say
 
 MAX_ATTEMPTS = 6
 FIRST_WAIT_S = 1.0  # doubled after every failed attempt

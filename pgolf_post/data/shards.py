@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.storage import atomic_file
 
 MAGIC = 20240520
 VERSION = 1

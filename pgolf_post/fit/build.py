@@ -15,20 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.families import build_module, get_family
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.steps import UNION_GRID, Shape, relative_steps
+from pgolf_post.fit.steps import UNION_GRID, RelativeSteps, relative_steps
 from pgolf_post.plan import KeepRule, TensorPlan
-from pgolf_post.progress import progress_bar
-from pgolf_post.quantize.factorize import Factor as HessianFactor
-from pgolf_post.quantize.factorize import FactorCache
-from pgolf_post.quantize.gptq import Job, gptq_jobs
-from pgolf_post.quantize.run import as_matrix, entropy_bits, keep_tensor
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, scale_of, smallest_dtype
-from pgolf_post.quantize.trellis import Trellis
+from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
+from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor
+from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.quantize.rows import as_matrix, entropy_bits, keep_tensor
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, scale_of, smallest_dtype
 
 ZERO_ENERGY = 1 / 12  # σ² in squared steps, below which rounding leaves more error than zeros do
 ZEROING = 127  # the exponent of a step so large that everything rounds to zero
@@ -43,9 +42,9 @@ class Part:
     role: str
     weight: Tensor  # (out, in) float32
     sensitivity: Sensitivity
-    factor: HessianFactor  # of the inputs' moments
-    row_factor: HessianFactor | None  # of the outputs'; None: rows are not coupled
-    shape: Shape
+    factor: LDLFactor  # of the inputs' moments
+    row_factor: LDLFactor | None  # of the outputs'; None: rows are not coupled
+    shape: RelativeSteps
 
     @property
     def num_weights(self) -> int:
@@ -124,12 +123,12 @@ class Builder:
         ordered = {name: quantized[name] for name in self.parts}
         return QuantizedModel(self.view.config, lineage, ordered, self.passthrough)
 
-    def _factors(self, name: str, constant: float) -> tuple[Factor, ...]:
+    def _factors(self, name: str, constant: float) -> tuple[ScaleFactor, ...]:
         finer, part = UNION_GRID if self.settings.trellis_states else 1.0, self.parts[name]
         factors = part.shape.factors(constant * finer, name)
         return with_zeros(part.weight, factors, finer) if self.settings.zeros else factors
 
-    def _job(self, part: Part, factors: tuple[Factor, ...]) -> Job:
+    def _job(self, part: Part, factors: tuple[ScaleFactor, ...]) -> Job:
         steps = torch.from_numpy(scale_of(factors, *part.weight.shape))
         states = self.settings.trellis_states
         trellis = Trellis(states, min(self.settings.lane_rows, max(1, len(part.weight)))) if states else None
@@ -137,7 +136,7 @@ class Builder:
         return Job(part.name, part.weight, part.factor, steps, None, trellis, row_feedback=row_feedback)
 
     def _finish(
-        self, part: Part, symbols: Tensor, factors: tuple[Factor, ...], trellis: Trellis | None, constant: float
+        self, part: Part, symbols: Tensor, factors: tuple[ScaleFactor, ...], trellis: Trellis | None, constant: float
     ) -> QuantizedTensor:
         array = smallest_dtype(symbols.numpy())
         shape = tuple(self.view.tensors[part.name].shape)
@@ -156,7 +155,7 @@ class Builder:
         return replace(made, facts=facts)
 
 
-def with_zeros(weight: Tensor, factors: tuple[Factor, ...], finer: float) -> tuple[Factor, ...]:
+def with_zeros(weight: Tensor, factors: tuple[ScaleFactor, ...], finer: float) -> tuple[ScaleFactor, ...]:
     """Factors under which columns, and rows of a scalar grid, whose steps exceed √12·σ become nothing but zeros.
 
     There Δ²/12 exceeds σ²: a Gaussian is worth no bits at all (reverse water-filling). A trellis has no zero in every
@@ -180,7 +179,7 @@ def _towards_centroid(made: QuantizedTensor, part: Part) -> QuantizedTensor:
     alpha = float((minded * part.weight).sum()) / energy if energy > 0 else 1.0
     tensor, *others = made.factors
     scaled = (alpha * tensor.values.astype(np.float32)).astype(np.float16)
-    return replace(made, factors=(Factor("tensor", scaled), *others))
+    return replace(made, factors=(ScaleFactor("tensor", scaled), *others))
 
 
 def constants_of(names: Iterable[str], constant: float, kappa: Mapping[str, float]) -> dict[str, float]:

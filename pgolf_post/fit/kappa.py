@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from pgolf_post.base.progress import progress_bar
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.probe import Measured, Probe
 from pgolf_post.fit.steps import constant_for
-from pgolf_post.progress import progress_bar
 
 MODEL_LOSS = 0.004  # nats per token of the whole model at the steps that are tried: about where budgets lie
 PRIOR = 0.5  # standard deviation of ln κ about the common mean

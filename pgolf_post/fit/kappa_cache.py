@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.ranks import Ranks
+from pgolf_post.base.storage import read_json, write_json
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, intact_meta, store
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.ranks import Ranks
-from pgolf_post.storage import read_json, write_json
 
 STAGE, STAGE_VERSION, PAYLOAD = "kappa", 1, "kappa.json"
 

@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.divergence import token_divergences
+from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
-from pgolf_post.families import get_family, load_module, train_seq_len
-from pgolf_post.quantize.divergence import token_divergences
-from pgolf_post.ranks import ALONE, Ranks
-from pgolf_post.score.pool import swap_weights
+from pgolf_post.families import get_family, load_module, swap_weights, train_seq_len
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pgolf_post.quantize.trellis import POLYNOMIALS
+from pgolf_post.quantize.gptq.trellis import POLYNOMIALS
 from pgolf_post.settings import Settings
 
 

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pgolf_post.base.progress import say
 from pgolf_post.errors import NumericsError, OverBudgetError, SettingsError
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.estimate import symbol_bits
 from pgolf_post.fit.steps import constant_for
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.predict import predict_bytes
-from pgolf_post.progress import say
+from pgolf_post.pack.report.predict import predict_bytes
 from pgolf_post.quantize.tensor import QuantizedModel
 
 WINDOW_BYTES = 2000  # of headroom that may be left
@@ -29,7 +29,7 @@ FIRST_LOSS = 0.005  # nats per token
 
 
 @dataclass(frozen=True)
-class Try:
+class Build:
     """One build of the search."""
 
     constant: float
@@ -44,7 +44,7 @@ class Solution:
     model: QuantizedModel
     data: bytes  # packed
     constant: float
-    tries: tuple[Try, ...]
+    tries: tuple[Build, ...]
 
 
 class Search:
@@ -52,9 +52,9 @@ class Search:
 
     def __init__(self, builder: Builder, kappa: Mapping[str, float], codec: str = "rans") -> None:
         self.builder, self.kappa, self.packing = builder, kappa, PackSettings(codec=codec)
-        self.tries: list[Try] = []
+        self.tries: list[Build] = []
 
-    def solve(self, limit: int, on_try: Callable[[Try], object] = lambda found: None) -> Solution:
+    def solve(self, limit: int, on_try: Callable[[Build], object] = lambda found: None) -> Solution:
         """The best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
 
         Raises OverBudgetError naming the least that it can do, SettingsError for a budget that needs no quantization.
@@ -99,18 +99,18 @@ class Search:
             low, high = (middle, high) if bits > wanted else (low, middle)
         return float(2 ** ((low + high) / 2))
 
-    def _measure(self, model: QuantizedModel, constant: float, aim: float) -> tuple[bytes | None, Try]:
+    def _measure(self, model: QuantizedModel, constant: float, aim: float) -> tuple[bytes | None, Build]:
         """Predict while far from the aim; from the first prediction that comes close, pack."""
         if not any(found.packed for found in self.tries):
             predicted = predict_bytes(model)
             if abs(predicted / aim - 1) > PREDICTED_TO and len(self.tries) < MOST_BUILDS // 2:
-                self.tries.append(Try(constant, predicted, False))
+                self.tries.append(Build(constant, predicted, False))
                 return None, self.tries[-1]
         data = pack(model, self.packing)
-        self.tries.append(Try(constant, len(data), True))
+        self.tries.append(Build(constant, len(data), True))
         return data, self.tries[-1]
 
-    def _next(self, last: Try, aim: float) -> float:
+    def _next(self, last: Build, aim: float) -> float:
         """The secant through the last try and the nearest other of its kind, or the slope of high rates."""
         slope = -self.builder.num_weights / 8
         others = [found for found in self.tries[:-1] if found.packed == last.packed]

@@ -23,41 +23,41 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import NumericsError
-from pgolf_post.quantize.tensor import Factor
+from pgolf_post.quantize.tensor import ScaleFactor
 
 FP16_RANGE = 6.2e-5, 65504.0  # normal numbers
 UNION_GRID = 0.5  # a trellis of the same bits has a grid twice as fine
 
 
 @dataclass(frozen=True)
-class Shape:
+class RelativeSteps:
     """The relative steps of one matrix: what does not depend on c or κ."""
 
     rows: np.ndarray  # (out,) int8 eighths of an octave
     columns: np.ndarray  # (in,) int8, about 0
     unit: float  # the step at exponents 0 and c = 1
 
-    def factors(self, constant: float, name: str) -> tuple[Factor, Factor, Factor]:
+    def factors(self, constant: float, name: str) -> tuple[ScaleFactor, ScaleFactor, ScaleFactor]:
         """Tensor, row and column factor for c/√κ = `constant`. Raises NumericsError if fp16 cannot hold the first."""
         step = constant * self.unit
         if not FP16_RANGE[0] <= step <= FP16_RANGE[1]:
             low, high = FP16_RANGE
             raise NumericsError(f"{name}: a step of {step:.3g} is outside what fp16 holds, {low:g} to {high:g}")
         tensor = np.array([step], np.float16)
-        return Factor("tensor", tensor), Factor("row", self.rows), Factor("column", self.columns)
+        return ScaleFactor("tensor", tensor), ScaleFactor("row", self.rows), ScaleFactor("column", self.columns)
 
 
 def relative_steps(
     row_weights: Tensor,  # (out,) float64 r, or the pivots D where rows are coupled
     lengths: Tensor,  # (in,) float ℓ
     by_column: bool = True,
-) -> Shape:
+) -> RelativeSteps:
     """The exponents of 1/√r and 1/ℓ; without columns, one ℓ for all of them (their geometric mean)."""
     logs = -8 * torch.log2(lengths.double())
     middle = float(logs.mean())
     columns = (logs - middle).round() if by_column else torch.zeros_like(logs)
     rows = (-4 * torch.log2(row_weights.double())).round()
-    return Shape(_int8(rows), _int8(columns), 2 ** (middle / 8))
+    return RelativeSteps(_int8(rows), _int8(columns), 2 ** (middle / 8))
 
 
 def expected_loss(num_weights: int, constant: float) -> float:

@@ -25,23 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.divergence import token_divergences
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError, SettingsError
-from pgolf_post.families import get_family, load_module
-from pgolf_post.fit.budget import TrainingClock
+from pgolf_post.families import get_family, load_module, swap_weights
 from pgolf_post.fit.build import Builder, constants_of
-from pgolf_post.fit.solve import WINDOW_BYTES, Search, Solution, Try
+from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
+from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.pack.container import pack
-from pgolf_post.pack.predict import predict_bytes
-from pgolf_post.progress import progress_bar, say
-from pgolf_post.quantize.divergence import token_divergences
+from pgolf_post.pack.report.predict import predict_bytes
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
-from pgolf_post.ranks import ALONE
-from pgolf_post.score.pool import swap_weights
 
 STEP_NAME = "fine-tuning"
 BATCH_TOKENS = 2048  # at least
@@ -131,12 +130,12 @@ def _finished(
 ) -> Solution | None:
     """The last block at the c for which everything fits."""
     best: Solution | None = None
-    tries: list[Try] = []
+    tries: list[Build] = []
     for _ in range(LAST_TRIES):
         last = builder.quantize(constants_of(weights, constant, search.kappa), weights)
         model = builder.model({**done, **last})
         data = pack(model, search.packing)
-        tries.append(Try(constant, len(data), True))
+        tries.append(Build(constant, len(data), True))
         if len(data) <= limit and (best is None or len(data) > len(best.data)):
             best = replace(solution, model=model, data=data)
         if best is not None and len(best.data) >= limit - WINDOW_BYTES:

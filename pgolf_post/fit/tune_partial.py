@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pgolf_post.base.partial import read_partial, write_partial
+from pgolf_post.base.progress import say
 from pgolf_post.errors import DamagedFileError
-from pgolf_post.partial_file import read_partial, write_partial
-from pgolf_post.progress import say
 
 FILE = "tuning.safetensors"
 

@@ -24,7 +24,7 @@ import zstandard
 from torch import Tensor
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
-from pgolf_post.quantize.tensor import Factor, QuantizedTensor
+from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold
 MAX_PICKLE_BYTES = 1 << 22  # of its names and shapes
@@ -197,11 +197,11 @@ def integers(name: str, symbols: Tensor, rows: int, path: Path) -> np.ndarray:  
     return symbols.detach().reshape(rows, columns).contiguous().numpy().copy()
 
 
-def factor(name: str, axis: Any, scale: Tensor, path: Path, group_size: int = 0) -> Factor:
+def factor(name: str, axis: Any, scale: Tensor, path: Path, group_size: int = 0) -> ScaleFactor:
     """Scales in float16 or float32, which holds every bfloat16. Raises MismatchError for other types."""
     _require(scale.dtype in FLOATS, path, f"{name}'s scale", f"is {scale.dtype}, expected float16 or float32")
     values = scale.detach().reshape(-1)
-    return Factor(axis, (values if values.dtype == torch.float16 else values.float()).numpy().copy(), group_size)
+    return ScaleFactor(axis, (values if values.dtype == torch.float16 else values.float()).numpy().copy(), group_size)
 
 
 def _require(condition: bool, path: Path, name: str, problem: str) -> None:

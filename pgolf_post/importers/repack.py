@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pgolf_post.base.storage import sha256_file
 from pgolf_post.errors import MismatchError, VerificationError
 from pgolf_post.importers import int8_rows, weights_and_meta
 from pgolf_post.importers.artifact_file import read_dictionary
 from pgolf_post.pack.artifact import unpack
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.quantize.tensor import QuantizedModel
-from pgolf_post.storage import sha256_file
 
 
 class ArtifactFormat(Protocol):

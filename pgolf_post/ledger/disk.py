@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.storage import read_json
 from pgolf_post.cache import Entry, entry_at, list_entries
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints, run_checkpoints
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.ledger.schema import Kind, Row, iso_utc
-from pgolf_post.storage import read_json
 
 KINDS_BY_STAGE: dict[str, Kind] = {"stats": "stats", "artifact": "artifact", "score": "score"}
 NAMING = ("stage", "version", "view", "view_id", "stats_id", "plan")  # keys of config.json that are not settings

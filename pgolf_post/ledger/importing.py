@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field as SettingsField
 
 from pgolf_post.errors import DamagedFileError, NotFoundError, SettingsError
-from pgolf_post.ledger.columns import (
+from pgolf_post.ledger.foreign_columns import (
     Field,
     delta_base,
     is_blank,

@@ -6,18 +6,17 @@ ledger from being written (a read-only folder, a damaged file, a full disk) is a
 
 from __future__ import annotations
 
-import functools
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import say
 from pgolf_post.ledger.disk import root_of, rows_at
 from pgolf_post.ledger.schema import Row, iso_utc, priced
 from pgolf_post.ledger.store import Ledger
-from pgolf_post.progress import say
+from pgolf_post.provenance import accelerator_name, code_commit
 
 
 def record(
@@ -56,24 +55,4 @@ def record(
 
 def _signed(row: Row) -> Row:
     """A row made just now, with the commit and the device of this process where the row does not name them."""
-    return replace(row, commit=row.commit or code_commit(), device=row.device or device_name())
-
-
-@functools.cache
-def code_commit() -> str | None:
-    """The commit of the code that runs; None outside a git checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def device_name() -> str:
-    """The accelerator's own name, or `cpu`."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return replace(row, commit=row.commit or code_commit(), device=row.device or accelerator_name())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from pgolf_post.errors import DamagedFileError, NotFoundError
-from pgolf_post.ledger.columns import Field, field_of, is_blank
+from pgolf_post.ledger.foreign_columns import Field, field_of, is_blank
 
 Form = Literal["markdown", "csv", "tabs", "rendered"]
 SEPARATOR = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")

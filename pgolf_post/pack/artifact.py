@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, VerificationError
 from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.container import AXES, BFLOAT16, CODER, FACTORS, FLOAT16, FLOAT32, PASSTHROUGH, Key, split_role
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, symbols_sha256
-from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
-from pgolf_post.storage import atomic_file
+from pgolf_post.quantize.gptq.trellis import POLYNOMIALS, Trellis
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, symbols_sha256
 
 ARTIFACT_FILE = "artifact.pgolf"
 SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
@@ -112,7 +112,7 @@ def _tensor(
     if stored:
         states = {tuple(h >> 1 for h in both): states for states, both in POLYNOMIALS.items()}
         trellis = Trellis(states[tuple(stored[1:])], stored[0])
-    made = [Factor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, (values,) in factors]
+    made = [ScaleFactor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, (values,) in factors]
     return QuantizedTensor(name, symbols, tuple(made), tuple(shape), trellis)
 
 

@@ -39,11 +39,12 @@ import numpy as np
 from pydantic import field_validator
 
 from pgolf_post.errors import MismatchError, PgolfError, SettingsError
-from pgolf_post.pack import codecs, decode, rans
-from pgolf_post.pack.contexts import Block, make_block
+from pgolf_post.pack import codecs, decode
+from pgolf_post.pack.coder import rans
+from pgolf_post.pack.coder.contexts import Block, make_block
 from pgolf_post.pack.packable import check_packable
+from pgolf_post.quantize.gptq.trellis import POLYNOMIALS, Trellis
 from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor
-from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
 from pgolf_post.settings import Settings, canonical_json
 
 AXES: tuple[Axis, ...] = ("tensor", "row", "column", "group")

@@ -8,8 +8,8 @@ import numpy as np
 
 from pgolf_post.errors import MismatchError, NumericsError, PgolfError
 from pgolf_post.pack import decode
-from pgolf_post.quantize.tensor import LOW_RANK, Factor, QuantizedModel, QuantizedTensor
-from pgolf_post.quantize.trellis import POLYNOMIALS
+from pgolf_post.quantize.gptq.trellis import POLYNOMIALS
+from pgolf_post.quantize.tensor import LOW_RANK, QuantizedModel, QuantizedTensor, ScaleFactor
 
 MAX_TENSOR_BYTES = decode.MAX_BYTES - (1 << 20)  # the rest is for the coder's own units
 
@@ -72,7 +72,7 @@ def _tensor_problems(name: str, tensor: QuantizedTensor) -> Iterable[str]:
         yield from _factor_problems(name, factor, *symbols.shape)
 
 
-def _factor_problems(name: str, factor: Factor, rows: int, columns: int) -> Iterable[str]:
+def _factor_problems(name: str, factor: ScaleFactor, rows: int, columns: int) -> Iterable[str]:
     if factor.axis == "group" and factor.group_size < 1:
         yield f"{name}: groups of {factor.group_size} weights"
         return

@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_post.base.divergence import divergences_of
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, load_module
-from pgolf_post.progress import progress_bar, say
-from pgolf_post.quantize.distill_settings import DistillSettings
-from pgolf_post.quantize.divergence import divergences_of
+from pgolf_post.plan import DistillSettings
 from pgolf_post.quantize.tensor import QuantizedModel, widen
-from pgolf_post.ranks import ALONE
 
 STAGE_VERSION = 1
 BETAS = (0.9, 0.99)

@@ -15,28 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from pgolf_post.quantize.tensor import LOW_RANK, Factor, QuantizedTensor
-from pgolf_post.settings import Settings
+from pgolf_post.plan import LqerSettings
+from pgolf_post.quantize.tensor import LOW_RANK, QuantizedTensor, ScaleFactor
 
 ASYMMETRIC_GROUP = 64
-
-
-class LqerSettings(Settings):
-    """Which correction, and for how many tensors."""
-
-    rank: int = Field(4, ge=1, description="columns of A and rows of B")
-    top_k: int = Field(3, ge=0, description="tensors that are corrected: those with the largest error norm; 0 = none")
-    asymmetric: bool = Field(True, description="A int2 and B int4 as in PR #1855; else both in `bits` symmetric bits")
-    bits: int = Field(4, ge=2, le=8, description="bits of both factors where symmetric")
-
-    @model_validator(mode="after")
-    def _bits_act(self) -> LqerSettings:
-        if self.asymmetric and "bits" in self.model_fields_set and self.bits != 4:
-            raise ValueError("bits acts only where asymmetric = false: the asymmetric form is int2 and int4")
-        return self
 
 
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # (out, in) → (out, r), (r, in)
@@ -61,7 +45,7 @@ def quantize_factor(
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     symbols = (padded / scales.float()[:, None]).round().clamp(low, high).to(torch.int8)
     array = symbols.reshape(-1)[: len(values)].reshape(factor.shape).numpy()
-    grid = Factor("group", scales.numpy(), group) if len(scales) > 1 else Factor("tensor", scales.numpy())
+    grid = ScaleFactor("group", scales.numpy(), group) if len(scales) > 1 else ScaleFactor("tensor", scales.numpy())
     return QuantizedTensor(name, np.ascontiguousarray(array), (grid,), tuple(factor.shape), facts={"method": "lqer"})
 
 
@@ -75,7 +59,7 @@ def correction(name: str, error: Tensor, settings: LqerSettings) -> tuple[Quanti
     largest = 2 ** (settings.bits - 1) - 1
     turned = quantize_factor(names[0], a.T.contiguous(), -largest, largest, largest, len(a))
     scales = turned.factors[0].values
-    columns = Factor("column", scales) if len(scales) > 1 else Factor("tensor", scales)
+    columns = ScaleFactor("column", scales) if len(scales) > 1 else ScaleFactor("tensor", scales)
     left = QuantizedTensor(
         names[0], np.ascontiguousarray(turned.symbols.T), (columns,), tuple(a.shape), facts=turned.facts
     )

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
 from pgolf_post.calibrate.forward import hooks
@@ -36,14 +38,11 @@ from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import ModelFamily, Site, get_family, load_module
+from pgolf_post.families import ModelFamily, Site, get_family, load_module, swap_weights
 from pgolf_post.plan import TensorPlan
-from pgolf_post.progress import say
-from pgolf_post.quantize.factors import StatsFactors
-from pgolf_post.quantize.run import quantize_part
+from pgolf_post.quantize.gptq.stats_factors import StatsFactors
+from pgolf_post.quantize.rows import quantize_part
 from pgolf_post.quantize.tensor import QuantizedTensor
-from pgolf_post.ranks import ALONE
-from pgolf_post.score.pool import swap_weights
 
 PROBE_TOKENS = 8
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pgolf_post.quantize.trellis import Trellis, grid_points
+from pgolf_post.quantize.gptq.trellis import Trellis, grid_points
 
 Axis = Literal["tensor", "row", "column", "group"]
 LOW_RANK = (".lqA", ".lqB")
@@ -26,7 +26,7 @@ ROOTS = (2.0 ** (np.arange(8) / 8)).astype(np.float32)  # 2^(k/8), the mantissas
 
 
 @dataclass(frozen=True)
-class Factor:
+class ScaleFactor:
     """One scale for the tensor, each row, each column, or each group of `group_size` weights in row-major order."""
 
     axis: Axis
@@ -54,7 +54,7 @@ def power_of_eighths(exponents: np.ndarray) -> np.ndarray:  # int, any shape →
     return scaled
 
 
-def scale_of(factors: tuple[Factor, ...], rows: int, columns: int) -> np.ndarray:  # float32, broadcasts to both
+def scale_of(factors: tuple[ScaleFactor, ...], rows: int, columns: int) -> np.ndarray:  # float32, broadcasts to both
     """The product of all factors."""
     scale = np.ones((1, 1), np.float32)
     exponents = np.zeros((1, 1), np.int32)
@@ -72,7 +72,7 @@ class QuantizedTensor:
 
     name: str
     symbols: np.ndarray  # (rows, columns) int8 or int16
-    factors: tuple[Factor, ...]
+    factors: tuple[ScaleFactor, ...]
     shape: tuple[int, ...]  # of the tensor itself
     trellis: Trellis | None = None  # symbols m mean the grid points 2m + z0 of this trellis
     facts: Mapping[str, Any] = field(default_factory=dict)  # method, bits, entropy_bits, damp_used, error …

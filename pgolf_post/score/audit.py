@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgolf_post.base.progress import progress_bar
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import MismatchError, VerificationError
 from pgolf_post.families import ModelFamily
-from pgolf_post.progress import progress_bar
 from pgolf_post.score.byte_ngram import decode_documents
+from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.nats import Observer, distribution
 from pgolf_post.score.protocols import Protocol, run_protocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.ledger import Ledger, LedgerError
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.score.ttt.weights import weights_sha256
 
@@ -35,7 +35,7 @@ PUBLISHED_TOKENS = {62_021_632: "SP1024", 45_508_608: "SP4096", 40_540_160: "SP8
 PUBLISHED_BYTES = (151_070_000, 151_080_000)
 KNOWN_WRONG = {176.33: "the leading space counted twice", 164.59: "case sentinels counted"}  # M bytes
 
-Run = Callable[[np.ndarray, Observer | None], Ledger]  # tokens (n,) → a complete ledger
+Run = Callable[[np.ndarray, Observer | None], CommitLog]  # tokens (n,) → a complete ledger
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Subject:
     def of(cls, module: Any, family: ModelFamily, isolates_documents: bool, protocol: Protocol) -> Subject:
         """A model under one of our protocols."""
 
-        def run(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+        def run(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
             return run_protocol(module, family, tokens, protocol, Session(observer=observer, quiet=True))[0]
 
         return cls(module, family, isolates_documents, protocol, run)
@@ -82,7 +82,7 @@ def audit(
     try:
         with progress_bar("audit", samples + 2) as advance:
             findings = _behaviour(subject, tokens, samples, random, advance)
-    except LedgerError as error:
+    except CommitError as error:
         findings = [Finding("score before update", False, str(error))]
     after = weights_sha256(subject.module)
     same = f"sha256 of all weights and buffers {before[:12]} before, {after[:12]} after"
@@ -105,26 +105,26 @@ def _behaviour(
     return [once, _merged("flip", flipped), cut, sums_to_one(base, observer), scored_once(base), ledger_order(base)]
 
 
-def choose_flips(ledger: Ledger, count: int, random: np.random.Generator) -> np.ndarray:
+def choose_flips(ledger: CommitLog, count: int, random: np.random.Generator) -> np.ndarray:
     """Some targets that are not BOS, which is structure: one in each of `count` equal parts of the scoring order."""
     order = [int(place) for place in scoring_order(ledger) if ledger.tokens[place] != BOS_ID]
     parts = np.array_split(np.array(order), min(count, len(order)))
     return np.array([int(random.choice(part)) for part in parts])
 
 
-def scoring_order(ledger: Ledger) -> np.ndarray:  # (targets,) int64
+def scoring_order(ledger: CommitLog) -> np.ndarray:  # (targets,) int64
     """Targets in the order in which they were scored; those of one commit by their place."""
     targets = np.flatnonzero(ledger.scored)
     return targets[np.lexsort((targets, ledger.turn[targets]))]
 
 
-def earlier_than(ledger: Ledger, place: int) -> np.ndarray:  # int64
+def earlier_than(ledger: CommitLog, place: int) -> np.ndarray:  # int64
     """Targets scored before one."""
     order = scoring_order(ledger)
     return order[: int(np.flatnonzero(order == place)[0])]
 
 
-def another_token(ledger: Ledger, place: int, random: np.random.Generator) -> int:
+def another_token(ledger: CommitLog, place: int, random: np.random.Generator) -> int:
     """A token that occurs in the text and is neither BOS nor the one at this place."""
     candidates = np.setdiff1d(np.unique(ledger.tokens), [BOS_ID, ledger.tokens[place]])
     return int(random.choice(candidates))
@@ -133,7 +133,7 @@ def another_token(ledger: Ledger, place: int, random: np.random.Generator) -> in
 def _flip(
     subject: Subject,
     tokens: np.ndarray,
-    base: Ledger,
+    base: CommitLog,
     observer: Observer,
     place: int,
     random: np.random.Generator,
@@ -163,7 +163,7 @@ def _merged(test: str, outcomes: list[tuple[bool, str]]) -> Finding:
     return Finding(test, True, evidence)
 
 
-def _truncation(subject: Subject, tokens: np.ndarray, base: Ledger, random: np.random.Generator) -> Finding:
+def _truncation(subject: Subject, tokens: np.ndarray, base: CommitLog, random: np.random.Generator) -> Finding:
     """Everything scored after the middle is overwritten, BOS apart; what was scored before may not move."""
     order = scoring_order(base)
     middle = len(order) // 2
@@ -184,7 +184,7 @@ def _truncation(subject: Subject, tokens: np.ndarray, base: Ledger, random: np.r
     return Finding("truncation", moved == 0 and worst < SUM_TOLERANCE, evidence)
 
 
-def sums_to_one(ledger: Ledger, observer: Observer) -> Finding:
+def sums_to_one(ledger: CommitLog, observer: Observer) -> Finding:
     """|Σp - 1| at watched targets, and that their nats are those of the distribution."""
     if not observer.log_probs:
         return Finding("sum to one", False, "the protocol showed no distribution")
@@ -196,14 +196,14 @@ def sums_to_one(ledger: Ledger, observer: Observer) -> Finding:
     return Finding("sum to one", bool(max(off[place], *gaps) < SUM_TOLERANCE), evidence)
 
 
-def scored_once(ledger: Ledger) -> Finding:
+def scored_once(ledger: CommitLog) -> Finding:
     """Each target has one score."""
     count = int(ledger.scored[1 : ledger.num_targets + 1].sum())
     evidence = f"{count:,} of {ledger.num_targets:,} targets in {ledger.turns:,} commits, each once"
     return Finding("score once", count == ledger.num_targets and not bool(ledger.scored[0]), evidence)
 
 
-def ledger_order(ledger: Ledger) -> Finding:
+def ledger_order(ledger: CommitLog) -> Finding:
     """Every token that a step used had been scored by then."""
     if not ledger.lessons:
         return Finding("score before update", None, "nothing is trained")
@@ -215,7 +215,7 @@ def ledger_order(ledger: Ledger) -> Finding:
     return Finding("score before update", not ahead, evidence)
 
 
-def _was_scored(ledger: Ledger, start: int, stop: int, turn: int) -> bool:
+def _was_scored(ledger: CommitLog, start: int, stop: int, turn: int) -> bool:
     turns = ledger.turn[max(1, start) : stop]
     return bool(np.all((turns >= 0) & (turns < turn)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make, verified_meta
@@ -22,7 +23,6 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
 from pgolf_post.score.session import Session
-from pgolf_post.storage import read_json, sha256_file
 
 STAGE, STAGE_VERSION, PAYLOAD = "score", 2, "documents.safetensors"
 

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field
 from torch import nn
 
+from pgolf_post.base.progress import progress_bar
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
-from pgolf_post.progress import progress_bar
 from pgolf_post.score.bpb import Score, require_finite, sum_units
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import check_tensors, load_module
-from pgolf_post.score.clock import Clock
+from pgolf_post.families import check_tensors, load_module, swap_weights
+from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.protocols import Protocol, protocol_spans
-from pgolf_post.score.sliding import num_targets
-from pgolf_post.score.spans import Span, batches_of, fitting
+from pgolf_post.score.spans import Span, batches_of, fitting, num_targets
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import canonical_json
 
@@ -61,7 +60,7 @@ class ModelPool:
             self._key, self._warm = key, set()
         return self._model
 
-    def warm_up(self, model: Any, protocol: Protocol, num_tokens: int, clock: Clock) -> None:
+    def warm_up(self, model: Any, protocol: Protocol, num_tokens: int, clock: PhaseTimes) -> None:
         """Compile for every shape of batch that a pass will have. Raises SettingsError for a protocol that learns."""
         if not self.compiled:
             return
@@ -80,11 +79,3 @@ class ModelPool:
         device = next(model.parameters()).device
         tokens = torch.full((batch, span.length), 2, device=device)
         model.logits(model.hidden(tokens)[:, -span.scored :].flatten(0, 1))
-
-
-@torch.no_grad()
-def swap_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module's own, in place: addresses stay, so compiled code stays valid."""
-    state = module.state_dict()
-    for name, tensor in tensors.items():
-        state[name].copy_(tensor)

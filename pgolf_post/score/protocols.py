@@ -14,11 +14,11 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 from pgolf_post.families import ModelFamily
 from pgolf_post.score.bpb import Score, documents_of, sum_units
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.plain import BATCH_TOKENS, PlainProtocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.sliding import SlidingProtocol, num_targets, sliding_spans
-from pgolf_post.score.spans import Span, SpanPass, fitting
-from pgolf_post.score.ttt.ledger import Ledger
+from pgolf_post.score.sliding import SlidingProtocol, sliding_spans
+from pgolf_post.score.spans import Span, SpanPass, fitting, num_targets
 from pgolf_post.score.ttt.settings import TTTProtocol
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def protocol_spans(protocol: PlainProtocol | SlidingProtocol, targets: int) -> l
 
 def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Protocol, session: Session) -> Pass:
     """A protocol as steps over a text. Raises MismatchError for a text too short."""
-    ledger = Ledger(tokens, num_targets(len(tokens), protocol.seq_len, protocol.tail))
+    ledger = CommitLog(tokens, num_targets(len(tokens), protocol.seq_len, protocol.tail))
     if not isinstance(protocol, TTTProtocol):
         spans = protocol_spans(protocol, ledger.num_targets)
         return SpanPass(module, ledger, spans, fitting(BATCH_TOKENS, module), session)
@@ -48,7 +48,7 @@ def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Pr
 
 def run_protocol(
     module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Protocol, session: Session
-) -> tuple[Ledger, Pass]:
+) -> tuple[CommitLog, Pass]:
     """Score a text, tokens (n,). Weights end as they were, bit for bit, whatever was learned on the way."""
     from pgolf_post.score.ttt.weights import require_equal_weights, restored
 

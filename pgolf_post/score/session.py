@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE, Ranks
+from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, PgolfError
-from pgolf_post.progress import progress_bar, say
-from pgolf_post.ranks import ALONE, Ranks
-from pgolf_post.score.clock import Clock
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
-from pgolf_post.score.ttt.ledger import Ledger
-from pgolf_post.storage import atomic_file
+from pgolf_post.score.phase_times import PhaseTimes
 
 ESTIMATE_AFTER = 3  # timed steps
 ESTIMATE_WORTH_SECONDS = 10.0
@@ -41,7 +41,7 @@ class Pass(Protocol):
     """What a protocol does, cut into steps."""
 
     costs: np.ndarray  # (steps,) relative
-    ledger: Ledger
+    ledger: CommitLog
 
     def step(self, index: int) -> None:
         """Score, or train on, the next part of the text."""
@@ -60,7 +60,7 @@ class Pass(Protocol):
 class Session:
     """What a pass runs in."""
 
-    clock: Clock = field(default_factory=Clock)
+    clock: PhaseTimes = field(default_factory=PhaseTimes)
     ranks: Ranks = ALONE
     observer: Observer | None = None
     partial: Path | None = None  # where a stopped pass is kept

@@ -28,20 +28,6 @@ class SlidingProtocol(Settings):
     tail: Literal["drop", "score"] = "drop"
 
 
-def num_targets(num_tokens: int, seq_len: int, tail: str) -> int:
-    """How many targets of a text are scored: all but its first token, or whole windows of them.
-
-    Raises MismatchError if there is none.
-    """
-    targets = num_tokens - 1 if tail == "score" else (num_tokens - 1) // seq_len * seq_len
-    if targets < 1:
-        raise MismatchError(
-            f"{num_tokens} tokens are fewer than one window of {seq_len} + 1",
-            hint="score shorter windows (--seq-len), or the rest too (--tail score)",
-        )
-    return targets
-
-
 def sliding_spans(targets: int, seq_len: int, stride: int) -> list[Span]:
     """Spans that score targets 1 … `targets` once each. Raises MismatchError for a stride beyond the window."""
     if not 1 <= stride <= seq_len:

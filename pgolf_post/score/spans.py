@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.errors import PgolfError
-from pgolf_post.progress import say
+from pgolf_post.base.progress import say
+from pgolf_post.errors import MismatchError, PgolfError
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import observe, target_nats
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.ledger import Ledger
 
 CPU_BATCH_TOKENS = 2048  # a sixth faster than 16,384 at width 256
 
@@ -115,7 +115,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class SpanPass:
     """Scoring without learning: every step is a batch of spans; ranks take turns."""
 
-    def __init__(self, module: Any, ledger: Ledger, spans: list[Span], batch_tokens: int, session: Session) -> None:
+    def __init__(self, module: Any, ledger: CommitLog, spans: list[Span], batch_tokens: int, session: Session) -> None:
         self.module, self.ledger, self.session = module, ledger, session
         batches = batches_of(spans, batch_tokens)
         self.batches = [batches[i] for i in session.ranks.share(range(len(batches)))]
@@ -134,3 +134,17 @@ class SpanPass:
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+
+def num_targets(num_tokens: int, seq_len: int, tail: str) -> int:
+    """How many targets of a text are scored: all but its first token, or whole windows of them.
+
+    Raises MismatchError if there is none.
+    """
+    targets = num_tokens - 1 if tail == "score" else (num_tokens - 1) // seq_len * seq_len
+    if targets < 1:
+        raise MismatchError(
+            f"{num_tokens} tokens are fewer than one window of {seq_len} + 1",
+            hint="score shorter windows (--seq-len), or the rest too (--tail score)",
+        )
+    return targets

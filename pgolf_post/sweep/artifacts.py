@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf_post import requant
+from pgolf_post import artifacts as requant
+from pgolf_post.base.progress import hushed
+from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id, intact_meta, store
 from pgolf_post.pack.artifact import read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.predict import predict_bytes
-from pgolf_post.progress import hushed
-from pgolf_post.quantize.factors import StatsFactors
-from pgolf_post.quantize.run import quantize_view
+from pgolf_post.pack.report.predict import predict_bytes
+from pgolf_post.quantize.gptq.stats_factors import StatsFactors
+from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.cached import Subject
 from pgolf_post.settings import parse_settings
-from pgolf_post.storage import read_json, sha256_file
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import KEPT_SMALL, Places, Recent, Spending
-from pgolf_post.sweep.spec import TrialSettings, trial_plan
+from pgolf_post.sweep.settings import TrialSettings, trial_plan
 from pgolf_post.sweep.weights import jittered
 
 BeforePacking = Callable[[Callable[[], int]], None]  # is given a function that predicts the artifact's bytes

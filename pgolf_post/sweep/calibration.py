@@ -11,11 +11,11 @@ from pgolf_post.calibrate import Stats, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NotFoundError
-from pgolf_post.quantize.factors import StatsFactors
+from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.score.cached import require_tokenizer
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import Places, Recent, Spending
-from pgolf_post.sweep.spec import SweepSpec, TrialSettings
+from pgolf_post.sweep.settings import SweepSpec, TrialSettings
 
 
 class Calibration:

@@ -10,9 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.storage import atomic_file
 from pgolf_post.sweep.run import State
 from pgolf_post.sweep.table import noise_floor_of
 

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgolf_post import requant
+from pgolf_post import artifacts as requant
 from pgolf_post.calibrate.memory import plan_memory
-from pgolf_post.calibrate.run import calibration_text, stats_id_of
+from pgolf_post.calibrate.stage import calibration_text, stats_id_of
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import build_module, get_family, load_module, train_seq_len
 from pgolf_post.ledger import Row
 from pgolf_post.plan import GridRule, Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_scales
-from pgolf_post.quantize.run import as_matrix, plan_view, spread_scales
+from pgolf_post.quantize.model import plan_view
+from pgolf_post.quantize.rows import as_matrix, spread_scales
 from pgolf_post.sweep.artifacts import artifact_folder
 from pgolf_post.sweep.run import State, Sweep
-from pgolf_post.sweep.spec import SweepSpec, Trial, trial_plan
+from pgolf_post.sweep.settings import SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.trial import Listed
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/BENCHMARKS.md, Quantizing)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from pgolf_post.base.progress import say
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
-from pgolf_post.ledger.recording import code_commit
-from pgolf_post.progress import say
+from pgolf_post.provenance import code_commit
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import Places
-from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec
+from pgolf_post.sweep.settings import SweepSpec, Trial, expand, read_spec
 from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
 from pgolf_post.sweep.workbench import Workbench
 
@@ -263,6 +263,6 @@ def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] |
 
 
 def _device_name(device: torch.device) -> str:
-    from trainer.provenance import device_name
+    from pgolf_post.provenance import device_name
 
     return device_name(device)

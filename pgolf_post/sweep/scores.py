@@ -17,28 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgolf_post.base.progress import hushed
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.families import train_seq_len
-from pgolf_post.progress import hushed
-from pgolf_post.ranks import Ranks
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.cached import load_score, score_subject
-from pgolf_post.score.expected import expected_score
-from pgolf_post.score.pieces import cut_documents
+from pgolf_post.score.compare.expected import expected_score
+from pgolf_post.score.compare.pieces import cut_documents
+from pgolf_post.score.compare.screen import score_chosen
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, protocol_spans
-from pgolf_post.score.screen import score_chosen
 from pgolf_post.score.session import Session
-from pgolf_post.score.sliding import SlidingProtocol, num_targets
-from pgolf_post.score.spans import Span
+from pgolf_post.score.sliding import SlidingProtocol
+from pgolf_post.score.spans import Span, num_targets
 from pgolf_post.score.ttt.settings import ttt_protocol
 from pgolf_post.settings import parse_settings
 from pgolf_post.sweep.artifacts import Quantized
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import KEPT_SMALL, Places, Recent, Spending
-from pgolf_post.sweep.spec import DRAWN, ScreenStage, SweepSpec, TrialSettings
+from pgolf_post.sweep.settings import DRAWN, ScreenStage, SweepSpec, TrialSettings
 
 SCREEN_VERSION, SCREEN_PAYLOAD = 1, "documents.safetensors"
 

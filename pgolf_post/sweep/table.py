@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import print_table, say
+from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger import Row
-from pgolf_post.progress import print_table, say
-from pgolf_post.storage import atomic_file
 from pgolf_post.sweep.run import State
-from pgolf_post.sweep.spec import SCORING
+from pgolf_post.sweep.settings import SCORING
 from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")

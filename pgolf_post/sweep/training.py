@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import say
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
-from pgolf_post.progress import say
 from pgolf_post.settings import apply_override, read_toml
-from pgolf_post.sweep.spec import TrainStage
+from pgolf_post.sweep.settings import TrainStage
 
 STAGE_VERSION = 1
 

@@ -19,15 +19,15 @@ from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row, Verdict
 from pgolf_post.ledger.schema import priced
-from pgolf_post.pack.size import count
+from pgolf_post.pack.report.size import count
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare import paired_documents
-from pgolf_post.score.paired import pair, t_interval
+from pgolf_post.score.compare.compare import paired_documents
+from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.artifacts import Quantized, unquantized
 from pgolf_post.sweep.conditions import holds
 from pgolf_post.sweep.scores import stage_protocol
-from pgolf_post.sweep.spec import DRAWN, SCORING, SweepSpec, Trial, trial_plan
+from pgolf_post.sweep.settings import DRAWN, SCORING, SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.training import recipe_tree
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS

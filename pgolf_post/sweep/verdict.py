@@ -13,7 +13,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from pgolf_post.ledger import Row, Verdict
-from pgolf_post.sweep.spec import SweepSpec
+from pgolf_post.sweep.settings import SweepSpec
 
 FLOOR_LEVEL = 0.95
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from pgolf_post.blend import linear_blend, require_trained, swa_parts
+from pgolf_post.average.linear import linear_blend, require_trained, swa_parts
+from pgolf_post.average.posthoc import config_at, find_combination, run_snapshots, synthesise
+from pgolf_post.average.profiles import ExponentialLength, Length, PowerLength
 from pgolf_post.checkpoint import Checkpoint, View, default_checkpoint, view_id
-from pgolf_post.ema_profiles import ExponentialLength, Length, PowerLength
 from pgolf_post.families import build_module, get_family
-from pgolf_post.posthoc_ema import config_at, find_combination, run_snapshots, synthesise
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import Places, Recent, Spending
-from pgolf_post.sweep.spec import BlendStage, EmaStage, TrialSettings
+from pgolf_post.sweep.settings import BlendStage, EmaStage, TrialSettings
 from pgolf_post.sweep.training import run_id, trained
 
 FIELDS = {"checkpoint", "weights", "train", "blend", "ema"}  # of a trial's settings: those that decide its weights

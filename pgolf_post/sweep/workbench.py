@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import torch
 
-from pgolf_post import requant
-from pgolf_post.calibrate import run as calibrate_run
+from pgolf_post import artifacts as requant
+from pgolf_post.calibrate import stage as calibrate_run
 from pgolf_post.score import cached as score_cache
 from pgolf_post.sweep.artifacts import Artifacts
 from pgolf_post.sweep.calibration import Calibration
 from pgolf_post.sweep.common import Places, Spending
 from pgolf_post.sweep.scores import SCREEN_VERSION, Scores
-from pgolf_post.sweep.spec import DRAWN
+from pgolf_post.sweep.settings import DRAWN
 from pgolf_post.sweep.weights import Weights
 
 VERSIONS = {

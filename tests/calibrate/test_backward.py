@@ -16,7 +16,7 @@ from pgolf_post.calibrate.backward import fisher_batch, sample_labels
 from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.packed import mirror_upper
 from pgolf_post.calibrate.randomness import uniforms
-from pgolf_post.calibrate.run import observe
+from pgolf_post.calibrate.stage import observe
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.errors import SettingsError

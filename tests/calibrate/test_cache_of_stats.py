@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate, stale_stats
 from pgolf_post.calibrate.stats import FISHER_PAYLOAD, PAYLOAD
 from pgolf_post.checkpoint import Checkpoint, View
@@ -15,7 +16,6 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, Pg
 from pgolf_post.families import get_family, load_module
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.plan import read_plan
-from pgolf_post.requant import requant
 from tests.calibrate.conftest import SETTINGS
 
 FISHER = SETTINGS.model_copy(update={"fisher": True})
@@ -80,7 +80,7 @@ def test_second_call_reads_and_never_recomputes(
     def refuse(*_: object) -> None:
         raise AssertionError("recomputed")
 
-    monkeypatch.setattr("pgolf_post.calibrate.run.collect", refuse)
+    monkeypatch.setattr("pgolf_post.calibrate.stage.collect", refuse)
     second = calibrate(pico_checkpoint.load(), pico_data, SETTINGS)
     assert (second.cached, second.id) == (True, first.id)
     assert "cached" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from torch import Tensor
 from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.packed import mirror_upper, pack_upper, unpack_upper
 from pgolf_post.calibrate.products import magnitudes, panel_gram, squares, upper_gram
-from pgolf_post.calibrate.run import calibration_text, observe
+from pgolf_post.calibrate.stage import calibration_text, observe
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder

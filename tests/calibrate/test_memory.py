@@ -9,7 +9,7 @@ import torch
 
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.calibrate.memory import free_bytes, plan_memory, require_memory
-from pgolf_post.calibrate.run import observe
+from pgolf_post.calibrate.stage import observe
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import PgolfError

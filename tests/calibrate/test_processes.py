@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.calibrate.partial import Partial
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.ranks import ALONE
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from pgolf_post.artifacts import is_no_op, requant
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import read_plan
-from pgolf_post.requant import is_no_op, requant
 
 FEW = ("--calibration-tokens", 512)
 

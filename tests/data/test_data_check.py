@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pgolf_post.base.storage import sha256_file, write_json
 from pgolf_post.cli.data import command
 from pgolf_post.data.check import challenge_verdict, check
 from pgolf_post.data.folder import DataFolder
 from pgolf_post.data.shards import HEADER_BYTES, read_shard, write_shard
 from pgolf_post.errors import VerificationError
-from pgolf_post.storage import sha256_file, write_json
 
 VAL_SHARD = "fineweb_val_000000.bin"
 

@@ -13,13 +13,13 @@ from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
-from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
-from pgolf_post.fit.gap import limit_for_gap
-from pgolf_post.fit.run import Fitter, prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
+from pgolf_post.fit.stage import Fitter, prepare, solve
+from pgolf_post.fit.target_gap import limit_for_gap
+from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
 
 CALIBRATION = CalibrationSettings(tokens=512)

@@ -9,9 +9,9 @@ import torch
 from pgolf_post.errors import NumericsError
 from pgolf_post.fit.estimate import gaussian_bits
 from pgolf_post.fit.steps import constant_for, expected_loss, relative_steps
-from pgolf_post.quantize.factorize import factorize
-from pgolf_post.quantize.gptq import gptq
-from pgolf_post.quantize.run import entropy_bits
+from pgolf_post.quantize.gptq.driver import gptq
+from pgolf_post.quantize.gptq.factorize import factorize
+from pgolf_post.quantize.rows import entropy_bits
 from pgolf_post.quantize.tensor import scale_of
 
 

@@ -16,12 +16,12 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.fit import tune
-from pgolf_post.fit.budget import TrainingClock
 from pgolf_post.fit.build import constants_of
 from pgolf_post.fit.probe import Probe
-from pgolf_post.fit.run import Fitter, prepare, solve
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
+from pgolf_post.fit.stage import Fitter, prepare, solve
+from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import Student, stages_of
 from pgolf_post.fit.tune_partial import Done, TunePartial
 

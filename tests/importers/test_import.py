@@ -14,16 +14,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pgolf_post.blend import swa_blend
-from pgolf_post.blend_settings import Selection
-from pgolf_post.checkpoint import Checkpoint, default_checkpoint, tensors_sha256
+from pgolf_post.average.linear import swa_blend
+from pgolf_post.average.settings import Selection
+from pgolf_post.base.storage import tensors_sha256
+from pgolf_post.checkpoint import Checkpoint, default_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import infer_model, read_log, split_log, translate
 from pgolf_post.importers.foreign_file import read_foreign
-from pgolf_post.importers.run import export_view, import_file
+from pgolf_post.importers.importing import export_view, import_file
 from pgolf_post.score.metric import verify_metric
 
 PARITY = Path(__file__).parent.parent / "parity"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
 from pgolf_post.ledger import Ledger, Row
-from pgolf_post.ledger.columns import parse_bytes, parse_number, parse_verdict
 from pgolf_post.ledger.exporting import to_csv, to_jsonl, to_markdown
+from pgolf_post.ledger.foreign_columns import parse_bytes, parse_number, parse_verdict
 from pgolf_post.ledger.importing import Imported, ImportSettings, read_log
 from pgolf_post.ledger.lineage import trees
 from pgolf_post.ledger.tables import find_tables

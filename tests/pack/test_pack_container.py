@@ -22,8 +22,8 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, Nu
 from pgolf_post.pack import artifact, codecs, container, decode
 from pgolf_post.pack.artifact import Artifact, unpack
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor, symbols_sha256
-from pgolf_post.quantize.trellis import POLYNOMIALS, Trellis
+from pgolf_post.quantize.gptq.trellis import POLYNOMIALS, Trellis
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, symbols_sha256
 from pgolf_post.settings import parse_settings
 from tests.pack import goldens
 
@@ -47,7 +47,7 @@ NAMES = [
 def tensor(name: str, symbols: Any, scales: Any, dtype: type = np.int8) -> QuantizedTensor:
     """Row-scaled symbols, the plainest kind of quantized tensor."""
     array = np.asarray(symbols, dtype)
-    return QuantizedTensor(name, array, (Factor("row", np.asarray(scales, np.float16)),), array.shape)
+    return QuantizedTensor(name, array, (ScaleFactor("row", np.asarray(scales, np.float16)),), array.shape)
 
 
 def model_of(*tensors: QuantizedTensor, **passthrough: np.ndarray) -> QuantizedModel:
@@ -59,10 +59,10 @@ def tiny_model() -> QuantizedModel:
     queries = [tensor(f"blocks.{i}.attn.q.weight", [[i, -1], [3, 7 - i]], [0.5, 0.25 * (i + 1)]) for i in range(2)]
     last = tensor("blocks.2.attn.q.weight", [[127, -1270]], [1.0], np.int16)
     factors = (
-        Factor("tensor", np.array([-3], np.int8)),
-        Factor("row", np.array([0, 1, -2, 3], np.int8)),
-        Factor("column", np.array([500, -9, 2], np.int16)),
-        Factor("group", np.array([0.5, 2, 1], np.float16), 5),
+        ScaleFactor("tensor", np.array([-3], np.int8)),
+        ScaleFactor("row", np.array([0, 1, -2, 3], np.int8)),
+        ScaleFactor("column", np.array([500, -9, 2], np.int16)),
+        ScaleFactor("group", np.array([0.5, 2, 1], np.float16), 5),
     )
     symbols = np.arange(-6, 6, dtype=np.int8).reshape(4, 3)
     embedding = QuantizedTensor("tok_emb.weight", symbols, factors, (4, 3), Trellis(8, 3))
@@ -79,14 +79,14 @@ def finite_halves(draw: st.DrawFn, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @st.composite
-def factors(draw: st.DrawFn, rows: int, columns: int) -> Factor:
+def factors(draw: st.DrawFn, rows: int, columns: int) -> ScaleFactor:
     axis = draw(st.sampled_from(["tensor", "row", "column", "group"]))
     size = draw(st.integers(1, 7)) if axis == "group" else 0
     length = {"tensor": 1, "row": rows, "column": columns}.get(axis, -(-rows * columns // max(1, size)))
     kind = draw(st.sampled_from([np.float16, np.float32, np.int8, np.int16]))
     if kind in (np.float16, np.float32):
-        return Factor(axis, draw(finite_halves((length,))).astype(kind), size)
-    return Factor(axis, draw(hnp.arrays(kind, (length,), elements=st.integers(-100, 100))), size)
+        return ScaleFactor(axis, draw(finite_halves((length,))).astype(kind), size)
+    return ScaleFactor(axis, draw(hnp.arrays(kind, (length,), elements=st.integers(-100, 100))), size)
 
 
 @st.composite
@@ -203,7 +203,7 @@ def repeating_model() -> QuantizedModel:
     noise = row * row * 31 + column * column * 17 + row * column * 7
     alike = 5 * (column * column % 7) - 15 + (noise % 11 % 4 - 1) // 2
     symbols = np.where(row % 3 > 0, alike, noise % 61 - 30).astype(np.int8)
-    factors = (Factor("row", np.full(64, 0.5, np.float16)),)
+    factors = (ScaleFactor("row", np.full(64, 0.5, np.float16)),)
     return bare_model(QuantizedTensor("tok_emb.weight", symbols, factors, (64, 24), Trellis(8, 40)))
 
 
@@ -327,7 +327,7 @@ def test_every_unit_is_announced(codec: str) -> None:
 
 HALF = np.ones(1, np.float16)
 ONE = np.zeros((1, 1), np.int8)
-ROW = (Factor("row", HALF),)
+ROW = (ScaleFactor("row", HALF),)
 
 
 def odd(symbols: Any = ONE, factors: Any = ROW, shape: Any = (1, 1), trellis: Trellis | None = None) -> QuantizedModel:
@@ -336,10 +336,13 @@ def odd(symbols: Any = ONE, factors: Any = ROW, shape: Any = (1, 1), trellis: Tr
 
 
 REFUSED = [
-    (odd(factors=(Factor("row", np.ones(2, np.float16)),)), r"w: row factor is float16 \(2,\), expected .* \(1,\)"),
-    (odd(factors=(Factor("row", np.ones(1)),)), "w: row factor is float64"),
-    (odd(factors=(Factor("column", np.ones(1, np.int32)),)), "w: column factor is int32"),
-    (odd(factors=(Factor("group", HALF, 0),)), "w: groups of 0 weights"),
+    (
+        odd(factors=(ScaleFactor("row", np.ones(2, np.float16)),)),
+        r"w: row factor is float16 \(2,\), expected .* \(1,\)",
+    ),
+    (odd(factors=(ScaleFactor("row", np.ones(1)),)), "w: row factor is float64"),
+    (odd(factors=(ScaleFactor("column", np.ones(1, np.int32)),)), "w: column factor is int32"),
+    (odd(factors=(ScaleFactor("group", HALF, 0),)), "w: groups of 0 weights"),
     (odd(symbols=np.zeros(1, np.int8)), r"w: symbols are int8 \(1,\), expected int8 or int16 \(rows, columns\)"),
     (odd(symbols=np.zeros((1, 1))), "w: symbols are float64"),
     (odd(shape=(2, 1)), r"w: symbols \(1, 1\) do not make a tensor of \(2, 1\)"),

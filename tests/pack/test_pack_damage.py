@@ -19,7 +19,7 @@ import pytest
 
 from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.container import PackSettings, frame_units, pack, pack_units
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 from tests.pack.samples import sample_model
 
 MIB = 1 << 20
@@ -161,7 +161,7 @@ def test_damage_is_refused_or_changes_nothing_at_length(traced: None) -> None:
 @pytest.mark.parametrize("shape", [(1024, 512), (2, 1 << 18)])
 def test_an_honest_file_is_decoded_within_the_stated_memory(traced: None, codec: str, shape: tuple[int, int]) -> None:
     symbols = np.random.default_rng(0).integers(-31, 32, shape).astype(np.int8)
-    factors = (Factor("row", np.ones(shape[0], np.float16)),)
+    factors = (ScaleFactor("row", np.ones(shape[0], np.float16)),)
     tensors = {f"blocks.{i}.w": QuantizedTensor(f"blocks.{i}.w", symbols, factors, shape) for i in (0, 1)}
     data = pack(QuantizedModel({}, {}, tensors, {}), PackSettings(codec=codec))
     limit_bytes = peak_limit_bytes(data)

@@ -7,18 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pgolf_post.pack import predict
 from pgolf_post.pack.container import pack
-from pgolf_post.pack.predict import forget, predict_bytes
-from pgolf_post.quantize.tensor import Factor, QuantizedModel
-from pgolf_post.quantize.trellis import Trellis
+from pgolf_post.pack.report import predict
+from pgolf_post.pack.report.predict import forget, predict_bytes
+from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.quantize.tensor import QuantizedModel, ScaleFactor
 from tests.pack.samples import sample_model
 from tests.pack.test_pack_rans import gaussian_model
 
 
 def floating(model: QuantizedModel) -> QuantizedModel:
     """The model with fp16 scales."""
-    scaled = {n: replace(t, factors=(Factor("tensor", np.ones(1, np.float16)),)) for n, t in model.quantized.items()}
+    scaled = {
+        n: replace(t, factors=(ScaleFactor("tensor", np.ones(1, np.float16)),)) for n, t in model.quantized.items()
+    }
     return replace(model, quantized=scaled)
 
 
@@ -31,7 +33,7 @@ def stepped(model: QuantizedModel, eighths: int) -> QuantizedModel:
         steps = [rng.integers(-eighths, eighths + 1, n).astype(np.int8) for n in (rows, columns)]
         size = np.exp2(-(steps[0][:, None] + steps[1]) / 8)
         symbols = np.rint(rng.normal(0, 2, (rows, columns)) * size).clip(-127, 127).astype(np.int8)
-        factors = (Factor("row", steps[0]), Factor("column", steps[1]))
+        factors = (ScaleFactor("row", steps[0]), ScaleFactor("column", steps[1]))
         tensors[name] = replace(tensor, symbols=symbols, factors=factors, trellis=Trellis(8, 64))
     return replace(model, quantized=tensors)
 

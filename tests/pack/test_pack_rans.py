@@ -13,13 +13,16 @@ from click.testing import CliRunner
 
 from pgolf_post.cli.compress import command
 from pgolf_post.errors import NotFoundError, SettingsError
-from pgolf_post.pack import codecs, compare, contexts, frequency_tables, rans, row_scales
+from pgolf_post.pack import codecs
 from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
+from pgolf_post.pack.coder import contexts, frequency_tables, rans
+from pgolf_post.pack.coder import row_shifts as row_scales
 from pgolf_post.pack.container import PackSettings, block_of, pack
 from pgolf_post.pack.decode import RANS
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
-from pgolf_post.quantize.trellis import Trellis, first_bits
+from pgolf_post.pack.report import compare
+from pgolf_post.quantize.gptq.trellis import Trellis, first_bits
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 
 
 def gaussian_model(row_spread: float, column_spread: float, blocks: int = 2, seed: int = 0) -> QuantizedModel:
@@ -30,7 +33,7 @@ def gaussian_model(row_spread: float, column_spread: float, blocks: int = 2, see
         rows, columns = (512, 256) if "fc" in name else (256, 256)
         deviation = 3 * np.exp(rng.normal(0, row_spread, (rows, 1)) + rng.normal(0, column_spread, columns))
         symbols = np.clip(np.rint(rng.normal(0, 1, (rows, columns)) * deviation), -127, 127).astype(np.int8)
-        factor = Factor("row", rng.integers(-40, -20, rows).astype(np.int8))
+        factor = ScaleFactor("row", rng.integers(-40, -20, rows).astype(np.int8))
         quantized[name] = QuantizedTensor(name, symbols, (factor,), symbols.shape)
     return QuantizedModel({}, {}, quantized, {"gain": np.ones(3, np.float16)})
 
@@ -107,7 +110,7 @@ def test_what_integer_factors_say_is_not_stored_again(axis: Literal["row", "colu
     symbols = np.rint(rng.normal(0, 1, (256, 256)) * (sigma[:, None] if axis == "row" else sigma)).astype(np.int8)
     sizes = []
     for values in (eighths + common, rng.permutation(eighths) + common):
-        tensor = QuantizedTensor("w", symbols, (Factor(axis, values.astype(np.int8)),), symbols.shape)
+        tensor = QuantizedTensor("w", symbols, (ScaleFactor(axis, values.astype(np.int8)),), symbols.shape)
         coded = rans.encode([[block_of([tensor])]])
         assert axis == "column" or (len(set(coded.scales[0].tolist())) == 1) == (not sizes)
         sizes.append(coded.unit_bits[0])

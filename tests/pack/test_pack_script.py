@@ -19,7 +19,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.pack import script
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.size import count
+from pgolf_post.pack.report.size import count
 from pgolf_post.pack.snippet import decoder_snippet
 from pgolf_post.quantize.tensor import QuantizedModel
 from tests.pack.samples import sample_model
@@ -126,9 +126,9 @@ def test_the_example_holds_the_current_decoder() -> None:
 def test_the_example_is_packed_and_scores_the_same(
     tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder
 ) -> None:
+    from pgolf_post.artifacts import requant
     from pgolf_post.calibrate import CalibrationSettings, calibrate
     from pgolf_post.plan import read_plan
-    from pgolf_post.requant import requant
     from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
 

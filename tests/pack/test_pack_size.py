@@ -16,8 +16,8 @@ from pgolf_post.cli.size import command
 from pgolf_post.errors import DamagedFileError, NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.artifact import read_facts, write_artifact
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.size import count, unit_table
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
+from pgolf_post.pack.report.size import count, unit_table
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 
 
 def file_of(path: Path, num_bytes: int) -> Path:
@@ -33,7 +33,7 @@ def sample_model() -> QuantizedModel:
     names = [f"blocks.{i}.mlp.fc.weight" for i in range(2)] + ["tok_emb.weight"]
     symbols = {name: rng.integers(-7, 8, (6, 10)).astype(np.int8) for name in names}
     quantized = {
-        name: QuantizedTensor(name, array, (Factor("row", np.ones(6, np.float16)),), (6, 10))
+        name: QuantizedTensor(name, array, (ScaleFactor("row", np.ones(6, np.float16)),), (6, 10))
         for name, array in symbols.items()
     }
     return QuantizedModel({}, {}, quantized, {"gain": np.ones(3, np.float16)})

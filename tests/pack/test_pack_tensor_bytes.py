@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from pgolf_post.cli.size import command
 from pgolf_post.errors import MismatchError, NotFoundError, OverBudgetError, SettingsError
-from pgolf_post.pack import codecs, decode, tensor_bytes
+from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.artifact import read_artifact, write_artifact
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.tensor_bytes import CONTAINER, role_table, share_out, tensor_table
-from pgolf_post.quantize.tensor import Factor, QuantizedModel, QuantizedTensor
-from pgolf_post.quantize.trellis import Trellis
+from pgolf_post.pack.report import tensor_bytes
+from pgolf_post.pack.report.tensor_bytes import CONTAINER, role_table, share_out, tensor_table
+from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 from tests.pack.samples import sample_model
 
 
@@ -57,7 +58,7 @@ def spread_model(trellis: Trellis | None) -> QuantizedModel:
         symbols[5, :9] = 3000
         symbols[40:60] = symbols[39] + (rng.random((20, 96)) < 0.1)
         name = f"blocks.{block}.mlp.fc.weight"
-        factor = Factor("row", rng.uniform(0.01, 0.02, 128).astype(np.float16))
+        factor = ScaleFactor("row", rng.uniform(0.01, 0.02, 128).astype(np.float16))
         quantized[name] = QuantizedTensor(name, symbols, (factor,), (128, 96), trellis)
     return QuantizedModel({}, {}, quantized, {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgolf_post.calibrate import CalibrationSettings
-from pgolf_post.calibrate.run import calibration_text
+from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder

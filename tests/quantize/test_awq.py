@@ -13,7 +13,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.awq import FLOOR, column_scales, stored_factor, stretch, stretched_hessian
-from pgolf_post.quantize.run import plan_view, quantize_view
+from pgolf_post.quantize.model import plan_view, quantize_view
 
 
 def logits(view: View, tensors: dict[str, Tensor]) -> Tensor:

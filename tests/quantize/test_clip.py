@@ -9,8 +9,8 @@ from torch import Tensor
 from pgolf_post.errors import NumericsError
 from pgolf_post.plan import RtnRule
 from pgolf_post.quantize.clip import grid_scales, max_symbol, sdclip_scales
+from pgolf_post.quantize.rows import spread_scales
 from pgolf_post.quantize.rtn import round_to_nearest
-from pgolf_post.quantize.run import spread_scales
 
 
 def weight_of(seed: int = 0) -> Tensor:

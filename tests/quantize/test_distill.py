@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf_post.artifacts import plan_text, requant
 from pgolf_post.calibrate import CalibrationSettings, Stats
-from pgolf_post.calibrate.run import calibration_text
+from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import load_module
 from pgolf_post.pack.artifact import read_artifact
-from pgolf_post.plan import parse_plan, read_plan
+from pgolf_post.plan import DistillSettings, parse_plan, read_plan
 from pgolf_post.quantize import distill as module
 from pgolf_post.quantize.distill import Losses, distill, split_windows, to_stored, tunable
-from pgolf_post.quantize.distill_settings import DistillSettings
-from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
-from pgolf_post.requant import plan_text, requant
 
 COARSE = ("*.bits=3", "matrices.clip=3", "embedding.clip=3")
 SETTINGS = DistillSettings(tokens=640, steps=30, learning_rate=0.01, batch_tokens=256, holdout=0.25)

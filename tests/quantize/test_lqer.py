@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.quantize.lqer import LqerSettings, correction, corrections, low_rank
-from pgolf_post.quantize.tensor import Factor, QuantizedTensor, add_low_rank
+from pgolf_post.plan import LqerSettings
+from pgolf_post.quantize.lqer import correction, corrections, low_rank
+from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor, add_low_rank
 from pgolf_post.settings import parse_settings
 
 
@@ -21,7 +22,7 @@ def random(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def rounded(name: str, weight: Tensor, step: float) -> QuantizedTensor:
     symbols = (weight / step).round().to(torch.int8).numpy()
-    return QuantizedTensor(name, symbols, (Factor("tensor", np.array([step], np.float16)),), tuple(weight.shape))
+    return QuantizedTensor(name, symbols, (ScaleFactor("tensor", np.array([step], np.float16)),), tuple(weight.shape))
 
 
 def test_the_worked_example_of_the_docstring() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -17,9 +18,9 @@ from pgolf_post.families import build_module, get_family
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.plan import KeepRule, Plan, TensorPlan, make_plan, read_plan
 from pgolf_post.quantize.awq import Stretched
-from pgolf_post.quantize.factors import StatsFactors
-from pgolf_post.quantize.run import entropy_bits, keep_tensor, quantize_rows, quantize_view
-from pgolf_post.requant import requant
+from pgolf_post.quantize.gptq.stats_factors import StatsFactors
+from pgolf_post.quantize.model import quantize_view
+from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_rows
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 

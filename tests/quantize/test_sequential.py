@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.calibrate.collect import Observed, collect
-from pgolf_post.calibrate.run import calibration_text
+from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -21,9 +22,8 @@ from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import get_family, load_module, train_seq_len
 from pgolf_post.plan import Plan, read_plan
 from pgolf_post.quantize import sequential
-from pgolf_post.quantize.run import quantize_view
+from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.sequential import blocks_in_order
-from pgolf_post.requant import requant
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 

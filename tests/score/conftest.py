@@ -12,9 +12,9 @@ import torch
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.families import ModelFamily, get_family
 from pgolf_post.score.bpb import Score
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.protocols import Protocol, run_protocol, score_text
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.settings import TTTProtocol, ttt_protocol
 from tests.conftest import pico_documents
 
@@ -64,7 +64,7 @@ class Bench:
     def facts(self, protocol: Protocol) -> dict[str, Any]:
         return score_text(self.module, self.family, self.tokens, self.token_bytes, protocol)[1]
 
-    def ledger(self, protocol: Protocol, session: Session | None = None) -> Ledger:
+    def ledger(self, protocol: Protocol, session: Session | None = None) -> CommitLog:
         return run_protocol(self.module, self.family, self.tokens, protocol, session or Session())[0]
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import VerificationError
 from pgolf_post.score.audit import Finding, Subject, audit, audit_text, earlier_than, require_passed
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import Protocol, folder_text
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
-from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.sgd import ChunkPass
 from tests.score.conftest import Bench, record_model, ttt
 
@@ -176,7 +176,7 @@ def test_a_missing_bos_is_noticed(pico_data: DataFolder) -> None:
 def test_a_score_that_is_not_the_distributions_is_noticed(bench: Bench) -> None:
     honest = Subject.of(bench.module, bench.family, False, PLAIN).run
 
-    def flattering(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+    def flattering(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
         ledger = honest(tokens, observer)
         ledger.nats *= 0.99
         return ledger
@@ -187,7 +187,7 @@ def test_a_score_that_is_not_the_distributions_is_noticed(bench: Bench) -> None:
 def test_a_target_left_out_is_noticed(bench: Bench) -> None:
     honest = Subject.of(bench.module, bench.family, False, PLAIN).run
 
-    def forgetful(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+    def forgetful(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
         ledger = honest(tokens, observer)
         ledger.turn[100] = -1
         return ledger
@@ -198,7 +198,7 @@ def test_a_target_left_out_is_noticed(bench: Bench) -> None:
 def test_weights_left_behind_are_noticed(bench: Bench) -> None:
     honest = Subject.of(bench.module, bench.family, False, PLAIN).run
 
-    def messy(tokens: np.ndarray, observer: Observer | None) -> Ledger:
+    def messy(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
         ledger = honest(tokens, observer)
         with torch.no_grad():
             bench.module.skip_weights.add_(1e-7)

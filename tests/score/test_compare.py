@@ -10,17 +10,15 @@ import pytest
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare import (
+from pgolf_post.score.compare.compare import (
     BYTES_PER_TOKEN,
     paired_documents,
     record_rule,
     sign_test,
     welch,
 )
-from pgolf_post.score.paired import Clusters, t_interval
-from pgolf_post.score.plain import PlainProtocol
-from pgolf_post.score.protocols import protocol_spans
-from pgolf_post.score.screen import (
+from pgolf_post.score.compare.paired import Clusters, t_interval
+from pgolf_post.score.compare.screen import (
     EXCLUDED,
     Screening,
     ScreenSettings,
@@ -30,7 +28,10 @@ from pgolf_post.score.screen import (
     sequence_factor,
     window_scorer,
 )
-from pgolf_post.score.sliding import SlidingProtocol, num_targets
+from pgolf_post.score.plain import PlainProtocol
+from pgolf_post.score.protocols import protocol_spans
+from pgolf_post.score.sliding import SlidingProtocol
+from pgolf_post.score.spans import num_targets
 from tests.score.conftest import Bench, record_model, ttt
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from pgolf_post.errors import MismatchError
-from pgolf_post.score.expected import ExpectedWindows
+from pgolf_post.score.compare.expected import ExpectedWindows
+from pgolf_post.score.compare.screen import Screening, ScreenSettings, bytes_of_windows, screen
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import protocol_spans
-from pgolf_post.score.screen import Screening, ScreenSettings, bytes_of_windows, screen
-from pgolf_post.score.sliding import num_targets
-from pgolf_post.score.spans import Span
+from pgolf_post.score.spans import Span, num_targets
 from tests.score.conftest import record_model
 
 SEQ_LEN, WINDOWS = 8, 128

@@ -12,8 +12,15 @@ import pytest
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score, sum_units
-from pgolf_post.score.paired import Clusters, bootstrap_interval, effective_clusters, pair, share_interval, t_interval
-from pgolf_post.score.pieces import break_quality, cut_documents
+from pgolf_post.score.compare.paired import (
+    Clusters,
+    bootstrap_interval,
+    effective_clusters,
+    pair,
+    share_interval,
+    t_interval,
+)
+from pgolf_post.score.compare.pieces import break_quality, cut_documents
 
 LN2 = math.log(2)
 

@@ -11,7 +11,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import get_family, load_module
 from pgolf_post.score.cached import load_score, score_view
-from pgolf_post.score.clock import Clock
+from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import folder_text, score_text
@@ -30,7 +30,7 @@ def test_a_second_artifact_on_the_same_compiled_model_recompiles_nothing(
     pool, graphs, seconds = ModelPool(compiled=True, backend="eager"), [], []
     for name in ("raw", "ema"):
         view = pico_checkpoint.load(name)  # type: ignore[arg-type]
-        family, clock = get_family(view.config["family"]), Clock()
+        family, clock = get_family(view.config["family"]), PhaseTimes()
         model = pool.load(view.config, view.tensors, name, CPU)
         pool.warm_up(model, protocol, len(text[0]), clock)
         compiled = score_text(model, family, *text, protocol)[0]
@@ -66,7 +66,7 @@ def test_compiling_is_for_models_that_do_not_learn(pico_checkpoint: Checkpoint) 
     view, pool = pico_checkpoint.load(), ModelPool(compiled=True, backend="eager")
     model = pool.load(view.config, view.tensors, "first", CPU)
     with pytest.raises(SettingsError, match="--compile"):
-        pool.warm_up(model, ttt("lora"), 700, Clock())
+        pool.warm_up(model, ttt("lora"), 700, PhaseTimes())
 
 
 def test_cached_scores_come_back_with_their_sums(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pgolf_post.errors import DamagedFileError
-from pgolf_post.score.clock import Clock
+from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.session import Session, StoppedError
 from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.spans import SpanPass
@@ -70,7 +70,7 @@ def test_a_spent_budget_keeps_what_was_done(
     monkeypatch.setattr("pgolf_post.score.protocols.BATCH_TOKENS", 256)
     protocol = SlidingProtocol(seq_len=32, stride=8)
     whole = bench.ledger(protocol)
-    clock = Clock(10.0)
+    clock = PhaseTimes(10.0)
     clock.seconds["load"] = 7.0
     original = SpanPass.step
 
@@ -85,7 +85,7 @@ def test_a_spent_budget_keeps_what_was_done(
     assert "--time-budget" in str(caught.value.hint)
     assert "warning: 8 s of the budget's 10 s" in capsys.readouterr().err
     monkeypatch.setattr(SpanPass, "step", original)
-    later = Clock(100.0)
+    later = PhaseTimes(100.0)
     assert np.array_equal(bench.ledger(protocol, session_at(tmp_path, clock=later)).nats, whole.nats)
     assert later.strict > 10.0  # the earlier part counts
 
@@ -93,7 +93,7 @@ def test_a_spent_budget_keeps_what_was_done(
 def test_partial_results_of_something_else_are_left_alone(bench: Bench, tmp_path: Path) -> None:
     protocol = SlidingProtocol(seq_len=32, stride=8)
     whole = bench.ledger(protocol)
-    spent = Clock(1.0)
+    spent = PhaseTimes(1.0)
     spent.seconds["load"] = 2.0
     with pytest.raises(StoppedError):
         bench.ledger(protocol, session_at(tmp_path, clock=spent))
@@ -106,7 +106,7 @@ def test_partial_results_of_something_else_are_left_alone(bench: Bench, tmp_path
 
 
 def test_the_clock_adds_up() -> None:
-    clock = Clock()
+    clock = PhaseTimes()
     for name in ("load", "score", "adapt", "score"):
         with clock.phase(name):  # type: ignore[arg-type]
             pass

@@ -20,8 +20,8 @@ from pgolf_post.families import get_family, load_module
 from pgolf_post.score import spans
 from pgolf_post.score.plain import PlainProtocol, score_plain
 from pgolf_post.score.protocols import folder_text
-from pgolf_post.score.sliding import SlidingProtocol, num_targets, sliding_spans
-from pgolf_post.score.spans import batches_of, places_of
+from pgolf_post.score.sliding import SlidingProtocol, sliding_spans
+from pgolf_post.score.spans import batches_of, num_targets, places_of
 from tests.score.conftest import Bench
 from tests.trainer.test_distributed import torchrun
 
@@ -139,7 +139,7 @@ from pathlib import Path
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.ranks import Ranks, end_process
+from pgolf_post.base.ranks import Ranks, end_process
 from pgolf_post.score import protocols
 from pgolf_post.score.cached import score_view
 from pgolf_post.score.plain import PlainProtocol

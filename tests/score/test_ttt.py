@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError, NumericsError, PgolfError, SettingsError, VerificationError
+from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.ttt import weights
 from pgolf_post.score.ttt.adapters import Adapters
-from pgolf_post.score.ttt.ledger import Ledger, LedgerError
 from pgolf_post.score.ttt.lora import LoraPass, batch_texts, find_texts
 from pgolf_post.score.ttt.settings import PRESETS, ttt_protocol
 from pgolf_post.score.ttt.sgd import ChunkPass
@@ -26,36 +26,36 @@ from tests.score.conftest import Bench, record_model, ttt
 METHODS = ("sgd", "scales", "lora", "phased")
 
 
-def small_ledger() -> Ledger:
-    return Ledger(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
+def small_ledger() -> CommitLog:
+    return CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
 
 
 def test_a_target_is_scored_once() -> None:
     ledger = small_ledger()
     ledger.commit(np.array([1, 2]), np.array([0.5, 0.25]))
-    with pytest.raises(LedgerError, match="target 2 would be scored twice"):
+    with pytest.raises(CommitError, match="target 2 would be scored twice"):
         ledger.commit(np.array([2, 3]), np.ones(2))
-    with pytest.raises(LedgerError, match="scored twice"):
+    with pytest.raises(CommitError, match="scored twice"):
         ledger.commit(np.array([3, 3]), np.ones(2))
-    with pytest.raises(LedgerError, match="no target"):
+    with pytest.raises(CommitError, match="no target"):
         ledger.commit(np.array([6]), np.ones(1))
     with pytest.raises(NumericsError, match="target 4"):
         ledger.commit(np.array([3, 4]), np.array([1.0, np.nan]))
     assert ledger.nats.sum() == 0.75
-    with pytest.raises(LedgerError, match="3 of 5 targets were never scored"):
+    with pytest.raises(CommitError, match="3 of 5 targets were never scored"):
         ledger.require_complete()
 
 
 def test_only_scored_tokens_are_handed_out() -> None:
     ledger = small_ledger()
-    with pytest.raises(LedgerError, match="token 1 has not been scored"):
+    with pytest.raises(CommitError, match="token 1 has not been scored"):
         ledger.hand_out(0, 3)
     ledger.commit(np.array([1, 2]), np.ones(2))
     assert ledger.hand_out(0, 3).tolist() == [1, 5, 6]
-    with pytest.raises(LedgerError, match="token 3 has not been scored"):
+    with pytest.raises(CommitError, match="token 3 has not been scored"):
         ledger.hand_out(1, 4)
     ledger.commit(np.array([3, 4, 5]), np.ones(3))
-    with pytest.raises(LedgerError):
+    with pytest.raises(CommitError):
         ledger.hand_out(2, 9)
     assert [(lesson.turn, lesson.start, lesson.stop) for lesson in ledger.lessons] == [(1, 0, 3)]
 
@@ -189,7 +189,7 @@ def test_a_loop_that_trains_first_does_not_run(bench: Bench, monkeypatch: pytest
 
     monkeypatch.setattr(ChunkPass, "step", step)
     before = weights_sha256(bench.module)
-    with pytest.raises(LedgerError, match="asked for training"):
+    with pytest.raises(CommitError, match="asked for training"):
         bench.score(ttt("sgd"))
     assert weights_sha256(bench.module) == before
 
@@ -254,7 +254,7 @@ def test_settings_that_cannot_act_are_refused(method: str, override: str, messag
 def test_what_is_trained(bench: Bench) -> None:
     def trained(*overrides: str, method: str = "sgd") -> set[str]:
         protocol = ttt(method, *overrides)
-        return set(ChunkPass(bench.module, bench.family, Ledger(bench.tokens, 480), protocol, Session()).parameters)
+        return set(ChunkPass(bench.module, bench.family, CommitLog(bench.tokens, 480), protocol, Session()).parameters)
 
     everything = trained()
     assert everything == {name for name, _ in bench.module.named_parameters()}
@@ -305,7 +305,7 @@ def test_the_first_chunk_of_a_document_is_scored_by_the_plain_model(bench: Bench
 
 def test_lora_pass_counts_its_steps(bench: Bench) -> None:
     protocol = ttt("lora")
-    work = LoraPass(bench.module, bench.family, Ledger(bench.tokens, 499), protocol, Session())
+    work = LoraPass(bench.module, bench.family, CommitLog(bench.tokens, 499), protocol, Session())
     chunks = [max(-(-text.targets // 16) for text in batch) for batch in work.batches]
     assert len(work.costs) == sum(chunks)
     facts = bench.facts(protocol)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, load_module
-from pgolf_post.ranks import Ranks
 from pgolf_post.score.audit import ledger_order, scored_once
+from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.ledger import Ledger, LedgerError
 from pgolf_post.score.ttt.lora import deal
 from tests.score.conftest import Bench, ttt
 from tests.trainer.test_distributed import torchrun
@@ -39,7 +39,7 @@ import numpy as np
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, load_module
-from pgolf_post.ranks import Ranks, end_process
+from pgolf_post.base.ranks import Ranks, end_process
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.settings import TTTProtocol
@@ -85,10 +85,10 @@ def text_bench(pico_run_original: Path, pico_data: DataFolder) -> Bench:
     return Bench(module, get_family("golf_gpt"), tokens, counts)
 
 
-def found(folder: Path, name: str, tokens: np.ndarray, run: int = 0) -> tuple[Ledger, int]:
+def found(folder: Path, name: str, tokens: np.ndarray, run: int = 0) -> tuple[CommitLog, int]:
     """The merged ledger of two ranks, as an audit would read it, and the steps they took together."""
     arrays = np.load(folder / f"{name}.{run}.npz")
-    ledger = Ledger(tokens, len(tokens) - 1)
+    ledger = CommitLog(tokens, len(tokens) - 1)
     turns = np.array([int(arrays["turn"].max()) + 1])
     ledger.load_state({"nats": arrays["nats"], "turn": arrays["turn"], "turns": turns, "lessons": arrays["lessons"]})
     return ledger, int(arrays["steps"])
@@ -154,23 +154,23 @@ class Two(Ranks):
 
 
 def test_what_another_rank_scored_is_handed_out_after_the_merge() -> None:
-    ledger = Ledger(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
+    ledger = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
     ledger.commit(np.array([1, 2]), np.array([0.5, 0.25]))
-    with pytest.raises(LedgerError, match="token 3 has not been scored"):
+    with pytest.raises(CommitError, match="token 3 has not been scored"):
         ledger.hand_out(1, 4)
     theirs = torch.tensor([0, 0, 0, 1, 0, 0])
     ledger.merge(Two([theirs, theirs * 2.0, theirs * 5 - 1, torch.tensor([6])]))
     assert ledger.nats.tolist() == [0, 0.5, 0.25, 2.0, 0, 0]
     assert ledger.hand_out(1, 4).tolist() == [5, 6, 7]
     assert ledger.lessons[-1].turn == 6 > ledger.turn[3] == 4
-    with pytest.raises(LedgerError, match="target 3 would be scored twice"):
+    with pytest.raises(CommitError, match="target 3 would be scored twice"):
         ledger.commit(np.array([3]), np.ones(1))
 
 
 def test_two_ranks_that_score_one_target_are_caught() -> None:
-    ledger = Ledger(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
+    ledger = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
     ledger.commit(np.array([2]), np.ones(1))
-    with pytest.raises(LedgerError, match="target 2 was scored by 2 ranks"):
+    with pytest.raises(CommitError, match="target 2 was scored by 2 ranks"):
         ledger.merge(Two([torch.tensor([0, 0, 1, 0, 0, 0])]))
 
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 import pgolf_post.sweep.artifacts as artifacts
 import pgolf_post.sweep.scores as scores
+from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.cli.requant import command as requant_command
@@ -19,7 +20,6 @@ from pgolf_post.ledger import Ledger, Row
 from pgolf_post.ledger.disk import scan
 from pgolf_post.ledger.schema import iso_utc
 from pgolf_post.plan import read_plan
-from pgolf_post.requant import requant
 from pgolf_post.sweep.engines.local import run_local
 from pgolf_post.sweep.run import Sweep, work
 from pgolf_post.sweep.table import markdown, ranked, save
@@ -165,7 +165,7 @@ def test_noise_is_measured_by_jittered_scales(lab: Lab) -> None:
 
 
 def test_a_difference_inside_the_noise_is_none(lab: Lab) -> None:
-    from pgolf_post.sweep.spec import SweepSpec
+    from pgolf_post.sweep.settings import SweepSpec
     from pgolf_post.sweep.verdict import judge
 
     spec = SweepSpec(question="?")
@@ -295,7 +295,7 @@ def test_a_trial_that_another_process_has_is_left_to_it(lab: Lab) -> None:
 
 def test_blends_are_trials(lab: Lab) -> None:
     """The EMA with a share of 1 is the control's very weights; a real blend is swa-blend's."""
-    from pgolf_post.blend import linear_blend, swa_parts
+    from pgolf_post.average.linear import linear_blend, swa_parts
 
     text = 'question = "?"\nnoise_repeats = 0\n[[trials]]\nname = "all EMA"\nblend.ema_share = 1.0\n'
     text += '[[trials]]\nname = "half"\nblend.ema_share = 0.5\n'

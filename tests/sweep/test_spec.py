@@ -8,7 +8,7 @@ import pytest
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.sweep.conditions import check_condition, holds
-from pgolf_post.sweep.spec import SweepSpec, Trial, expand, read_spec, trial_plan
+from pgolf_post.sweep.settings import SweepSpec, Trial, expand, read_spec, trial_plan
 
 SHIPPED = sorted((Path(__file__).parents[2] / "sweeps").glob("*.toml"))
 NAMES = (

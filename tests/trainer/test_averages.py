@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
+from pgolf_post.average.profiles import PowerLength
+from pgolf_post.average.snapshots import Snapshot, list_snapshots
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.ema_profiles import PowerLength
-from pgolf_post.ema_snapshots import Snapshot, list_snapshots
 from pgolf_post.errors import NotFoundError
 from tests.conftest import pico_recipe
 from trainer.averages import PowerEMA, decay_acts_from, snapshots_due, warmup_decay

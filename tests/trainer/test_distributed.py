@@ -139,7 +139,7 @@ def test_resuming_with_as_many_processes_changes_no_bit(
 RANKS_SCRIPT = """
 import torch
 from torch import nn
-from pgolf_post.ranks import end_process
+from pgolf_post.base.ranks import end_process
 from trainer.distributed import Ranks
 from trainer.optim import Optimizer, OptimSettings
 

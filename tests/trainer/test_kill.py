@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pgolf_post.average.snapshots import list_snapshots, stream_tensors
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.data import DataFolder
-from pgolf_post.ema_snapshots import list_snapshots, stream_tensors
 from pgolf_post.errors import PgolfError
 from tests.conftest import pico_recipe, write_recipe
 from trainer.config import Recipe

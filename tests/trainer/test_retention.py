@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pgolf_post.base.storage import read_json, write_json
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints, point_latest
 from pgolf_post.data import DataFolder
-from pgolf_post.storage import read_json, write_json
 from tests.conftest import pico_recipe
 from trainer.config import CheckpointSettings
 from trainer.loop import Trainer

@@ -7,7 +7,7 @@ hidden-sized tensors that eager keeps for backward, one is left, and a byte per 
 
 `run.kernels = "triton"` switches both on for training. The default is "eager": the kernels are checked for values and
 gradients by Triton's interpreter, and compiled for sm_90, but have not been timed on a GPU yet; `python -m
-tests.bench.bench_kernels` there says whether they pay. Everything that scores a checkpoint is eager always: the switch
+benchmarks.bench_kernels` there says whether they pay. Everything that scores a checkpoint is eager always: the switch
 is a property of a Trainer, not of a model or its config.
 """
 

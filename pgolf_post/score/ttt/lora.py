@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.progress import say
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import ModelFamily
-from pgolf_post.progress import say
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import observe, target_nats
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import is_out_of_memory
 from pgolf_post.score.ttt.adapters import Adapters
-from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.optimizers import (
     Optimizers,
     load_optimizers_state,
@@ -92,7 +92,7 @@ class LoraPass:
     """Methods `lora` and `phased`: each step scores one chunk of every document of a batch that has it."""
 
     def __init__(
-        self, module: Any, family: ModelFamily, ledger: Ledger, settings: TTTProtocol, session: Session
+        self, module: Any, family: ModelFamily, ledger: CommitLog, settings: TTTProtocol, session: Session
     ) -> None:
         self.module, self.ledger, self.settings, self.session = module, ledger, settings, session
         self.batches = batch_texts(find_texts(ledger.tokens, ledger.num_targets), settings.batch_documents)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.progress import say
-from pgolf_post.ranks import Ranks
-from pgolf_post.score.ttt.ledger import Ledger
+from pgolf_post.base.progress import say
+from pgolf_post.base.ranks import Ranks
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.ttt.optimizers import cosine, optimizer_step
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.score.ttt.sgd import Sequence, backward, cut_sequences
@@ -41,7 +41,7 @@ def tuned_after(batches: list[list[Text]], settings: TTTProtocol) -> list[int]:
 class GlobalTuning:
     """The weights' own learning, at phase boundaries, which ranks reach together."""
 
-    def __init__(self, module: Any, ledger: Ledger, settings: TTTProtocol, ranks: Ranks) -> None:
+    def __init__(self, module: Any, ledger: CommitLog, settings: TTTProtocol, ranks: Ranks) -> None:
         self.module, self.ledger, self.settings, self.ranks = module, ledger, settings, ranks
         self.parameters: dict[str, Tensor] = dict(module.named_parameters())
         self.phases_run = 0

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.families import ModelFamily
-from pgolf_post.ranks import Ranks
+from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import target_nats
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import later_spans, sliding_spans
 from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, is_out_of_memory, places_of
-from pgolf_post.score.ttt.ledger import Ledger
 from pgolf_post.score.ttt.optimizers import (
     cosine,
     load_optimizers_state,
@@ -45,7 +45,7 @@ class ChunkPass:
     """Methods `sgd` and `scales`: each step scores one chunk and learns from it."""
 
     def __init__(
-        self, module: Any, family: ModelFamily, ledger: Ledger, settings: TTTProtocol, session: Session
+        self, module: Any, family: ModelFamily, ledger: CommitLog, settings: TTTProtocol, session: Session
     ) -> None:
         self.module, self.ledger, self.settings, self.session = module, ledger, settings, session
         starts = range(1, ledger.num_targets + 1, settings.chunk_tokens)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.errors import VerificationError
-from pgolf_post.ranks import Ranks
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from pgolf_post.base.progress import silence
 from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.ledger import Row
-from pgolf_post.progress import silence
 from pgolf_post.sweep.run import Options, State, Sweep, check_control, work
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from pgolf_post.base.progress import say, silence
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.progress import say, silence
 from pgolf_post.sweep.run import Options, State, Sweep, check_control, write
 from pgolf_post.sweep.trial import Listed
 

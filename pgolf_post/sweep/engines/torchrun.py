@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.ledger import Row
-from pgolf_post.ranks import Ranks
 from pgolf_post.sweep.run import Options, State, Sweep, work
 
 

@@ -1,0 +1,41 @@
+"""What an interrupted stage has done so far, in one file: tensors, JSON facts, and a hash over the tensors.
+
+Written in one rename; read whole or not at all, so that a stage either goes on from it or begins again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgolf_post.base.storage import atomic_file, tensors_sha256
+from pgolf_post.errors import DamagedFileError
+
+
+def write_partial(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Replace the file. Raises PgolfError where the disk refuses it."""
+    facts = {**facts, "sha256": tensors_sha256(tensors)}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, {"facts": json.dumps(facts)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors. Raises DamagedFileError for anything else than what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if facts["sha256"] != tensors_sha256(tensors):
+            raise DamagedFileError("not what was written")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(str(error)) from error
+    return facts, tensors

@@ -1,0 +1,124 @@
+"""`calibrate`: the statistics of a view, from the cache if they are there, else collected and kept.
+
+The key is the view (weights and config, runtime graph state included), the text by content, the settings and the stage
+version. Statistics of other weights are never found by accident; see stale.py for doing it on purpose.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.base.ranks import ALONE, Ranks
+from pgolf_post.base.storage import read_json
+from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
+from pgolf_post.calibrate.generate import own_text
+from pgolf_post.calibrate.memory import plan_memory, require_memory
+from pgolf_post.calibrate.settings import CalibrationSettings
+from pgolf_post.calibrate.stats import PAYLOAD, Stats, open_stats, write_stats
+from pgolf_post.calibrate.sums import FISHER_KINDS
+from pgolf_post.calibrate.text import CalibrationSet, draw_training_text, random_text
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.derived import derived_id, intact_meta, store
+from pgolf_post.families import get_family, load_module, train_seq_len
+
+STAGE, STAGE_VERSION = "stats", 2
+PARTIAL_SUFFIX = ".partial"
+
+
+def calibrate(
+    view: View, data: DataFolder, settings: CalibrationSettings, fresh: bool = False, ranks: Ranks = ALONE
+) -> Stats:
+    """The view's statistics. Those with the backward half also serve who did not ask for it.
+
+    Raises PgolfError if memory does not suffice, MismatchError if there is not enough text or it is validation's,
+    NumericsError for sums that are not finite.
+    """
+    seq_len = settings.seq_len or train_seq_len(view.config)
+    text = calibration_text(view, data, settings, seq_len, ranks)
+    if not fresh:
+        for wanted in dict.fromkeys([settings, settings.model_copy(update={"fisher": True})]):
+            stats_id = stats_id_of(view, wanted, text, seq_len)
+            folder = view.checkpoint.derived(STAGE, stats_id)
+            meta = ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main else None)
+            if meta is not None:
+                return open_stats(folder, stats_id, meta, cached=True)
+    return _collect(view, settings, text, seq_len, ranks, fresh)
+
+
+def calibration_text(
+    view: View, data: DataFolder, settings: CalibrationSettings, seq_len: int, ranks: Ranks = ALONE
+) -> CalibrationSet:
+    """The calibration set that a view's settings name."""
+    if settings.source == "train":
+        return draw_training_text(data, settings, seq_len)
+    if settings.source == "random":
+        return random_text(data.vocab_size, settings, seq_len)
+    return CalibrationSet((), own_text(view, settings, seq_len, ranks))
+
+
+def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> str:
+    """The id of a view's statistics on a text."""
+    return derived_id(STAGE, STAGE_VERSION, [view.id], _identity(settings, text, seq_len))
+
+
+def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> dict[str, Any]:
+    """What decides statistics beside the view. Fewer sums of the backward half are other statistics."""
+    sums = {"backward": list(FISHER_KINDS)} if settings.fisher else {}
+    return {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256, **sums}
+
+
+def observe(view: View, settings: CalibrationSettings, ranks: Ranks = ALONE) -> Observed:
+    """The view's model on this rank's device, and what its family says can be seen of it."""
+    module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
+    family = get_family(view.config["family"])
+    autocast = autocast_dtype(settings.precision, ranks.device)
+    lookups = family.lookups(module) if settings.fisher else []
+    return Observed(module, family.sites(module), lookups, settings.fisher, settings.seed, autocast)
+
+
+def _collect(
+    view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int, ranks: Ranks, fresh: bool
+) -> Stats:
+    """Collect on all ranks, write on the first."""
+    started = time.perf_counter()
+    stats_id = stats_id_of(view, settings, text, seq_len)
+    folder = view.checkpoint.derived(STAGE, stats_id)
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if fresh and ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    observed = observe(view, settings, ranks)
+    batch_tokens = observed.batch_windows(seq_len) * seq_len
+    plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, settings.fisher)
+    require_memory(plan, observed.device, ranks.world_size)
+    ranks.wait()
+    sums = collect(observed, text.tokens, ranks, partial)
+    config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
+    config |= {**_identity(settings, text, seq_len), "spans": [list(span) for span in text.spans]}
+
+    def make(building: Path) -> Mapping[str, Any]:
+        write_stats(building, sums)
+        return {"seconds": round(time.perf_counter() - started, 3), **_facts(stats_id, view, observed, text, ranks)}
+
+    if ranks.is_main:
+        store(folder, PAYLOAD, config, make)
+        shutil.rmtree(partial, ignore_errors=True)
+    ranks.wait()
+    return open_stats(folder, stats_id, read_json(folder / "meta.json"), cached=False)
+
+
+def _facts(stats_id: str, view: View, observed: Observed, text: CalibrationSet, ranks: Ranks) -> dict[str, Any]:
+    """What meta.json says of statistics, beside the time they took."""
+    facts: dict[str, Any] = {"stats_id": stats_id, "view_id": view.id, "num_tokens": int(text.tokens.size)}
+    facts["processes"] = ranks.world_size
+    facts["device"] = observed.device.type
+    facts["computed_in"] = str(observed.autocast or "torch.float32").removeprefix("torch.")
+    facts["sites"] = [site.name for site in observed.sites]
+    if observed.fisher:
+        head = next(site.tensors[0] for site in observed.sites if site.is_head)
+        facts["fisher"] = {"head": head, "token_table": observed.lookups[0].tensor}
+    return facts

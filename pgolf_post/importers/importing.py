@@ -1,0 +1,110 @@
+"""Import a foreign checkpoint as a native folder, and export one back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import atomic_file, sha256_file
+from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, View, ViewName, save_checkpoint, write_tensors
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, SettingsError
+from pgolf_post.families import load_module, train_seq_len
+from pgolf_post.importers import FORMATS, recognise
+from pgolf_post.importers.foreign_config import FAMILY, infer_model
+from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
+from pgolf_post.score.metric import measure_module
+from pgolf_post.score.plain import PlainProtocol
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The new folder and what was taken for granted."""
+
+    checkpoint: Checkpoint
+    format: str
+    assumed: Mapping[str, Any]
+    unused: Sequence[str]  # settings given for parts that the model does not have
+
+
+def import_file(
+    path: Path,
+    given: Mapping[str, Any],
+    data: DataFolder,
+    name: str,
+    active_loops: int | None = None,
+    metric_tokens: int | None = 65536,
+    root: Path = CHECKPOINT_ROOT,
+    phase: str = "imported",
+) -> Imported:
+    """Turn `path` into `<root>/<name>/step_…-<phase>`, raw and EMA views, metrics measured on `data`.
+
+    Files of one run imported under one name are one run: they can be averaged, by step or from a phase on.
+    `active_loops` is runtime graph state, which no foreign file records; all configured loops by default, as at the end
+    of a run. Raises SettingsError for settings that are missing, MismatchError for tensors that do not fit.
+    """
+    foreign = read_foreign(path)
+    form, views = canonical_views(foreign, str(path))
+    inferred = infer_model(views["raw"], given)
+    if inferred.model["vocab_size"] != data.vocab_size:
+        raise MismatchError(
+            f"{path} has a vocabulary of {inferred.model['vocab_size']}, {data.path} of {data.vocab_size}"
+        )
+    assumed = dict(inferred.assumed)
+    if active_loops is None:
+        active_loops = 1 if inferred.model.get("visits") else int(inferred.model["num_loops"])
+        assumed["active_loops"] = active_loops
+    config = {
+        "family": FAMILY,
+        "model": dict(inferred.model),
+        "graph": {"active_loops": active_loops},
+        "tokenizer": {"sha256": data.tokenizer_sha256, "vocab_size": data.vocab_size},
+        "data": {"manifest_sha256": data.manifest_sha256},
+    }
+    metrics = _measure(config, views, data, metric_tokens)
+    source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed}
+    step = foreign.step or 0
+    meta = {"kind": "imported", "run": name, "phase": phase, "step": step, "parents": [], "source": source}
+    folder = root / name / f"step_{step:06d}-{phase}"
+    checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
+    return Imported(checkpoint, form, assumed, inferred.unused)
+
+
+def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:
+    """The format's name and each view's canonical tensors; views of different formats are refused."""
+    forms = {name: recognise(state, f"{source} ({name})") for name, state in foreign.views.items()}
+    if len(set(forms.values())) != 1:
+        raise MismatchError(f"{source}: its weights and EMA are of different formats: {forms}")
+    form = next(iter(forms.values()))
+    return form, {name: FORMATS[form].to_canonical(state) for name, state in foreign.views.items()}
+
+
+def _measure(
+    config: Mapping[str, Any],
+    views: Mapping[ViewName, Mapping[str, Tensor]],
+    data: DataFolder,
+    metric_tokens: int | None,
+) -> dict[str, dict[str, Any]]:
+    protocol = PlainProtocol(seq_len=train_seq_len(config), max_tokens=metric_tokens)
+    return {name: measure_module(load_module(config, tensors, name), data, protocol) for name, tensors in views.items()}
+
+
+def export_view(view: View, form: str, out: Path) -> None:
+    """Write a view's weights as a foreign state dict, .pt or .safetensors by `out`'s ending, in one atomic step."""
+    if form not in FORMATS:
+        raise SettingsError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
+    state = FORMATS[form].from_canonical(view.tensors)
+    with atomic_file(out) as temporary:
+        if out.suffix == ".safetensors":
+            write_tensors(temporary, state)
+        elif out.suffix == ".pt":
+            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+        else:
+            raise SettingsError(f"{out}: write a .pt or a .safetensors file")
+    say(f"wrote {out}: {len(state)} tensors, format {form}")

@@ -1,0 +1,1 @@
+"""The entropy coder: contexts, row shifts, frequency tables, rANS and its kernels."""

@@ -1,0 +1,57 @@
+"""Where a checkpoint came from: code, machine and versions, as facts for meta.json."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+
+@functools.cache
+def git_state() -> dict[str, Any]:
+    """The commit of the code that runs and whether it was changed; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(status) if status is not None else None}
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Everything about this process that a reader of the checkpoint may ask."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    if importlib.util.find_spec("triton"):
+        versions["triton"] = importlib.metadata.version("triton")
+    return {"git": git_state(), "versions": versions, "device": device_name(device), "argv": sys.argv[1:]}
+
+
+def code_commit() -> str | None:
+    """Return the commit of the code that runs, or None outside a git checkout."""
+    commit = git_state()["commit"]
+    return None if commit is None else str(commit)
+
+
+def accelerator_name() -> str:
+    """Return the accelerator's own name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,134 @@
+"""Score-first as a data structure: what has been scored, once, and what may therefore be trained on.
+
+Test-time training is legal only where a token's nats are final before any step has seen it. Here that is no convention:
+every protocol commits its nats to a ledger, which takes each target once, and a training loop gets its tokens from the
+ledger alone, which hands out only ranges that are committed. A loop that trains first does not run.
+
+Ranks each have a ledger of what they have scored themselves. `merge` makes them one: only from then on does a rank hand
+out what another has scored, and clocks go on from the latest, so that turns prove the order across ranks too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pgolf_post.base.ranks import Ranks
+from pgolf_post.errors import VerificationError
+from pgolf_post.score.bpb import require_finite
+
+
+class CommitError(VerificationError):
+    """A target scored twice or not at all, or a token asked for training before it was scored."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A range of tokens handed out for training, and how many commits there had been."""
+
+    turn: int
+    start: int
+    stop: int
+
+
+class CommitLog:
+    """Nats of the targets 1 … num_targets of a text, each committed once. Turns count commits from 0."""
+
+    def __init__(self, tokens: np.ndarray, num_targets: int) -> None:  # tokens: (n,)
+        self.tokens, self.num_targets = tokens, num_targets
+        self.nats = np.zeros(len(tokens))  # float64
+        self.turn = np.full(len(tokens), -1, dtype=np.int64)  # the commit that scored each target; -1 = none yet
+        self.turns = 0
+        self.lessons: list[Lesson] = []
+        self._merged = np.zeros(len(tokens), dtype=bool)  # targets that every rank knows
+
+    @property
+    def scored(self) -> np.ndarray:  # (n,) bool
+        return self.turn >= 0
+
+    def commit(
+        self,
+        places: np.ndarray,  # (k,) int64, places of targets in the text
+        nats: np.ndarray,  # (k,)
+    ) -> None:
+        """Enter the nats of targets, for good. Raises CommitError for a second time, NumericsError for NaN."""
+        outside = places[(places < 1) | (places > self.num_targets)]
+        if len(outside):
+            raise CommitError(f"place {int(outside[0])} is no target; targets are 1..{self.num_targets}")
+        again = places[self.scored[places]]
+        if len(again) or len(np.unique(places)) != len(places):
+            place = int(again[0]) if len(again) else int(places[0])
+            raise CommitError(f"target {place} would be scored twice; a target's first score is its only one")
+        require_finite(self.tokens, places, nats)
+        self.nats[places] = nats
+        self.turn[places] = self.turns
+        self.turns += 1
+
+    def hand_out(self, start: int, stop: int) -> np.ndarray:  # (stop - start,) int64
+        """Tokens [start, stop) for training. Raises CommitError unless every one of them has been scored.
+
+        The text's first token is never a target and free to use.
+        """
+        early = np.flatnonzero(~self.scored[max(1, start) : stop])
+        if len(early) or not 0 <= start <= stop <= self.num_targets + 1:
+            place = max(1, start) + int(early[0]) if len(early) else stop
+            raise CommitError(
+                f"tokens {start}..{stop - 1} were asked for training, but token {place} has not been scored yet"
+            )
+        self.lessons.append(Lesson(self.turns, start, stop))
+        return self.tokens[start:stop].astype(np.int64)
+
+    def require_complete(self) -> None:
+        """Raise CommitError unless every target has been scored."""
+        missing = np.flatnonzero(~self.scored[1 : self.num_targets + 1]) + 1
+        if len(missing):
+            raise CommitError(f"{len(missing)} of {self.num_targets} targets were never scored, first {missing[0]}")
+
+    def merge(self, ranks: Ranks, start: int = 0, stop: int | None = None) -> None:
+        """Bring together what ranks have scored of places [start, stop) since the last time.
+
+        Raises CommitError if two scored the same target.
+        """
+        if ranks.world_size == 1:
+            return
+        part = slice(start, stop)
+        own = torch.from_numpy(self.scored[part] & ~self._merged[part]).to(ranks.device)
+        times = own.long()
+        nats, turn = (torch.from_numpy(x[part]).to(ranks.device) for x in (self.nats, self.turn))
+        nats, turn = nats * own, torch.where(own, turn, -1)
+        clock = torch.tensor([self.turns], device=ranks.device)
+        ranks.sum_(times)
+        if int(times.max()) > 1:
+            place = start + int(times.argmax())
+            raise CommitError(f"target {place} was scored by {int(times.max())} ranks")
+        ranks.sum_(nats)
+        ranks.maximum_(turn)
+        ranks.maximum_(clock)
+        found = (times > 0).cpu().numpy()
+        self.nats[part][found], self.turn[part][found] = nats.cpu().numpy()[found], turn.cpu().numpy()[found]
+        self._merged[part] |= found
+        self.turns = int(clock)
+
+    def close(self, ranks: Ranks) -> None:
+        """Merge everything, lessons too; one that several ranks took together counts once."""
+        self.merge(ranks)
+        if ranks.world_size > 1:
+            rows = ranks.gather(torch.from_numpy(self._lesson_rows()).to(ranks.device))
+            self.lessons = [Lesson(*row) for row in sorted(set(map(tuple, rows.tolist())))]
+
+    def _lesson_rows(self) -> np.ndarray:  # (lessons, 3) int64
+        return np.array([(x.turn, x.start, x.stop) for x in self.lessons], dtype=np.int64).reshape(-1, 3)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything but the text, to go on from later."""
+        counts = {"turns": np.array([self.turns]), "lessons": self._lesson_rows()}
+        return {"nats": self.nats, "turn": self.turn, **counts}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` returned."""
+        self.nats, self.turn = state["nats"].copy(), state["turn"].copy()
+        self.turns = int(state["turns"][0])
+        self.lessons = [Lesson(*map(int, row)) for row in state["lessons"]]

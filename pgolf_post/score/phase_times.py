@@ -1,0 +1,64 @@
+"""The time ledger of an evaluation: seconds per phase, two sums, and a budget that is enforced.
+
+The challenge gives an evaluation 600 s. *Strict* counts every phase from the start of the command; *by convention* is
+what record logs report: scoring and adapting, without loading, decoding and compiling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+from pgolf_post.base.progress import say
+
+WARN_SHARE = 0.8
+
+Phase = Literal["load", "decompress", "compile", "score", "adapt"]
+CONVENTION: tuple[Phase, ...] = ("score", "adapt")
+
+
+class PhaseTimes:
+    """Seconds of each phase, in the order in which phases first ran. Phases do not nest."""
+
+    def __init__(self, budget_seconds: float | None = None) -> None:
+        self.seconds: dict[Phase, float] = {}
+        self.budget_seconds = budget_seconds
+        self._warned = False
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Count what happens inside towards a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @property
+    def strict(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def by_convention(self) -> float:
+        return sum(self.seconds.get(name, 0.0) for name in CONVENTION)
+
+    def over_budget(self) -> bool:
+        """Whether the strict sum has reached the budget; says so once at 80 % of it."""
+        if self.budget_seconds is None:
+            return False
+        if not self._warned and self.strict >= WARN_SHARE * self.budget_seconds:
+            self._warned = True
+            say(f"warning: {self.strict:.0f} s of the budget's {self.budget_seconds:.0f} s are spent")
+        return self.strict >= self.budget_seconds
+
+    def facts(self) -> dict[str, float]:
+        """JSON facts: seconds per phase and both sums."""
+        phases = {f"{name}_seconds": round(value, 3) for name, value in self.seconds.items()}
+        return {**phases, "strict_seconds": round(self.strict, 3), "convention_seconds": round(self.by_convention, 3)}
+
+    def load(self, seconds: Mapping[Phase, float]) -> None:
+        """Add the phases of an earlier, interrupted part of the same run."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
