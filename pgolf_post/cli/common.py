@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
@@ -13,6 +13,8 @@ from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from pgolf_post.calibrate import Stats
     from pgolf_post.checkpoint import Checkpoint, View
     from pgolf_post.data import DataFolder
@@ -56,17 +58,24 @@ def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F]
             is_switch = field.annotation is bool
             names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
             kind = None if is_switch else _click_type(field.annotation)
-            shown = f"{field.description}.  [default: {field.default}]"
-            function = click.option(*names, field_name, type=kind, default=None, help=shown)(function)
+            function = click.option(*names, field_name, type=kind, default=None, help=_help_of(field))(function)
         return function
 
     return decorate
 
 
-def _click_type(annotation: Any) -> type:
-    """The type that a flag's text is read as; what values it may have is for the settings class to say."""
-    if get_origin(annotation) is Literal:
-        return str
+def _help_of(field: FieldInfo) -> str:
+    """Return a field's description as a sentence, with its default unless that is None."""
+    text = (field.description or "").strip().rstrip(".")
+    text = text[:1].upper() + text[1:] + "."
+    return text if field.default is None else f"{text}  [default: {field.default}]"
+
+
+def _click_type(annotation: Any) -> click.ParamType | type:
+    """Return what reads a flag's text: a choice for a Literal, else int or float. Ranges are the class's to check."""
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    if literals:
+        return click.Choice([str(value) for value in get_args(literals[0])])
     return int if annotation in (int, int | None) else float
 
 
