@@ -7,16 +7,20 @@ own model is a family like the one shipped in `trainer/`.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pgolf_post.errors import MismatchError, NumericsError, SettingsError
+from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Site:
     """A place in the forward pass whose input feeds one or more matrices; their Hessian is Σxxᵀ of that input."""
 
     name: str  # for example "blocks.3.attn.in"
-    module: str  # dotted path of the submodule whose first input is observed
+    module: str  # dotted path of the submodule whose first input is observed; of the head it is what `hidden` returns
     tensors: tuple[str, ...]  # the matrices (out, in) that multiply this input
     outputs: tuple[str, ...] = ()  # submodules whose output is each matrix's product; default: those that own them
     is_head: bool = False  # the product is made in `logits`, not in `hidden`
@@ -104,13 +108,95 @@ class ModelFamily(Protocol):
         """The sequence length the model was trained on."""
 
 
+class BaseFamily:
+    """What most families share: settings with defaults, layers counted by their tensors, no loops, no folds.
+
+    A family of your own subclasses it, sets `name` and `settings`, and writes build, sites, lookups, role and layer.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = MappingProxyType({})  # every key of `model` → its default; None: must be given
+
+    def complete(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `model` with every default filled in. Raises SettingsError naming unknown and missing keys."""
+        whole = {**self.settings, **model}
+        unknown = [key for key in model if key not in self.settings]
+        missing = [key for key, value in whole.items() if value is None]
+        problems = [f"{what} {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys]
+        if problems:
+            valid = ", ".join(self.settings)
+            raise SettingsError(f"model settings of {self.name!r}: {'; '.join(problems)}; valid keys: {valid}")
+        return whole
+
+    def layer(self, tensor_name: str) -> int | None:
+        """Return N of `blocks.N.…`, or None."""
+        match = re.match(r"blocks\.(\d+)\.", tensor_name)
+        return int(match.group(1)) if match else None
+
+    def num_layers(self, module: nn.Module) -> int:
+        """Return how many layers the module's tensors name."""
+        return 1 + max((self.layer(name) or 0 for name in module.state_dict()), default=0)
+
+    def looped_layers(self, module: nn.Module) -> frozenset[int]:
+        """Return no layer: each block runs once."""
+        return frozenset()
+
+    def folds(self, module: nn.Module) -> dict[str, Fold]:
+        """Return no fold: AWQ's 1/s is stored beside a matrix, which is exact for any model."""
+        return {}
+
+    def train_seq_len(self, module: nn.Module) -> int:
+        """Return the module's own `seq_len`."""
+        return int(module.seq_len)  # type: ignore[arg-type]
+
+
+_from_files: dict[str, ModelFamily] = {}  # families that --family named in this process
+
+
+def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
+    """Run a Python file of the user's and register its family for this process.
+
+    Raises NotFoundError for a missing file, SettingsError where the file does not define the class.
+    """
+    path_text, colon, class_name = source.rpartition(":")
+    path = Path(path_text)
+    if not colon or path.suffix != ".py":
+        raise SettingsError(f"--family {source!r}: expected FILE.py:CLASS, for example my_family.py:TinyGPTFamily")
+    if not path.is_file():
+        raise NotFoundError(f"--family {source!r}: no such file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    defined = getattr(module, class_name, None)
+    if not isinstance(defined, type):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "sites")]
+        raise SettingsError(f"{path} defines no class {class_name!r}; its families: {', '.join(classes) or 'none'}")
+    family: ModelFamily = defined()
+    _from_files[family.name] = family
+    get_family.cache_clear()
+    return family
+
+
+def forget_families() -> None:
+    """Forget the families that load_family registered."""
+    _from_files.clear()
+    get_family.cache_clear()
+
+
 @cache
 def get_family(name: str) -> ModelFamily:
-    """The family registered as `name`. Raises SettingsError naming the families that are installed."""
+    """Return the family of that name, from --family or an entry point. Raises SettingsError naming those there are."""
+    if name in _from_files:
+        return _from_files[name]
     registered = {entry.name: entry for entry in entry_points(group="pgolf_post.models")}
     if name not in registered:
         known = ", ".join(sorted(registered)) or "none: run `pip install -e .` so that entry points are registered"
-        raise SettingsError(f"unknown model family {name!r}; installed families: {known}")
+        raise SettingsError(
+            f"unknown model family {name!r}; installed families: {known}",
+            hint="pgolf-post --family FILE.py:CLASS …, or an entry point in the group pgolf_post.models",
+        )
     family: ModelFamily = registered[name].load()()
     return family
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgolf_post.calibrate.forward import hooks, observed_inputs
+from pgolf_post.calibrate.forward import add_head_input, hooks, observed_inputs
 from pgolf_post.calibrate.products import squares
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.errors import SettingsError
@@ -153,6 +153,7 @@ def fisher_batch(
         observed_lookups(module, lookups, sums),
     ):
         hidden = module.hidden(tokens)
+        add_head_input(sums, sites, hidden)
         start = head_gradient(module, heads[0], hidden.detach().flatten(0, 1), uniforms.flatten(), sums)
         hidden.backward(start.view_as(hidden).to(hidden.dtype))
     sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))

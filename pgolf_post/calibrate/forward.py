@@ -32,7 +32,10 @@ def add_input(sums: Sums, site: str, x: Tensor, visit: int) -> None:  # x: (toke
 
 @contextlib.contextmanager
 def observed_inputs(module: nn.Module, sites: Sequence[Site], sums: Sums) -> Iterator[None]:
-    """While active, one forward pass adds each site's input to `sums`. Visits are counted from the start."""
+    """While active, one forward pass adds each site's input to `sums`. Visits are counted from the start.
+
+    The head's input is what `hidden` returns, so add_head_input adds it.
+    """
     visits: Counter[str] = Counter()
 
     def hook_for(site: Site) -> Callable[..., None]:
@@ -42,8 +45,16 @@ def observed_inputs(module: nn.Module, sites: Sequence[Site], sums: Sums) -> Ite
 
         return hook
 
-    with hooks(module.get_submodule(site.module).register_forward_pre_hook(hook_for(site)) for site in sites):
+    inside = [site for site in sites if not site.is_head]
+    with hooks(module.get_submodule(site.module).register_forward_pre_hook(hook_for(site)) for site in inside):
         yield
+
+
+def add_head_input(sums: Sums, sites: Sequence[Site], hidden: Tensor) -> None:  # hidden: (batch, seq_len, dim)
+    """Add what `hidden` returned as the input of the head, whatever module makes the head's product."""
+    for site in sites:
+        if site.is_head:
+            add_input(sums, site.name, hidden.detach().flatten(0, -2), 0)
 
 
 @contextlib.contextmanager
@@ -65,5 +76,5 @@ def forward_batch(
 ) -> None:
     """Run one batch of windows and add what its sites see."""
     with torch.no_grad(), observed_inputs(module, sites, sums):
-        module.hidden(tokens)
+        add_head_input(sums, sites, module.hidden(tokens))
     sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))

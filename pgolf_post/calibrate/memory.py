@@ -47,6 +47,7 @@ def plan_memory(
     sites: Sequence[Site],
     lookups: Sequence[Lookup],
     batch_tokens: int,
+    seq_len: int,  # of a window: a model may know no more positions
     fisher: bool,
 ) -> MemoryPlan:
     """Estimate from the sites' widths and, with a backward pass, from a short forward pass."""
@@ -63,13 +64,15 @@ def plan_memory(
     held = 4 * LIVE_INPUTS * batch_tokens * widest
     if fisher:
         vocab = max(shapes[tensor][0] for site in sites if site.is_head for tensor in site.tensors)
-        kept = saved_bytes_per_token(module, sites, lookups)
+        kept = saved_bytes_per_token(module, sites, lookups, min(PROBE_TOKENS, seq_len))
         held += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
     sums = sum(8 * width**2 for width in widths.values()) + pending
     return MemoryPlan(sums, int(ALLOCATOR * held), f"{name}, {widest} × {widest}")
 
 
-def saved_bytes_per_token(module: Any, sites: Sequence[Site], lookups: Sequence[Lookup]) -> float:
+def saved_bytes_per_token(
+    module: Any, sites: Sequence[Site], lookups: Sequence[Lookup], length: int = PROBE_TOKENS
+) -> float:
     """Bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
     kept: dict[int, Tensor] = {}  # held here, so that no address is used twice
 
@@ -78,7 +81,7 @@ def saved_bytes_per_token(module: Any, sites: Sequence[Site], lookups: Sequence[
         return tensor
 
     device = next(module.parameters()).device
-    tokens = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=device)
+    tokens = torch.ones(1, length, dtype=torch.int64, device=device)
     parameters = {parameter.data_ptr() for parameter in module.parameters()}
     observed = [module.get_submodule(site.module) for site in sites]
     starts = [module.get_submodule(lookup.module) for lookup in lookups]
@@ -91,7 +94,7 @@ def saved_bytes_per_token(module: Any, sites: Sequence[Site], lookups: Sequence[
         for address, tensor in kept.items()
         if address not in parameters
     }
-    return sum(sizes.values()) / PROBE_TOKENS
+    return sum(sizes.values()) / length
 
 
 def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -> None:

@@ -93,7 +93,7 @@ def _collect(
         shutil.rmtree(partial, ignore_errors=True)
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
-    plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, settings.fisher)
+    plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)
     require_memory(plan, observed.device, ranks.world_size)
     ranks.wait()
     sums = collect(observed, text.tokens, ranks, partial)

@@ -64,11 +64,23 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="pgolf-post")
-def cli() -> None:
+@click.option(
+    "--family",
+    "families",
+    multiple=True,
+    metavar="FILE.py:CLASS",
+    help="Run this Python file and use its model family, for checkpoints of a model that is not ours; repeatable.",
+)
+def cli(families: tuple[str, ...]) -> None:
     """Post-training for Parameter Golf: everything after the training run, from its checkpoints, in seconds.
 
     Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification or audit failed.
     """
+    if families:
+        from pgolf_post.families import load_family
+
+        for source in families:
+            load_family(source)
 
 
 def run_command(command: click.Command) -> None:

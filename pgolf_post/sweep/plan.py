@@ -194,5 +194,5 @@ def peak_bytes(view: View, quantize: bool) -> int:
         return 3 * weights
     module = build_module(view.config)
     family = get_family(view.config["family"])
-    plan = plan_memory(module, family.sites(module), [], train_seq_len(view.config), False)
+    plan = plan_memory(module, family.sites(module), [], train_seq_len(view.config), train_seq_len(view.config), False)
     return WEIGHT_COPIES * weights + 2 * plan.sums_bytes + plan.activation_bytes

@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 
 def test_the_plan_names_the_largest_matrix_and_counts_every_sum(pico_checkpoint: Checkpoint) -> None:
     observed = observe(pico_checkpoint.load(), CalibrationSettings(fisher=True))
-    plain = plan_memory(observed.module, observed.sites, [], 512, fisher=False)
-    fisher = plan_memory(observed.module, observed.sites, observed.lookups, 512, fisher=True)
+    plain = plan_memory(observed.module, observed.sites, [], 512, 64, fisher=False)
+    fisher = plan_memory(observed.module, observed.sites, observed.lookups, 512, 64, fisher=True)
     assert plain.largest == "hessian of blocks.0.mlp.out, 32 × 32"
     sites = 8 * (3 * (3 * 16**2 + 32**2) + 16**2)
     assert plain.sums_bytes == sites + 3 * 4 * 32**2
@@ -44,7 +44,7 @@ def test_too_little_memory_is_refused_before_any_work(
 
 def test_processes_on_one_machine_share_its_memory(pico_checkpoint: Checkpoint) -> None:
     observed = observe(pico_checkpoint.load(), CalibrationSettings())
-    plan = plan_memory(observed.module, observed.sites, [], 512, fisher=False)
+    plan = plan_memory(observed.module, observed.sites, [], 512, 64, fisher=False)
     require_memory(plan, CPU, 1)
     with pytest.raises(PgolfError, match="in 1000000 processes"):
         require_memory(plan, CPU, 1_000_000)
