@@ -12,14 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pgolf_post.errors import NotFoundError, SettingsError
-from pgolf_post.families import ModelFamily, Site
 from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
+
+if TYPE_CHECKING:  # they load torch, which `requant --help` can do without
+    from pgolf_post.families import ModelFamily, Site
 
 DepthName = Literal["early", "loop", "mid", "late"]
 ScaleName = Literal["sdclip", "absmax", "percentile", "percentile-hessian"]

@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY_PREFIX = ".tmp-"
 FREE_SPACE = "free disk space (pgolf-post show lists derived folders, which can be deleted), then run it again"
@@ -177,6 +177,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def update_digest(digest: Any, name: str, tensor: Tensor) -> None:
     """One more tensor of `tensors_sha256`; feed them in name order."""
+    import torch  # here, so that commands that only read or write files start without it
+
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
     if tensor.numel():
