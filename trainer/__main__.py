@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.errors import SettingsError
 
@@ -111,8 +112,6 @@ def plan(
 
 def main() -> None:
     """Run the command; a foreseen failure is one clear line and its exit code."""
-    from pgolf_post.cli import run_command
-
     run_command(command)
 
 
