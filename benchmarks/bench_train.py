@@ -28,14 +28,16 @@ from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
+from pgolf_post.provenance import accelerator_name
 from pgolf_post.settings import read_settings
+from trainer.activations import activation_of
 from trainer.architecture import ModelConfig, visit_list
 from trainer.attention_backends import BACKENDS
 from trainer.compiled import warm_up
 from trainer.config import Recipe
 from trainer.loop import Trainer
 
-RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
+RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 WARM_ROUNDS, ROUNDS = 1, 5
 VARIANTS = ("plain", "eager", "compiled")
 
@@ -146,7 +148,7 @@ def bench_small(folder: Path) -> None:
 def flops_per_token(config: ModelConfig, active_loops: int) -> float:
     """Of forward and backward: 6 per matrix entry and visit, and attention as if each document filled its window."""
     dim, kv_dim = config.model_dim, config.num_kv_heads * config.model_dim // config.num_heads
-    mlp = (3 if config.activation == "swiglu" else 2) * dim * int(config.mlp_mult * dim)
+    mlp = (3 if activation_of(config.activation).gated else 2) * dim * int(config.mlp_mult * dim)
     visits = len(visit_list(config, active_loops))
     matrices = visits * (2 * dim * dim + 2 * dim * kv_dim + mlp) + config.vocab_size * (config.embedding_dim or dim)
     return 6.0 * matrices + visits * 6.0 * config.train_seq_len * dim
@@ -163,7 +165,7 @@ def record_row(trainer: Trainer, active_loops: int, label: str) -> tuple[str, ..
         seconds.append(trainer.train_seconds - before)
     rate = RECORD_TOKENS / statistics.median(seconds)
     mfu = rate * flops_per_token(trainer.model.config, active_loops) / H100_FLOPS
-    known = any(name in torch.cuda.get_device_name() for name in ("H100", "H200"))
+    known = any(name in accelerator_name() for name in ("H100", "H200"))
     peak = torch.cuda.max_memory_allocated() / 2**20
     published = PUBLISHED[active_loops]
     rest = (f"{mfu:.1%}" if known else "unknown peak", f"{published:,.0f}", f"{rate / published:.3f}", f"{peak:,.0f}")
@@ -188,7 +190,7 @@ def bench_record(folder: Path) -> None:
         rows += [record_row(trainer, loops, label) for loops in PUBLISHED]
         del trainer
     header = ("step", "active loops", "tokens/s", "MFU", "published per H100", "ratio", "peak MiB")
-    title = f"Record recipe, {RECORD_TOKENS:,} tokens a step on one {torch.cuda.get_device_name()}"
+    title = f"Record recipe, {RECORD_TOKENS:,} tokens a step on one {accelerator_name()}"
     print_table(f"{title}, medians of {RECORD_STEPS} steps", header, rows)
 
 

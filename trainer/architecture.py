@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
+from trainer.activations import ActivationName
 
-Activation = Literal["relu2", "leaky_relu2", "silu2", "gelu2", "swiglu"]
 AttentionGate = Literal["none", "sparse", "dense", "double_sigmoid"]
 LaneOutput = Literal["mean", "attn", "mlp"]
 Carry = Literal["none", "frozen", "learnable"]
@@ -30,8 +30,8 @@ class ArchitectureSettings(Settings):
     num_heads: int = Field(8, ge=1)
     num_kv_heads: int = Field(4, ge=1)
     mlp_mult: float = Field(4.0, gt=0, description="hidden width = int(mlp_mult · model_dim)")
-    activation: Activation = "leaky_relu2"
-    leaky_slope: float = Field(0.5, ge=0, le=1)
+    activation: ActivationName = Field("leaky_relu2", description="a name in trainer/activations.py")
+    leaky_slope: float = Field(0.5, ge=0, le=1, description="slope of leaky_relu2 below 0, before it is squared")
     tie_embeddings: bool = True
     logit_softcap: float = Field(30.0, gt=0)
     rope_base: float = Field(10000.0, gt=1)

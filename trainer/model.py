@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
-from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
+from trainer.activations import activation_of
+from trainer.architecture import GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
@@ -39,15 +40,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) -> Tensor:
-    """relu², leaky-relu², silu² or gelu², elementwise."""
-    if activation == "silu2":
-        return F.silu(x).square()
-    if activation == "gelu2":
-        return F.gelu(x).square()
-    return F.leaky_relu(x, leaky_slope if activation == "leaky_relu2" else 0.0).square()
-
-
 def document_pieces(
     tokens: Tensor,  # (batch, seq_len)
     cut: int | None,  # tokens in a piece at most; None = whole documents
@@ -62,25 +54,26 @@ def document_pieces(
 
 
 class MLP(nn.Module):
-    """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
+    """proj(act(fc x)), or with a gated activation proj(act(gate x) · fc x)."""
 
     fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of x and both weights; see trainer/kernels
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        activation = activation_of(config.activation)
+        self.gated, self.act = activation.gated, activation.bind(config)
         hidden_dim = int(config.mlp_mult * config.model_dim)
         self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
-        if config.activation == "swiglu":
+        if self.gated:
             self.gate = nn.Linear(config.model_dim, hidden_dim, bias=False)
         self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
         if self.fused is not None:
             return self.fused(x, self.fc.weight, self.proj.weight)
-        if self.config.activation == "swiglu":
-            return self.proj(F.silu(self.gate(x)) * self.fc(x))
-        return self.proj(squared_activation(self.fc(x), self.config.activation, self.config.leaky_slope))
+        if self.gated:
+            return self.proj(self.act(self.gate(x)) * self.fc(x))
+        return self.proj(self.act(self.fc(x)))
 
 
 class Block(nn.Module):

@@ -4,28 +4,17 @@ Progress is the share of the run that is done, by steps or by training seconds, 
 under the cap, those reserved for what follows training do not count. Keying everything
 on it guards against the classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down
 planned for the last 1,200 iterations never began.
-
-Four shapes of the learning rate, each between `lr_floor` and 1:
-
-    linear   1, then over the last `warmdown` of the run linearly towards 0, stopped at the floor    (the record line)
-    wsd      the same, but the slope reaches the floor exactly at the end     (warm-up, stable, decay: arXiv 2404.06395)
-    cosine   half a cosine from the end of the warm-up to the floor at the end                        (arXiv 1608.03983)
-    tidal    linear warm-up over the first 38.2 % (1 - 1/φ, the golden ratio), then half a cosine to the floor
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
-
-Shape = Literal["linear", "cosine", "tidal", "wsd"]
-
-TIDAL_WARMUP = (3 - math.sqrt(5)) / 2  # 1 - 1/φ = 0.381966…
+from trainer.lr_schedules import ScheduleName, schedule_of
 
 
 class ScheduleSettings(Settings):
@@ -42,7 +31,7 @@ class ScheduleSettings(Settings):
         None, description="what Hessians take that are collected inside the cap, auto = measured; default none are"
     )
     hessian_tokens: int = Field(65536, ge=2, description="training tokens of the Hessians that auto measures")
-    shape: Shape = Field("linear", description="of the learning rate over the run")
+    shape: ScheduleName = Field("linear", description="shape of the learning rate: a name in trainer/lr_schedules.py")
     lr_warmup: float = Field(0.0, ge=0, lt=1, description="share of the run over which the learning rate rises")
     warmdown: float = Field(
         0.667,
@@ -67,9 +56,12 @@ class ScheduleSettings(Settings):
             raise ValueError("reserve_seconds and hessian_seconds are parts of schedule.seconds, which is not set")
         if self.seconds is not None and self.reserve_seconds != "auto" and self.reserve_seconds >= self.seconds:
             raise ValueError(f"reserve_seconds {self.reserve_seconds} leaves nothing of seconds {self.seconds}")
-        if self.shape == "tidal" and self.lr_warmup:
-            raise ValueError(f"shape tidal warms up over {TIDAL_WARMUP:.3f} of the run; leave lr_warmup out")
-        if self.shape in ("linear", "wsd") and self.lr_warmup + self.warmdown > 1 + 1e-9:
+        schedule = schedule_of(self.shape)
+        if schedule.fixed_warmup is not None and self.lr_warmup:
+            raise ValueError(
+                f"shape {self.shape} warms up over {schedule.fixed_warmup:.3f} of the run; leave lr_warmup out"
+            )
+        if "warmdown" in schedule.reads and self.lr_warmup + self.warmdown > 1 + 1e-9:
             raise ValueError(
                 f"lr_warmup {self.lr_warmup} + warmdown {self.warmdown} is {self.lr_warmup + self.warmdown:.3f} "
                 "of the run, at most 1"
@@ -93,50 +85,22 @@ def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserv
 
 
 def warmup_end(settings: ScheduleSettings) -> float:
-    """The progress at which the learning rate has risen to its peak."""
-    return TIDAL_WARMUP if settings.shape == "tidal" else settings.lr_warmup
+    """Return the progress at which the learning rate has risen to its peak."""
+    fixed = schedule_of(settings.shape).fixed_warmup
+    return settings.lr_warmup if fixed is None else fixed
 
 
 def warmdown_start(settings: ScheduleSettings) -> float:
-    """The progress at which the warm-down starts; never before the peak."""
-    return max(1.0 - settings.warmdown, warmup_end(settings) if settings.shape == "tidal" else 0.0)
-
-
-def _linear(settings: ScheduleSettings, at: float) -> float:
-    if at < warmdown_start(settings) or settings.warmdown == 0:
-        return 1.0
-    return max((1.0 - at) / settings.warmdown, settings.lr_floor)
-
-
-def _wsd(settings: ScheduleSettings, at: float) -> float:
-    if at < warmdown_start(settings) or settings.warmdown == 0:
-        return 1.0
-    return _above_floor(settings, (1.0 - at) / settings.warmdown)
-
-
-def _cosine(settings: ScheduleSettings, at: float) -> float:
-    peak = warmup_end(settings)
-    return _above_floor(settings, 0.5 * (1.0 + math.cos(math.pi * (at - peak) / (1.0 - peak))))
-
-
-def _above_floor(settings: ScheduleSettings, share: float) -> float:
-    """A share in [0, 1] stretched to [lr_floor, 1]."""
-    return settings.lr_floor + (1.0 - settings.lr_floor) * min(max(share, 0.0), 1.0)
-
-
-DECAYS: dict[Shape, Callable[[ScheduleSettings, float], float]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "tidal": _cosine,
-    "wsd": _wsd,
-}
+    """Return the progress at which the warm-down starts; never before a peak that the shape fixes."""
+    return max(1.0 - settings.warmdown, schedule_of(settings.shape).fixed_warmup or 0.0)
 
 
 def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """The learning rate at progress `at` as a multiple of its peak: warm-up, then the shape's decay."""
-    if at < warmup_end(settings):
-        return max(at / warmup_end(settings), settings.lr_floor)
-    return DECAYS[settings.shape](settings, at)
+    """Return the learning rate at progress `at` as a multiple of its peak: a linear rise, then the shape's fall."""
+    peak = warmup_end(settings)
+    if at < peak:
+        return max(at / peak, settings.lr_floor)
+    return schedule_of(settings.shape).after_peak(settings, at, peak)
 
 
 def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
