@@ -33,9 +33,9 @@ from pgolf_post.settings import read_settings
 from trainer.activations import activation_of
 from trainer.architecture import ModelConfig, visit_list
 from trainer.attention_backends import BACKENDS
-from trainer.compiled import warm_up
 from trainer.config import Recipe
 from trainer.loop import Trainer
+from trainer.warm_up import warm_up
 
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 WARM_ROUNDS, ROUNDS = 1, 5
@@ -57,13 +57,13 @@ def trainer_for(recipe_name: str, data: Path, root: Path, at: float, *overrides:
     """A trainer of a shipped recipe, its runtime graph as at progress `at`."""
     settings = [f"data.dir={data}", f"run.checkpoint_root={root}", *overrides]
     trainer = Trainer(read_settings(RECIPES / recipe_name, Recipe, settings))
-    trainer.update_graph(at)
+    trainer.state.update_graph(at)
     return trainer
 
 
 def plain_step(trainer: Trainer) -> Callable[[], None]:
     """One step of the plain loop over a trainer's model and data."""
-    data, device = trainer.recipe.data, trainer.device
+    data, device = trainer.recipe.data, trainer.state.device
     windows = data.batch_tokens // data.seq_len
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, foreach=True)
     step = 0
@@ -71,7 +71,7 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     def run() -> None:
         nonlocal step
         inputs, targets = next(trainer.sampler.step_batches(step, windows, windows))
-        with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype is not None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=trainer.state.autocast is not None):
             logits = trainer.model(inputs.to(device))
         F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).backward()
         optimizer.step()
@@ -139,7 +139,7 @@ def bench_small(folder: Path) -> None:
         "model", "active loops", "step", "tokens/s", "speed, ratio to plain", "the same in processor seconds",
         "peak MiB, all loops",
     )  # fmt: skip
-    print_table(f"Training speed on {trainer.provenance['device']}, medians of {ROUNDS} rounds", header, rows)
+    print_table(f"Training speed on {trainer.state.provenance['device']}, medians of {ROUNDS} rounds", header, rows)
 
 
 # ---- the record recipe on one GPU ----------------------------------------------------------------------------------
@@ -156,13 +156,13 @@ def flops_per_token(config: ModelConfig, active_loops: int) -> float:
 
 def record_row(trainer: Trainer, active_loops: int, label: str) -> tuple[str, ...]:
     """Tokens/s of RECORD_STEPS steps with this many loops, against what was published."""
-    trainer.model.set_graph(trainer.model.graph.model_copy(update={"active_loops": active_loops}))
+    trainer.state.set_active_loops(active_loops)
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(RECORD_STEPS):
-        before = trainer.train_seconds
+        before = trainer.state.train_seconds
         trainer.timed_step(0.0)
-        seconds.append(trainer.train_seconds - before)
+        seconds.append(trainer.state.train_seconds - before)
     rate = RECORD_TOKENS / statistics.median(seconds)
     mfu = rate * flops_per_token(trainer.model.config, active_loops) / H100_FLOPS
     known = any(name in accelerator_name() for name in ("H100", "H200"))
@@ -184,8 +184,8 @@ def bench_record(folder: Path) -> None:
         overrides: list[Any] = [f"data.batch_tokens={RECORD_TOKENS}", "run.warmup_steps=3"]
         kernels = [f"run.attention={attention}", f"run.compile={choice}"]
         trainer = trainer_for("record_8xh100.toml", data.path, folder, 0.0, *overrides, *kernels)
-        warmed = warm_up(trainer)
-        label = f"{trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'eager'}"
+        warmed = warm_up(trainer.state, trainer.gradients)
+        label = f"{trainer.model.attention_backend.name}, {'compiled' if trainer.gradients.compiled else 'eager'}"
         say(f"{label}: warmed up in {warmed['seconds']:.1f} s")
         rows += [record_row(trainer, loops, label) for loops in PUBLISHED]
         del trainer

@@ -63,18 +63,20 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
     """Run a recipe to its end."""
     from pgolf_post.checkpoint import run_checkpoints
     from pgolf_post.ledger.recording import record
-    from trainer.distributed import Ranks
+    from trainer.distributed import TrainingRanks
     from trainer.loop import Trainer
 
-    ranks = Ranks.join()
+    ranks = TrainingRanks.join()
     try:
         trainer = Trainer(recipe, ranks)
         if resume:
             trainer.resume(resume)
-        where = f"{ranks.world_size} × {trainer.device}" if ranks.world_size > 1 else str(trainer.device)
+        state, device = trainer.state, str(ranks.device)
+        where = f"{ranks.world_size} × {device}" if ranks.world_size > 1 else device
+        compiled = "compiled" if trainer.gradients.compiled else "not compiled"
         say(
-            f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}, "
-            f"attention {trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'not compiled'}"
+            f"{trainer.num_parameters():,} parameters on {where}, {state.data.name}, {state.autocast or 'fp32'}, "
+            f"attention {trainer.model.attention_backend.name}, {compiled}"
         )
         checkpoint = trainer.run()
     finally:
@@ -88,7 +90,7 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
                 "checkpoint": str(checkpoint.path),
                 "checkpoint_id": checkpoint.meta["id"],
                 "views": views,
-                "ledger": trainer.phase_times.as_facts(recipe.schedule.seconds),
+                "ledger": state.phase_times.as_facts(recipe.schedule.seconds),
             }
         )
 
@@ -98,7 +100,7 @@ def plan(
 ) -> None:
     """Show a recipe's timeline. Raises SettingsError if a setting can never act in it."""
     from trainer import dry_run
-    from trainer.timeline import StepTimes
+    from trainer.step_times import StepTimes
 
     if step_seconds is None:
         times, reserve = dry_run.measure(recipe)

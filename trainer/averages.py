@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pgolf_post.average.profiles import gamma_of, power_beta
+from pgolf_post.checkpoint import ViewName
 from pgolf_post.errors import NotFoundError
+from trainer.optim import OptimSettings
 
 
 def _wide_copy(parameter: Tensor) -> Tensor:
@@ -52,6 +55,11 @@ class EMA:
         decay = min(self.decay, warmup_decay(step)) ** self.every
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
 
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's EMA view."""
+        for name, tensor in self.shadow.items():
+            tensor.copy_(shadow[name])
+
 
 class RunningMean:
     """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
@@ -71,6 +79,11 @@ class RunningMean:
             self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
         else:
             torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)
+
+    def load(self, mean: Mapping[str, Tensor], count: int) -> None:
+        """Go on from a checkpoint's SWA view, the mean of `count` models."""
+        self.count = count
+        self.mean = {name: mean[name].to(old.device, copy=True) for name, old in self.parameters.items()}
 
 
 class PowerEMA:
@@ -110,6 +123,44 @@ class PowerEMA:
 
 def _key(sigma: float) -> str:
     return f"power_ema[{sigma:g}]"
+
+
+@dataclass
+class Averages:
+    """The averages that a run keeps beside its raw weights; None where the recipe has none of a kind."""
+
+    ema: EMA | None
+    swa: RunningMean | None
+    power_ema: PowerEMA | None
+    swa_start: float | None  # progress from which the running mean is kept
+
+    @classmethod
+    def begin(cls, model: nn.Module, settings: OptimSettings) -> Averages:
+        """Return the averages of a new run."""
+        return cls(
+            ema=EMA(model, settings.ema_decay, settings.ema_every) if settings.ema_decay else None,
+            swa=RunningMean(model, settings.swa_every) if settings.swa_start is not None else None,
+            power_ema=PowerEMA(model, settings.power_ema_sigmas) if settings.power_ema_sigmas else None,
+            swa_start=settings.swa_start,
+        )
+
+    def update(self, step: int, at: float) -> None:
+        """Fold in the weights after optimizer step `step` (counted from 1), which began at progress `at`."""
+        if self.ema:
+            self.ema.update(step)
+        if self.swa and self.swa_start is not None and at >= self.swa_start:
+            self.swa.update(step)
+        if self.power_ema:
+            self.power_ema.update(step)
+
+    def views(self, raw: Mapping[str, Tensor]) -> dict[ViewName, dict[str, Tensor]]:
+        """Return a checkpoint's views: the raw weights, and each average with the raw weights' buffers, if any."""
+        views: dict[ViewName, dict[str, Tensor]] = {"raw": dict(raw)}
+        if self.ema:
+            views["ema"] = {**raw, **self.ema.shadow}
+        if self.swa and self.swa.count:
+            views["swa"] = {**raw, **self.swa.mean}
+        return views
 
 
 def snapshots_due(before: float, after: float, num_snapshots: int) -> bool:

@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
-from trainer.compiled import CompileChoice
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton"]
+CompileChoice = Literal["auto"] | bool
 MetricTime = Literal["each", "end", "final"]
 
 
@@ -43,6 +43,11 @@ class RunSettings(Settings):
     min_tokens_per_second: float | None = Field(
         None, gt=0, description="end the run within its first 30 steps if it is slower than this"
     )
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, which its checkpoints and its log go to."""
+        return self.checkpoint_root / self.name
 
 
 class DataSettings(Settings):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf_post.base.ranks import Ranks as PlainRanks
+from pgolf_post.base.ranks import Ranks
 
 # torch 2.13 renamed both and warns of the old names; 2.9, the oldest we run on, knows only those.
 REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -43,8 +43,8 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Ranks(PlainRanks):
-    """The toolkit's ranks, and what a training step moves between them."""
+class TrainingRanks(Ranks):
+    """The toolkit's ranks, and the transfers of a training step between them."""
 
     def sum_each_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
@@ -106,4 +106,4 @@ class Ranks(PlainRanks):
         return float(held)
 
 
-ALONE = Ranks()  # a run of one process
+SINGLE_PROCESS = TrainingRanks()

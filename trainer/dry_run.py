@@ -16,26 +16,28 @@ from pgolf_post.errors import SettingsError
 from trainer.config import Recipe
 from trainer.disk import disk_need
 from trainer.loop import Trainer
+from trainer.measuring import measure_reserve
 from trainer.preflight import Finding, preflight
-from trainer.reserve import Reserve, measure_reserve
-from trainer.timeline import StepTimes, Timeline, num_visits, predict
+from trainer.reserve import Reserve
+from trainer.step_times import StepTimes, num_visits
+from trainer.timeline import Timeline, predict
 
 
 def measure(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
     """Step times and the reserve under the cap, if there is one, of a model that is thrown away."""
     trainer = Trainer(recipe)
-    return _measure_step_times(trainer), measure_reserve(trainer)
+    return _measure_step_times(trainer), measure_reserve(trainer.state, trainer.gradients)
 
 
 def _measure_step_times(trainer: Trainer) -> StepTimes:
     """Train four real steps, two if the model has no loops."""
     recipe = trainer.recipe
     num_loops = recipe.model.max_active_loops
-    say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.device}")
+    say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.state.device}")
     plain = _step_seconds(trainer)
     if not num_loops:
         return StepTimes(plain, plain, "measured")
-    trainer.model.set_graph(trainer.model.graph.model_copy(update={"active_loops": num_loops}))
+    trainer.state.set_active_loops(num_loops)
     looped = _step_seconds(trainer)
     if looped < plain:
         say(f"{looped:.4g} s with loops, {plain:.4g} s without: other work disturbs the measurement; taking the longer")
@@ -44,10 +46,10 @@ def _measure_step_times(trainer: Trainer) -> StepTimes:
 
 def _step_seconds(trainer: Trainer) -> float:
     """Seconds of the faster of two steps."""
-    ends = [trainer.train_seconds]
+    ends = [trainer.state.train_seconds]
     for _ in range(2):
         trainer.timed_step(1.0)
-        ends.append(trainer.train_seconds)
+        ends.append(trainer.state.train_seconds)
     return min(ends[1] - ends[0], ends[2] - ends[1])
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.distributed import Ranks, Transfer
+from trainer.distributed import TrainingRanks, Transfer
 
 NewtonSchulz = Literal["classic", "polar_express"]
 
@@ -72,7 +72,7 @@ def muon_updates(
 class Bank:
     """The matrices of one shape. Row i of the stack is matrix i; rank r owns rows r · share to (r + 1) · share."""
 
-    def __init__(self, matrices: Mapping[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, matrices: Mapping[str, Tensor], ranks: TrainingRanks) -> None:
         self.names, self.matrices, self.ranks = list(matrices), list(matrices.values()), ranks
         self.share = -(-len(matrices) // ranks.world_size)
         self.momenta = self.matrices[0].new_zeros(self.share, *self.matrices[0].shape)  # of this rank's rows
@@ -135,7 +135,7 @@ class Bank:
             self.momenta[row].copy_(momenta[name])
 
 
-def make_banks(matrices: Mapping[str, Tensor], ranks: Ranks) -> list[Bank]:
+def make_banks(matrices: Mapping[str, Tensor], ranks: TrainingRanks) -> list[Bank]:
     """Matrices of equal shape together, the banks with most to send first."""
     shapes: dict[torch.Size, dict[str, Tensor]] = defaultdict(dict)
     for name, matrix in matrices.items():

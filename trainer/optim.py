@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgolf_post.average.profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
-from trainer.distributed import ALONE, Ranks
+from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.muon import NewtonSchulz, make_banks
 from trainer.schedule import cyclic_momentum, momentum_at
 
@@ -138,7 +138,7 @@ def assign_groups(model: nn.Module) -> dict[str, list[str]]:
 class Optimizer:
     """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: Ranks = ALONE) -> None:
+    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: TrainingRanks = SINGLE_PROCESS) -> None:
         self.settings, self.ranks = settings, ranks
         self.parameters = dict(model.named_parameters())
         self.adam_names = assign_groups(model)  # group → parameter names

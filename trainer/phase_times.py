@@ -30,7 +30,7 @@ MEANING: dict[Phase, str] = {
     "checkpoint": "training held up by checkpoints: copying, writing, waiting",
     "final": "the final checkpoint and all that was still to be written",
 }
-LEDGER_FILE = "ledger.json"
+PHASE_TIMES_FILE = "ledger.json"
 
 
 @dataclass
