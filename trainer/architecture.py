@@ -176,7 +176,7 @@ class GraphState(Settings):
 
 
 def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """Blocks in the order they are visited: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
+    """Return layers in order of visit: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
     layers = list(range(config.num_layers))
     if not active_loops:
         return layers
@@ -187,44 +187,47 @@ def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
 
 
 def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[int], list[int]]:
-    """The encoder half, whose outputs are kept, and the decoder half; floor(n/2) visits unless encoder_visits says."""
+    """Return the encoder half, whose outputs are kept, and the decoder half.
+
+    The encoder has encoder_visits visits, by default floor(n / 2).
+    """
     visits = visit_list(config, active_loops)
     size = len(visits) // 2 if config.encoder_visits is None else config.encoder_visits
     return visits[:size], visits[size:]
 
 
 def num_skips(config: ArchitectureSettings) -> int:
-    """The most skips that any of the config's lists can use."""
+    """Return the largest number of skips that any of the config's visit lists can use."""
     halves = (split_visits(config, active) for active in {0, config.max_active_loops})
     return max(min(len(encoder), len(decoder)) for encoder, decoder in halves)
 
 
 def revisits(config: ArchitectureSettings) -> dict[int, int]:
-    """Layer → how often the full list comes back to it, for layers that it does come back to, ascending."""
+    """Return layer → number of re-visits in the full list, for layers that have any, ascending."""
     counts = Counter(visit_list(config, config.max_active_loops))
     return {layer: counts[layer] - 1 for layer in sorted(counts) if counts[layer] > 1}
 
 
 def looped_layers(config: ArchitectureSettings) -> list[int]:
-    """The layers that the full list visits more than once, ascending."""
+    """Return the layers that the full list visits more than once, ascending."""
     return list(revisits(config))
 
 
 def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """The decoder half from the visit on at which the residual lanes split."""
+    """Return the decoder half from the visit on at which the residual lanes split."""
     decoder = split_visits(config, active_loops)[1]
     split = [i for i, layer in enumerate(decoder) if config.lanes_start and layer >= config.lanes_start]
     return decoder[split[0] :] if split else []
 
 
 def visit_after_lanes(config: ArchitectureSettings) -> int | None:
-    """The first layer below lanes_start that the full list visits after the lanes have split, if there is one."""
+    """Return the first layer below lanes_start that the full list visits after the lanes split; None without one."""
     late = visits_in_lanes(config, config.max_active_loops)
     return next((layer for layer in late if layer < (config.lanes_start or 0)), None)
 
 
 def revisit_in_lanes(config: ArchitectureSettings) -> int | None:
-    """The first layer that some list re-visits after the lanes have split, if there is one."""
+    """Return the first layer that some list re-visits after the lanes split, or None."""
     for active_loops in range(1, config.max_active_loops + 1):
         visits, late = visit_list(config, active_loops), visits_in_lanes(config, active_loops)
         for i in range(len(visits) - len(late), len(visits)):

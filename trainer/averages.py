@@ -21,17 +21,17 @@ from trainer.optim import OptimSettings
 
 
 def _wide_copy(parameter: Tensor) -> Tensor:
-    """A copy in float32, or float64 where the weights are."""
+    """Return a copy in float32, or in float64 where the weights are."""
     return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
 
 
 def warmup_decay(step: int) -> float:
-    """The most that an EMA's decay is at a step: few weights have been seen, so the start of the run must go soon."""
+    """Return the largest decay that an EMA has at a step: low at first, so that the start of the run is soon gone."""
     return (1 + step) / (10 + step)
 
 
 def decay_acts_from(decay: float, every: int = 1) -> int:
-    """The first step at which an EMA that is updated every so many steps has this decay, and not its warm-up's."""
+    """Return the first step at which an EMA updated every n steps has this decay, and not its warm-up's."""
     step = math.ceil((10 * decay - 1) / (1 - decay) - 1e-6)  # at 0.995 exactly 1,790, whatever floats make of it
     return every * max(1, math.ceil(step / every))
 
@@ -39,7 +39,7 @@ def decay_acts_from(decay: float, every: int = 1) -> int:
 class EMA:
     """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
 
-    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
+    With ema_every n it is updated every n steps with that decay to the power n, so its length in steps is the same.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
@@ -71,7 +71,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
+        """Add the weights after optimizer step `step` (counted from 1) to the mean, if it is one of every n."""
         if step % self.every:
             return
         self.count += 1
@@ -105,7 +105,7 @@ class PowerEMA:
             torch._foreach_lerp_(list(track.values()), list(self.parameters.values()), share)
 
     def state(self) -> dict[str, Tensor]:
-        """Every average as named tensors: power_ema[SIGMA].NAME."""
+        """Return every average as named tensors: power_ema[SIGMA].NAME."""
         return {f"{_key(sigma)}.{name}": t for sigma, track in self.tracks.items() for name, t in track.items()}
 
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
@@ -164,7 +164,7 @@ class Averages:
 
 
 def snapshots_due(before: float, after: float, num_snapshots: int) -> bool:
-    """Whether a step that took the run's progress from `before` to `after` passed one of n evenly spaced moments.
+    """Return whether a step that took progress from `before` to `after` passed one of n evenly spaced moments.
 
     The moments are 1/n, 2/n, … 1 of the run, whatever limits it; a step that passes several has one snapshot.
     """

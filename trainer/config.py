@@ -51,7 +51,7 @@ class RunSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Which tokens, in windows and batches of what size."""
+    """The training text and the sizes of windows and batches, in tokens."""
 
     dir: Path = Field(description="a data folder made by `pgolf-post data build` or `download`")
     seq_len: int = Field(ge=2)
@@ -70,7 +70,10 @@ class DataSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Which moments become folders, and which folders stay. `final` is always one; phase boundaries are always kept."""
+    """The moments that become checkpoint folders, and the folders that stay.
+
+    The end of the run (`final`) is always one; folders of phase boundaries are always kept.
+    """
 
     phases: tuple[PhaseName, ...] = get_args(PhaseName)
     fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
@@ -104,7 +107,7 @@ class CheckpointSettings(Settings):
 
 
 class Recipe(Settings):
-    """The whole of a run."""
+    """Everything that decides a run."""
 
     run: RunSettings
     data: DataSettings
@@ -114,6 +117,6 @@ class Recipe(Settings):
     checkpoint: CheckpointSettings
 
     def model_config_for(self, vocab_size: int) -> ModelConfig:
-        """The architecture, completed by what the data decides: what attention sees at most is a training length."""
+        """Return the model's config: the architecture, the vocabulary, and the longest text that attention sees."""
         train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
         return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=train_seq_len)

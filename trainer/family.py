@@ -55,9 +55,9 @@ class GolfGPTFamily:
         return parse_settings(ModelConfig, model, "model settings").model_dump(mode="json")
 
     def sites(self, module: nn.Module) -> list[Site]:
-        """Sites that the graph in its present state reaches; lookup tables have none, nor have MLPs of passes not run.
+        """Return the sites that the graph in its present state reaches.
 
-        Where two matrices read the same input they share a site.
+        Lookup tables and MLPs of passes that are not run have none. Two matrices that read one input share a site.
         """
         assert isinstance(module, GolfGPT)
         sites: list[Site] = []
@@ -88,8 +88,8 @@ class GolfGPTFamily:
         return "control"
 
     def layer(self, tensor_name: str) -> int | None:
-        found = re.match(r"(?:blocks|override_mlps)\.(\d+)", tensor_name)
-        return int(found.group(1)) if found else None
+        match = re.match(r"(?:blocks|override_mlps)\.(\d+)", tensor_name)
+        return int(match.group(1)) if match else None
 
     def num_layers(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)
@@ -101,7 +101,7 @@ class GolfGPTFamily:
         return frozenset(layer for layer, count in visits.items() if count > 1)
 
     def folds(self, module: nn.Module) -> dict[str, Fold]:
-        """MLPs, where proj's input is homogeneous in fc's rows: their activation's row in ACTIVATIONS has a power."""
+        """Return the folds of the MLPs, if their activation has a power: proj's input then scales with fc's rows."""
         assert isinstance(module, GolfGPT)
         power = activation_of(module.config.activation).power
         names = [name for name, _ in module.named_parameters() if self.role(name) == "mlp_proj"]

@@ -23,7 +23,7 @@ from trainer.schedule import cyclic_momentum, momentum_at
 
 
 class OptimSettings(Settings):
-    """Learning rates are peaks; the schedule multiplies them."""
+    """Settings of Muon, AdamW and the averages. Learning rates are peaks; the schedule multiplies them."""
 
     matrix_lr: float = Field(0.02, gt=0)
     matrix_weight_decay: float = Field(0.085, ge=0)
@@ -81,7 +81,7 @@ class OptimSettings(Settings):
         return self
 
     def momentum_for(self, step: int) -> float:
-        """Muon's momentum at optimizer step `step` (counted from 0): warm-up, then constant or cyclic."""
+        """Return Muon's momentum at optimizer step `step` (counted from 0): warm-up, then constant or cyclic."""
         cycle, warmup = self.momentum_cycle_steps, self.momentum_warmup_steps
         peak = self.momentum_cycle_high if cycle else self.momentum
         if cycle is None or step < warmup:
@@ -89,7 +89,7 @@ class OptimSettings(Settings):
         return cyclic_momentum(step - warmup, self.momentum_cycle_low, peak, cycle)
 
     def peak_learning_rates(self) -> dict[str, float]:
-        """Group → the learning rate that the schedule multiplies."""
+        """Return group → the learning rate that the schedule multiplies."""
         return {"matrix": self.matrix_lr, "embed": self.embed_lr, "head": self.head_lr, "scalar": self.scalar_lr}
 
 
@@ -111,7 +111,7 @@ RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {  # group → whet
 
 
 def assign_groups(model: nn.Module) -> dict[str, list[str]]:
-    """Group → names of its parameters. Raises SettingsError for a parameter that no group takes, or two do.
+    """Return group → names of its parameters. Raises SettingsError for a parameter that no group takes, or two do.
 
     A tensor under two names (a tied head, say) counts once, under the first, if both belong to the same group.
     """
@@ -123,15 +123,15 @@ def assign_groups(model: nn.Module) -> dict[str, list[str]]:
         module = modules[name.rpartition(".")[0]]
         names[parameter].append(name)
         taken[parameter].update({group: None for group, rule in RULES.items() if rule(name, parameter, module)})
-    for tensor, found in taken.items():
-        if len(found) != 1:
-            which = f"groups {' and '.join(found)}" if found else "no group"
+    for tensor, its_groups in taken.items():
+        if len(its_groups) != 1:
+            which = f"groups {' and '.join(its_groups)}" if its_groups else "no group"
             raise SettingsError(
                 f"parameter {' = '.join(names[tensor])} of shape {tuple(tensor.shape)} is in {which} of the "
                 f"optimizer; it must be in exactly one of {', '.join(RULES)}",
                 hint="2-D weights step by Muon; untie a shared one, name a control tensor something other than weight",
             )
-        groups[next(iter(found))].append(names[tensor][0])
+        groups[next(iter(its_groups))].append(names[tensor][0])
     return groups
 
 
@@ -149,7 +149,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
 
     def _adam_group(self, group: str, names: list[str]) -> dict[str, Any]:
-        """AdamW's settings for one group; `peak_lr` is what the schedule multiplies."""
+        """Return AdamW's settings for one group; the schedule multiplies `peak_lr` and `peak_weight_decay`."""
         settings = self.settings
         lr, weight_decay = {
             "embed": (settings.embed_lr, settings.embed_weight_decay),
@@ -161,11 +161,11 @@ class Optimizer:
         return {"params": parameters, "lr": lr, "peak_lr": lr, **decays}
 
     def groups(self) -> list[str]:
-        """The groups that this model has, matrices first."""
+        """Return the groups that this model has, matrices first."""
         return ["matrix"] * bool(self.banks) + list(self.adam_names)
 
     def learning_rates(self, lr_multiplier: float) -> dict[str, float]:
-        """Each group's learning rate under a multiplier."""
+        """Return each group's learning rate under a multiplier."""
         peaks = self.settings.peak_learning_rates()
         return {group: peaks[group] * lr_multiplier for group in self.groups()}
 
@@ -173,15 +173,20 @@ class Optimizer:
     def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> float:
         """Sum gradients over ranks, clip, update every parameter, clear gradients: on all ranks, right after backward.
 
-        Returns the global gradient norm before clipping.
+        Return the global gradient norm before clipping.
         """
+        # Every rank's gradients set out: matrices to the ranks that own them, the rest to all.
         settings, rest = self.settings, self._adam_gradients()
         banks = [bank for bank in self.banks if bank.used()]
         coming = [bank.send_gradients() for bank in banks]
         finish_rest = self.ranks.begin_sum_(rest)
+
+        # Clipping needs the norm of all gradients, so with it all are waited for before the first momentum changes.
         if settings.grad_clip:
             finish_rest()
             norm = self._clip([transfer.wait() for transfer in coming], rest)
+
+        # Matrices: each bank steps its momenta once its gradients are there, and its updates set out for all ranks.
         updates = [
             bank.send_updates(transfer.wait(), momentum, settings.newton_schulz, settings.row_normalize)
             for bank, transfer in zip(banks, coming, strict=True)
@@ -189,7 +194,11 @@ class Optimizer:
         if not settings.grad_clip:
             finish_rest()
             norm = self._norm([transfer.wait() for transfer in coming], rest)
+
+        # AdamW steps the rest while the matrices' updates are on their way.
         self._step_adam(lr_multiplier, weight_decay_multiplier)
+
+        # Matrices take their updates; gradients have served.
         lr, decay = settings.matrix_lr * lr_multiplier, settings.matrix_weight_decay * weight_decay_multiplier
         for bank, transfer in zip(banks, updates, strict=True):
             bank.apply(transfer.wait(), lr, decay)
@@ -198,7 +207,7 @@ class Optimizer:
         return float(norm)
 
     def _adam_gradients(self) -> list[Tensor]:
-        """Gradients of everything but matrices, where this step's graph has any."""
+        """Return the gradients of everything but matrices, where this step's graph has any."""
         gradients = [self.parameters[name].grad for name in self._adam_parameters()]
         return [gradient for gradient in gradients if gradient is not None]
 
@@ -209,14 +218,14 @@ class Optimizer:
         self.adam.step()
 
     def _norm(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
-        """The global gradient norm: `own` are this rank's rows of the matrices, `rest` is the same on every rank."""
+        """Return the global gradient norm: `own` is this rank's share of the matrices, `rest` is on every rank."""
         device = next(iter(self.parameters.values())).device
         squares = _sum_of_squares(own, device)
         self.ranks.sum_(squares)
         return (squares + _sum_of_squares(rest, device)).sqrt()
 
     def _clip(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
-        """Scale gradients down, in place, to a global norm of at most grad_clip. Returns the norm before."""
+        """Scale gradients down, in place, to a global norm of at most grad_clip. Return the norm before."""
         norm = self._norm(own, rest)
         if not own + rest:
             return norm
@@ -225,11 +234,11 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME.
+        """Return every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME.
 
-        The same whatever the number of ranks; all of them must ask, because each holds a share of the momenta.
+        It is the same whatever the number of ranks. All of them must call it: each holds a share of the momenta.
         """
-        state = {f"momentum.{name}": rows for bank in self.banks for name, rows in bank.state().items()}
+        state = {f"momentum.{name}": momentum for bank in self.banks for name, momentum in bank.state().items()}
         for name in self._adam_parameters():
             moments = self.adam.state.get(self.parameters[name], {})
             state.update({f"{key.replace('step', 'adam_step')}.{name}": value for key, value in moments.items()})

@@ -38,12 +38,12 @@ class Reserve:
 
     @property
     def needed(self) -> float:
-        """What should be kept free."""
+        """Seconds that should be kept free."""
         return self.last_step + self.after_last_step
 
     @property
     def after_last_step(self) -> float:
-        """What follows the run's last step."""
+        """Seconds of what follows the run's last step."""
         return self.snapshot + (self.hessians or 0.0)
 
     def __str__(self) -> str:
@@ -60,7 +60,10 @@ def make_reserve(
     auto_hessians: float,
     origin: Literal["measured", "estimated"],
 ) -> Reserve:
-    """A reserve from its parts; numbers in the recipe come first. Raises SettingsError if no time to train is left."""
+    """Return a reserve from its parts; numbers in the recipe take their place.
+
+    Raises SettingsError if no time to train is left.
+    """
     asked = schedule.hessian_seconds
     hessians = auto_hessians if asked == "auto" else asked
     reserve = Reserve(0.0, last_step, snapshot, hessians, origin)
@@ -75,7 +78,7 @@ def make_reserve(
 
 
 def estimate_reserve(recipe: Recipe, times: StepTimes) -> Reserve | None:
-    """From step times alone, the snapshot taken as nothing. None without a cap."""
+    """Return the reserve reckoned from step times alone, the snapshot taken as nothing; None without a cap."""
     if recipe.schedule.seconds is None:
         return None
     per_token = times.looped / recipe.data.batch_tokens
@@ -84,7 +87,10 @@ def estimate_reserve(recipe: Recipe, times: StepTimes) -> Reserve | None:
 
 
 def resumed_reserve(schedule: ScheduleSettings, facts: Mapping[str, Any] | None) -> Reserve | None:
-    """The reserve that a checkpoint's run began with, so that progress goes on; a number in the recipe acts anew."""
+    """Return the reserve that a checkpoint's run began with, so that progress goes on.
+
+    A number in the recipe takes its place. None without a cap, or where the checkpoint has none.
+    """
     if schedule.seconds is None or facts is None:
         return None
     seconds = float(facts["seconds"]) if schedule.reserve_seconds == "auto" else schedule.reserve_seconds

@@ -73,9 +73,9 @@ def metric_protocol(recipe: Recipe) -> PlainProtocol:
 
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory that the next step cannot change; from a GPU, page-locked and at the bus's full speed.
+    """Return copies in host memory that the next step cannot change; from a GPU, page-locked and at full bus speed.
 
-    They are there when this returns: waiting some 20 ms for them here keeps them off the next step's clock.
+    They are complete when this returns: waiting some 20 ms here keeps the transfer off the next step's clock.
     """
     copies, on_gpu = {}, False
     for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
 """Learning rate, weight decay, momentum and loops as pure functions of progress, in [0, 1], or of the step.
 
-Progress is the share of the run that is done, by steps or by training seconds, whichever is further; of the seconds
-under the cap, those reserved for what follows training do not count. Keying everything
-on it guards against the classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down
-planned for the last 1,200 iterations never began.
+Progress is the share of the run that is done, by steps or by training seconds, whichever is further. Of the seconds
+under the cap, those reserved for what follows training do not count. Keying everything on progress guards against the
+classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down planned for the last 1,200
+iterations never began.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.lr_schedules import ScheduleName, schedule_of
 
 
 class ScheduleSettings(Settings):
-    """When the run ends and what happens on the way. At least one of `steps` and `seconds` is set."""
+    """The end of the run and what happens on the way. At least one of `steps` and `seconds` is set."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     seconds: float | None = Field(
@@ -72,7 +72,7 @@ class ScheduleSettings(Settings):
 
 
 def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserve_seconds: float = 0.0) -> float:
-    """Share of the run that is done after `step` steps and `train_seconds` seconds of training.
+    """Return the share of the run that is done after `step` steps and `train_seconds` seconds of training.
 
     `reserve_seconds` of the cap are not trained in (`trainer.reserve`).
     """
@@ -104,7 +104,7 @@ def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
 
 
 def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """1 until the taper starts, then linear to 0 at the end. It multiplies decay that lr multiplies already."""
+    """Return 1 until the taper starts, then linear to 0 at the end; the learning rate multiplies decay as well."""
     start = settings.weight_decay_taper_at
     return 1.0 if start is None or at < start else (1.0 - at) / (1.0 - start)
 
@@ -113,19 +113,19 @@ def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
 
 
 def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """Muon's momentum, linear from `start` to `end` over the first `warmup_steps` steps."""
+    """Return Muon's momentum, linear from `start` to `end` over the first `warmup_steps` steps."""
     share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
     return start + (end - start) * share
 
 
 def cyclic_momentum(step: int, low: float, high: float, cycle_steps: int) -> float:
-    """`high` at step 0, `low` half a cycle later, `high` again after `cycle_steps`: a cosine between the two."""
+    """Return a cosine: `high` at step 0, `low` half a cycle later, `high` again after `cycle_steps`."""
     phase = (step % cycle_steps) / cycle_steps
     return low + (high - low) * 0.5 * (1.0 + math.cos(2.0 * math.pi * phase))
 
 
 def active_loops_at(settings: ScheduleSettings, num_loops: int, at: float) -> int:
-    """How many of the model's extra visits are active at progress `at`: none, one (two-phase curriculum only), all."""
+    """Return how many extra visits are active at progress `at`: none, one (two-phase curriculum only), or all."""
     if at < settings.loops_at:
         return 0
     if settings.all_loops_at is None or at >= settings.all_loops_at:

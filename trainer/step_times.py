@@ -9,7 +9,7 @@ from trainer.architecture import ArchitectureSettings, visit_list
 
 
 def num_visits(model: ArchitectureSettings, active_loops: int) -> int:
-    """How many blocks one forward pass visits."""
+    """Return how many blocks one forward pass visits."""
     return len(visit_list(model, active_loops))
 
 
@@ -23,12 +23,12 @@ class StepTimes:
 
     @classmethod
     def given(cls, model: ArchitectureSettings, plain: float, looped: float | None = None) -> StepTimes:
-        """From a known time; a looped step that is not known is assumed to cost what its visits say."""
+        """Return given times; an unknown time of a looped step is assumed to be in proportion to its block visits."""
         visits = num_visits(model, model.max_active_loops) / num_visits(model, 0)
         return cls(plain, plain * visits if looped is None else looped, "given")
 
     def of(self, model: ArchitectureSettings, active_loops: int) -> float:
-        """Seconds of a step with this many active loops, linear in the number of visits between the two known times."""
+        """Return the seconds of a step with this many active loops, linear in block visits between the two times."""
         if not active_loops:
             return self.plain
         none, some, most = (num_visits(model, loops) for loops in (0, active_loops, model.max_active_loops))
