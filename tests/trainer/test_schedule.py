@@ -52,7 +52,7 @@ def test_learning_rate_never_rises(a: float, b: float, warmdown: float) -> None:
 
 
 def test_an_unknown_shape_is_refused_with_the_names_that_there_are() -> None:
-    names = "unknown schedule shape 'linaer'; choose one of linear, cosine, tidal, wsd"
+    names = f"unknown schedule shape 'linaer'; choose one of {', '.join(SCHEDULES)}"
     with pytest.raises(SettingsError, match=f"recipe.toml: shape = 'linaer': .*{names}"):
         parse_settings(ScheduleSettings, {"steps": 10, "shape": "linaer"}, "recipe.toml")
     with pytest.raises(SettingsError, match=names):
