@@ -130,7 +130,7 @@ def plan(
     from trainer.step_times import StepTimes
 
     if step_seconds is None:
-        times, reserve = dry_run.measure(recipe)
+        times, reserve = dry_run.measure_times(recipe)
     else:
         times, reserve = StepTimes.given(recipe.model, step_seconds, looped_step_seconds), None
     timeline, findings = dry_run.dry_run(recipe, times, reserve)

@@ -19,7 +19,7 @@ from types import TracebackType
 from pgolf_post.base.progress import say
 
 SAY_AFTER_SECONDS = 1.0
-Job = Callable[[], object]
+WriterJob = Callable[[], object]
 
 
 @dataclass
@@ -73,7 +73,7 @@ class BackgroundWriter:
             self._collect_until(self.limit - 1)
         return time.perf_counter() - started
 
-    def submit(self, job: Job) -> float:
+    def submit(self, job: WriterJob) -> float:
         """Hand over a job. Return the seconds that its caller waited. Raises what an earlier job raised."""
         waited = self.make_room()
         if self.limit:
@@ -92,7 +92,7 @@ class BackgroundWriter:
         """Wait for every open job. Raises what one of them raised."""
         self._collect_until(0)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: WriterJob) -> None:
         if self._failed.is_set():
             return
         try:

@@ -14,7 +14,7 @@ from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
-Precision = Literal["auto", "bf16", "fp32", "fp64"]
+TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton"]
 CompileChoice = Literal["auto"] | bool
 MetricTime = Literal["each", "end", "final"]
@@ -23,10 +23,12 @@ MetricTime = Literal["each", "end", "final"]
 class RunSettings(Settings):
     """The run's name and place, and how this machine runs it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under checkpoints/")
-    checkpoint_root: Path = Path("checkpoints")
-    seed: int = Field(1337, ge=0)
-    precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder under checkpoint_root"
+    )
+    checkpoint_root: Path = Field(Path("checkpoints"), description="folder that holds the folders of runs")
+    seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
+    precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     kernels: Kernels = Field(
         "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
     )
@@ -36,8 +38,8 @@ class RunSettings(Settings):
     warmup_steps: int | None = Field(
         None,
         ge=0,
-        description="steps of synthetic tokens with each graph before the clock starts, all state put back; "
-        "default 2 where the loss is compiled, else 0",
+        description="steps on synthetic tokens with each graph before the clock starts, after which all state is put "
+        "back; default 2 where the loss is compiled, else 0",
     )
     log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
     min_tokens_per_second: float | None = Field(
@@ -54,7 +56,7 @@ class DataSettings(Settings):
     """The training text and the sizes of windows and batches, in tokens."""
 
     dir: Path = Field(description="a data folder made by `pgolf-post data build` or `download`")
-    seq_len: int = Field(ge=2)
+    seq_len: int = Field(ge=2, description="tokens of a window")
     batch_tokens: int = Field(ge=2, description="tokens per optimizer step")
     micro_batch_tokens: int | None = Field(None, ge=2, description="tokens per backward pass; default batch_tokens")
 

@@ -23,7 +23,7 @@ from trainer.step_times import StepTimes, num_visits
 from trainer.timeline import Timeline, predict
 
 
-def measure(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
+def measure_times(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
     """Measure step times and, under a cap, the reserve, on a model that is thrown away."""
     trainer = Trainer(recipe)
     return _measure_step_times(trainer), measure_reserve(trainer.state, trainer.gradients)

@@ -16,13 +16,13 @@ from torch import Tensor
 from pgolf_post.errors import SettingsError
 from trainer.batches import to_device
 from trainer.compiled import compiled_loss, compiles, training_loss
-from trainer.config import Precision, Recipe
+from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks
 from trainer.kernels import fused_loss
 from trainer.model import GolfGPT
 
 
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+def training_autocast(precision: TrainingPrecision, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype: bf16 where asked for or, for "auto", where the processor multiplies it natively."""
     if precision in ("fp32", "fp64"):
         return None

@@ -25,7 +25,7 @@ from trainer.background import BackgroundWriter
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
-from trainer.gradients import GradientAccumulator, autocast_dtype, micro_batch_tokens
+from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.kernels import fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
@@ -65,7 +65,7 @@ class Trainer:
 
         # Data, model, and how its loss is computed.
         self.recipe, self.ranks = recipe, ranks
-        autocast = autocast_dtype(recipe.run.precision, ranks.device)
+        autocast = training_autocast(recipe.run.precision, ranks.device)
         data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
         self.model = new_model(recipe, data.vocab_size, ranks.device, autocast)

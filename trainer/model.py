@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
 from trainer.activations import activation_of
 from trainer.architecture import GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
@@ -24,8 +25,6 @@ from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
-
-BOS_ID = 1
 
 ZERO_INIT = re.compile(
     r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"

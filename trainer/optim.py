@@ -1,7 +1,8 @@
 """Muon for matrices (`trainer.muon`), AdamW for the rest, one step over both.
 
-The step takes each rank's own gradients and owns every transfer between them: matrices' sums are scattered over ranks,
-the rest's go to all. Every parameter belongs to exactly one group by RULES; one that fits none, or two, is an error.
+The step takes each rank's own gradients and owns every transfer between them: sums of matrices' gradients are scattered
+over ranks, sums of the rest go to all. Every parameter belongs to exactly one group by GROUP_RULES; one that fits none,
+or two, is an error.
 """
 
 from __future__ import annotations
@@ -25,23 +26,27 @@ from trainer.schedule import cyclic_momentum, momentum_at
 class OptimSettings(Settings):
     """Settings of Muon, AdamW and the averages. Learning rates are peaks; the schedule multiplies them."""
 
-    matrix_lr: float = Field(0.02, gt=0)
-    matrix_weight_decay: float = Field(0.085, ge=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
-    momentum_start: float = Field(0.85, ge=0, lt=1)
-    momentum_warmup_steps: int = Field(500, ge=0)
-    newton_schulz: NewtonSchulz = "polar_express"
-    row_normalize: bool = True
-    embed_lr: float = Field(0.03, gt=0)
-    embed_weight_decay: float = Field(0.085, ge=0)
-    head_lr: float = Field(0.008, gt=0, description="an untied lm_head")
-    scalar_lr: float = Field(0.02, gt=0)
-    scalar_weight_decay: float = Field(0.02, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    matrix_lr: float = Field(0.02, gt=0, description="learning rate of matrices, by Muon")
+    matrix_weight_decay: float = Field(0.085, ge=0, description="weight decay of matrices, times their learning rate")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum after its warm-up")
+    momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's momentum at the first step")
+    momentum_warmup_steps: int = Field(500, ge=0, description="steps over which Muon's momentum rises linearly")
+    newton_schulz: NewtonSchulz = Field("polar_express", description="coefficients of Muon's orthogonalisation")
+    row_normalize: bool = Field(True, description="normalise each row of Muon's update before orthogonalisation")
+    embed_lr: float = Field(0.03, gt=0, description="learning rate of embeddings, by AdamW")
+    embed_weight_decay: float = Field(0.085, ge=0, description="weight decay of embeddings, times their learning rate")
+    head_lr: float = Field(0.008, gt=0, description="learning rate of an untied lm_head, by AdamW, without decay")
+    scalar_lr: float = Field(0.02, gt=0, description="learning rate of non-matrix parameters, by AdamW")
+    scalar_weight_decay: float = Field(
+        0.02, ge=0, description="weight decay of non-matrix parameters, times their learning rate"
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients, per step")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squares, per step")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's addition to the root of the mean of squares")
     grad_clip: float = Field(0.3, ge=0, description="largest global gradient norm; 0 = no clipping")
-    ema_decay: float = Field(0.997, ge=0, lt=1, description="per step, whatever ema_every is; 0 = keep no EMA")
+    ema_decay: float = Field(
+        0.997, ge=0, lt=1, description="EMA decay per step, whatever ema_every is; 0 = keep no EMA"
+    )
     ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
     swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
     swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
@@ -49,11 +54,15 @@ class OptimSettings(Settings):
         (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
     )
     power_ema_snapshots: int = Field(
-        16, ge=2, description="of each, evenly spaced over the run; beside one at each checkpoint"
+        16, ge=2, description="snapshots of each average, evenly spaced over the run, beside one at each checkpoint"
     )
-    momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
-    momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
-    momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
+    momentum_cycle_steps: int | None = Field(
+        None, ge=2, description="period, in steps, of a momentum that cycles after its warm-up"
+    )
+    momentum_cycle_low: float = Field(0.85, ge=0, lt=1, description="momentum half a cycle after its warm-up")
+    momentum_cycle_high: float = Field(
+        0.95, ge=0, lt=1, description="momentum where its warm-up ends and each cycle begins"
+    )
 
     @model_validator(mode="after")
     def _acts(self) -> OptimSettings:
@@ -97,7 +106,8 @@ def _is_weight_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
     return name.endswith(".weight") and parameter.ndim > 1
 
 
-RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {  # group → whether a module's parameter belongs to it
+# group → whether a parameter belongs to it, from its name, itself and its module
+GROUP_RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {
     "embed": lambda name, parameter, module: isinstance(module, nn.Embedding),
     "head": lambda name, parameter, module: name == "lm_head.weight",
     "matrix": lambda name, parameter, module: (
@@ -122,13 +132,13 @@ def assign_groups(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module = modules[name.rpartition(".")[0]]
         names[parameter].append(name)
-        taken[parameter].update({group: None for group, rule in RULES.items() if rule(name, parameter, module)})
+        taken[parameter].update({group: None for group, rule in GROUP_RULES.items() if rule(name, parameter, module)})
     for tensor, its_groups in taken.items():
         if len(its_groups) != 1:
             which = f"groups {' and '.join(its_groups)}" if its_groups else "no group"
             raise SettingsError(
                 f"parameter {' = '.join(names[tensor])} of shape {tuple(tensor.shape)} is in {which} of the "
-                f"optimizer; it must be in exactly one of {', '.join(RULES)}",
+                f"optimizer; it must be in exactly one of {', '.join(GROUP_RULES)}",
                 hint="2-D weights step by Muon; untie a shared one, name a control tensor something other than weight",
             )
         groups[next(iter(its_groups))].append(names[tensor][0])

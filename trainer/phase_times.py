@@ -20,9 +20,9 @@ from pgolf_post.base.progress import print_table
 from pgolf_post.base.storage import FREE_SPACE, atomic_file, write_json
 from pgolf_post.errors import PgolfError
 
-Phase = Literal["load", "warm_up", "train_plain", "train_looped", "scoring", "checkpoint", "final"]
-READS_TRAINING_DATA: frozenset[Phase] = frozenset({"train_plain", "train_looped"})
-MEANING: dict[Phase, str] = {
+TrainingPhase = Literal["load", "warm_up", "train_plain", "train_looped", "scoring", "checkpoint", "final"]
+READS_TRAINING_DATA: frozenset[TrainingPhase] = frozenset({"train_plain", "train_looped"})
+MEANING: dict[TrainingPhase, str] = {
     "load": "data folder, model and optimizer",
     "warm_up": "compiling and measuring on synthetic tokens",
     "train_plain": "optimizer steps without loops",
@@ -38,7 +38,7 @@ PHASE_TIMES_FILE = "ledger.json"
 class _OpenPhase:
     """A phase that is under way."""
 
-    name: Phase
+    name: TrainingPhase
     started: float
     inner: float = 0.0  # seconds that phases inside it have claimed
 
@@ -48,12 +48,12 @@ class PhaseTimes:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
+        self.seconds: dict[TrainingPhase, float] = dict.fromkeys(get_args(TrainingPhase), 0.0)
         self.earlier_seconds = 0.0  # wall time of the processes that this one resumes
         self._open: list[_OpenPhase] = []
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
+    def phase(self, name: TrainingPhase) -> Iterator[None]:
         """Count the block's seconds as phase `name`, those of phases inside it left out, even if the block fails."""
         opened = _OpenPhase(name, time.perf_counter())
         self._open.append(opened)
@@ -65,7 +65,7 @@ class PhaseTimes:
             self.seconds[name] += elapsed - opened.inner
             self._claim(elapsed)
 
-    def add(self, name: Phase, seconds: float) -> None:
+    def add(self, name: TrainingPhase, seconds: float) -> None:
         """Add seconds that another clock has measured just now."""
         self.seconds[name] += seconds
         self._claim(seconds)
@@ -74,7 +74,7 @@ class PhaseTimes:
         if self._open:
             self._open[-1].inner += seconds
 
-    def so_far(self) -> dict[Phase, float]:
+    def so_far(self) -> dict[TrainingPhase, float]:
         """Return seconds by phase, those of open phases up to now."""
         seconds, inside, now = dict(self.seconds), 0.0, time.perf_counter()
         for opened in reversed(self._open):

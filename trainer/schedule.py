@@ -20,29 +20,36 @@ from trainer.lr_schedules import ScheduleName, schedule_of
 class ScheduleSettings(Settings):
     """The end of the run and what happens on the way. At least one of `steps` and `seconds` is set."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps of the run")
     seconds: float | None = Field(
-        None, gt=0, description="cap on training seconds; validation and checkpoint writing do not count"
+        None, gt=0, description="cap on training seconds; scoring and writing checkpoints do not count"
     )
     reserve_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="of the cap, kept free for what follows training; auto = what it takes, measured beforehand"
+        "auto",
+        description="seconds of the cap that are kept free for what follows training; auto = measured beforehand",
     )
     hessian_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
-        None, description="what Hessians take that are collected inside the cap, auto = measured; default none are"
+        None,
+        description="seconds of collecting Hessians inside the cap; auto = measured; default none are collected there",
     )
-    hessian_tokens: int = Field(65536, ge=2, description="training tokens of the Hessians that auto measures")
+    hessian_tokens: int = Field(
+        65536, ge=2, description="training tokens of the Hessians that hessian_seconds = auto measures"
+    )
     shape: ScheduleName = Field("linear", description="shape of the learning rate: a name in trainer/lr_schedules.py")
     lr_warmup: float = Field(0.0, ge=0, lt=1, description="share of the run over which the learning rate rises")
     warmdown: float = Field(
         0.667,
         ge=0,
         le=1,
-        description="the run's last share: linear and wsd fall over it, averages of checkpoints are taken from it",
+        description="last share of the run: linear and wsd fall over it, and swa-blend averages its checkpoints",
     )
     lr_floor: float = Field(0.0, ge=0, le=1, description="lowest learning-rate multiplier, warm-up included")
     loops_at: float = Field(0.5, ge=0, le=1, description="progress at which depth recurrence starts")
     all_loops_at: float | None = Field(
-        None, ge=0, le=1, description="two phases: one repeat from loops_at on, all of them from here; default at once"
+        None,
+        ge=0,
+        le=1,
+        description="progress from which all extra visits are active, and one alone from loops_at; default all at once",
     )
     weight_decay_taper_at: float | None = Field(
         None, ge=0, lt=1, description="progress from which weight decay falls linearly to 0; default never"

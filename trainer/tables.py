@@ -13,10 +13,10 @@ from pydantic import AfterValidator
 
 from pgolf_post.errors import SettingsError
 
-Row = TypeVar("Row")
+Method = TypeVar("Method")
 
 
-def pick(table: Mapping[str, Row], name: str, what: str) -> Row:
+def pick(table: Mapping[str, Method], name: str, what: str) -> Method:
     """Return the row called `name`. Raises SettingsError listing the names that the table has."""
     if name not in table:
         raise SettingsError(_unknown(table, name, what))

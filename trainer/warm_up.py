@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import say
+from pgolf_post.data.tokenizer import BOS_ID
 from trainer.compiled import num_compiled_graphs
 from trainer.gradients import GradientAccumulator
-from trainer.model import BOS_ID
 from trainer.schedule import active_loops_at
 from trainer.state import RunState
 

@@ -20,8 +20,8 @@ from trainer.phase_times import (
     MEANING,
     PHASE_TIMES_FILE,
     READS_TRAINING_DATA,
-    Phase,
     PhaseTimes,
+    TrainingPhase,
     show_phase_times,
     write_phase_times,
 )
@@ -36,11 +36,11 @@ class Clock:
 
 
 @given(names=st.lists(st.sampled_from(sorted(MEANING)), max_size=6), depth=st.integers(0, 6))
-def test_phases_never_count_a_second_twice(names: list[Phase], depth: int) -> None:
+def test_phases_never_count_a_second_twice(names: list[TrainingPhase], depth: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock, ledger = Clock(patch), PhaseTimes()
 
-        def nested(rest: list[Phase]) -> None:
+        def nested(rest: list[TrainingPhase]) -> None:
             clock.now += 1.0
             if rest:
                 with ledger.phase(rest[0]):
