@@ -87,6 +87,11 @@ class RunState:
         return self.ranks.device
 
     @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.recipe.run.folder
+
+    @property
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]."""
         reserve_seconds = self.reserve.seconds if self.reserve else 0.0
@@ -150,8 +155,3 @@ class RunState:
         # Boundaries and periods that the checkpoint has behind it do not fire again.
         self.phases.skip_past(self.step, self.progress)
         self.periodic.skip_past(self.step, self.train_seconds)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return self.recipe.run.folder
