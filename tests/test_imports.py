@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pgolf_post", "trainer", "benchmarks")
 
-# A file imports from its own floor and from those above it in this table. What shares a line does not import each other.
+# A file imports from its own floor and from those above it in this table; names on one line do not import each other.
 FLOORS = """
 pgolf_post.errors
 pgolf_post.base
@@ -37,7 +37,7 @@ pgolf_post.artifacts
 pgolf_post.score
 pgolf_post.average pgolf_post.importers
 pgolf_post.fit
-pgolf_post.attribute pgolf_post.prune pgolf_post.demo
+pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe
 pgolf_post.sweep
 pgolf_post
 pgolf_post.cli
