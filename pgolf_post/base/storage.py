@@ -23,6 +23,9 @@ from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 if TYPE_CHECKING:
     from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TEMPORARY_PREFIX = ".tmp-"
 FREE_SPACE = "free disk space (pgolf-post show lists derived folders, which can be deleted), then run it again"
 
@@ -176,8 +179,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def update_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    """One more tensor of `tensors_sha256`; feed them in name order."""
-    import torch  # here, so that commands that only read or write files start without it
+    """Add one tensor to the digest of `tensors_sha256`; feed them in name order."""
+    import torch  # here, so that reading and writing files need not wait for it
 
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())

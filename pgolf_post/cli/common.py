@@ -46,37 +46,59 @@ dollars_option = click.option(
 )
 
 
-def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
-    """Click options for the fields of a settings class: field name → flag (or several, with spaces between).
+class SettingsOption(click.Option):
+    """An option that stands for a field of a settings class."""
 
-    Help and default come from the class.
+    def __init__(self, *names: Any, settings_field: FieldInfo, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.settings_field = settings_field
+
+
+class SettingsChoice(click.Choice):
+    """A choice among a field's literals. Other text is passed on, for the settings class to refuse with its reason."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
+    """Return a decorator that adds an option for each given field of a settings class.
+
+    `flags` maps a field's name to its flag, or to several with spaces between them. Help and default are the class's.
     """
 
     def decorate(function: F) -> F:
         for field_name, flag in reversed(flags.items()):
-            field = cls.model_fields[field_name]
-            is_switch = field.annotation is bool
-            names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
-            kind = None if is_switch else _click_type(field.annotation)
-            function = click.option(*names, field_name, type=kind, default=None, help=_help_of(field))(function)
+            function = _option_of(field_name, cls.model_fields[field_name], flag)(function)
         return function
 
     return decorate
+
+
+def _option_of(name: str, field: FieldInfo, flag: str) -> Callable[[F], F]:
+    """Return the decorator that adds one field's option; a bool is a pair of flags, and what is not given is None."""
+    is_switch = field.annotation is bool
+    names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
+    kind = None if is_switch else _click_type(field.annotation)
+    return click.option(
+        *names, name, cls=SettingsOption, settings_field=field, type=kind, default=None, help=_help_of(field)
+    )
 
 
 def _help_of(field: FieldInfo) -> str:
     """Return a field's description as a sentence, with its default unless that is None."""
     text = (field.description or "").strip().rstrip(".")
     text = text[:1].upper() + text[1:] + "."
-    return text if field.default is None else f"{text}  [default: {field.default}]"
+    shown = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
+    return text if shown is None else f"{text}  [default: {shown}]"
 
 
 def _click_type(annotation: Any) -> click.ParamType | type:
-    """Return what reads a flag's text: a choice for a Literal, else int or float. Ranges are the class's to check."""
+    """Return what reads a flag: a choice for a Literal, else int, float or str (ranges are the class's to check)."""
     literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     if literals:
-        return click.Choice([str(value) for value in get_args(literals[0])])
-    return int if annotation in (int, int | None) else float
+        return SettingsChoice([str(value) for value in get_args(literals[0])])
+    return next(kind for kind in (int, float, str) if annotation in (kind, kind | None))
 
 
 def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:

@@ -16,12 +16,10 @@ from typing import Any
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import atomic_file, atomic_folder, sha256_file, write_json
 from pgolf_post.data.counts import count_split, sidecar_bytes
-from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder
+from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME, DataFolder
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
 from pgolf_post.errors import MismatchError, NotFoundError
-
-TOKENIZER_NAME = "tokenizer.model"
 
 
 @dataclass(frozen=True)

@@ -17,40 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from pgolf_post.base.storage import read_json
-from pgolf_post.data.adopt import TOKENIZER_NAME, ShardNames, write_manifest
-from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
+from pgolf_post.data.adopt import ShardNames, write_manifest
+from pgolf_post.data.folder import MANIFEST_NAME, TOKENIZER_NAME, DataFolder
 from pgolf_post.data.hub import RemoteFile, Repository
+from pgolf_post.data.settings import REPOSITORIES, DownloadSettings
 from pgolf_post.data.shards import read_shard
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, SettingsError
-from pgolf_post.settings import Settings
-
-CHALLENGE_REPOSITORY = "willdepueoai/parameter-golf"
-CASEOPS_VARIANT = "sp8192_lossless_caps_caseops_v1_reserved"
-# Where each variant is published; the challenge's own repository has only the first.
-REPOSITORIES = {
-    "sp1024": CHALLENGE_REPOSITORY,
-    "sp4096": "kevclark/parameter-golf",
-    "sp8192": "kevclark/parameter-golf",
-    CASEOPS_VARIANT: "romeerp/parameter-golf-caseops-v1",
-}
-
-
-class DownloadSettings(Settings):
-    """What to download. `repository` is by default the one known to publish the variant."""
-
-    variant: str = Field("sp1024", pattern=r"^[A-Za-z0-9_]+$")
-    train_shards: int = Field(1, ge=0)
-    repository: str | None = None
-    revision: str = "main"
-    subfolder: str = "datasets"
-    endpoint: str = "https://huggingface.co"
-
-    @property
-    def source_repository(self) -> str:
-        return self.repository or REPOSITORIES.get(self.variant, CHALLENGE_REPOSITORY)
 
 
 def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> DataFolder:
@@ -67,7 +40,7 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
         "variant": settings.variant,
     }
     _make_way(out, source, force)
-    export = Export.open(remote, settings)
+    export = PublishedVariant.open(remote, settings)
     remote.fetch(export.tokenizer, out / TOKENIZER_NAME)
     for file in export.val + export.val_bytes + export.train:
         remote.fetch(file, out / file.name)
@@ -77,8 +50,8 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
     return write_manifest(out, settings.variant, shards, source)
 
 
-class Export:
-    """The files of one variant in a published export. Open it with `Export.open`."""
+class PublishedVariant:
+    """The files of one variant in a published export. Open it with `PublishedVariant.open`."""
 
     def __init__(self, tokenizer: RemoteFile, files: Sequence[RemoteFile], train_shards: int) -> None:
         self.tokenizer = tokenizer
@@ -88,7 +61,7 @@ class Export:
         self.train = self.all_train[:train_shards]
 
     @classmethod
-    def open(cls, remote: Repository, settings: DownloadSettings) -> Export:
+    def open(cls, remote: Repository, settings: DownloadSettings) -> PublishedVariant:
         """Find a variant's files by the export's manifest. Raises NotFoundError, SettingsError, DamagedFileError."""
         root = settings.subfolder.strip("/")
         manifest = _remote_manifest(remote, _join(root, MANIFEST_NAME))

@@ -22,6 +22,7 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.settings import canonical_json
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"  # in folders that we write; others name theirs in the manifest
 FORMAT_VERSION = 1
 
 Split = Literal["train", "val"]

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pgolf_post.data.tokenizer import BOS_ID, SPACE_MARK
 from pgolf_post.errors import SettingsError
 
-MAX_VOCAB_SIZE = 1 << 16  # a shard's tokens are uint16
 MAX_SENTENCE_CHARS = 2000
 MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARS
 CHARACTER_COVERAGE = 0.999  # of the sample's characters; the rest fall back to bytes
