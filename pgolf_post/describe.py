@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.storage import read_json
-from pgolf_post.cache import Entry, entry_at
+from pgolf_post.cache import CacheEntry, entry_at
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
 from pgolf_post.errors import NotFoundError, PgolfError
@@ -107,7 +107,7 @@ def _view(view: Mapping[str, Any]) -> str:
     return f"id {view['id'][:12]}{measured}"
 
 
-def _derived_rows(entries: Iterable[Entry]) -> list[tuple[str, str]]:
+def _derived_rows(entries: Iterable[CacheEntry]) -> list[tuple[str, str]]:
     """Return one row for each result, and one that counts what interrupted or killed processes left."""
     rows, leftovers = [], Counter[str]()
     for entry in entries:

@@ -1,8 +1,7 @@
-"""Before work starts: how much memory a calibration will take, and whether there is that much.
+"""Memory of a calibration: an estimate before work starts, and a refusal if it exceeds what is free.
 
-Sums are held in float64 until they are written; what else grows is the activations of one batch. Without a backward
-pass only a few layers' worth exist at a time; with one, what autograd keeps is measured on a short window and scaled
-up.
+Sums are held in float64 until they are written; the rest is the activations of one batch. Without a backward pass a few
+layers' activations exist at a time. With one, the bytes that autograd keeps are measured on a short window and scaled.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from pgolf_post.families import Lookup, Site
 LIVE_INPUTS = 8  # activations as wide as the widest input that exist at once in a forward pass
 HEAD_COPIES = 10  # logits-sized tensors that exist at once
 PROBE_TOKENS = 64
-UNKNOWN = 1 << 62  # bytes, where the system does not say
+UNKNOWN = 1 << 62  # bytes, if the system does not report its limit
 ALLOCATOR = 1.15  # what an allocator holds for each byte of activations; measured on a 4.6M-parameter model
 SHARE = 0.9  # of the free memory that may be planned with
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that calibration will hold at its peak, beside the weights."""
+    """Bytes that calibration holds at its peak, not counting the weights."""
 
     sums_bytes: int
     activation_bytes: int
@@ -54,11 +53,11 @@ def plan_memory(
     shapes = {tensor: tuple(module.get_parameter(tensor).shape) for site in sites for tensor in site.tensors}
     widths = {f"hessian of {site.name}": shapes[site.tensors[0]][1] for site in sites}
     if fisher:
-        widths |= {f"weighted moment of {tensor}": shape[1] for tensor, shape in shapes.items()}
+        widths |= {f"weighted Hessian of {tensor}": shape[1] for tensor, shape in shapes.items()}
         products = [tensor for site in sites if not site.is_head for tensor in site.tensors]
-        widths |= {f"output moment of {tensor}": shapes[tensor][0] for tensor in products}
+        widths |= {f"output Hessian of {tensor}": shapes[tensor][0] for tensor in products}
         tables = {lookup.tensor: int(module.get_parameter(lookup.tensor).shape[1]) for lookup in lookups}
-        widths |= {f"lookup moment of {table}": width for table, width in tables.items()}
+        widths |= {f"lookup Hessian of {table}": width for table, width in tables.items()}
     name, widest = max(widths.items(), key=lambda item: item[1])
     pending = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
     held = 4 * LIVE_INPUTS * batch_tokens * widest
@@ -73,7 +72,7 @@ def plan_memory(
 def saved_bytes_per_token(
     module: Any, sites: Sequence[Site], lookups: Sequence[Lookup], length: int = PROBE_TOKENS
 ) -> float:
-    """Bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
+    """Return bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
     kept: dict[int, Tensor] = {}  # held here, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def saved_bytes_per_token(
 
 
 def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -> None:
-    """Say the plan. Raises PgolfError, before any work, if it does not fit in the free memory."""
+    """Print the estimate. Raises PgolfError if it does not fit in the free memory."""
     free = free_bytes(device)
     needed = plan.peak_bytes * (processes if device.type == "cpu" else 1)
     share = f" in {processes} processes" if processes > 1 and device.type == "cpu" else ""
@@ -115,7 +114,7 @@ def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device: a GPU's own, or what Linux calls available, less where a control group allows less."""
+    """Return the free bytes of a device: a GPU's own, or what Linux and its control group have available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = _numbers(Path("/proc/meminfo"))
@@ -128,7 +127,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _numbers(path: Path, named: bool = True) -> dict[str, int]:
-    """The numbers of a file of the kernel, by the name before each; empty if it is not there."""
+    """Return the numbers of a kernel file by the name before each; empty if there is no such file."""
     if not path.is_file():
         return {}
     lines = [line.split() for line in path.read_text().splitlines()]

@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module in pgolf_post.cli, one-line help), in pipeline order
     "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
     "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
-    "show": ("show", "What is at this path, where it came from, what can be done next."),
+    "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
     "checkpoint": ("checkpoint", "Verify or list checkpoints."),
     "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
     "export": ("exporter", "A checkpoint → a public script's state dict."),
@@ -84,7 +84,7 @@ def cli(families: tuple[str, ...]) -> None:
 
 
 def run_command(command: click.Command) -> None:
-    """Run a command as a process: a foreseen failure becomes one clear line, the next command and its exit code."""
+    """Run a command as a process. A foreseen failure is one line, the next command and an exit code."""
     code = _exit_code(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pgolf_post.base.ranks import end_process

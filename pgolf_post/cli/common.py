@@ -1,4 +1,4 @@
-"""What several commands share: finding the checkpoint, the data and the statistics, and options made from settings."""
+"""Shared by commands: finding the checkpoint, the data and the statistics, and options made from settings classes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ checkpoint_argument = click.argument("checkpoint", required=False, type=click.Pa
 weights_option = click.option(
     "--weights",
     type=click.Choice(VIEWS),
-    help="Which weights.  [default: ema where the folder has it, else raw]",
+    help="Weights to use.  [default: ema where the folder has it, else raw]",
 )
 data_option = click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), help="Data folder.  [default: the one it was trained on]"
+    "--data",
+    "data_dir",
+    type=click.Path(path_type=Path),
+    help="Data folder.  [default: that of the training run]",
 )
-fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the same result is cached.")
+fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the result is cached.")
 allow_stale_option = click.option(
     "--allow-stale",
     metavar="HESSIANS",
-    help="Use these statistics (a folder or an id) though they are of other weights; recorded, and probed first.",
+    help="Use these statistics (a folder or an id) of other weights, after a probe of how far off they are; recorded.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
 dollars_option = click.option(
-    "--dollars-per-hour", type=click.FloatRange(min=0), help="What an hour of this machine costs, for the ledger."
+    "--dollars-per-hour", type=click.FloatRange(min=0), help="Cost of this machine in dollars per hour, for the ledger."
 )
 
 
@@ -102,12 +105,12 @@ def _click_type(annotation: Any) -> click.ParamType | type:
 
 
 def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:
-    """A settings instance from the options that were given. Raises SettingsError naming the option and its range."""
+    """Return settings from the options that were given. Raises SettingsError naming the option and its range."""
     return parse_settings(cls, {key: value for key, value in values.items() if value is not None}, command)
 
 
 def find_checkpoint(path: Path | None) -> Checkpoint:
-    """The named checkpoint, or the newest final one of a training run, said aloud."""
+    """Return the named checkpoint, or the newest final one of a training run, and print which."""
     from pgolf_post.checkpoint import Checkpoint, default_checkpoint
 
     if path is not None:
@@ -118,9 +121,9 @@ def find_checkpoint(path: Path | None) -> Checkpoint:
 
 
 def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
-    """The data a checkpoint was trained on, or a named folder with the same tokenizer.
+    """Return the data a checkpoint was trained on, or a named folder with the same tokenizer.
 
-    Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or the tokenizer is another.
+    Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or has another tokenizer.
     """
     from pgolf_post.data import DataFolder
     from pgolf_post.score.cached import require_tokenizer
@@ -139,18 +142,18 @@ def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
 
 
 def stats_folder(view: View, stats: Stats) -> Path:
-    """Where the statistics lie that a view was or is to be quantized with."""
+    """Return the folder of the statistics that a view is quantized with."""
     return Path(stats.stale["stats"]) if stats.stale else view.checkpoint.derived("stats", stats.id)
 
 
 def split_view(text: str) -> tuple[Path, Any]:
-    """`PATH[:VIEW]` → the path and the view, or None where the text ends in none of ema, raw, swa."""
+    """Split `PATH[:VIEW]`; the view is None where the text ends in none of ema, raw, swa."""
     head, colon, view = text.rpartition(":")
     return (Path(head), view) if colon and view in VIEWS else (Path(text), None)
 
 
 def load_view(checkpoint: Checkpoint, weights: Any) -> View:
-    """Load and verify the wanted weights, said aloud."""
+    """Load and verify the wanted weights, and print which."""
     view = checkpoint.load(weights)
     say(f"weights: {view}")
     return view

@@ -36,7 +36,7 @@ def build(
     """Write the data folder `out` and open it. `source` goes into the manifest as it is.
 
     Raises PgolfError if `out` exists (unless `force`) or a split comes out empty, SettingsError for a vocabulary that
-    the text cannot fill, MismatchError for a tokenizer that does not fit or text that is on both sides of the split.
+    the text cannot fill, MismatchError for a tokenizer that does not fit or a document in both splits.
     """
     refuse_destination(out, force)
     corpus = Corpus.split(documents, val_documents, settings.val_fraction)
@@ -54,7 +54,7 @@ def build(
 
 
 def refuse_destination(out: Path, force: bool) -> None:
-    """Raise PgolfError if `out` is there and must not be replaced: without `force`, or if it is no data folder."""
+    """Raise PgolfError if `out` exists and `force` is False, or if it is no data folder."""
     if not out.exists():
         return
     if not force:
@@ -64,7 +64,7 @@ def refuse_destination(out: Path, force: bool) -> None:
 
 
 def _model_bytes(corpus: Corpus, settings: BuildSettings, tokenizer_path: Path | None) -> bytes:
-    """The given .model file, or one trained on the head of train."""
+    """Return the bytes of the given .model file, or of one trained on the head of the training split."""
     if tokenizer_path is None:
         say(f"training a tokenizer of {settings.vocab_size} pieces")
         texts = (document.text for document in corpus.train)
@@ -86,7 +86,7 @@ def _manifest(
     source: Mapping[str, Any] | None,
     is_trained: bool,
 ) -> dict[str, Any]:
-    """The folder's manifest. Nothing in it depends on when, where or how fast it was built."""
+    """Return the folder's manifest. Nothing in it depends on when, where or how fast it was built."""
     import sentencepiece
 
     return {
@@ -110,11 +110,11 @@ def _manifest(
 
 
 def _recorded(settings: BuildSettings, is_trained: bool) -> dict[str, Any]:
-    """The settings that had a part in the folder's contents."""
+    """Return the settings that decided the folder's contents."""
     unused = {"name", "num_threads"} | (set() if is_trained else {"vocab_size", "tokenizer_sample_bytes"})
     return settings.model_dump(exclude=unused)
 
 
 def describe_inputs(paths: Sequence[Path]) -> list[dict[str, str]]:
-    """What a manifest records of input files: name and sha256, not where they lay."""
+    """Return name and sha256 of input files, as the manifest records them; not their folders."""
     return [{"file": path.name, "sha256": sha256_file(path)} for path in paths]

@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 4_000_000_000  # the corpus is held in memory to be ordered
 
 @dataclass
 class Corpus:
-    """The documents of both splits in their final order, and what was left out of them."""
+    """The documents of both splits in their final order, and counts of what was left out."""
 
     train: list[Document]
     val: list[Document]
@@ -44,7 +44,7 @@ class Corpus:
         return corpus
 
     def _cleaned(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Documents without leading spaces; those without text are counted and left out."""
+        """Yield documents without their leading spaces; count and leave out those without text."""
         for document in documents:
             text = document.text.lstrip(" ")
             self.num_stripped_spaces += len(document.text) - len(text)
@@ -86,5 +86,5 @@ def _digest(key: str) -> bytes:
 
 
 def key_position(key: str) -> float:
-    """A key's place in [0, 1), uniform over keys."""
+    """Return a key's place in [0, 1), uniform over keys."""
     return int.from_bytes(_digest(key)[:6], "big") / (1 << 48)

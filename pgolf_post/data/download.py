@@ -27,10 +27,10 @@ from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, Setti
 
 
 def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> DataFolder:
-    """Fetch a variant into the data folder `out`, or what is missing of it, and open it.
+    """Fetch a variant, or the files of it that are missing, into the data folder `out`, and open it.
 
     Raises NotFoundError for what is not published, DamagedFileError for bytes that are not as published, MismatchError
-    for tokens that the tokenizer does not have, PgolfError if `out` holds other data (unless `force`).
+    for token ids that the tokenizer does not have, PgolfError if `out` holds other data (unless `force`).
     """
     remote = Repository.open(settings.endpoint, settings.source_repository, settings.revision)
     source = {
@@ -73,7 +73,7 @@ class PublishedVariant:
         return export
 
     def _refuse_incomplete(self, dataset: dict[str, Any], settings: DownloadSettings, remote: Repository) -> None:
-        """Compare the listed files with what was asked for and with what the manifest promises."""
+        """Raise if the listed files are fewer than asked for, or not those that the manifest promises."""
         expected_val = int((dataset.get("stats") or {}).get("files_val", len(self.val)))
         if not self.val or len(self.val) != expected_val:
             raise DamagedFileError(
@@ -90,12 +90,12 @@ class PublishedVariant:
 
 
 def _numbered(files: Sequence[RemoteFile], prefix: str) -> list[RemoteFile]:
-    """Files named prefix + six digits + .bin, which must count up from 0 without a gap."""
-    found = [file for file in files if re.fullmatch(re.escape(prefix) + r"\d{6}\.bin", file.name)]
-    for number, file in enumerate(found):
+    """Return the files named prefix + six digits + .bin. Raises DamagedFileError if their numbers have a gap."""
+    numbered = [file for file in files if re.fullmatch(re.escape(prefix) + r"\d{6}\.bin", file.name)]
+    for number, file in enumerate(numbered):
         if file.name != f"{prefix}{number:06d}.bin":
             raise DamagedFileError(f"the published export has no {prefix}{number:06d}.bin before {file.path}")
-    return found
+    return numbered
 
 
 def _join(*parts: str) -> str:
@@ -103,7 +103,7 @@ def _join(*parts: str) -> str:
 
 
 def _remote_manifest(remote: Repository, path: str) -> dict[str, Any]:
-    """The export's own manifest, which is not kept."""
+    """Return the export's own manifest; the file is not kept."""
     with tempfile.TemporaryDirectory(prefix="pgolf-post-") as folder:
         local = Path(folder) / MANIFEST_NAME
         remote.fetch(remote.file(path), local)
@@ -111,7 +111,7 @@ def _remote_manifest(remote: Repository, path: str) -> dict[str, Any]:
 
 
 def _dataset_entry(manifest: dict[str, Any], settings: DownloadSettings, remote: Repository) -> dict[str, Any]:
-    """The variant's entry among `datasets`. Raises NotFoundError naming those that there are."""
+    """Return the variant's entry among `datasets`. Raises NotFoundError that lists the variants there are."""
     entries = [entry for entry in manifest.get("datasets", []) if isinstance(entry, dict) and "name" in entry]
     for entry in entries:
         if entry["name"] == f"fineweb10B_{settings.variant}":
@@ -125,7 +125,7 @@ def _dataset_entry(manifest: dict[str, Any], settings: DownloadSettings, remote:
 
 
 def _tokenizer_path(manifest: dict[str, Any], dataset: dict[str, Any], remote: Repository) -> str:
-    """The path of the dataset's sentencepiece model. Raises NotFoundError if it names none."""
+    """Return the path of the dataset's sentencepiece model. Raises NotFoundError if none is published."""
     name = dataset.get("tokenizer_name")
     for entry in manifest.get("tokenizers", []):
         if entry.get("name") == name and str(entry.get("model_path", "")).endswith(".model"):
@@ -136,7 +136,7 @@ def _tokenizer_path(manifest: dict[str, Any], dataset: dict[str, Any], remote: R
 
 
 def _make_way(out: Path, source: dict[str, Any], force: bool) -> None:
-    """Let `out` be a new folder, an interrupted download, or this very data; anything else only with `force`."""
+    """Raise PgolfError if `out` holds other data and `force` is False; with `force`, delete its manifest."""
     if out.exists() and not out.is_dir():
         raise PgolfError(f"{out} is a file, not a folder", hint="--out names another")
     manifest_path = out / MANIFEST_NAME

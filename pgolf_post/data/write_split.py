@@ -23,7 +23,7 @@ BATCH_CHARS = 2_000_000  # characters that are tokenized at a time
 def write_split(
     folder: Path, split: Split, documents: Sequence[Document], encoder: Encoder, settings: BuildSettings
 ) -> dict[str, Any]:
-    """Tokenize documents into the split's shards; return its entry of the manifest.
+    """Tokenize documents into the split's shards; return its part of the manifest.
 
     Raises MismatchError if the tokenizer drops a whole document, or if validation bytes need a sidecar and have none.
     """
@@ -54,7 +54,7 @@ def write_split(
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about BATCH_CHARS characters."""
+    """Yield runs of documents of about BATCH_CHARS characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -68,7 +68,7 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
 
 
 def _sidecar_entries(encoder: Encoder, document: Document, tokens: np.ndarray) -> np.ndarray:
-    """The document's bytes per token. Raises MismatchError if there is no token to carry them."""
+    """Return the document's bytes per token. Raises MismatchError if there is no token to carry them."""
     if len(tokens) == 1:
         raise MismatchError(
             f"the tokenizer drops all of document {document.key} ({document.text[:40]!r}); no token carries its bytes",
@@ -87,7 +87,7 @@ def _refuse_inexact_bytes(table_bytes: int, num_bytes: int) -> None:
 
 
 class ShardWriter:
-    """Cuts a stream of arrays into shards of `tokens_per_shard` values; documents may straddle, as in the challenge."""
+    """Cut a stream of arrays into shards of `tokens_per_shard` values; a document may continue in the next shard."""
 
     def __init__(self, folder: Path, pattern: str, tokens_per_shard: int) -> None:
         self.folder, self.pattern, self.tokens_per_shard = folder, pattern, tokens_per_shard
@@ -97,7 +97,7 @@ class ShardWriter:
         self._num_pending = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Append values (n,) in 0..65535; writes each shard once it is full."""
+        """Append values (n,) in 0..65535, and write each shard that is full."""
         self.num_tokens += len(values)
         while self._num_pending + len(values) >= self.tokens_per_shard:
             room = self.tokens_per_shard - self._num_pending
