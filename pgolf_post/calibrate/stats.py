@@ -34,7 +34,7 @@ class Fisher:
     outputs: Tensors  # tensor → (out, out) Σδδᵀ; not of the head
     lookup_counts: Tensors  # table → (rows,) how often each row was looked up
     lookup_rows: Tensors  # table → (rows,) Σ over the row's lookups of the mean over columns of g²
-    lookup_moments: Tensors  # table → (width, width) Σggᵀ over all lookups
+    lookup_hessians: Tensors  # table → (width, width) Σggᵀ over all lookups
     num_tokens: int
     head: str  # the head's matrix
     token_table: str  # the token embedding's table; the same tensor where embeddings are tied
@@ -124,7 +124,7 @@ def open_stats(folder: Path, stats_id: str, meta: Mapping[str, Any], cached: boo
             outputs=lazy("outputs"),
             lookup_counts=lazy("counts"),
             lookup_rows=lazy("lookup_rows"),
-            lookup_moments=lazy("lookup"),
+            lookup_hessians=lazy("lookup"),
             num_tokens=num_tokens,
             head=str(meta["fisher"]["head"]),
             token_table=str(meta["fisher"]["token_table"]),

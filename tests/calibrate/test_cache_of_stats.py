@@ -45,7 +45,7 @@ def test_every_site_of_the_model_is_there_symmetric_and_positive(
     assert set(fisher.outputs) == set(fisher.rows) - {fisher.head}
     assert float(fisher.lookup_counts[fisher.token_table].sum()) == 320
     assert fisher.rows[fisher.head].shape == (320,)
-    assert fisher.lookup_moments[fisher.token_table].shape == (16, 16)
+    assert fisher.lookup_hessians[fisher.token_table].shape == (16, 16)
     for tensor in fisher.rows:
         assert fisher.mean_rows(tensor).shape == (view.tensors[tensor].shape[0],)
         assert fisher.mean_weighted(tensor).shape == (view.tensors[tensor].shape[1],) * 2

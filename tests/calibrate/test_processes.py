@@ -70,7 +70,7 @@ def all_sums(stats: Stats) -> dict[str, torch.Tensor]:
             "outputs": fisher.outputs,
             "counts": fisher.lookup_counts,
         }
-        kinds |= {"lookup": fisher.lookup_moments, "lookup rows": fisher.lookup_rows}
+        kinds |= {"lookup": fisher.lookup_hessians, "lookup rows": fisher.lookup_rows}
     for kind, tensors in kinds.items():
         found |= {f"{kind} {name}": tensor for name, tensor in tensors.items()}
     return found
