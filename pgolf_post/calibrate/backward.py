@@ -147,6 +147,7 @@ def fisher_batch(
             "at least one table",
             hint="set is_head and outputs on the head's Site, and implement lookups() in the family",
         )
+    # forward with hooks, the head's gradient by hand, and from there backward through the rest
     with (
         torch.enable_grad(),
         observed_inputs(module, sites, sums),

@@ -67,12 +67,14 @@ def collect(
 
     Raises NumericsError naming the first sum that is not finite.
     """
+    # start from the partial sums of an interrupted run, which rank 0 holds
     count, size = len(tokens), observed.batch_windows(tokens.shape[1])
     partial = PartialSums(partial_folder, size, ranks) if partial_folder else None
     sums, done = partial.resume() if partial else (Sums(), set[int]())
     sums.to(observed.device)
     sums.products_in = observed.autocast or torch.float32
     ranks.wait()  # no rank writes before all have read
+    # add this rank's share of the batches that are not done
     mine = set(done) if ranks.is_main else set()
     with progress_bar("calibrating", count) as advance:
         advance(min(count, len(done) * size))
@@ -83,6 +85,7 @@ def collect(
             advance(len(windows) * ranks.world_size)
             if partial:
                 partial.save_if_due(sums, mine)
+    # total over ranks
     _add_up(sums, observed.device, ranks)
     sums.require_finite()
     return sums

@@ -65,10 +65,12 @@ def own_text(
     ranks: Ranks = ALONE,
 ) -> np.ndarray:  # (windows, seq_len) int64
     """Return the text that a view writes itself, from the cache or written now by all ranks."""
+    # the id: whose text, how much, by which numbers
     count = num_windows(settings, seq_len)
     identity = {"windows": count, "seq_len": seq_len, "seed": settings.seed, "temperature": settings.temperature}
     text_id = derived_id(STAGE, STAGE_VERSION, [view.id], identity)
     folder = view.checkpoint.derived(STAGE, text_id)
+    # written once, each rank its share of the windows
     if ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main else None) is None:
         rows = torch.from_numpy(_write_share(view, settings, count, seq_len, ranks)).to(ranks.device)
         ranks.sum_(rows)  # zeros where another rank wrote

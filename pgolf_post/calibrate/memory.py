@@ -50,6 +50,7 @@ def plan_memory(
     fisher: bool,
 ) -> MemoryPlan:
     """Estimate from the sites' widths and, with a backward pass, from a short forward pass."""
+    # every matrix that is summed, with its width
     shapes = {tensor: tuple(module.get_parameter(tensor).shape) for site in sites for tensor in site.tensors}
     widths = {f"hessian of {site.name}": shapes[site.tensors[0]][1] for site in sites}
     if fisher:
@@ -58,15 +59,16 @@ def plan_memory(
         widths |= {f"output Hessian of {tensor}": shapes[tensor][0] for tensor in products}
         tables = {lookup.tensor: int(module.get_parameter(lookup.tensor).shape[1]) for lookup in lookups}
         widths |= {f"lookup Hessian of {table}": width for table, width in tables.items()}
+    # the sums in float64; beside them a chunk's product and its packed copy when it is written, in float32
     name, widest = max(widths.items(), key=lambda item: item[1])
-    pending = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
-    held = 4 * LIVE_INPUTS * batch_tokens * widest
+    sums_bytes = sum(8 * width**2 for width in widths.values()) + 3 * 4 * widest**2
+    # activations of one batch; with a backward pass also what autograd keeps, and logits of a piece
+    activation_bytes = 4 * LIVE_INPUTS * batch_tokens * widest
     if fisher:
         vocab = max(shapes[tensor][0] for site in sites if site.is_head for tensor in site.tensors)
         kept = saved_bytes_per_token(module, sites, lookups, min(PROBE_TOKENS, seq_len))
-        held += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
-    sums = sum(8 * width**2 for width in widths.values()) + pending
-    return MemoryPlan(sums, int(ALLOCATOR * held), f"{name}, {widest} × {widest}")
+        activation_bytes += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
+    return MemoryPlan(sums_bytes, int(ALLOCATOR * activation_bytes), f"{name}, {widest} × {widest}")
 
 
 def saved_bytes_per_token(
@@ -79,6 +81,7 @@ def saved_bytes_per_token(
         kept[tensor.data_ptr()] = tensor
         return tensor
 
+    # run a short window, recording every tensor that autograd saves and every input that a site's hook sees
     device = next(module.parameters()).device
     tokens = torch.ones(1, length, dtype=torch.int64, device=device)
     parameters = {parameter.data_ptr() for parameter in module.parameters()}
@@ -88,6 +91,7 @@ def saved_bytes_per_token(
     handles += [part.register_forward_hook(lambda _, __, rows: rows.detach().requires_grad_()) for part in starts]
     with hooks(handles), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         module.hidden(tokens)
+    # count each storage once, and no parameters
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for address, tensor in kept.items()

@@ -90,10 +90,12 @@ def _collect(
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if fresh and ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
+    # refuse before any work if memory does not suffice
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
     plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)
     require_memory(plan, observed.device, ranks.world_size)
+    # collect on every rank
     ranks.wait()
     sums = collect(observed, text.tokens, ranks, partial)
     config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
@@ -103,6 +105,7 @@ def _collect(
         write_stats(building, sums)
         return {"seconds": round(time.perf_counter() - started, 3), **_facts(stats_id, view, observed, text, ranks)}
 
+    # write on the first rank, read on all
     if ranks.is_main:
         store(folder, PAYLOAD, config, make)
         shutil.rmtree(partial, ignore_errors=True)

@@ -32,6 +32,7 @@ def write_split(
     sidecars = ShardWriter(folder, f"fineweb_{split}_bytes_{{:06d}}.bin", settings.tokens_per_shard)
     num_bytes = table_bytes = 0
     total_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
+    # tokenize batch by batch, counting the bytes of the text and those that the byte table states
     with progress_bar(f"tokenizing {split}, kB", total_bytes // 1000) as advance:
         for batch in _batches(documents):
             for document, tokens in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
@@ -42,6 +43,7 @@ def write_split(
             batch_bytes = sum(len(document.text.encode("utf-8")) for document in batch)
             num_bytes += batch_bytes
             advance(batch_bytes / 1000)
+    # a score divides by these bytes: without a sidecar the table must state them exactly
     if split == "val" and not with_sidecar:
         _refuse_inexact_bytes(table_bytes, num_bytes)
     return {
