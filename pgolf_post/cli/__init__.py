@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module in pgolf_post.cli, one-line help), in pipeline order
     "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
     "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
-    "show": ("show", "What is at this path, where it came from, what can be done next."),
+    "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
     "checkpoint": ("checkpoint", "Verify or list checkpoints."),
     "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
     "export": ("exporter", "A checkpoint → a public script's state dict."),

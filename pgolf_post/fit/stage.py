@@ -17,8 +17,9 @@ import torch
 from pgolf_post.artifacts import PAYLOAD, STAGE, PackedArtifact, artifact_facts
 from pgolf_post.base.progress import say
 from pgolf_post.base.ranks import ALONE, Ranks
+from pgolf_post.base.storage import PARTIAL_SUFFIX
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.calibrate.stage import PARTIAL_SUFFIX, calibration_text
+from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
