@@ -12,7 +12,7 @@ import pytest
 from pgolf_post.cli import COMMANDS, cli
 from pgolf_post.cli.common import SettingsChoice, SettingsOption
 
-# Begins with a capital, a symbol of ours or a quoted literal; ends with a full stop (or … after examples), but for brackets.
+# Begins with a capital, a symbol or a quoted literal; ends with a full stop (or … after examples) before any brackets.
 SENTENCE = re.compile(r"""^[A-ZΣ"'`].*[.…](\s+\[(default|required).*\])?$""", re.DOTALL)
 
 
