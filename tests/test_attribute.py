@@ -10,7 +10,8 @@ import torch
 
 from pgolf_post import attribute as module
 from pgolf_post.artifacts import quantize_by_plan
-from pgolf_post.attribute import ALL, attribute, groups
+from pgolf_post.attribute.groups import ALL, groups
+from pgolf_post.attribute.stage import attribute
 from pgolf_post.cache import list_entries
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View

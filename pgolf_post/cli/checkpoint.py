@@ -36,7 +36,7 @@ def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> Non
         (
             r.view,
             f"{r.recorded_bpb:.7f}",
-            f"{r.found_bpb:.7f}",
+            f"{r.recomputed_bpb:.7f}",
             f"{r.difference_nats:+.1e}",
             "ok" if r.passed else "FAILED",
         )
@@ -47,7 +47,7 @@ def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> Non
     )
     passed = all(result.passed for result in results)
     if as_json:
-        views = {r.view: {"recorded": r.recorded_bpb, "bpb": r.found_bpb, "passed": r.passed} for r in results}
+        views = {r.view: {"recorded": r.recorded_bpb, "bpb": r.recomputed_bpb, "passed": r.passed} for r in results}
         seconds = round(time.perf_counter() - started, 3)
         print_json({"checkpoint": str(found.path), "passed": passed, "views": views, "seconds": seconds})
     if not passed:

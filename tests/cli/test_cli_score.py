@@ -37,10 +37,10 @@ def test_eval_by_every_protocol(pgolf: Call) -> None:
         (("--ttt", "lora"), "belong to --protocol ttt"),
         (("--stride", 4), "--stride belongs to"),
         (("--protocol", "ttt"), "needs --ttt"),
-        (("--protocol", "ttt", "--ttt", "lara"), "there are: sgd-1493, record-1855"),
+        (("--protocol", "ttt", "--ttt", "lara"), "'lara' is not one of 'sgd-1493', 'record-1855'"),
         (
             ("--protocol", "ttt", "--ttt", "lora", "--set", "chunk_tokens=8", "--set", "epochs=2"),
-            "does not read epochs",
+            "unknown key 'epochs'",
         ),
         (("--protocol", "ttt", "--ttt", "lora", "--compile", "--set", "chunk_tokens=8"), "--compile is for"),
     ],

@@ -15,7 +15,8 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.protocols import Protocol, run_protocol, score_text
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.settings import TTTProtocol, ttt_protocol
+from pgolf_post.score.ttt.methods import ttt_protocol
+from pgolf_post.score.ttt.settings import TTTProtocol
 from tests.conftest import pico_documents
 
 RECORD = {
@@ -64,7 +65,7 @@ class Bench:
     def facts(self, protocol: Protocol) -> dict[str, Any]:
         return score_text(self.module, self.family, self.tokens, self.token_bytes, protocol)[1]
 
-    def ledger(self, protocol: Protocol, session: Session | None = None) -> CommitLog:
+    def log(self, protocol: Protocol, session: Session | None = None) -> CommitLog:
         return run_protocol(self.module, self.family, self.tokens, protocol, session or Session())[0]
 
 

@@ -10,24 +10,12 @@ import pytest
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare.compare import (
-    BYTES_PER_TOKEN,
-    paired_documents,
-    record_rule,
-    sign_test,
-    welch,
-)
+from pgolf_post.score.compare.documents import paired_documents, sign_test
+from pgolf_post.score.compare.estimate import estimate
 from pgolf_post.score.compare.paired import Clusters, t_interval
-from pgolf_post.score.compare.screen import (
-    EXCLUDED,
-    Screening,
-    ScreenSettings,
-    bytes_of_windows,
-    estimate,
-    screen,
-    sequence_factor,
-    window_scorer,
-)
+from pgolf_post.score.compare.record import BYTES_PER_TOKEN, record_rule, welch
+from pgolf_post.score.compare.screen import EXCLUDED, Screening, ScreenSettings, screen, sequence_factor
+from pgolf_post.score.compare.windows import bytes_of_windows, window_scorer
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import protocol_spans
 from pgolf_post.score.sliding import SlidingProtocol

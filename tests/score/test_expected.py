@@ -12,7 +12,8 @@ import torch
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.compare.expected import ExpectedWindows
-from pgolf_post.score.compare.screen import Screening, ScreenSettings, bytes_of_windows, screen
+from pgolf_post.score.compare.screen import Screening, ScreenSettings, screen
+from pgolf_post.score.compare.windows import bytes_of_windows
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import protocol_spans
 from pgolf_post.score.spans import Span, num_targets

@@ -55,13 +55,13 @@ def test_stride_seq_len_is_plain(bench: Bench, tail: Tail) -> None:
 
 def test_sliding_is_the_cross_entropy_of_its_windows(bench: Bench) -> None:
     seq_len, stride = 32, 8
-    ledger = bench.ledger(SlidingProtocol(seq_len=seq_len, stride=stride, tail="score"))
+    log = bench.log(SlidingProtocol(seq_len=seq_len, stride=stride, tail="score"))
     tokens = torch.from_numpy(bench.tokens.astype(np.int64))
     for target in (1, 31, 32, 33, 40, 41, 200, len(tokens) - 1):
         moved = -(-max(0, target - seq_len) // stride) * stride  # strides after the first window
         logits = bench.module(tokens[None, moved:target])[0, -1]
         expected = float(F.cross_entropy(logits[None].double(), tokens[target : target + 1]))
-        assert ledger.nats[target] == pytest.approx(expected, rel=1e-5)
+        assert log.nats[target] == pytest.approx(expected, rel=1e-5)
 
 
 def test_both_protocols_count_the_same_targets(bench: Bench) -> None:
