@@ -40,7 +40,10 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
     help="Group tensors by role, by layer, or not at all.",
 )
 @click.option(
-    "--tokens", "score_tokens", type=click.IntRange(min=2), help="Score only the first validation tokens, this many."
+    "--tokens",
+    "score_tokens",
+    type=click.IntRange(min=2),
+    help="Score only this many validation tokens, from the start.",
 )
 @click.option(
     "--expected", is_flag=True, help="Average gains over the unquantized model's predictions: far less noise."

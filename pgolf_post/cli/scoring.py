@@ -55,7 +55,9 @@ def protocol_options(function: F) -> F:
             type=click.IntRange(min=1),
             help="Tokens by which a window moves on; for sliding, and for ttt by sgd or scales.  [default: 64]",
         ),
-        click.option("--max-tokens", type=click.IntRange(min=2), help="Score only the first tokens, this many."),
+        click.option(
+            "--max-tokens", type=click.IntRange(min=2), help="Score only this many tokens, from the start of the split."
+        ),
         click.option(
             "--tail",
             type=click.Choice(["drop", "score"]),

@@ -77,10 +77,10 @@ class Peeking(Wrapped):
     """Each position adds a little of the next token's embedding."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        found = self.module.hidden(tokens)
+        hidden = self.module.hidden(tokens)
         following = self.module.tok_emb(tokens.roll(-1, dims=1))
         following[:, -1] = 0
-        peeked: Tensor = found + 0.01 * following
+        peeked: Tensor = hidden + 0.01 * following
         return peeked
 
 
