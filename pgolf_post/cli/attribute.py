@@ -43,7 +43,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
     "--tokens",
     "score_tokens",
     type=click.IntRange(min=2),
-    help="Score only this many validation tokens, from the start.",
+    help="Score only this many validation tokens.",
 )
 @click.option(
     "--expected", is_flag=True, help="Average gains over the unquantized model's predictions: far less noise."

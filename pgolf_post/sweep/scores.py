@@ -2,8 +2,8 @@
 
 An artifact is scored once, whatever the number of trials that lead to it. Screens draw the same windows for every
 trial, and are kept beside the checkpoint as other scores are. The `expected` stage draws them too, and says what the
-weights lose there before quantization plus their quantization's divergence (score/expected.py): the differences between
-two quantizations of the same weights are then free of the luck of the text's words.
+weights lose there before quantization plus their quantization's divergence (score/compare/expected.py): the differences
+between two quantizations of the same weights are then free of the luck of the text's words.
 """
 
 from __future__ import annotations
