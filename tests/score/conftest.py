@@ -72,7 +72,7 @@ class Bench:
 @pytest.fixture
 def bench(pico_data: DataFolder) -> Bench:
     """The record-like pico model on 500 tokens: the beginnings of documents, of 17 to 90 tokens each."""
-    documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(found.text)]) for found in pico_documents()]
+    documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(document.text)]) for document in pico_documents()]
     tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:500].astype(np.uint16)
     counts = pico_data.byte_table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens)
     return Bench(record_model(), get_family("golf_gpt"), tokens, counts)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from pgolf_post.errors import DamagedFileError
 from pgolf_post.score.phase_times import PhaseTimes
@@ -98,6 +99,8 @@ def test_partial_results_of_something_else_are_left_alone(bench: Bench, tmp_path
     spent.seconds["load"] = 2.0
     with pytest.raises(StoppedError):
         bench.log(protocol, session_at(tmp_path, clock=spent))
+    with safe_open(tmp_path / "some.partial.safetensors", "pt") as file:  # under the names of files kept before
+        assert sorted(file.keys()) == ["ledger.lessons", "ledger.nats", "ledger.turn", "ledger.turns"]
     other = session_at(tmp_path)
     other.identity = "that"
     assert np.array_equal(bench.log(protocol, other).nats, whole.nats)
