@@ -27,7 +27,7 @@ from pgolf_post.pack.report.predict import predict_bytes
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
-from pgolf_post.score.cached import Subject
+from pgolf_post.score.cached import ScoredModel
 from pgolf_post.settings import parse_settings
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.common import KEPT_SMALL, Places, Recent, Spending
@@ -41,7 +41,7 @@ BeforePacking = Callable[[Callable[[], int]], None]  # is given a function that 
 class Quantized:
     """A trial's artifact on disk and the tensors it decodes to, or the weights themselves."""
 
-    subject: Subject
+    subject: ScoredModel
     tensors: Callable[[], Mapping[str, Tensor]]
     facts: Mapping[str, Any]  # artifact_id, artifact_bytes, symbols_sha256 …
     content_sha256: str  # of symbols, factors and floats: what a NO-OP is judged by
@@ -49,7 +49,7 @@ class Quantized:
 
 def unquantized(view: View) -> Quantized:
     """The weights themselves as what is scored."""
-    subject = Subject(view.id, view.config, str(view), view.checkpoint.path / "derived")
+    subject = ScoredModel(view.id, view.config, str(view), view.checkpoint.path / "derived")
     return Quantized(subject, lambda: view.tensors, {}, view.id)
 
 
@@ -101,7 +101,7 @@ class Artifacts:
             "artifact_bytes": path.stat().st_size,
             "symbols_sha256": meta["symbols_sha256"],
         }
-        subject = Subject(facts["artifact_sha256"], view.config, str(path), view.checkpoint.path / "derived")
+        subject = ScoredModel(facts["artifact_sha256"], view.config, str(path), view.checkpoint.path / "derived")
         made = Quantized(subject, lambda: self._tensors(path, subject.id), facts, str(meta["content_sha256"]))
         return self._quantized.keep(artifact_id, made)
 

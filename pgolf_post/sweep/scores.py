@@ -2,8 +2,8 @@
 
 An artifact is scored once, whatever the number of trials that lead to it. Screens draw the same windows for every
 trial, and are kept beside the checkpoint as other scores are. The `expected` stage draws them too, and says what the
-weights lose there before quantization plus their quantization's divergence (score/expected.py): the differences between
-two quantizations of the same weights are then free of the luck of the text's words.
+weights lose there before quantization plus their quantization's divergence (score/compare/expected.py): the differences
+between two quantizations of the same weights are then free of the luck of the text's words.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.families import train_seq_len
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.cached import load_score, score_subject
+from pgolf_post.score.cached import load_score, score_model
 from pgolf_post.score.compare.expected import expected_score
 from pgolf_post.score.compare.pieces import cut_documents
-from pgolf_post.score.compare.screen import score_chosen
+from pgolf_post.score.compare.windows import score_chosen
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, protocol_spans
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.spans import Span, num_targets
-from pgolf_post.score.ttt.settings import ttt_protocol
+from pgolf_post.score.ttt.methods import ttt_protocol
 from pgolf_post.settings import parse_settings
 from pgolf_post.sweep.artifacts import Quantized
 from pgolf_post.sweep.claims import claim
@@ -114,7 +114,7 @@ class Scores:
                 facts, cached = self._drawn(stage, screen, quantized, reference, data, protocol)
             else:
                 session = Session(ranks=self.ranks, quiet=True)
-                facts, cached = score_subject(
+                facts, cached = score_model(
                     quantized.subject, quantized.tensors, data, protocol, False, session, self.pool
                 )
         if cached:
