@@ -21,7 +21,7 @@ from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFac
 
 ARTIFACT_FILE = "artifact.pgolf"
 SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
-CODER_NAMES = ("lane states", "context classes", "frequency tables", "row scales")
+CODER_NAMES = ("lane states", "context classes", "frequency tables", "row shifts")
 PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32"}
 
 

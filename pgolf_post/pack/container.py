@@ -14,7 +14,7 @@ stream; so do all factors of one axis and type, and all passed-through tensors o
                3 group, each value serving `repeat` weights in row-major order (0 for a column's)
       rans     [] or the shapes of states, classes and weights; codec 7 is rANS, 4 and 5 its older kinds
     the rest   in order of their keys (section, label, dtype): factors (0, axis, ·), passthrough (1, 0, ·), the coder's
-               states, classes, weights and row scales (2, 0 to 3, ·), symbols (3, role, ·)
+               states, classes, weights and row shifts (2, 0 to 3, ·), symbols (3, role, ·)
 
 dtype 0 is int8, 1 int16, 2 float16, 3 bfloat16's bits, 4 float32 (which only foreign artifacts have). The bytes of a
 wider number differ in kind (sign and exponent against mantissa noise), so all low bytes of a unit come first, then all
@@ -151,7 +151,7 @@ def code_symbols(layout: Layout, streams: dict[Key, tuple[int, bytes]]) -> None:
 
 
 def _coded(layout: Layout, keys: Sequence[Key]) -> tuple[rans.Coded | None, dict[Key, float]]:
-    """Units coded together, and the bits expected of each, its row scales included."""
+    """Units coded together, and the bits expected of each, its row shifts included."""
     if not keys:
         return None, {}
     coded = rans.encode([layout.blocks(key) for key in keys])
@@ -220,7 +220,7 @@ class Layout:
         """What the decoder needs beside the streams."""
         states = coded.states.astype("<u4").view(np.int8).reshape(-1, 4)
         own = {0: [states], 1: [coded.model.classes], 2: [coded.model.weights.view(np.int8)]}
-        own[3] = [scales.view(np.int8) for scales in coded.scales]
+        own[3] = [shifts.view(np.int8) for shifts in coded.row_shifts]
         return {(CODER, label, INT8): arrays for label, arrays in own.items()}
 
     def use_tables(self, keys: Sequence[Key], coded: rans.Coded, own: Units) -> None:

@@ -1,9 +1,9 @@
-"""What every tensor of an artifact costs: the file's bytes, shared out to the last one.
+"""Bytes per tensor of an artifact: the file's size, attributed to its tensors to the last byte.
 
-Codecs compress many tensors as one unit, so a tensor's bytes are an attribution, by what coding its values costs: in a
+Codecs compress many tensors as one unit, so a tensor's bytes are an attribution by the cost of coding its values: in a
 unit coded by rANS, -log2 of every symbol's frequency in its own context, escapes included; in any other, -log2 of every
-byte's frequency in the whole unit. Symbols, scales and row scales of a tensor count together. What belongs to no
-tensor, the manifest and the coder's tables and states, is the *container*. The rows add up to the file.
+byte's frequency in the whole unit. Symbols, factors and row shifts of a tensor count together. The *container* is what
+belongs to no tensor: the manifest and the coder's tables and states. The table adds up to the file.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pgolf_post.pack.container import CODER, FACTORS, INT8, PASSTHROUGH, SYMBOLS
 from pgolf_post.quantize.tensor import QuantizedModel
 
 CONTAINER = "container"
-ROW_SCALES: Key = (CODER, 3, INT8)
+ROW_SHIFTS: Key = (CODER, 3, INT8)
 Parts = dict[Key, list[tuple[str, np.ndarray]]]  # per unit: the tensors it serves, with their values, in stored order
 
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """One row: a tensor, all tensors of a role, or the container."""
+    """Bytes of a tensor, of all tensors of a role, or of the container."""
 
     name: str
     role: str
@@ -52,8 +52,8 @@ def tensor_table(path: Path) -> list[TensorBytes]:
     _, *units = decode.read_units(memoryview(data))
     streams = dict(zip(sorted(decode.lay_out(artifact.manifest)[0]), units, strict=True))
     parts = parts_of(artifact.manifest["tensors"], artifact.model)
-    if ROW_SCALES in streams:
-        parts[ROW_SCALES] = row_scales(artifact.manifest["tensors"], _raw(streams[ROW_SCALES], 1 << 27))
+    if ROW_SHIFTS in streams:
+        parts[ROW_SHIFTS] = row_shifts(artifact.manifest["tensors"], _raw(streams[ROW_SHIFTS], 1 << 27))
     owned = dict.fromkeys([*artifact.model.quantized, *artifact.model.passthrough], 0)
     for key, (codec_id, stream) in streams.items():
         if key in parts:
@@ -102,8 +102,8 @@ def parts_of(table: Sequence[Any], model: QuantizedModel) -> Parts:
     return parts
 
 
-def row_scales(table: Sequence[Any], raw: bytes) -> list[tuple[str, np.ndarray]]:
-    """Every rANS-coded tensor with its rows' scales."""
+def row_shifts(table: Sequence[Any], raw: bytes) -> list[tuple[str, np.ndarray]]:
+    """Return every rANS-coded tensor with the shifts of its rows."""
     coded = [(name, more[0][0]) for name, _, group, _, _, *more in table if more and group]
     ends = np.cumsum([rows for _, rows in coded])[:-1]
     return [(name, part) for (name, _), part in zip(coded, np.split(np.frombuffer(raw, np.uint8), ends), strict=True)]
@@ -135,7 +135,7 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
     )
     bits = -np.log2(np.maximum(frequencies(weights), 1e-9) / TOTAL)  # (contexts, width)
     rows = {row[0]: row for row in artifact.manifest["tensors"]}
-    scales = dict(parts[ROW_SCALES])
+    shifts = dict(parts[ROW_SHIFTS])
     costs: list[float] = []
 
     def kind_of(part: tuple[str, np.ndarray]) -> tuple[list[int], list[int], int]:
@@ -145,8 +145,8 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
     for (_, _, group), same in groupby(parts[key], key=kind_of):
         names = [name for name, _ in same]
         tensors = [artifact.model.quantized[name] for name in names]
-        stored = np.stack([scales[name] for name in names])
-        block = replace(block_of(tensors), scales=stored, kind=streams[key][0])
+        stored = np.stack([shifts[name] for name in names])
+        block = replace(block_of(tensors), row_shifts=stored, kind=streams[key][0])
         costs += _block_costs(with_stored_residuals(block), classes[group - 1], bits)
     return costs
 
@@ -163,4 +163,4 @@ def _block_costs(block: Block, classes: np.ndarray, bits: np.ndarray) -> list[fl
         known = inside & (bits[context, np.where(inside, entries, 0)] < ESCAPE_BITS)
         costs += np.where(known, bits[context, np.where(known, entries, 0)], 0)
         costs += np.where(known, 0, bits[context, 0] + ESCAPE_BITS)
-    return [float(part.sum()) for part in np.split(costs, len(block.scales))]
+    return [float(part.sum()) for part in np.split(costs, len(block.row_shifts))]
