@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.pack import decode
-from pgolf_post.pack.artifact import read_artifact
+from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
 from pgolf_post.pack.coder import contexts
 from pgolf_post.pack.coder.contexts import Block
 from pgolf_post.pack.coder.frequency_tables import ESCAPE_BITS, TOTAL, frequencies
@@ -46,7 +46,8 @@ class TensorBytes:
 
 
 def tensor_table(path: Path) -> list[TensorBytes]:
-    """Every tensor of an artifact in name order, then the container. Raises NotFoundError, DamagedFileError."""
+    """Return every tensor of an artifact in name order, then the container. Raises NotFoundError, DamagedFileError."""
+    # the streams by key, and the tensors that each serves
     artifact = read_artifact(path)
     data = path.read_bytes()
     _, *units = decode.read_units(memoryview(data))
@@ -54,6 +55,8 @@ def tensor_table(path: Path) -> list[TensorBytes]:
     parts = parts_of(artifact.manifest["tensors"], artifact.model)
     if ROW_SHIFTS in streams:
         parts[ROW_SHIFTS] = row_shifts(artifact.manifest["tensors"], _raw(streams[ROW_SHIFTS], 1 << 27))
+
+    # share each unit's bytes out to its tensors
     owned = dict.fromkeys([*artifact.model.quantized, *artifact.model.passthrough], 0)
     for key, (codec_id, stream) in streams.items():
         if key in parts:
@@ -62,6 +65,8 @@ def tensor_table(path: Path) -> list[TensorBytes]:
             shares = share_out(len(stream) + decode.FRAME.size, costs)
             for (name, _), share in zip(parts[key], shares, strict=True):
                 owned[name] += share
+
+    # what no tensor owns is the container's
     sizes = {name: tensor.symbols.size for name, tensor in artifact.model.quantized.items()}
     sizes |= {name: array.size for name, array in artifact.model.passthrough.items()}
     rows = [TensorBytes(name, split_role(name)[0], sizes[name], owned[name]) for name in sorted(owned)]
@@ -69,7 +74,7 @@ def tensor_table(path: Path) -> list[TensorBytes]:
 
 
 def role_table(rows: Sequence[TensorBytes]) -> list[TensorBytes]:
-    """The rows of each role added up, the largest first."""
+    """Return the bytes of each role, the largest first."""
     roles: dict[str, tuple[int, int]] = {}
     for row in rows:
         weights, stored = roles.get(row.role, (0, 0))
@@ -78,7 +83,7 @@ def role_table(rows: Sequence[TensorBytes]) -> list[TensorBytes]:
 
 
 def share_out(total: int, costs: Sequence[float]) -> list[int]:
-    """Integers in proportion to the costs that add up to the total: floors, then the largest remainders."""
+    """Return integers in proportion to the costs that add up to the total: floors, then the largest remainders."""
     whole = sum(costs)
     exact = [total * cost / whole for cost in costs] if whole > 0 else [total / len(costs)] * len(costs)
     shares = [int(part) for part in exact]
@@ -89,7 +94,7 @@ def share_out(total: int, costs: Sequence[float]) -> list[int]:
 
 
 def parts_of(table: Sequence[Any], model: QuantizedModel) -> Parts:
-    """Every unit's tensors and values, by the artifact's tensor table."""
+    """Return every unit's tensors and values, by the artifact's tensor table."""
     parts: Parts = {}
     for name, role, _, _, dtype, *more in table:
         if not more:
@@ -114,7 +119,7 @@ def _raw(unit: tuple[int, memoryview], limit: int) -> bytes:
 
 
 def byte_costs(parts: Sequence[tuple[str, np.ndarray]]) -> list[float]:
-    """Bits of every tensor's bytes by the frequencies of the whole unit, each byte of a number on its own."""
+    """Return the bits of every tensor's bytes by their frequencies in the whole unit, each byte of a number alone."""
     planes = [
         np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).reshape(-1, array.itemsize) for _, array in parts
     ]
@@ -126,20 +131,25 @@ def byte_costs(parts: Sequence[tuple[str, np.ndarray]]) -> list[float]:
     return [float(cost) for cost in bits]
 
 
-def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[int, memoryview]]) -> list[float]:
-    """Bits of every tensor's symbols by the tables that the artifact stores."""
+def rans_costs(
+    key: Key, parts: Parts, artifact: DecodedArtifact, streams: dict[Key, tuple[int, memoryview]]
+) -> list[float]:
+    """Return the bits of every tensor's symbols by the tables that the artifact stores."""
+    # the stored tables, as bits per entry
     shapes = artifact.manifest["rans"]
     classes, weights = (
         np.frombuffer(_raw(streams[CODER, label, INT8], 1 << 27), dtype).reshape(shapes[label])
         for label, dtype in ((1, np.int8), (2, np.uint8))
     )
     bits = -np.log2(np.maximum(frequencies(weights), 1e-9) / TOTAL)  # (contexts, width)
-    rows = {row[0]: row for row in artifact.manifest["tensors"]}
+
+    # walk the tensors in the blocks that the coder made of them
+    entries = {entry[0]: entry for entry in artifact.manifest["tensors"]}
     shifts = dict(parts[ROW_SHIFTS])
     costs: list[float] = []
 
     def kind_of(part: tuple[str, np.ndarray]) -> tuple[list[int], list[int], int]:
-        _, _, table, _, _, shape, trellis, *_ = rows[part[0]]
+        _, _, table, _, _, shape, trellis, *_ = entries[part[0]]
         return shape, trellis, table
 
     for (_, _, group), same in groupby(parts[key], key=kind_of):
@@ -152,7 +162,7 @@ def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[i
 
 
 def _block_costs(block: Block, classes: np.ndarray, bits: np.ndarray) -> list[float]:
-    """Bits of every tensor of a block: its columns' symbols, escapes at 16 bits more."""
+    """Return the bits of every tensor of a block: its columns' symbols, escapes at 16 bits more."""
     levels, odds = contexts.levels_of(block)
     width = bits.shape[1]
     costs = np.zeros(block.symbols.shape[1])
