@@ -25,7 +25,7 @@ SIMILARITY_ROWS = 1 << 13  # a greedy order takes rows² · columns steps: large
 
 def missing() -> str:
     """Return why the program cannot be run here, or ""."""
-    return "" if shutil.which(PROGRAM) else f"the program {PROGRAM} is not installed (apt-get install lrzip)"
+    return "" if shutil.which(PROGRAM) else "the program lrzip is not installed (apt-get install lrzip)"
 
 
 def encode(units: Sequence[SymbolUnit], by_similarity: bool = False) -> Encoded:
