@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgolf_post.base.progress import print_table, say
 from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.codecs.yardstick import SymbolUnit
@@ -131,3 +132,24 @@ def _yardstick(layout: Layout, name: str, rest_bytes: int) -> CodecResult:
         roles[layout.roles[key[1]]] = roles.get(layout.roles[key[1]], 0) + len(stream) + decode.FRAME.size
     symbol_bytes = sum(roles.values()) + encoded.side_bytes
     return CodecResult(name, False, rest_bytes + symbol_bytes, symbol_bytes, encode_seconds, decode_seconds, roles)
+
+
+def show(comparison: Comparison) -> None:
+    """Print the table, the bytes by role, the entropies, and the codecs that were not measured."""
+    rows = []
+    for row in comparison.rows:
+        bits = 8 * row.artifact_bytes / comparison.num_weights if comparison.num_weights else 0.0
+        gap = row.symbol_bytes / comparison.context_bytes - 1 if comparison.context_bytes else 0.0
+        seconds = (f"{row.encode_seconds:.2f}", f"{row.decode_seconds:.2f}")
+        name = row.codec + ("" if row.ships else " *")
+        rows.append((name, f"{row.artifact_bytes:,}", f"{bits:.4f}", f"{row.symbol_bytes:,}", f"{gap:+.2%}", *seconds))
+    header = ("codec", "artifact bytes", "bits/weight", "symbol bytes", "over entropy", "encode s", "decode s")
+    print_table(f"{comparison.num_weights:,} weights by every codec", header, rows)
+    roles = sorted({role for row in comparison.rows for role in row.role_bytes})
+    table = [(role, *(f"{row.role_bytes.get(role, 0):,}" for row in comparison.rows)) for role in roles]
+    print_table("Symbol bytes by role", ("role", *(row.codec for row in comparison.rows)), table)
+    entropies = f"{comparison.order0_bytes:,.0f} bytes by role, {comparison.context_bytes:,.0f} in rANS' contexts"
+    say(f"entropy of the symbols: {entropies}")
+    say("* not decodable by the shipped decoder; the rest of the artifact counted as rans stores it")
+    for codec, reason in comparison.missing.items():
+        say(f"no row for {codec}: {reason}")
