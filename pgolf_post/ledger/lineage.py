@@ -57,7 +57,7 @@ class Node:
 
 
 def trees(rows: Sequence[Row]) -> list[Node]:
-    """Return all rows but notes as trees, each row once, under the first of its parents that is there (else the first named).
+    """Return all rows but notes as trees, each once, under the first parent that is there (else the first named).
 
     Rows whose parents form a circle hang under the one of them that was created first.
     """
