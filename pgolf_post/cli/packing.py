@@ -13,7 +13,9 @@ from pgolf_post.pack.report.size import BUDGET_BYTES, SizeReport
 if TYPE_CHECKING:
     from pgolf_post.artifacts import PackedArtifact
 
-codec_option = click.option("--codec", default="rans", show_default=True, help=f"One of {', '.join(CHOICES)}.")
+codec_option = click.option(
+    "--codec", type=click.Choice(CHOICES), default="rans", show_default=True, help="The codec of the artifact."
+)
 code_option = click.option(
     "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
 )

@@ -18,7 +18,7 @@ from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.estimate import symbol_bits
 from pgolf_post.fit.steps import constant_for
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.report.predict import predict_bytes
+from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.tensor import QuantizedModel
 
 WINDOW_BYTES = 2000  # of headroom that may be left
@@ -53,6 +53,7 @@ class Search:
     def __init__(self, builder: Builder, kappa: Mapping[str, float], codec: str = "rans") -> None:
         self.builder, self.kappa, self.packing = builder, kappa, PackSettings(codec=codec)
         self.tries: list[Build] = []
+        self.predictor = SizePredictor()
 
     def solve(self, limit: int, on_try: Callable[[Build], object] = lambda found: None) -> Solution:
         """The best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
@@ -102,7 +103,7 @@ class Search:
     def _measure(self, model: QuantizedModel, constant: float, aim: float) -> tuple[bytes | None, Build]:
         """Predict while far from the aim; from the first prediction that comes close, pack."""
         if not any(found.packed for found in self.tries):
-            predicted = predict_bytes(model)
+            predicted = self.predictor.predict_bytes(model)
             if abs(predicted / aim - 1) > PREDICTED_TO and len(self.tries) < MOST_BUILDS // 2:
                 self.tries.append(Build(constant, predicted, False))
                 return None, self.tries[-1]

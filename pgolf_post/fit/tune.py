@@ -38,7 +38,6 @@ from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.pack.container import pack
-from pgolf_post.pack.report.predict import predict_bytes
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
 
@@ -95,7 +94,7 @@ def fine_tuned(
     """
     stages = stages_of(builder.view, list(builder.parts))
     student = Student(builder.view, text, tokens // max(1, len(stages) - 1))
-    spare = len(solution.data) - predict_bytes(solution.model)  # what the predictor does not see
+    spare = len(solution.data) - search.predictor.predict_bytes(solution.model)  # what the predictor does not see
     done: dict[str, QuantizedTensor] = {}
     before = partial.resume()
     spent_seconds = before.seconds
@@ -106,7 +105,8 @@ def fine_tuned(
         done |= builder.quantize(constants_of(names, constant, search.kappa), {name: targets[name] for name in names})
         student.load(done, names)
         rest = [name for stage in stages[number + 1 :] for name in stage]
-        excess = predict_bytes(builder.model({**solution.model.quantized, **done})) + spare - _aim(limit)
+        partly_tuned = builder.model({**solution.model.quantized, **done})
+        excess = search.predictor.predict_bytes(partly_tuned) + spare - _aim(limit)
         constant = solution.constant * 2 ** _octaves(excess, builder, rest)
         if number < before.blocks:
             student.skip({name: before.weights[name] for name in rest})

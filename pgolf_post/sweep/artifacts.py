@@ -23,7 +23,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id, intact_meta, store
 from pgolf_post.pack.artifact import read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.report.predict import predict_bytes
+from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.tensor import QuantizedModel
@@ -72,6 +72,7 @@ class Artifacts:
     def __init__(self, places: Places, spending: Spending, factors: Callable[[Stats], StatsFactors]) -> None:
         self.places, self.spending, self._factors = places, spending, factors
         self._quantized = Recent[Quantized](KEPT_SMALL)
+        self._predictor = SizePredictor()
         self._decoded = Recent[Mapping[str, Tensor]](1)  # sha256 of a file → its tensors
 
     def quantized(
@@ -113,7 +114,7 @@ class Artifacts:
         if "predicted_bytes" in meta:
             return int(meta["predicted_bytes"])
         with self.spending.timed("predict"):
-            return predict_bytes(self._quantize(view, stats, settings))
+            return self._predictor.predict_bytes(self._quantize(view, stats, settings))
 
     def _make(
         self, view: View, stats: Stats, settings: TrialSettings, folder: Path, before_packing: BeforePacking | None
@@ -126,7 +127,7 @@ class Artifacts:
 
         def predict() -> int:
             with self.spending.timed("predict"):
-                facts["predicted_bytes"] = predict_bytes(model)
+                facts["predicted_bytes"] = self._predictor.predict_bytes(model)
             return int(facts["predicted_bytes"])
 
         if before_packing:
