@@ -75,7 +75,7 @@ def command(
     bytes: the artifact's less those of the artifact without the group. Ctrl-C keeps the rows that are done; the same
     command goes on from there.
     """
-    from pgolf_post.artifacts import plan_text
+    from pgolf_post.artifacts import plan_calibration, plan_text
     from pgolf_post.attribute import attribute
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
@@ -84,6 +84,7 @@ def command(
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "attribute")
     plan = chosen_plan(**options)
+    calibration = plan_calibration(calibration, plan)
     found = find_checkpoint(checkpoint)
     view = load_view(found, weights)
     data = find_data(found, data_dir)
