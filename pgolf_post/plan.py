@@ -266,6 +266,14 @@ class TensorPlan:
         return self.rule.method
 
     @property
+    def method_text(self) -> str:
+        """The method with what it adds to the plain one, for tables."""
+        if self.method != "gptq" or not isinstance(self.rule, GptqRule):
+            return self.method
+        trellis = f", trellis {self.rule.trellis_states}" if self.rule.trellis_states else ""
+        return self.method + trellis + (", row feedback" if self.rule.row_feedback else "")
+
+    @property
     def reason(self) -> str:
         """Why the method is not the rule's own; empty if it is."""
         return "no site feeds this matrix, so it has no Hessian" if self.method != self.rule.method else ""

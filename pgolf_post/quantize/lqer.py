@@ -74,7 +74,7 @@ def corrections(
     """Return factors for the `top_k` matrices with the largest ‖W - Ŵ‖, with the share of ‖W - Ŵ‖² each takes back."""
     errors = {name: weights[name].float() - torch.from_numpy(quantized[name].dequantize()) for name in weights}
     worst = sorted(errors, key=lambda name: (-float(errors[name].norm()), name))[: settings.top_k]
-    made: dict[str, QuantizedTensor] = {}
+    factors: dict[str, QuantizedTensor] = {}
     for name in worst:
         a, b = correction(name, errors[name], settings)
         left = errors[name] - torch.from_numpy(a.dequantize() @ b.dequantize())
@@ -83,6 +83,6 @@ def corrections(
             "method": "lqer", "role": "lqer", "rank": a.shape[1], "error_norm": energy**0.5,
             "energy_restored": 1 - float(left.square().sum()) / energy if energy else 0.0,
         }  # fmt: skip
-        for part in (a, b):
-            made[part.name] = QuantizedTensor(part.name, part.symbols, part.factors, part.shape, facts=facts)
-    return made
+        for half in (a, b):
+            factors[half.name] = QuantizedTensor(half.name, half.symbols, half.factors, half.shape, facts=facts)
+    return factors
