@@ -122,6 +122,13 @@ def plan_text(view: View, data: DataFolder, plan: Plan, calibration: Calibration
     return calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config))
 
 
+def plan_calibration(calibration: CalibrationSettings, *plans: Plan) -> CalibrationSettings:
+    """Return the calibration settings, with the backward half (fisher) where a plan reads it."""
+    if any(plan.reads_fisher for plan in plans):
+        return calibration.model_copy(update={"fisher": True})
+    return calibration
+
+
 def quantize_by_plan(
     view: View, stats: Stats, plan: Plan, factors: StatsFactors | None = None, text: CalibrationSet | None = None
 ) -> tuple[QuantizedModel, dict[str, Tensor], DistillReport | None]:

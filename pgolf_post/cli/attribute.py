@@ -79,7 +79,7 @@ def command(
     tokens, which removes most sampling noise. "bytes" are the artifact's less those of the artifact without the group.
     Ctrl-C keeps the rows that are done; the same command goes on from there.
     """
-    from pgolf_post.artifacts import plan_text
+    from pgolf_post.artifacts import plan_calibration, plan_text
     from pgolf_post.attribute.report import HEADER, attribution_rows, attribution_title
     from pgolf_post.attribute.stage import attribute
     from pgolf_post.calibrate import calibrate, stale_stats
@@ -89,6 +89,7 @@ def command(
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "attribute")
     plan = chosen_plan(**options)
+    calibration = plan_calibration(calibration, plan)
     source = find_checkpoint(checkpoint)
     view = load_view(source, weights)
     data = find_data(source, data_dir)

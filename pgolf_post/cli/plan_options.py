@@ -141,7 +141,7 @@ def plan_row(row: TensorPlan) -> tuple[str, ...]:
     bits = str(row.rule.bits) if row.rule.bits else "unbounded"
     scale = f"{row.rule.scale} {row.clip:g}" if row.rule.scale == "sdclip" else row.rule.scale
     per = f"{row.rule.per} of {row.rule.group_size}" if row.rule.group_size else row.rule.per
-    return row.name, row.role, row.rule.name, row.method, bits, scale, per, row.site or row.reason
+    return row.name, row.role, row.rule.name, row.method_text, bits, scale, per, row.site or row.reason
 
 
 PLAN_HEADER = ("tensor", "role", "rule", "method", "bits", "scale", "per", "Hessian")

@@ -86,7 +86,7 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget (of
     several trials: when the smallest is).
     """
-    from pgolf_post.artifacts import plan_text, requant
+    from pgolf_post.artifacts import plan_calibration, plan_text, requant
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
@@ -101,6 +101,7 @@ def command(
     refuse_idle_eval_tokens(evaluate, eval_tokens)
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
     plans = chosen_plans(**options)
+    calibration = plan_calibration(calibration, *(plan for _, plan in plans))
     codec = given_settings(PackSettings, {"codec": codec}, "requant").codec
     found = find_checkpoint(checkpoint)
     view = load_view(found, weights)

@@ -24,9 +24,10 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.families import build_module, get_family, load_module, train_seq_len
 from pgolf_post.ledger import Row
 from pgolf_post.plan import GridRule, Plan, TensorPlan
-from pgolf_post.quantize.clip import grid_scales
+from pgolf_post.quantize.clip import grid_steps
 from pgolf_post.quantize.model import plan_view
-from pgolf_post.quantize.rows import as_matrix, spread_scales
+from pgolf_post.quantize.rounding import spread_steps
+from pgolf_post.quantize.rows import as_matrix
 from pgolf_post.sweep.artifacts import artifact_folder
 from pgolf_post.sweep.run import State, Sweep
 from pgolf_post.sweep.settings import SweepSpec, Trial, trial_plan
@@ -118,15 +119,13 @@ def gaussian_bytes(view: View, plan: Plan) -> int:
 def _tensor_bytes(row: TensorPlan, weight: torch.Tensor) -> float:
     rule = row.rule
     assert isinstance(rule, GridRule)
-    plain = "percentile" if rule.scale == "percentile-hessian" else rule.scale
-    rule = rule.model_copy(update={"hessian_lambda": 0.0, "scale": plain})
-    scales = grid_scales(row.name, weight, rule, row.clip, None)
-    steps = spread_scales(scales, weight)
+    unit_steps = grid_steps(row.name, weight, rule.without_hessian(), row.clip, None)
+    steps = spread_steps(unit_steps, weight)
     deviation = weight.std(dim=1, keepdim=True, correction=0)
     ratio = (deviation / steps).double().square() + 1 / 12
     bits = (0.5 * torch.log2(2 * np.pi * np.e * ratio)).clamp(min=0.05).expand_as(weight).sum()
     kept = 1 - (rule.prune_share if rule.prune != "none" else 0.0)
-    return float(bits) / 8 * kept + 2 * len(scales)
+    return float(bits) / 8 * kept + 2 * len(unit_steps)
 
 
 # ---- seconds and memory ----------------------------------------------------------------------------------------------
