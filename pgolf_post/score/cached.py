@@ -18,7 +18,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
-from pgolf_post.pack.artifact import Artifact, read_artifact
+from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
@@ -60,7 +60,7 @@ def score_artifact(
     fresh: bool = False,
     session: Session | None = None,
     pool: ModelPool | None = None,
-    decoded: Artifact | None = None,  # what this very file was decoded to, where that is in memory already
+    decoded: DecodedArtifact | None = None,  # what this very file was decoded to, where that is in memory already
 ) -> CachedScore:
     """Return the score of an artifact's decoded weights, kept in its checkpoint folder or else beside the file.
 
