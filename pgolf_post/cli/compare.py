@@ -125,12 +125,8 @@ def _open(text: str, options: dict[str, Any]) -> Opened:
 
 
 def _score(opened: Opened, options: dict[str, Any], pool: ModelPool) -> tuple[Score, Path]:
-    from pgolf_post.score.cached import load_score
-    from pgolf_post.score.session import Session
-
-    protocol = parse_protocol(options, opened.config, "compare")
-    facts, _ = opened.score(protocol, False, Session(), pool)
-    return load_score(facts), Path(facts["folder"])
+    stored = opened.score(parse_protocol(options, opened.config, "compare"), pool=pool)
+    return stored.sums, stored.folder
 
 
 def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], list[Path]]:
@@ -143,21 +139,13 @@ def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], lis
 
 
 def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
-    from pgolf_post.score.compare.documents import paired_documents, sign_test
-    from pgolf_post.score.compare.paired import bootstrap_interval, t_interval
+    from pgolf_post.score.compare.comparison import compare
     from pgolf_post.score.compare.report import HEADER, paired_rows
 
     (first, second), folders = _scores([candidate, control], options)
-    clusters, level = paired_documents(first, second), options["level"]
-    by_t = t_interval(clusters, level)
-    by_bootstrap = bootstrap_interval(clusters, level, seed=options["seed"])
-    signs = sign_test(clusters)
-    rows = paired_rows(first, second, by_t, by_bootstrap, signs, level)
-    print_table(f"{candidate} against {control}", HEADER, rows)
-    resampled = {"bootstrap_low_bpb": by_bootstrap.low, "bootstrap_high_bpb": by_bootstrap.high}
-    finite = {key: value for key, value in resampled.items() if np.isfinite(value)}
-    sign = {"better": signs.better, "worse": signs.worse, "sign_p": signs.p}
-    return {"bpb": first.bpb, "control_bpb": second.bpb, **by_t.facts(), **finite, **sign}, folders
+    comparison = compare(first, second, level=options["level"], seed=options["seed"])
+    print_table(f"{candidate} against {control}", HEADER, paired_rows(comparison))
+    return comparison.facts(), folders
 
 
 def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:

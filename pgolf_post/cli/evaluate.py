@@ -70,16 +70,18 @@ def command(
         opened = open_scored(checkpoint, weights, data_dir, session.clock)
         protocol = parse_protocol(options, opened.config, "eval")
         session.description = f"scoring ({protocol.protocol})"
-        score, cached = opened.score(protocol, fresh, session, ModelPool(compiled))
+        score = opened.score(protocol, fresh, session, ModelPool(compiled))
     finally:
         ranks.leave()
     if not ranks.is_main:
         return
-    print_table(opened.name, SCORE_HEADER, score_rows(score, cached))
+    print_table(opened.name, SCORE_HEADER, score_rows(score.facts, score.cached))
     seconds = round(time.perf_counter() - started, 3)
-    record(Path(score["folder"]), dollars_per_hour=dollars_per_hour, seconds=seconds)
+    record(score.folder, dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
-        sums = {key: score[key] for key in ("bpb", "nats", "tokens", "bytes", "documents")}
-        phases = {key: value for key, value in score.items() if key.endswith("_seconds")}
+        sums = {key: score.facts[key] for key in ("bpb", "nats", "tokens", "bytes", "documents")}
+        phases = {key: value for key, value in score.facts.items() if key.endswith("_seconds")}
         named = {"path": str(checkpoint or opened.name), "protocol": protocol.model_dump(mode="json")}
-        print_json({**named, **sums, **learning_facts(score), **phases, "cached": cached, "seconds": seconds})
+        print_json(
+            {**named, **sums, **learning_facts(score.facts), **phases, "cached": score.cached, "seconds": seconds}
+        )

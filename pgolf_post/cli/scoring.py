@@ -16,12 +16,14 @@ from pgolf_post.score.ttt.methods import PRESETS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pgolf_post.checkpoint import View
     from pgolf_post.data import DataFolder
-    from pgolf_post.score.cached import CachedScore
+    from pgolf_post.pack.artifact import DecodedArtifact
     from pgolf_post.score.phase_times import PhaseTimes
     from pgolf_post.score.pool import ModelPool
     from pgolf_post.score.protocols import Protocol
     from pgolf_post.score.session import Session
+    from pgolf_post.score.stage import StoredScore
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,7 +111,16 @@ class Opened:
     config: Mapping[str, Any]
     data: DataFolder
     tensors: Mapping[str, Tensor]
-    score: Callable[[Protocol, bool, Session, ModelPool], CachedScore]
+    scored: View | Path  # what pgolf_post.score is called with
+    decoded: DecodedArtifact | None = None
+
+    def score(
+        self, protocol: Protocol, fresh: bool = False, session: Session | None = None, pool: ModelPool | None = None
+    ) -> StoredScore:
+        """Score it under a protocol, or find its score."""
+        from pgolf_post.score.stage import score
+
+        return score(self.scored, self.data, protocol, fresh=fresh, session=session, pool=pool, decoded=self.decoded)
 
 
 def open_scored(path: Path | None, weights: str | None, data_dir: Path | None, clock: PhaseTimes) -> Opened:
@@ -128,17 +139,11 @@ def _is_artifact(path: Path) -> bool:
 
 
 def _open_checkpoint(path: Path | None, weights: str | None, data_dir: Path | None, clock: PhaseTimes) -> Opened:
-    from pgolf_post.score.cached import score_view
-
     with clock.phase("load"):
         checkpoint = find_checkpoint(path)
         view = load_view(checkpoint, weights)
         data = find_data(checkpoint, data_dir)
-
-    def score(protocol: Protocol, fresh: bool, session: Session, pool: ModelPool) -> CachedScore:
-        return score_view(view, data, protocol, fresh, session, pool)
-
-    return Opened(str(view), view.config, data, view.tensors, score)
+    return Opened(str(view), view.config, data, view.tensors, view)
 
 
 def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None, clock: PhaseTimes) -> Opened:
@@ -147,7 +152,7 @@ def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None
     from pgolf_post.checkpoint import Checkpoint
     from pgolf_post.data import DataFolder
     from pgolf_post.pack.artifact import find_artifact, read_artifact
-    from pgolf_post.score.cached import require_tokenizer, score_artifact
+    from pgolf_post.score.cached import require_tokenizer
 
     assert path is not None
     if weights:
@@ -165,8 +170,4 @@ def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None
     config = decoded.manifest["config"]
     require_tokenizer(config, data, str(artifact))
     tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
-
-    def score(protocol: Protocol, fresh: bool, session: Session, pool: ModelPool) -> CachedScore:
-        return score_artifact(artifact, data, protocol, fresh, session, pool, decoded)
-
-    return Opened(str(artifact), config, data, tensors, score)
+    return Opened(str(artifact), config, data, tensors, artifact, decoded)

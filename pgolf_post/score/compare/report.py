@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare.documents import SignTest
-from pgolf_post.score.compare.paired import Difference
+from pgolf_post.score.compare.comparison import Comparison
 from pgolf_post.score.compare.record import RECORD_MARGIN_NATS, RecordVerdict
 from pgolf_post.score.compare.screen import Screening
 
@@ -19,12 +17,11 @@ Rows = list[tuple[str, str]]
 HEADER = ("", "value")
 
 
-def paired_rows(
-    candidate: Score, control: Score, by_t: Difference, by_bootstrap: Difference, signs: SignTest, level: float
-) -> Rows:
+def paired_rows(comparison: Comparison) -> Rows:
     """Return the table of a comparison paired by document."""
-    percent = f"{100 * level:g} %"
-    rows = [("candidate, bpb", f"{candidate.bpb:.6f}"), ("control, bpb", f"{control.bpb:.6f}")]
+    by_t, by_bootstrap, signs = comparison.by_t, comparison.by_bootstrap, comparison.signs
+    percent = f"{100 * by_t.level:g} %"
+    rows = [("candidate, bpb", f"{comparison.candidate_bpb:.6f}"), ("control, bpb", f"{comparison.control_bpb:.6f}")]
     rows += [("difference", f"{by_t.bpb:+.6f}"), (f"t interval, {percent}", f"{by_t.low:+.6f} … {by_t.high:+.6f}")]
     rows += [(f"bootstrap over documents, {percent}", f"{by_bootstrap.low:+.6f} … {by_bootstrap.high:+.6f}")]
     rows += [("documents better / worse", f"{signs.better:,} / {signs.worse:,}"), ("sign test, p", f"{signs.p:.2g}")]
