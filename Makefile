@@ -4,6 +4,7 @@
 # make bench   measurements, as ratios against named baselines in the same run
 # make bench-train   the training speed alone, and that of the Triton kernels where there is a GPU
 # make lint    ruff and mypy alone
+# make docs    the documentation site, in build/site; strict: a broken link fails
 # make clean   remove what the above made, except data/ and checkpoints/
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # Where only one torch build is wanted (a machine without a GPU), constraints.txt names the tested one.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-long bench bench-train lint clean
+.PHONY: demo test test-long bench bench-train lint docs clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
@@ -42,6 +43,14 @@ bench: .venv/installed-test
 bench-train: .venv/installed-test
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_kernels
+
+# Run as a module, so that the site documents this folder's code; nothing is read from the network.
+docs: .venv/installed-docs
+	$(BIN)/python -m mkdocs build --strict --clean
+
+.venv/installed-docs: .venv/installed
+	$(INSTALL) '.[docs]'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

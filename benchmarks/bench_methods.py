@@ -1,4 +1,4 @@
-"""What each quantizer is worth on a trained checkpoint, as the tables of docs/BENCHMARKS.md.
+"""What each quantizer is worth on a trained checkpoint, as the tables of docs/results/quantize.md.
 
     python -m benchmarks.bench_methods CHECKPOINT [TABLE …] --data FOLDER [--max-tokens N] [--calibration-tokens N]
 

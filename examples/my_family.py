@@ -7,7 +7,7 @@ Or register it once, in your own package's setup.cfg, under [options.entry_point
     pgolf_post.models =
         tiny_gpt = my_package.my_family:TinyGPTFamily
 
-docs/FAMILIES.md says what each method is for. `save_checkpoint` writes the folder that every command starts from.
+docs/howto/families.md says what each method is for. `save_checkpoint` writes the folder that every command starts from.
 """
 
 import re
