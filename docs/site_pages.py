@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def examples_fenced(help_text: str) -> str:
     """Return a help text with its unwrapped paragraphs (click's \\b) as code blocks."""
     paragraphs = []
-    for paragraph in help_text.split("\n\n"):
+    for paragraph in inspect.cleandoc(help_text).split("\n\n"):
         first, _, rest = paragraph.lstrip("\n").partition("\n")
         paragraphs.append(f"```text\n{rest}\n```" if first.strip() == "\b" else paragraph)
     return "\n\n".join(paragraphs)

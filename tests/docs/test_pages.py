@@ -98,5 +98,5 @@ def test_every_documented_module_is_on_one_page_of_the_api() -> None:
 
 def test_help_texts_keep_their_examples_as_code() -> None:
     site = load_site_pages()
-    fenced = site.examples_fenced("Do it.\n\n\b\npgolf-post a\npgolf-post b\n\nThen rest.")  # type: ignore[attr-defined]
+    fenced = site.examples_fenced("Do it.\n\n    \b\n    pgolf-post a\n    pgolf-post b\n\n    Then rest.")  # type: ignore[attr-defined]
     assert fenced == "Do it.\n\n```text\npgolf-post a\npgolf-post b\n```\n\nThen rest."
