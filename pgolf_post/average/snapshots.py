@@ -5,7 +5,7 @@
 One file is one average at one step, appears by one atomic rename and is never changed. The file's own header describes
 it: step, sigma, the run's progress, the model's runtime graph, and a sha256 of the tensors, checked by whoever
 reads them. Tensors are the model's parameters in float32: bfloat16 would halve the disk space, but its rounding is as
-large as what tells one average from another (docs/BENCHMARKS.md).
+large as what tells one average from another (docs/results/average.md).
 """
 
 from __future__ import annotations

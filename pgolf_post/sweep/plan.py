@@ -33,9 +33,9 @@ from pgolf_post.sweep.run import State, Sweep
 from pgolf_post.sweep.settings import SweepSpec, Trial, trial_plan
 from pgolf_post.sweep.trial import Listed
 
-QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/BENCHMARKS.md, Quantizing)
-PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/BENCHMARKS.md, Codecs)
-CALIBRATION_RATIO = 1.6  # of collecting to scoring the same tokens (docs/BENCHMARKS.md, Calibration)
+QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
+PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/results/codecs.md)
+CALIBRATION_RATIO = 1.6  # of collecting to scoring the same tokens (docs/results/quantize.md)
 TTT_RATIO = 30.0  # of test-time training to plain scoring, order of magnitude
 FIXED_BYTES = 2000  # manifest, tables and frames
 WEIGHT_COPIES = 6  # view, module, stretched, rounded, symbols with steps, decoded: float32 each at most

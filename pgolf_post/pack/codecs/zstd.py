@@ -1,7 +1,7 @@
 """Zstandard at level 22, alone or with a dictionary trained on the other units: measured, never shipped.
 
 The decoder that ships has no zstd, and symbols of entropy 3.5 bits hold no repeats for a dictionary to know: see
-docs/BENCHMARKS.md. Here so that `compress` can show it.
+docs/results/codecs.md. Here so that `compress` can show it.
 """
 
 from __future__ import annotations
