@@ -23,7 +23,6 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import train_seq_len
 from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, count_units, pack
 from pgolf_post.plan import Plan
@@ -119,7 +118,7 @@ def plan_text(view: View, data: DataFolder, plan: Plan, calibration: Calibration
     """The calibration text, where a plan reads it beside the statistics. Raises MismatchError as `calibrate` does."""
     if not plan.reads_text:
         return None
-    return calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config))
+    return calibration_text(view, data, calibration, calibration.seq_len or view.train_seq_len)
 
 
 def quantize_by_plan(

@@ -104,7 +104,7 @@ def attribute(
         return _open(folder, cached=True)
     model, floats, _ = quantize_by_plan(view, stats, plan, None, text)
     work = _Work(model, floats, data, protocol, packing, partial, view if expected else None)
-    control, rows = work.run(groups(model, get_family(view.config["family"]), by))
+    control, rows = work.run(groups(model, view.family, by))
 
     def make(building: Path) -> Mapping[str, Any]:
         write_json(building / PAYLOAD, {"control": control, "rows": rows})

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf_post.base.storage import TEMPORARY_PREFIX, read_json, sha256_file
+from pgolf_post.derived import OLD_PREFIX, PARTIAL_SUFFIX
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 State = Literal["complete", "orphan", "partial", "temporary", "incomplete"]
-OLD_PREFIX, PARTIAL_SUFFIX = ".old-", ".partial"
 DAY_SECONDS = 86400.0
 NOT_SETTINGS = ("stage", "version", "view", "view_id", "spans", "calibration_sha256", "data_manifest_sha256")
 

@@ -21,7 +21,6 @@ from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
-from pgolf_post.families import train_seq_len
 from pgolf_post.pack.report.size import count
 from pgolf_post.plan import read_plan
 from pgolf_post.presets import DEFAULT_PRESET
@@ -63,7 +62,7 @@ class Demo:
         final = self.timed("train", lambda: self.train(data))
         ngram_bpb = self.timed("byte model", lambda: byte_ngram_bpb(data, max_tokens=self.score_tokens))
         view = final.load(None)
-        protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=self.score_tokens)
+        protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=self.score_tokens)
         before, _ = self.timed("score", lambda: score_view(view, data, protocol))
         for hessian_lambda in LAMBDAS:
             self.requantize(f"λ = {hessian_lambda:g}", view, data, protocol, hessian_lambda)

@@ -15,7 +15,6 @@ from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import Checkpoint, View, save_checkpoint, view_id
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import Plan
 from pgolf_post.quantize.masks import PruneMethod, magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.model import quantize_view
@@ -39,8 +38,8 @@ def prune_view(
 
     Raises SettingsError if a role names no matrix that has a Hessian.
     """
-    family = get_family(view.config["family"])
-    site_of = {name: site.name for site in family.sites(build_module(view.config)) for name in site.tensors}
+    family = view.family
+    site_of = {name: site.name for site in family.sites(view.module) for name in site.tensors}
     chosen = [name for name in site_of if not settings.roles or family.role(name) in settings.roles]
     if not chosen:
         known = ", ".join(sorted({family.role(name) for name in site_of}))

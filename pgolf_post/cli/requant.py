@@ -88,7 +88,6 @@ def command(
     """
     from pgolf_post.artifacts import plan_text, requant
     from pgolf_post.calibrate import calibrate, stale_stats
-    from pgolf_post.families import train_seq_len
     from pgolf_post.pack.container import PackSettings
     from pgolf_post.pack.report.size import count
     from pgolf_post.quantize.gptq.stats_factors import StatsFactors
@@ -110,7 +109,7 @@ def command(
         return
     data = find_data(found, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
-    protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=eval_tokens)
+    protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens)
     factors, pool, trials = StatsFactors(stats), ModelPool(), []
     for name, plan in plans:
         artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))

@@ -18,7 +18,6 @@ from torch import Tensor
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
-from pgolf_post.families import build_module, get_family
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.steps import UNION_GRID, RelativeSteps, relative_steps
@@ -58,7 +57,7 @@ class Builder:
         """Raises MismatchError, NumericsError as `sensitivity` and `factorize` do."""
         stats.require_view(view.id)
         self.view, self.stats, self.settings = view, stats, settings
-        family, module = get_family(view.config["family"]), build_module(view.config)
+        family, module = view.family, view.module
         sites = family.sites(module)
         tables = [lookup.tensor for lookup in family.lookups(module)]
         names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)

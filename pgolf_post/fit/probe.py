@@ -26,7 +26,7 @@ from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
-from pgolf_post.families import get_family, load_module, swap_weights, train_seq_len
+from pgolf_post.families import load_module, swap_weights
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -45,7 +45,7 @@ class Probe:
     def __init__(self, view: View, text: CalibrationSet, ranks: Ranks = ALONE) -> None:
         self.view, self.text, self.ranks = view, text, ranks
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(ranks.device)
-        head = next(site for site in get_family(view.config["family"]).sites(self.module) if site.is_head)
+        head = next(site for site in view.family.sites(self.module) if site.is_head)
         self.head = head.tensors[0]
         size = max(1, BATCH_TOKENS[ranks.device.type] // text.tokens.shape[1])
         tokens = torch.from_numpy(text.tokens)
@@ -92,6 +92,6 @@ class Probe:
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
     """Training text, drawn by another seed than the statistics'. Never more than there is."""
-    seq_len = train_seq_len(view.config)
+    seq_len = view.train_seq_len
     available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
     return draw_training_text(data, CalibrationSettings(tokens=min(tokens, available), seed=seed + 1), seq_len)

@@ -23,7 +23,6 @@ from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import derived_id, load_or_make
-from pgolf_post.families import train_seq_len
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, by_tensor, groups_of
 from pgolf_post.fit.kappa_cache import cached_kappas
@@ -105,7 +104,7 @@ def prepare(
     tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))
     texts = None
     if tunes:
-        seq_len = calibration.seq_len or train_seq_len(view.config)
+        seq_len = calibration.seq_len or view.train_seq_len
         texts = split_text(calibration_text(view, data, calibration, seq_len, ranks))
     return Fitter(view, data, stats, settings, builder, kappas, clock, distills, texts)
 

@@ -32,7 +32,7 @@ from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError, SettingsError
-from pgolf_post.families import get_family, load_module, swap_weights
+from pgolf_post.families import load_module, swap_weights
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
 from pgolf_post.fit.training_clock import TrainingClock
@@ -71,7 +71,7 @@ def split_text(text: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
 def stages_of(view: View, names: Sequence[str]) -> list[list[str]]:
     """Matrices in the order in which they are rounded: block by block, the others with the first."""
     module = load_module(view.config, view.tensors, str(view))
-    blocks = blocks_in_order(module, get_family(view.config["family"]))
+    blocks = blocks_in_order(module, view.family)
     stages = [[name for site in sites for name in site.tensors if name in names] for _, sites in blocks]
     inside = {name for stage in stages for name in stage}
     others = [name for name in names if name not in inside]

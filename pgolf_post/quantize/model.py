@@ -11,7 +11,6 @@ from torch import Tensor
 from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
-from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GridRule, KeepRule, Plan, TensorPlan, make_plan
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.lqer import corrections
@@ -64,5 +63,4 @@ def quantize_beside_floats(
 
 def plan_view(view: View, plan: Plan) -> list[TensorPlan]:
     """The plan's row for every tensor of a view. Raises SettingsError if a rule or a tensor is left over."""
-    family = get_family(view.config["family"])
-    return make_plan(view.tensors, family, build_module(view.config), plan)
+    return make_plan(view.tensors, view.family, view.module, plan)

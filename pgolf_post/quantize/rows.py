@@ -19,7 +19,6 @@ from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
-from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, TensorPlan
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch
 from pgolf_post.quantize.clip import grid_scales, max_symbol
@@ -58,7 +57,7 @@ def quantize_part(
     view: View, rows: Sequence[TensorPlan], stats: Stats, factors: StatsFactors
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
     """The quantized tensors of some rows of a plan, and all tensors as they would be decoded without loss."""
-    folds = get_family(view.config["family"]).folds(build_module(view.config))
+    folds = view.family.folds(view.module)
     stretched = stretch(view.tensors, rows, stats, folds)
     grid = [row for row in rows if isinstance(row.rule, GridRule)]
     return quantize_rows(grid, stretched, stats, factors), stretched.decoded()

@@ -15,7 +15,7 @@ import torch
 from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, load_or_make, verified_meta
+from pgolf_post.derived import Stage, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
 from pgolf_post.pack.artifact import read_artifact
@@ -24,7 +24,7 @@ from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
 from pgolf_post.score.session import Session
 
-STAGE, STAGE_VERSION, PAYLOAD = "score", 2, "documents.safetensors"
+SCORE = Stage("score", 2, "documents.safetensors")
 
 CachedScore = tuple[dict[str, Any], bool]  # {bpb, nats, tokens, bytes, documents, …}, whether it was cached
 
@@ -89,8 +89,8 @@ def score_subject(
     """Look a score up by subject, text and protocol, or run it and keep its sums."""
     session, pool = session or Session(), pool or ModelPool()
     identity = {**protocol.model_dump(mode="json"), "data_manifest_sha256": data.manifest_sha256}
-    whole_id = derived_id(STAGE, STAGE_VERSION, [subject.id], identity)
-    folder = subject.root / STAGE / whole_id[:12]
+    whole_id = SCORE.id([subject.id], identity)
+    folder = SCORE.folder(subject.root, whole_id)
     session.identity, session.partial = whole_id, folder.with_name(f"{folder.name}.partial.safetensors")
 
     def run() -> tuple[Score, dict[str, Any]]:
@@ -102,30 +102,29 @@ def score_subject(
 
     def keep(building: Path, found: tuple[Score, dict[str, Any]]) -> Mapping[str, Any]:
         score, facts = found
-        score.save(building / PAYLOAD)
+        score.save(building / SCORE.payload)
         return {**score.sums(), "documents": len(score.document_nats), "subject_id": subject.id, **facts}
 
-    config = {"stage": STAGE, "version": STAGE_VERSION, **identity}
     if session.ranks.world_size == 1:
-        found, cached = load_or_make(folder, PAYLOAD, config, lambda building: keep(building, run()), fresh)
+        found, cached = SCORE.load_or_make(folder, identity, lambda building: keep(building, run()), fresh)
         return {**found, "folder": str(folder)}, cached
     if session.ranks.main_says(not fresh and _is_intact(folder)):
         return {**read_json(folder / "meta.json"), "folder": str(folder)}, True
     result = run()
     if session.ranks.is_main:
-        load_or_make(folder, PAYLOAD, config, lambda building: keep(building, result), fresh=True)
+        SCORE.store(folder, identity, lambda building: keep(building, result))
     session.ranks.wait()
     return {**read_json(folder / "meta.json"), "folder": str(folder)}, False
 
 
 def load_score(facts: Mapping[str, Any]) -> Score:
     """The sums, by unit, of what `score_view` and `score_artifact` returned."""
-    return Score.load(Path(facts["folder"]) / PAYLOAD)
+    return Score.load(Path(facts["folder"]) / SCORE.payload)
 
 
 def _is_intact(folder: Path) -> bool:
     try:
-        verified_meta(folder, PAYLOAD)
+        verified_meta(folder, SCORE.payload)
     except PgolfError:
         return False
     return True

@@ -21,7 +21,7 @@ from pgolf_post.calibrate.memory import plan_memory
 from pgolf_post.calibrate.stage import calibration_text, stats_id_of
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import PgolfError
-from pgolf_post.families import build_module, get_family, load_module, train_seq_len
+from pgolf_post.families import load_module
 from pgolf_post.ledger import Row
 from pgolf_post.plan import GridRule, Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_scales
@@ -93,7 +93,7 @@ def _cached(sweep: Sweep, spec: SweepSpec, trial: Trial, view: View) -> tuple[st
     if not trial.settings.quantize or trial.settings.calibration.source == "self":
         return ()
     data, settings = sweep.bench.calibration.data(spec, view.checkpoint), trial.settings.calibration
-    window = settings.seq_len or train_seq_len(view.config)
+    window = settings.seq_len or view.train_seq_len
     text = calibration_text(view, data, settings, window)
     for wanted in (settings, settings.model_copy(update={"fisher": True})):  # which serve who did not ask for them too
         stats_id = stats_id_of(view, wanted, text, window)
@@ -177,7 +177,7 @@ def _cached_rate(rates: dict[str, float], view: View) -> float:
     key = str(view.config["model"])
     if key not in rates:
         module: Any = load_module(view.config, view.tensors, str(view))
-        length = train_seq_len(view.config)
+        length = view.train_seq_len
         tokens = torch.full((1, length), 2)
         with torch.no_grad():
             for _ in range(2):
@@ -192,7 +192,6 @@ def peak_bytes(view: View, quantize: bool) -> int:
     weights = 4 * sum(tensor.numel() for tensor in view.tensors.values())
     if not quantize:
         return 3 * weights
-    module = build_module(view.config)
-    family = get_family(view.config["family"])
-    plan = plan_memory(module, family.sites(module), [], train_seq_len(view.config), train_seq_len(view.config), False)
+    length = view.train_seq_len
+    plan = plan_memory(view.module, view.family.sites(view.module), [], length, length, False)
     return WEIGHT_COPIES * weights + 2 * plan.sums_bytes + plan.activation_bytes

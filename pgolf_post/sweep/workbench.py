@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from pgolf_post import artifacts as requant
-from pgolf_post.calibrate import stage as calibrate_run
-from pgolf_post.score import cached as score_cache
+from pgolf_post.calibrate.stage import STATS
+from pgolf_post.score.cached import SCORE
 from pgolf_post.sweep.artifacts import Artifacts
 from pgolf_post.sweep.calibration import Calibration
 from pgolf_post.sweep.common import Places, Spending
@@ -23,9 +23,9 @@ from pgolf_post.sweep.settings import DRAWN
 from pgolf_post.sweep.weights import Weights
 
 VERSIONS = {
-    "stats": calibrate_run.STAGE_VERSION,
+    "stats": STATS.version,
     "artifact": requant.STAGE_VERSION,
-    "score": score_cache.STAGE_VERSION,
+    "score": SCORE.version,
     **dict.fromkeys(DRAWN, SCREEN_VERSION),
 }  # a stage that works otherwise than before makes other trials
 
