@@ -39,7 +39,7 @@ from pgolf_post.pack.report.size import BUDGET_BYTES, SizeReport, count_code
 
 if TYPE_CHECKING:
     from pgolf_post.artifacts import PackedArtifact
-    from pgolf_post.fit.stage import Fitter
+    from pgolf_post.fit.prepare import Fitter
 
 SUGGESTED_TOKENS = 1 << 20
 FIT_FLAGS = {
@@ -109,7 +109,7 @@ def command(
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
     from pgolf_post.base.ranks import Ranks
-    from pgolf_post.fit.stage import solve
+    from pgolf_post.fit.artifact import fit_artifact
     from pgolf_post.fit.target_gap import limit_for_gap
     from pgolf_post.pack.report.size import count
 
@@ -133,7 +133,7 @@ def command(
         wanted = [limit_for_gap(fitter, target_gap) + code_bytes]
     answers = []
     for total in wanted:
-        artifact = solve(fitter, _artifact_limit(total, code_bytes), fresh=fresh)
+        artifact = fit_artifact(fitter, _artifact_limit(total, code_bytes), fresh=fresh)
         report = count(artifact.path, code, total)
         score = _score(artifact, data, view.config, eval_tokens, fresh) if evaluate else None
         answers.append(_answer(artifact, report, score))
@@ -177,7 +177,7 @@ def _prepared(
     ranks: Any,
 ) -> Fitter:
     from pgolf_post.calibrate import stale_stats
-    from pgolf_post.fit.stage import prepare
+    from pgolf_post.fit.prepare import prepare
     from pgolf_post.fit.training_clock import TrainingClock
 
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
@@ -205,7 +205,7 @@ def _total(seconds: dict[str, float]) -> float:
 
 def _show_training(fitter: Fitter, seconds: dict[str, float]) -> None:
     """What reading training data took by step, of the fit that took longest, what more would buy, and κ."""
-    from pgolf_post.fit.stage import tune_seconds
+    from pgolf_post.fit.prepare import tune_seconds
 
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")

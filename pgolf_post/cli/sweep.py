@@ -65,7 +65,7 @@ def sweep_options(function: F) -> F:
 
 def chosen_options(options: dict[str, Any], **more: Any) -> Options:
     """The options of a sweep from those of the command."""
-    from pgolf_post.sweep.common import Places
+    from pgolf_post.sweep.places import Places
     from pgolf_post.sweep.run import Options
 
     places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"])

@@ -22,8 +22,9 @@ from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.provenance import code_commit
 from pgolf_post.sweep.claims import claim
-from pgolf_post.sweep.common import Places
-from pgolf_post.sweep.settings import SweepSpec, Trial, expand, read_spec
+from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.places import Places
+from pgolf_post.sweep.settings import SweepSpec
 from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
 from pgolf_post.sweep.workbench import Workbench
 
@@ -186,7 +187,7 @@ class Sweep:
     def _stopped(self, listed: Listed) -> Row:
         trial, facts = listed.trial, self.provenance
         named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-        settings = {**named, "trial": trial.settings.model_dump(mode="json")}
+        settings = {**named, "trial": trial.settings.facts()}
         return Row(
             "trial", listed.id, (listed.control_id,), trial.name, facts.sweep, settings, "",
             {"stopped": SKIPPED}, facts.commit, facts.device, 0.0, None, None, SKIPPED,

@@ -12,7 +12,7 @@ from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger import Row
 from pgolf_post.sweep.run import State
-from pgolf_post.sweep.settings import SCORING
+from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")
@@ -59,7 +59,7 @@ def facts_of(state: State, row: Row) -> dict[str, Any]:
         "changes": row.settings.get("changes"),
         **{key: result[key] for key in kept if key in result},
         **{key: found[key] for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb", "tokens") if key in found},
-        "stages": {name: result[name] for name in SCORING if name in result},
+        "stages": {name: result[name] for name in STAGES if name in result},
         "verdict": row.verdict,
         "conclusion": row.conclusion,
         "seconds": row.seconds,

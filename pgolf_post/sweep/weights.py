@@ -1,4 +1,4 @@
-"""The weights that trials start from: a checkpoint's, a blend's, a moving average's, or those of a run trained for it.
+"""Weights that trials start from: a checkpoint's, a blend's, a moving average's, or those of a run trained for it.
 
 Averages are made in memory, as `swa-blend` and `ema-blend` make them, and held while trials use them.
 """
@@ -18,8 +18,10 @@ from pgolf_post.average.profiles import ExponentialLength, Length, PowerLength
 from pgolf_post.checkpoint import Checkpoint, View, default_checkpoint, view_id
 from pgolf_post.families import build_module, get_family
 from pgolf_post.sweep.claims import claim
-from pgolf_post.sweep.common import Places, Recent, Spending
+from pgolf_post.sweep.places import Places
+from pgolf_post.sweep.recent import Recent
 from pgolf_post.sweep.settings import BlendStage, EmaStage, TrialSettings
+from pgolf_post.sweep.spending import Spending
 from pgolf_post.sweep.training import run_id, trained
 
 FIELDS = {"checkpoint", "weights", "train", "blend", "ema"}  # of a trial's settings: those that decide its weights

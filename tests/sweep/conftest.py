@@ -8,8 +8,8 @@ import pytest
 
 from pgolf_post.data import DataFolder
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.engines.local import run_local
+from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.run import Options, State
 
 CALIBRATION = "[calibration]\ntokens = 320\n"
