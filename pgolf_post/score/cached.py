@@ -18,7 +18,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
-from pgolf_post.pack.artifact import read_artifact
+from pgolf_post.pack.artifact import Artifact, read_artifact
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
@@ -50,21 +50,21 @@ def score_artifact(
     fresh: bool = False,
     session: Session | None = None,
     pool: ModelPool | None = None,
+    decoded: Artifact | None = None,  # what this very file was decoded to, where that is in memory already
 ) -> CachedScore:
     """The score of what an artifact decodes to, kept in the checkpoint folder that holds it, else beside the file."""
     session = session or Session()
-    with session.clock.phase("decompress"):
-        decoded = read_artifact(path)
+    if decoded is None:
+        with session.clock.phase("decompress"):
+            decoded = read_artifact(path)
     config = decoded.manifest["config"]
     require_tokenizer(config, data, str(path))
     folder = path.parent.parent
     root = folder.parent if (folder.name, folder.parent.name) == ("artifact", "derived") else path.parent / "derived"
     subject = Subject(sha256_file(path), config, str(path), root)
 
-    def tensors() -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
-
-    return score_subject(subject, tensors, data, protocol, fresh, session, pool)
+    tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
+    return score_subject(subject, lambda: tensors, data, protocol, fresh, session, pool)
 
 
 @dataclass(frozen=True)
