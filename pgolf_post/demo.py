@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass
 class Demo:
-    """One run of the demo and what it found."""
+    """One run of the demo and its results."""
 
     root: Path  # the folder that holds data/ and checkpoints/
     train_overrides: tuple[str, ...] = ()
@@ -50,14 +50,14 @@ class Demo:
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
-        """Run one stage, add its seconds to the stage's total."""
+        """Run one stage; its seconds are added to the stage's total."""
         started = time.perf_counter()
         result = work()
         self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.perf_counter() - started
         return result
 
     def run(self) -> dict[str, Any]:
-        """Every stage in pipeline order. Returns the JSON answer."""
+        """Run every stage in pipeline order. Returns the JSON answer."""
         data = self.timed("data", self.build_data)
         final = self.timed("train", lambda: self.train(data))
         ngram_bpb = self.timed("byte model", lambda: byte_ngram_bpb(data, max_tokens=self.score_tokens))
@@ -79,7 +79,7 @@ class Demo:
         }
 
     def build_data(self) -> DataFolder:
-        """The standard library as a data folder; the same Python version finds it built already."""
+        """Build the standard library as a data folder; the same Python version finds it built already."""
         out = self.root / "data" / "stdlib_sp1024"
         if (out / "manifest.json").is_file():
             data = DataFolder.open(out)
@@ -91,7 +91,7 @@ class Demo:
         return build(stdlib_documents(), out, settings, source=stdlib_source(), force=True)
 
     def train(self, data: DataFolder) -> Checkpoint:
-        """The tiny recipe, under a run name that is not taken yet."""
+        """Train the tiny recipe, under a run name that is not taken yet."""
         from trainer.config import Recipe
         from trainer.loop import Trainer
 
@@ -106,11 +106,11 @@ class Demo:
     def requantize(
         self, name: str, view: View, data: DataFolder, protocol: PlainProtocol, hessian_lambda: float
     ) -> None:
-        """One row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
+        """Make one row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
         stats = self.timed("calibrate", lambda: calibrate(view, data, self.calibration))
         plan = read_plan(DEFAULT_PRESET, [f"*.hessian_lambda={hessian_lambda}"])
         artifact = self.timed("quantize + pack", lambda: requant(view, stats, plan))
-        score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
+        score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol, decoded=artifact.verified))
         report = count(artifact.path, (), DEMO_BUDGET_BYTES)
         facts = {"bpb": score["bpb"], **report.facts()}
         if any(row["symbols_sha256"] == artifact.symbols_sha256 for row in self.rows):
@@ -121,7 +121,7 @@ class Demo:
 
 
 def show(answer: dict[str, Any], seconds: float) -> None:
-    """The closing table."""
+    """Print the closing table."""
     before = answer["pre_quant_bpb"]
     rows = [("before quantization", f"{before:.5f}", "", "", "")]
     for row in answer["rows"]:

@@ -18,6 +18,7 @@ from pgolf_post.artifacts import FITTED, ArtifactKey, PackedArtifact, find, keep
 from pgolf_post.base.progress import say
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.derived import PARTIAL_SUFFIX
+from pgolf_post.errors import SettingsError
 from pgolf_post.fit.prepare import DISTILL, Fitter
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.replay import fine_tuned
@@ -41,6 +42,13 @@ def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh
         artifact = keep(key, solution.model, fitter.stats, codec, lambda: solution.data, facts, started)
     partial.remove()
     return artifact
+
+
+def artifact_limit(total_bytes: int, code_bytes: int) -> int:
+    """Return what a budget leaves for the artifact. Raises SettingsError if the code fills it alone."""
+    if code_bytes >= total_bytes:
+        raise SettingsError(f"the code takes {code_bytes:,} of {total_bytes:,} bytes: nothing is left for weights")
+    return total_bytes - code_bytes
 
 
 def fit_key(fitter: Fitter, artifact_limit: int, codec: str, jitter_seed: int = 0) -> ArtifactKey:

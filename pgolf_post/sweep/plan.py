@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pgolf_post.artifacts import ARTIFACT, plan_key
+from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import read_json
 from pgolf_post.calibrate.memory import plan_memory
 from pgolf_post.calibrate.stage import STATS, calibration_text, stats_id_of
@@ -34,7 +35,7 @@ from pgolf_post.quantize.rows import as_matrix, spread_scales
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.expand import Trial
-from pgolf_post.sweep.quantizers import artifact_limit, fit_stage
+from pgolf_post.sweep.quantizers import fit_stage, limit_of
 from pgolf_post.sweep.run import State, Sweep
 from pgolf_post.sweep.settings import SweepSpec, TrialSettings
 from pgolf_post.sweep.stages import STAGES
@@ -62,6 +63,7 @@ class PlanRow:
     problem: str = ""
 
     def facts(self) -> dict[str, Any]:
+        """The row as JSON."""
         trial = self.listed.trial
         named = {"id": self.listed.id, "name": trial.name, "role": trial.role, "changes": dict(trial.changes)}
         estimates = {"predicted_bytes": self.predicted_bytes, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
@@ -80,6 +82,25 @@ def plan_rows(sweep: Sweep) -> list[PlanRow]:
             done = listed.id in state.rows
             rows.append(PlanRow(listed, done, (), None, None, None, str(error)))
     return rows
+
+
+def show_plan(rows: list[PlanRow], state: State, title: str) -> float:
+    """Print the plan as a table; returns the seconds that are known of trials to do."""
+    header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "problem")
+    print_table(f"{title}: {state.spec.question}", header, [_cells(row) for row in rows])
+    seconds = sum(row.seconds for row in rows if row.seconds is not None and not row.done)
+    say(f"{len(state.open)} of {len(rows)} trials to do, about {seconds:.0f} s on one worker")
+    return seconds
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    there = "done" if row.done else ", ".join(row.cached)
+    numbers = (
+        f"{row.predicted_bytes:,}" if row.predicted_bytes is not None else "",
+        f"{row.seconds:.1f}" if row.seconds is not None else "",
+        f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "",
+    )
+    return (row.listed.trial.name, there, *numbers, row.problem)
 
 
 def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float], collected: set[str]) -> PlanRow:
@@ -121,7 +142,7 @@ def _is_quantized(spec: SweepSpec, settings: TrialSettings, view: View, stats_id
 def _is_fitted(spec: SweepSpec, settings: TrialSettings, view: View, stats_id: str) -> bool:
     """Whether there is an artifact of the trial's fit. Its id has κ in it, which are not measured to find out."""
     fit = fit_stage(settings).settings().model_dump(mode="json", exclude={"distill", "tune_tokens"})
-    wanted = {"stats_id": stats_id, "fit": fit, "artifact_limit": artifact_limit(spec, settings)}
+    wanted = {"stats_id": stats_id, "fit": fit, "artifact_limit": limit_of(spec, settings)}
     wanted |= {"codec": settings.codec, "jitter_seed": settings.jitter_seed or None}
     others = {"distill": fit_stage(settings).distill, "tune": fit_stage(settings).tune_tokens > 0}
     for folder in derived_folders(view.checkpoint.path):
@@ -140,7 +161,7 @@ def _is_fitted(spec: SweepSpec, settings: TrialSettings, view: View, stats_id: s
 def predicted_bytes(spec: SweepSpec, settings: TrialSettings, view: View) -> int:
     """Return about what a trial's artifact will take."""
     if settings.method == "fit":
-        return artifact_limit(spec, settings) - WINDOW_BYTES // 2
+        return limit_of(spec, settings) - WINDOW_BYTES // 2
     return gaussian_bytes(view, trial_plan(settings))
 
 

@@ -14,8 +14,7 @@ from pgolf_post.artifacts import ArtifactKey, plan_key
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import SettingsError
-from pgolf_post.fit.artifact import fit_key, fitted, partial_of
+from pgolf_post.fit.artifact import artifact_limit, fit_key, fitted, partial_of
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.training_clock import TrainingClock
@@ -96,7 +95,7 @@ class ByFit:
         self._fitters = Recent[Fitter](1)  # one holds every matrix's factorized Hessian
 
     def key(self, request: Request) -> ArtifactKey:
-        settings, limit = request.settings, artifact_limit(request.spec, request.settings)
+        settings, limit = request.settings, limit_of(request.spec, request.settings)
         return fit_key(self._fitter(request), limit, settings.codec, settings.jitter_seed)
 
     def make(self, request: Request) -> Made:
@@ -105,7 +104,7 @@ class ByFit:
             view = jittered(request.view, settings.jitter_seed)
             fitter = replace(fitter, view=view, builder=Builder(view, fitter.stats, fitter.settings))
         partial = partial_of(self.key(request))
-        limit = artifact_limit(request.spec, settings)
+        limit = limit_of(request.spec, settings)
         solution, facts = fitted(fitter, limit, settings.codec, partial)
         partial.remove()
         return Made(solution.model, lambda: solution.data, facts)
@@ -129,13 +128,11 @@ def fit_stage(settings: TrialSettings) -> FitStage:
     return settings.fit or FitStage()
 
 
-def artifact_limit(spec: SweepSpec, settings: TrialSettings) -> int:
+def limit_of(spec: SweepSpec, settings: TrialSettings) -> int:
     """Return the bytes that a fitted artifact may have: its budget less the counted code. Raises SettingsError."""
     budget = fit_stage(settings).budget
-    total, code_bytes = spec.budget_bytes if budget is None else budget, count_code([Path(path) for path in spec.code])
-    if code_bytes >= total:
-        raise SettingsError(f"the code takes {code_bytes:,} of {total:,} bytes: nothing is left for weights")
-    return total - code_bytes
+    total = spec.budget_bytes if budget is None else budget
+    return artifact_limit(total, count_code([Path(path) for path in spec.code]))
 
 
 def identity(spec: SweepSpec, settings: TrialSettings) -> dict[str, Any]:
@@ -143,4 +140,4 @@ def identity(spec: SweepSpec, settings: TrialSettings) -> dict[str, Any]:
     if settings.method == "plan":
         return trial_plan(settings).identity()
     fit = fit_stage(settings).settings().model_dump(mode="json")
-    return {"method": "fit", "fit": fit, "artifact_limit": artifact_limit(spec, settings)}
+    return {"method": "fit", "fit": fit, "artifact_limit": limit_of(spec, settings)}
