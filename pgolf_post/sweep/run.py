@@ -1,4 +1,4 @@
-"""A sweep at work: take the next trial that is ready, run it, write its row, look at the file again.
+"""Running a sweep: take the next trial that is ready, run it, write its row, look at the file again.
 
 All state is the ledger. A trial that has a row is done; one that has none is to be done; a killed process loses its
 claims and nothing else. So a sweep is resumed by running it again, two processes share it by both running it, and a
@@ -65,7 +65,7 @@ class State:
         return [one for one in self.listed if one.id not in self.rows]
 
     def control(self, listed: Listed) -> tuple[Trial, Row | None]:
-        """The control that a trial is compared with, and its row."""
+        """Return the control that a trial is compared with, and its row."""
         if listed.trial.role == "control":
             return listed.trial, None
         trial = next(one.trial for one in self.listed if one.id == listed.control_id)
@@ -75,7 +75,7 @@ class State:
         return [one for one in self.listed if one.trial.role == "noise" and one.control_id == listed.control_id]
 
     def before(self, listed: Listed) -> list[Listed]:
-        """The trials that come before one on its axis."""
+        """Return the trials that come before one on its axis."""
         trial = listed.trial
         others = [o for o in self.listed if trial.axis and o.trial.axis == trial.axis and o.trial.group == trial.group]
         fixed = _apart(trial)
@@ -98,18 +98,18 @@ class State:
         wanted, stage = self.spec.gates.stop_if_monotone_worse, self.spec.deciding_stage
         if not wanted or stage is None or listed.trial.role != "trial":
             return False
-        found = [self.rows[one.id].result for one in self.before(listed)]
-        if any("stopped" in result for result in found):
+        earlier = [self.rows[one.id].result for one in self.before(listed)]
+        if any("stopped" in result for result in earlier):
             return True
-        values = [result[stage].get("difference_bpb", 0.0) for result in found if stage in result]
-        floor = max((result.get("noise_floor_bpb", 0.0) for result in found), default=0.0)
+        values = [result[stage].get("difference_bpb", 0.0) for result in earlier if stage in result]
+        floor = max((result.get("noise_floor_bpb", 0.0) for result in earlier), default=0.0)
         last = values[-wanted - 1 :]
         rising = all(second > first for first, second in itertools.pairwise(last))
         return len(last) == wanted + 1 and rising and last[-1] - last[0] > floor
 
 
 def _apart(trial: Trial) -> list[tuple[str, Any]]:
-    """What fixes the line that a trial's axis runs along."""
+    """Return the changes that fix the line which a trial's axis runs along."""
     return [(key, value) for key, value in trial.changes if key != trial.axis]
 
 
@@ -131,11 +131,11 @@ class Sweep:
         self.ledger.close()
 
     def state(self) -> State:
-        """The spec as the file has it now, and the rows there are. A file that cannot be read leaves the last one."""
+        """Return the spec as the file has it now, and the rows. A file that cannot be read leaves the last spec."""
         with contextlib.suppress(FileNotFoundError):
-            found = self.options.spec.stat()
-            if (found.st_mtime, found.st_size) != self._stamp or self._spec is None:
-                self._read((found.st_mtime, found.st_size))
+            stat = self.options.spec.stat()
+            if (stat.st_mtime, stat.st_size) != self._stamp or self._spec is None:
+                self._read((stat.st_mtime, stat.st_size))
         if self._spec is None:
             self._read(None)
         assert self._spec is not None
@@ -144,7 +144,7 @@ class Sweep:
         return State(self._spec, self._listed, rows)
 
     def row(self, trial_id: str) -> Row | None:
-        """A trial's row, unless it failed before and failures are to be tried again."""
+        """Return a trial's row, unless it failed before and failures are to be tried again."""
         row, before = self.ledger.get("trial", trial_id), self.options.retry_before
         if row is not None and before is not None and "error" in row.result and row.created < before:
             return None
@@ -172,7 +172,7 @@ class Sweep:
         return row
 
     def compute(self, state: State, listed: Listed) -> tuple[Row, tuple[Row, ...]]:
-        """Run a trial; its row is not yet written."""
+        """Run a trial. Returns its row, not yet written, and rows of what it was made of."""
         control_trial, control = state.control(listed)
         if listed.trial.role != "control" and (control is None or "error" in control.result):
             raise _control_failed(control)
@@ -195,13 +195,13 @@ class Sweep:
 
 
 def as_asked(row: Row, trial: Trial) -> Row:
-    """A row under the name that this sweep has for it: another one may have run the very same trial before."""
+    """Return a row under this sweep's name for it: another sweep may have run the very same trial before."""
     named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
     return replace(row, name=trial.name, settings={**row.settings, **named})
 
 
 def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False) -> None:
-    """A trial's row, after those of what it was made of where nobody wrote them before."""
+    """Write a trial's row, after those of what it was made of where nobody wrote them before."""
     for one in extra:
         if ledger.get(one.kind, one.id) is None:
             ledger.add(one, replace=True)  # another process may come between: what it wrote is as good
@@ -245,7 +245,7 @@ def work(sweep: Sweep, on_row: Callable[[State, Row], None] | None = None) -> St
 
 
 def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] | None) -> bool:
-    """Run the first trial that is ready and that nobody else is at. Whether there was one."""
+    """Run the first trial that is ready and that nobody else is at. Returns whether there was one."""
     claims = sweep.options.places.results / "claims"  # of all sweeps: two may share a trial
     for listed in state.open:
         if not state.is_ready(listed):

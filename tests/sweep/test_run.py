@@ -254,6 +254,25 @@ def test_a_trial_that_fails_is_a_row_and_the_others_go_on(lab: Lab) -> None:
     assert by_name(again)["hessian_lambda = 0.6"].created == rows["hessian_lambda = 0.6"].created
 
 
+def test_an_unforeseen_exception_leaves_its_traceback_in_the_row(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is foreseen says all in its message and leaves none."""
+    make = quantizers.ByPlan.make
+
+    def broken(self: quantizers.ByPlan, request: quantizers.Request) -> quantizers.Made:
+        if request.settings.set.get("*.hessian_lambda") == 0.6:
+            raise ZeroDivisionError("of all things")
+        return make(self, request)
+
+    monkeypatch.setattr(quantizers.ByPlan, "make", broken)
+    rows = by_name(lab.run(spec_text(LAMBDAS) + '[[trials]]\nname = "no such"\ncheckpoint = "nowhere"\n'))
+    result = rows["hessian_lambda = 0.6"].result
+    assert result["error"] == "ZeroDivisionError: of all things"
+    assert "in broken" in result["traceback"]
+    assert result["traceback"].startswith("Traceback")
+    assert "traceback" not in rows["no such"].result
+    assert "traceback" not in rows["hessian_lambda = 0.2"].result
+
+
 def test_a_control_that_fails_ends_the_sweep(lab: Lab) -> None:
     with pytest.raises(PgolfError, match="the control failed"):
         lab.run(spec_text().replace("tokens = 320\n", "seq_len = 100000000\n", 1))

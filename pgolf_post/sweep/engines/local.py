@@ -40,7 +40,7 @@ def require_devices(workers: int) -> None:
 
 
 def _supervise(watching: Sweep, options: Options, workers: int, on_row: Callable[[State, Row], None] | None) -> State:
-    """Watch the rows arrive. A worker that dies is missed by nobody while another is left."""
+    """Watch the rows arrive. A worker that dies leaves its trial to the others."""
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_worker, args=(options, index, workers), daemon=True) for index in range(workers)
@@ -75,7 +75,7 @@ def _supervise(watching: Sweep, options: Options, workers: int, on_row: Callable
 
 
 def _worker(options: Options, index: int, workers: int) -> None:
-    """One worker: its own GPU, or its share of the processor's threads."""
+    """Work in a process with its own GPU, or its share of the processor's threads."""
     silence()
     if torch.cuda.is_available():
         device = torch.device("cuda", index)

@@ -22,7 +22,7 @@ from pgolf_post.sweep.trial import Listed
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What Ray is asked for."""
+    """Settings of the Ray engine."""
 
     address: str | None = None  # of a cluster that runs already; None starts one on this machine
     workers: int = 1
@@ -41,7 +41,7 @@ class TrialActor:
         self.sweep = Sweep(options, device)
 
     def run(self, trial_id: str, rows: dict[str, Row]) -> tuple[Row, tuple[Row, ...]]:
-        """A trial's row and those of what it was made of. `rows` are the driver's."""
+        """Run a trial. Returns its row and those of what it was made of; `rows` are the driver's."""
         state = self.sweep.state()
         listed = next((one for one in state.listed if one.id == trial_id), None)
         if listed is None:
@@ -119,14 +119,14 @@ def _count_death(deaths: dict[str, int], listed: Listed, retries: int, error: Ex
 
 
 def _absolute(options: Options) -> Options:
-    """The same options with paths that hold in a worker's own folder."""
+    """Return the options with paths that hold in a worker's own folder."""
     places = options.places
 
     def full(path: Path | None) -> Path | None:
         return path.resolve() if path else None
 
-    found = replace(
+    absolute = replace(
         places, checkpoint=full(places.checkpoint), data=full(places.data),
         root=places.root.resolve(), results=places.results.resolve(),
     )  # fmt: skip
-    return replace(options, spec=options.spec.resolve(), places=found)
+    return replace(options, spec=options.spec.resolve(), places=absolute)

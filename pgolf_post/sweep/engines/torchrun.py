@@ -14,7 +14,7 @@ from pgolf_post.sweep.run import Options, State, Sweep, work
 
 
 def run_torchrun(options: Options, ranks: Ranks, on_row: Callable[[State, Row], None] | None = None) -> State:
-    """This rank's part of a sweep; returns when every trial has a row, whoever wrote it."""
+    """Do this rank's part of a sweep; returns when every trial has a row, whoever wrote it."""
     sweep = Sweep(options, ranks.device)
     try:
         return work(sweep, on_row)
