@@ -251,7 +251,9 @@ def peak_bytes(view: View, settings: TrialSettings) -> int:
     if not settings.quantize:
         return 3 * weights
     fisher = calibration_of(settings).fisher
-    lookups = view.family.lookups(view.module) if fisher else []
+    # A backward pass's memory is estimated by a short forward pass, which the meta-module cannot run.
+    module = load_module(view.config, view.tensors, str(view)) if fisher else view.module
+    lookups = view.family.lookups(module) if fisher else []
     length = view.train_seq_len
-    plan = plan_memory(view.module, view.family.sites(view.module), lookups, length, length, fisher)
+    plan = plan_memory(module, view.family.sites(module), lookups, length, length, fisher)
     return WEIGHT_COPIES * weights + 2 * plan.sums_bytes + plan.activation_bytes
