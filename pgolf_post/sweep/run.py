@@ -19,6 +19,7 @@ import torch
 
 from pgolf_post.base.progress import say
 from pgolf_post.errors import PgolfError, VerificationError
+from pgolf_post.families import family_sources, load_family
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.provenance import code_commit
 from pgolf_post.sweep.claims import claim
@@ -42,6 +43,7 @@ class Options:
     compiled: bool | None = None  # None: where there is a GPU
     retry_before: str | None = None  # trials that failed before this moment (ISO 8601, UTC) are run again
     dollars_per_hour: float | None = None
+    families: tuple[str, ...] = field(default_factory=family_sources)  # that worker processes load too
 
     @property
     def name(self) -> str:
@@ -118,6 +120,9 @@ class Sweep:
 
     def __init__(self, options: Options, device: torch.device | None = None) -> None:
         self.options = options
+        for source in options.families:
+            if source not in family_sources():
+                load_family(source)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         compiled = device.type == "cuda" if options.compiled is None else options.compiled
         self.bench = Workbench(options.places, compiled, device)
