@@ -71,7 +71,7 @@ class PackedArtifact:
 
 @dataclass(frozen=True)
 class ArtifactKey:
-    """What decides an artifact."""
+    """Everything that decides an artifact, and thereby its id and folder."""
 
     view: View
     stats_id: str
@@ -89,7 +89,7 @@ class ArtifactKey:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json says beside stage and version."""
+        """The contents of config.json beside stage and version."""
         named = {"view": self.view.name, "view_id": self.view.id, "stats_id": self.stats_id, "plan": self.plan}
         return {**named, **self.identity}
 

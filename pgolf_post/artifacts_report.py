@@ -1,4 +1,4 @@
-"""What `requant` shows: the plan, the tensors of an artifact with their evidence, totals, and trials side by side."""
+"""Tables of `requant`: the plan, an artifact's tensors with their evidence, totals, and trials side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUMS = ("bpb", "nats", "tokens", "bytes")
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan, and what became of it."""
+    """One plan and its artifact."""
 
     name: str  # the flags that make it another than the control; empty if there is one trial
     plan: Plan

@@ -57,7 +57,7 @@ class Fold:
 
 
 class LanguageModel(Protocol):
-    """What the toolkit asks of a family's module (an `nn.Module`)."""
+    """The interface of a family's module (an `nn.Module`)."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the head's input: (batch, seq_len) int64 → (batch, seq_len, dim)."""
@@ -109,7 +109,7 @@ class ModelFamily(Protocol):
 
 
 class BaseFamily:
-    """What most families share: settings with defaults, layers counted by their tensors, no loops, no folds.
+    """Defaults that most families share: settings, layers counted by their tensors, no loops, no folds.
 
     A family of your own subclasses it, sets `name` and `settings`, and writes build, sites, lookups, role and layer.
     """

@@ -1,4 +1,4 @@
-"""Preparing a fit: what all byte budgets of one checkpoint share.
+"""Preparation of a fit: everything that all byte budgets of one checkpoint share.
 
 Statistics and κ are read from the cache or made; the text for fine-tuning is drawn. All of it reads training data, so
 every step is timed (training_clock.py), and optional ones are skipped where seconds are limited.
@@ -30,7 +30,7 @@ DISTILL = DistillSettings()
 
 @dataclass(frozen=True)
 class Fitter:
-    """What all budgets of one checkpoint share."""
+    """Everything that all budgets of one checkpoint share."""
 
     view: View
     data: DataFolder
@@ -49,7 +49,7 @@ class Fitter:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the symbols, beside view, statistics and bytes."""
+        """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
         settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
         tuning = (
             {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts]}

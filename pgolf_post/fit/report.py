@@ -1,4 +1,4 @@
-"""What `fit` shows: one row per budget, seconds on training data, κ, and where the bytes went."""
+"""Tables of `fit`: one row per budget, seconds on training data, κ, and where the bytes went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a sweep finds and leaves things."""
+"""The folders that a sweep reads and writes."""
 
 from __future__ import annotations
 

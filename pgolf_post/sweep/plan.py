@@ -1,4 +1,4 @@
-"""A sweep before any work: its trials, what is there already, bytes, seconds and memory.
+"""The plan of a sweep, before any work: its trials, what is there already, bytes, seconds and memory.
 
 Bytes are what rows of Gaussian weights would need on each rule's grid: a grid of steps s on weights of deviation σ has
 ½·log2(2πe·(σ²/s² + 1/12)) bits a weight, which is near what the entropy coder reaches; a fit fills its budget. Seconds

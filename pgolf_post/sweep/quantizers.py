@@ -1,4 +1,4 @@
-"""How a trial's weights are quantized: by a plan, as `requant` does it, or to a byte budget, as `fit` does it.
+"""Two ways to quantize a trial's weights: by a plan, as `requant` does it, or to a byte budget, as `fit` does it.
 
 Either says under which key the artifact is looked up, and how its model is made where it is not there.
 """
@@ -35,7 +35,7 @@ from pgolf_post.sweep.weights import jittered
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be quantized."""
+    """A trial's weights and statistics, to be quantized."""
 
     spec: SweepSpec
     settings: TrialSettings

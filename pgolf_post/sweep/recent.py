@@ -1,4 +1,4 @@
-"""What is held in memory between trials: the last few values of a kind."""
+"""A small memory between trials: the last few values of a kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep asks, as a strict TOML file.
+"""Settings of a sweep, as a strict TOML file.
 
 question = "…"           base settings stand at the top: what decides the weights and bytes of every trial
 [grid] [each] [[trials]] what is changed, trial by trial (expand.py)
@@ -149,7 +149,7 @@ def is_of_plan(key: str) -> bool:
 
 
 class CommonStages(Settings):
-    """What is done with a quantized model; packing always is. The scoring stages are those of STAGES."""
+    """Stages of a trial after quantizing; packing always runs. The scoring stages are those of STAGES."""
 
     predict: TrialStage | None = Field(None, description="Predict the bytes before packing.")
     pack: TrialStage = TrialStage()
@@ -236,7 +236,7 @@ class SweepSpec(Settings):
 
     @property
     def ranking(self) -> str:
-        """What trials are ranked by: a scoring stage, or bytes."""
+        """The ranking: a scoring stage, or bytes."""
         return self.rank_by or self.stages.scoring()[-1]
 
     @property

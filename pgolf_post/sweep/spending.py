@@ -1,4 +1,4 @@
-"""What a trial takes: seconds by stage, and the stages whose result was there already."""
+"""Costs of a trial: seconds by stage, and the stages whose result was cached."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What every row says of where and by what it was made."""
+    """Where and by what code rows are made."""
 
     sweep: str
     commit: str | None = None

@@ -1,4 +1,4 @@
-"""What a trial scores: the weights that its artifact decodes to, or weights that were never quantized."""
+"""The model that a trial scores: its artifact's decoded weights, or weights that were never quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trials share: weights and Hessians loaded once, Hessians factorized once, one model whose weights are swapped.
+"""The workbench of trials: weights and Hessians are loaded once, factorized once, and one model's weights are swapped.
 
 weights.py       what trials start from              quantizers.py   by a plan, or to a byte budget
 calibration.py   data, statistics, factors           artifacts.py    quantized, packed, read back

@@ -32,7 +32,7 @@ class TrialStage(Settings):
 
 @dataclass(frozen=True)
 class Window:
-    """What a stage's protocol reads beside the stage's own settings."""
+    """Settings that a stage's protocol reads beside the stage's own."""
 
     seq_len: int  # the spec's, else the model's training length
     given: int | None  # the spec's
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass
 class Scorer:
-    """What all stages and trials of a process share: models whose weights are swapped, and texts."""
+    """Models whose weights are swapped, and texts, shared by all stages and trials of a process."""
 
     ranks: Ranks
     pool: ModelPool
