@@ -6,6 +6,9 @@ real one: what takes 90 seconds of training here takes ten minutes on 8 H100s, a
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,13 +24,13 @@ from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
+from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.pack.report.size import count
 from pgolf_post.plan import read_plan
 from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
 from pgolf_post.score.cached import score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol
-from pgolf_post.settings import read_settings
 
 LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
@@ -91,17 +94,19 @@ class Demo:
         return build(stdlib_documents(), out, settings, source=stdlib_source(), force=True)
 
     def train(self, data: DataFolder) -> Checkpoint:
-        """Train the tiny recipe, under a run name that is not taken yet."""
-        from trainer.config import Recipe
-        from trainer.loop import Trainer
-
+        """Train the tiny recipe in a process of its own, under a run name that is not taken yet."""
         root = self.root / "checkpoints"
         number = next(n for n in range(1, 10_000) if not (root / f"demo_{n:03d}").exists())
         overrides = [f"run.name=demo_{number:03d}", f"run.checkpoint_root={root}", f"data.dir={data.path}"]
-        recipe_path = Path(str(files("trainer"))) / "recipes" / "tiny_cpu.toml"
-        trainer = Trainer(read_settings(recipe_path, Recipe, [*overrides, *self.train_overrides]))
-        say(f"training {trainer.num_parameters():,} parameters for about {trainer.recipe.schedule.seconds} s")
-        return trainer.run()
+        recipe = Path(str(files("trainer"))) / "recipes" / "tiny_cpu.toml"
+        command = [sys.executable, "-m", "trainer", str(recipe), "--json"]
+        for override in (*overrides, *self.train_overrides):
+            command += ["--set", override]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # it reports on our stderr
+        if done.returncode:
+            kind = SettingsError if done.returncode == SettingsError.exit_code else PgolfError
+            raise kind(f"training failed (exit {done.returncode}); its message stands above")
+        return Checkpoint.open(Path(json.loads(done.stdout.splitlines()[-1])["checkpoint"]))
 
     def requantize(
         self, name: str, view: View, data: DataFolder, protocol: PlainProtocol, hessian_lambda: float
