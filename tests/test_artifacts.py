@@ -17,8 +17,8 @@ from pgolf_post.fit.prepare import Fitter
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.plan import read_plan
 from pgolf_post.sweep.expand import expand
+from pgolf_post.sweep.listed import trial_id
 from pgolf_post.sweep.settings import SweepSpec, TrialSettings
-from pgolf_post.sweep.trial import trial_id
 
 VIEW_ID, STATS_ID = "a" * 64, "b" * 64
 

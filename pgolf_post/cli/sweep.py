@@ -13,7 +13,8 @@ from pgolf_post.base.progress import print_json, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option
 
 if TYPE_CHECKING:
-    from pgolf_post.sweep.run import Options, State
+    from pgolf_post.sweep.run import Options
+    from pgolf_post.sweep.state import State
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIVE = click.FloatRange(min=0, min_open=True)

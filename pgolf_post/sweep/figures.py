@@ -13,7 +13,7 @@ from typing import Any
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import State
+from pgolf_post.sweep.state import State
 from pgolf_post.sweep.table import noise_floor_of
 
 COLOURS = {"control": "#111111", "baseline": "#8a8a8a", "trial": "#1f6fb4", "noise": "#c9c9c9"}

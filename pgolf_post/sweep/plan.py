@@ -35,11 +35,12 @@ from pgolf_post.quantize.rows import as_matrix, spread_scales
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.expand import Trial
+from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.quantizers import fit_stage, limit_of
-from pgolf_post.sweep.run import State, Sweep
+from pgolf_post.sweep.run import Sweep
 from pgolf_post.sweep.settings import SweepSpec, TrialSettings
 from pgolf_post.sweep.stages import STAGES
-from pgolf_post.sweep.trial import Listed
+from pgolf_post.sweep.state import State
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/BENCHMARKS.md, Quantizing)
 PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/BENCHMARKS.md, Codecs)

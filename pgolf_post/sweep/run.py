@@ -8,12 +8,10 @@ trial that is added to the file while it runs is found at the next look.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +22,11 @@ from pgolf_post.ledger import Ledger, Row
 from pgolf_post.provenance import code_commit
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.listed import Listed, list_trials
 from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.settings import SweepSpec
-from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
+from pgolf_post.sweep.state import State
+from pgolf_post.sweep.trial import Provenance, Run
 from pgolf_post.sweep.workbench import Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
@@ -52,67 +52,6 @@ class Options:
     @property
     def results(self) -> Path:
         return self.places.results / self.name
-
-
-@dataclass
-class State:
-    """A sweep as it stands: what is asked for, and the rows there are."""
-
-    spec: SweepSpec
-    listed: list[Listed]
-    rows: dict[str, Row]
-
-    @property
-    def open(self) -> list[Listed]:
-        return [one for one in self.listed if one.id not in self.rows]
-
-    def control(self, listed: Listed) -> tuple[Trial, Row | None]:
-        """Return the control that a trial is compared with, and its row."""
-        if listed.trial.role == "control":
-            return listed.trial, None
-        trial = next(one.trial for one in self.listed if one.id == listed.control_id)
-        return trial, self.rows.get(listed.control_id)
-
-    def noise(self, listed: Listed) -> list[Listed]:
-        return [one for one in self.listed if one.trial.role == "noise" and one.control_id == listed.control_id]
-
-    def before(self, listed: Listed) -> list[Listed]:
-        """Return the trials that come before one on its axis."""
-        trial = listed.trial
-        others = [o for o in self.listed if trial.axis and o.trial.axis == trial.axis and o.trial.group == trial.group]
-        fixed = _apart(trial)
-        return [o for o in others[: others.index(listed)] if _apart(o.trial) == fixed] if listed in others else []
-
-    def is_ready(self, listed: Listed) -> bool:
-        """Whether everything that a trial's row refers to is there."""
-        role = listed.trial.role
-        if role == "control":
-            return True
-        needed = [listed.control_id]
-        if role == "trial":
-            needed += [one.id for one in self.noise(listed)]
-            if self.spec.gates.stop_if_monotone_worse:
-                needed += [one.id for one in self.before(listed)]
-        return all(one in self.rows for one in needed)
-
-    def is_stopped(self, listed: Listed) -> bool:
-        """Whether the trials before it on its axis were each worse than the one before them."""
-        wanted, stage = self.spec.gates.stop_if_monotone_worse, self.spec.deciding_stage
-        if not wanted or stage is None or listed.trial.role != "trial":
-            return False
-        earlier = [self.rows[one.id].result for one in self.before(listed)]
-        if any("stopped" in result for result in earlier):
-            return True
-        values = [result[stage].get("difference_bpb", 0.0) for result in earlier if stage in result]
-        floor = max((result.get("noise_floor_bpb", 0.0) for result in earlier), default=0.0)
-        last = values[-wanted - 1 :]
-        rising = all(second > first for first, second in itertools.pairwise(last))
-        return len(last) == wanted + 1 and rising and last[-1] - last[0] > floor
-
-
-def _apart(trial: Trial) -> list[tuple[str, Any]]:
-    """Return the changes that fix the line which a trial's axis runs along."""
-    return [(key, value) for key, value in trial.changes if key != trial.axis]
 
 
 class Sweep:

@@ -11,8 +11,8 @@ from typing import Any
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import State
 from pgolf_post.sweep.stages import STAGES
+from pgolf_post.sweep.state import State
 from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")

@@ -27,8 +27,8 @@ from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.conditions import SCORE_FACTS, SIZES, holds
 from pgolf_post.sweep.expand import Trial
+from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.quantizers import Request, fit_stage
-from pgolf_post.sweep.quantizers import identity as quantizing_identity
 from pgolf_post.sweep.scores import stage_protocol
 from pgolf_post.sweep.settings import SweepSpec
 from pgolf_post.sweep.stages import STAGES
@@ -36,22 +36,11 @@ from pgolf_post.sweep.training import recipe_tree
 from pgolf_post.sweep.trial_model import TrialModel, unquantized
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
-from pgolf_post.sweep.workbench import Workbench, versions
-
-TRIAL_VERSION = 2
+from pgolf_post.sweep.workbench import Workbench
 
 
 class DroppedError(Exception):
     """A trial that a condition or gate ends before it is packed or scored."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A trial and the id that its row has, or will have."""
-
-    trial: Trial
-    id: str
-    control_id: str
 
 
 @dataclass(frozen=True)
@@ -62,48 +51,6 @@ class Provenance:
     commit: str | None = None
     device: str | None = None
     dollars_per_hour: float | None = None
-
-
-def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -> str:
-    """Return the id of a trial's row: of the ids of what its weights are made of, and every setting that acts."""
-    settings = trial.settings
-    data = None if settings.train else bench.calibration.data(spec, bench.weights.checkpoint(settings))
-    identity = {
-        "calibration": settings.calibration.model_dump(mode="json"),
-        "weights": settings.model_dump(mode="json", include={"blend", "ema", "quantize", "jitter_seed"}),
-        "plan": quantizing_identity(spec, settings),
-        "codec": settings.codec,
-        "ttt": settings.ttt,
-        "stages": spec.stages.identity(),
-        "deciding": [spec.ranking, spec.noise_repeats if trial.role != "noise" else 0],
-        "budget": [spec.budget_bytes, list(spec.code), spec.gates.drop_if_over_budget],
-        "role": trial.role,
-        "control": control_id,
-        "versions": versions(spec, settings),
-        **({"data": data.manifest_sha256} if data else {}),
-    }
-    return derived_id("trial", TRIAL_VERSION, bench.weights.source_ids(settings), identity)
-
-
-def list_trials(bench: Workbench, spec: SweepSpec, trials: Sequence[Trial]) -> list[Listed]:
-    """Return trials with their ids. One that cannot be named gets an id of its error, so that it can have a row."""
-    listed, controls = [], dict[str, str]()
-    for trial in trials:
-        control_id = controls.get(trial.group, "")
-        try:
-            own_id = trial_id(bench, spec, trial, control_id)
-        except PgolfError as error:
-            if trial.role == "control":
-                raise
-            identity = {"settings": trial.settings.facts(), "error": str(error)}
-            own_id = derived_id("trial", TRIAL_VERSION, [control_id], identity)
-        if trial.role == "control":
-            controls[trial.group] = control_id = own_id
-        listed.append(Listed(trial, own_id, control_id))
-    return listed
-
-
-# ---- running one -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -158,7 +105,8 @@ class Run:
         return {**named, "question": self.spec.question, "trial": trial.settings.facts()}
 
     def _stages(self, result: dict[str, Any]) -> None:
-        """Every stage in order, its facts into `result`. Raises DroppedError where a condition or gate ends it."""
+        """Run every stage in order; facts go into `result`. Raises DroppedError where a condition or gate ends it."""
+        # Weights, before and after quantizing.
         bench, spec, settings = self.bench, self.spec, self.trial.settings
         view = bench.weights.view(settings)
         data = bench.calibration.data(spec, view.checkpoint)
@@ -167,6 +115,8 @@ class Run:
         reference = unquantized(view)
         model = self._quantized(view, result) if settings.quantize else reference
         result["content_sha256"] = model.content_sha256
+
+        # How they will be scored: what cannot be used is said before any scoring.
         protocols = {
             stage: stage_protocol(spec, stage, settings, view.train_seq_len) for stage in spec.stages.scoring()
         }
@@ -174,6 +124,8 @@ class Run:
             stage: derived_id("protocol", 1, [], protocol.model_dump(mode="json"))
             for stage, protocol in protocols.items()
         }
+
+        # Scores, each with its difference from the control's.
         if spec.gates.drop_if_over_budget and self._is_ordinary and result.get("headroom_bytes", 0) < 0:
             raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
         for stage in spec.stages.scoring():

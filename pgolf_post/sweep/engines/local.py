@@ -12,7 +12,8 @@ import torch
 from pgolf_post.base.progress import silence
 from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, check_control, work
+from pgolf_post.sweep.run import Options, Sweep, check_control, work
+from pgolf_post.sweep.state import State
 
 
 def run_local(options: Options, workers: int = 1, on_row: Callable[[State, Row], None] | None = None) -> State:

@@ -16,8 +16,9 @@ import torch
 from pgolf_post.base.progress import say, silence
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, check_control, write
-from pgolf_post.sweep.trial import Listed
+from pgolf_post.sweep.listed import Listed
+from pgolf_post.sweep.run import Options, Sweep, check_control, write
+from pgolf_post.sweep.state import State
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, work
+from pgolf_post.sweep.run import Options, Sweep, work
+from pgolf_post.sweep.state import State
 
 
 def run_torchrun(options: Options, ranks: Ranks, on_row: Callable[[State, Row], None] | None = None) -> State:
