@@ -29,7 +29,7 @@ from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
 
-RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
+RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 MODELS = {"small_cpu.toml": (1024, 8192), "record_8xh100.toml": (8192, 4096)}  # recipe: (vocabulary, tokens)
 REPEATS = 3
 

@@ -29,7 +29,7 @@ from trainer.config import Recipe
 from trainer.model import GolfGPT
 
 REPEATS = 3
-RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "small_cpu.toml"
+RECIPE = Path(__file__).parents[1] / "trainer" / "recipes" / "small_cpu.toml"
 
 
 def random_checkpoint(root: Path, data: DataFolder, recipe_file: Path = RECIPE) -> Checkpoint:

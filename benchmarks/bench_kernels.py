@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import print_table, say
+from pgolf_post.provenance import accelerator_name
 
 TOKENS = (32_768, 98_304)
 CHECK_TOKENS = 2048
@@ -111,7 +112,7 @@ def main() -> None:
                 speeds = (f"{times[each]:.3f}", *(f"{ratio:.3f}" for ratio in ratios))
                 rows.append((name, f"{tokens:,}", each, *speeds, memory, f"{errors[each]:.1e}"))
     header = ("what", "tokens", "by", "ms", "× faster than eager", "than compiled", "peak MiB", "error")
-    print_table(f"Kernels on {torch.cuda.get_device_name()}, bfloat16, forward and backward", header, rows)
+    print_table(f"Kernels on {accelerator_name()}, bfloat16, forward and backward", header, rows)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Watched:
 
         def watched(at: float) -> tuple[float, float]:
             result = step(at)
-            self.power.update(trainer.step)
+            self.power.update(trainer.state.step)
             self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
             return result
 

@@ -28,14 +28,16 @@ from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
+from pgolf_post.provenance import accelerator_name
 from pgolf_post.settings import read_settings
+from trainer.activations import activation_of
 from trainer.architecture import ModelConfig, visit_list
 from trainer.attention_backends import BACKENDS
-from trainer.compiled import warm_up
 from trainer.config import Recipe
 from trainer.loop import Trainer
+from trainer.warm_up import warm_up
 
-RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
+RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 WARM_ROUNDS, ROUNDS = 1, 5
 VARIANTS = ("plain", "eager", "compiled")
 
@@ -55,13 +57,13 @@ def trainer_for(recipe_name: str, data: Path, root: Path, at: float, *overrides:
     """A trainer of a shipped recipe, its runtime graph as at progress `at`."""
     settings = [f"data.dir={data}", f"run.checkpoint_root={root}", *overrides]
     trainer = Trainer(read_settings(RECIPES / recipe_name, Recipe, settings))
-    trainer.update_graph(at)
+    trainer.state.update_graph(at)
     return trainer
 
 
 def plain_step(trainer: Trainer) -> Callable[[], None]:
     """One step of the plain loop over a trainer's model and data."""
-    data, device = trainer.recipe.data, trainer.device
+    data, device = trainer.recipe.data, trainer.state.device
     windows = data.batch_tokens // data.seq_len
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, foreach=True)
     step = 0
@@ -69,7 +71,7 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     def run() -> None:
         nonlocal step
         inputs, targets = next(trainer.sampler.step_batches(step, windows, windows))
-        with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype is not None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=trainer.state.autocast is not None):
             logits = trainer.model(inputs.to(device))
         F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).backward()
         optimizer.step()
@@ -137,7 +139,7 @@ def bench_small(folder: Path) -> None:
         "model", "active loops", "step", "tokens/s", "speed, ratio to plain", "the same in processor seconds",
         "peak MiB, all loops",
     )  # fmt: skip
-    print_table(f"Training speed on {trainer.provenance['device']}, medians of {ROUNDS} rounds", header, rows)
+    print_table(f"Training speed on {trainer.state.provenance['device']}, medians of {ROUNDS} rounds", header, rows)
 
 
 # ---- the record recipe on one GPU ----------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def bench_small(folder: Path) -> None:
 def flops_per_token(config: ModelConfig, active_loops: int) -> float:
     """Of forward and backward: 6 per matrix entry and visit, and attention as if each document filled its window."""
     dim, kv_dim = config.model_dim, config.num_kv_heads * config.model_dim // config.num_heads
-    mlp = (3 if config.activation == "swiglu" else 2) * dim * int(config.mlp_mult * dim)
+    mlp = (3 if activation_of(config.activation).gated else 2) * dim * int(config.mlp_mult * dim)
     visits = len(visit_list(config, active_loops))
     matrices = visits * (2 * dim * dim + 2 * dim * kv_dim + mlp) + config.vocab_size * (config.embedding_dim or dim)
     return 6.0 * matrices + visits * 6.0 * config.train_seq_len * dim
@@ -154,16 +156,16 @@ def flops_per_token(config: ModelConfig, active_loops: int) -> float:
 
 def record_row(trainer: Trainer, active_loops: int, label: str) -> tuple[str, ...]:
     """Tokens/s of RECORD_STEPS steps with this many loops, against what was published."""
-    trainer.model.set_graph(trainer.model.graph.model_copy(update={"active_loops": active_loops}))
+    trainer.state.set_active_loops(active_loops)
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(RECORD_STEPS):
-        before = trainer.train_seconds
+        before = trainer.state.train_seconds
         trainer.timed_step(0.0)
-        seconds.append(trainer.train_seconds - before)
+        seconds.append(trainer.state.train_seconds - before)
     rate = RECORD_TOKENS / statistics.median(seconds)
     mfu = rate * flops_per_token(trainer.model.config, active_loops) / H100_FLOPS
-    known = any(name in torch.cuda.get_device_name() for name in ("H100", "H200"))
+    known = any(name in accelerator_name() for name in ("H100", "H200"))
     peak = torch.cuda.max_memory_allocated() / 2**20
     published = PUBLISHED[active_loops]
     rest = (f"{mfu:.1%}" if known else "unknown peak", f"{published:,.0f}", f"{rate / published:.3f}", f"{peak:,.0f}")
@@ -182,13 +184,13 @@ def bench_record(folder: Path) -> None:
         overrides: list[Any] = [f"data.batch_tokens={RECORD_TOKENS}", "run.warmup_steps=3"]
         kernels = [f"run.attention={attention}", f"run.compile={choice}"]
         trainer = trainer_for("record_8xh100.toml", data.path, folder, 0.0, *overrides, *kernels)
-        warmed = warm_up(trainer)
-        label = f"{trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'eager'}"
+        warmed = warm_up(trainer.state, trainer.gradients)
+        label = f"{trainer.model.attention_backend.name}, {'compiled' if trainer.gradients.compiled else 'eager'}"
         say(f"{label}: warmed up in {warmed['seconds']:.1f} s")
         rows += [record_row(trainer, loops, label) for loops in PUBLISHED]
         del trainer
     header = ("step", "active loops", "tokens/s", "MFU", "published per H100", "ratio", "peak MiB")
-    title = f"Record recipe, {RECORD_TOKENS:,} tokens a step on one {torch.cuda.get_device_name()}"
+    title = f"Record recipe, {RECORD_TOKENS:,} tokens a step on one {accelerator_name()}"
     print_table(f"{title}, medians of {RECORD_STEPS} steps", header, rows)
 
 

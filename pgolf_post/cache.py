@@ -1,12 +1,11 @@
-"""What later stages made and kept: every derived folder under a root, what it is, whether it is whole, how to be rid of
-it.
+"""Derived folders under a root: which there are, what made them, whether they are intact, and how to delete them.
 
 Results live beside the checkpoint they were made from, `RUN/CHECKPOINT/derived/STAGE/ID`, so that they travel with it.
-An entry is in one of these states; only the first is ever used:
+An entry has one of these states; only complete entries are ever used:
 
-    complete     its meta.json is there; whether its bytes are those that were written is for `verify` to say
+    complete     its meta.json is there; `verify_entry` checks its bytes
     orphan       complete, but its checkpoint is gone, or holds other weights than those it was made from
-    partial      what an interrupted calibration, attribution or fit has done; the same command takes it up again
+    partial      the progress of an interrupted calibration, attribution or fit; the same command resumes from it
     temporary    left by a killed process (`.tmp-…`, `.old-…`)
     incomplete   anything else
 """
@@ -20,18 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf_post.base.storage import TEMPORARY_PREFIX, read_json, sha256_file
-from pgolf_post.derived import OLD_PREFIX, PARTIAL_SUFFIX
+from pgolf_post.base.storage import OLD_PREFIX, PARTIAL_SUFFIX, TEMPORARY_PREFIX, read_json, sha256_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 State = Literal["complete", "orphan", "partial", "temporary", "incomplete"]
 DAY_SECONDS = 86400.0
+KEPT: tuple[State, ...] = ("complete", "orphan", "partial")  # deleted only if asked for
+HEADER = ("checkpoint", "stage", "id", "state", "bytes", "days", "made by")
 NOT_SETTINGS = ("stage", "version", "view", "view_id", "spans", "calibration_sha256", "data_manifest_sha256")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One derived folder (or what is left of one)."""
+class CacheEntry:
+    """One derived folder, or what is left of one."""
 
     path: Path
     stage: str
@@ -39,14 +39,14 @@ class Entry:
     num_bytes: int
     modified_unix: float
     checkpoint: Path
-    config: dict[str, Any]  # what made it; empty where that cannot be read
+    config: dict[str, Any]  # the settings it was made with; empty if they cannot be read
 
     @property
     def age_days(self) -> float:
         return (time.time() - self.modified_unix) / DAY_SECONDS
 
     def made_by(self) -> str:
-        """The settings that made it, shortened; a plan by its name."""
+        """Return the settings it was made with, shortened; a plan by its name."""
         kept = {
             key: value
             for key, value in self.config.items()
@@ -56,8 +56,14 @@ class Entry:
         weights = [f"{self.config['view']} weights"] if "view" in self.config else []
         return ", ".join(weights + parts)
 
+    def cells(self, root: Path) -> tuple[str, ...]:
+        """Return the entry's cells under HEADER."""
+        where = self.path.relative_to(root)
+        size, age = f"{self.num_bytes:,}", f"{self.age_days:.1f}"
+        return str(where.parents[2]), self.stage, where.name, self.state, size, age, self.made_by()[:60]
+
     def facts(self) -> dict[str, Any]:
-        """The entry as JSON."""
+        """Return the entry as plain JSON values."""
         return {
             "path": str(self.path),
             "stage": self.stage,
@@ -69,8 +75,8 @@ class Entry:
         }
 
 
-def list_entries(root: Path) -> list[Entry]:
-    """Every derived folder under `root`, by checkpoint, stage and name. Raises NotFoundError if there is no root."""
+def list_entries(root: Path) -> list[CacheEntry]:
+    """Return every derived folder under `root`, by checkpoint, stage and name. Raises NotFoundError without a root."""
     if not root.is_dir():
         raise NotFoundError(f"no folder {root}", hint="pgolf-post cache list --root FOLDER")
     return [entry_at(path) for stage in sorted(_stage_folders(root)) for path in sorted(stage.iterdir())]
@@ -82,8 +88,8 @@ def _stage_folders(root: Path) -> Iterator[Path]:
             yield from (stage for stage in derived.iterdir() if stage.is_dir())
 
 
-def entry_at(path: Path) -> Entry:
-    """What is at `RUN/CHECKPOINT/derived/STAGE/ID`."""
+def entry_at(path: Path) -> CacheEntry:
+    """Return the entry at `RUN/CHECKPOINT/derived/STAGE/ID`."""
     checkpoint, files = path.parents[2], [path, *path.rglob("*")]
     sizes = [file.lstat() for file in files]
     num_bytes = sum(size.st_size for file, size in zip(files, sizes, strict=True) if not file.is_dir())
@@ -92,7 +98,7 @@ def entry_at(path: Path) -> Entry:
     except (PgolfError, OSError):
         config = {}
     modified = max(size.st_mtime for size in sizes)
-    return Entry(path, path.parent.name, _state(path, checkpoint, config), num_bytes, modified, checkpoint, config)
+    return CacheEntry(path, path.parent.name, _state(path, checkpoint, config), num_bytes, modified, checkpoint, config)
 
 
 def _state(path: Path, checkpoint: Path, config: dict[str, Any]) -> State:
@@ -109,8 +115,8 @@ def _state(path: Path, checkpoint: Path, config: dict[str, Any]) -> State:
     return "orphan" if config.get("view_id") not in (None, *views) else "complete"
 
 
-def verify_entry(entry: Entry) -> None:
-    """Raise DamagedFileError naming a file of a complete entry whose bytes are not what was written."""
+def verify_entry(entry: CacheEntry) -> None:
+    """Raise DamagedFileError naming a file of a complete entry whose sha256 is not the recorded one."""
     meta = read_json(entry.path / "meta.json")
     more = dict(meta.get("more_sha256", {}))
     payloads = [path for path in sorted(entry.path.iterdir()) if path.name not in ("meta.json", "config.json", *more)]
@@ -123,21 +129,21 @@ def verify_entry(entry: Entry) -> None:
             raise DamagedFileError(f"{path} does not match the sha256 recorded in meta.json")
 
 
-def is_owned(entry: Entry) -> bool:
-    """Whether a temporary folder belongs to a process that still runs."""
+def is_owned(entry: CacheEntry) -> bool:
+    """Return whether a temporary folder belongs to a process that still runs."""
     owner = entry.path.name.removeprefix(TEMPORARY_PREFIX).split("-", 1)[0]
     return owner.isdigit() and Path(f"/proc/{owner}").exists()
 
 
 def choose(
-    entries: list[Entry],
+    entries: list[CacheEntry],
     stages: tuple[str, ...] = (),
     older_than_days: float | None = None,
     orphans: bool = False,
-) -> list[Entry]:
-    """What `prune` would remove: leftovers of dead processes always, and complete entries only as the filters say.
+) -> list[CacheEntry]:
+    """Return the entries that `prune` deletes: leftovers of dead processes, and results only if a filter asks for them.
 
-    With a stage or an age, entries of that stage and at least that age; with `orphans`, orphans among them alone.
+    `stages` and `older_than_days` restrict both; `orphans` restricts the results to orphans.
     """
     chosen = []
     for entry in entries:
@@ -151,11 +157,8 @@ def choose(
     return chosen
 
 
-KEPT: tuple[State, ...] = ("complete", "orphan", "partial")
-
-
-def remove(entries: list[Entry]) -> int:
-    """Delete entries; returns the bytes that were freed. A result disappears by one rename before its files go."""
+def remove(entries: list[CacheEntry]) -> int:
+    """Delete entries and return the bytes freed. A result is renamed away in one step before its files are deleted."""
     freed = 0
     for entry in entries:
         doomed = entry.path.with_name(f"{OLD_PREFIX}{entry.path.name.lstrip('.')}")

@@ -21,12 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.progress import say
-from pgolf_post.base.storage import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_file, write_json
+from pgolf_post.base.storage import (
+    OLD_PREFIX,
+    PARTIAL_SUFFIX,
+    TEMPORARY_PREFIX,
+    atomic_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from pgolf_post.errors import DamagedFileError, PgolfError
 from pgolf_post.settings import canonical_json
 
-OLD_PREFIX = ".old-"  # of a folder that is being replaced
-PARTIAL_SUFFIX = ".partial"  # of what an interrupted stage has done
 NAMING = ("stage", "version", "view", "view_id", "stats_id", "plan")  # keys of config.json that are not settings
 
 Make = Callable[[Path], Mapping[str, Any]]  # fills the folder that it is given, returns facts for meta.json

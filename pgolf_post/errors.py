@@ -1,8 +1,8 @@
-"""What can go wrong, said in one place.
+"""Foreseen failures: one class for each kind, with its exit code.
 
 Every error a user can cause names the tensor or file, the value, the limit, and (as `hint`) the next command.
 The command line prints `error: message`, then `next: hint`, and exits with the class's `exit_code`; a traceback is
-shown only for what we did not foresee. Library callers catch `PgolfError`.
+shown only for unforeseen failures. Library callers catch `PgolfError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class PgolfError(Exception):
 
 
 class SettingsError(PgolfError):
-    """A recipe, flag or key that cannot be used: unknown, mistyped or out of range."""
+    """A recipe, flag or key that is unknown, mistyped or out of range."""
 
     exit_code = 2
 
@@ -29,15 +29,15 @@ class NotFoundError(PgolfError):
 
 
 class DamagedFileError(PgolfError):
-    """A file whose bytes are not what was written: truncated, flipped, incomplete, or of another format."""
+    """A file that does not hold what was written: truncated, changed, incomplete, or of another format."""
 
 
 class MismatchError(PgolfError):
-    """Two things that must belong together and do not: tensors and config, tokens and vocabulary, stats and weights."""
+    """Two things that do not belong together: tensors and config, tokens and vocabulary, statistics and weights."""
 
 
 class NumericsError(PgolfError):
-    """A value no later stage can use: NaN, infinity, a Hessian that no allowed damping makes positive definite."""
+    """A value that no later stage can use: NaN, infinity, a Hessian not positive definite at any allowed damping."""
 
 
 class OverBudgetError(PgolfError):
@@ -47,6 +47,6 @@ class OverBudgetError(PgolfError):
 
 
 class VerificationError(PgolfError):
-    """A recorded number that was recomputed and did not come out the same."""
+    """A recorded number that recomputation does not reproduce."""
 
     exit_code = 4

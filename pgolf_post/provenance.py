@@ -1,4 +1,7 @@
-"""Where a checkpoint came from: code, machine and versions, as facts for meta.json."""
+"""Provenance: code, machine and versions, as facts for meta.json, sweeps and the ledger.
+
+This is the one place that asks git and the device. `git` counts only inside a checkout of this code.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import torch
 
 @functools.cache
 def git_state() -> dict[str, Any]:
-    """The commit of the code that runs and whether it was changed; None outside a git checkout."""
+    """Return the commit of the code that runs and whether files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -32,14 +35,14 @@ def git_state() -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's or processor's own name."""
+    """Return the accelerator's or processor's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Everything about this process that a reader of the checkpoint may ask."""
+    """Return what a reader of a checkpoint may ask about this process: git, versions, device, arguments."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     if importlib.util.find_spec("triton"):
         versions["triton"] = importlib.metadata.version("triton")

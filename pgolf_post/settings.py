@@ -1,7 +1,7 @@
 """Strict, frozen settings: one class per stage, read from TOML, overridden by `--set a.b=value`.
 
-An unknown key is the most expensive typo in this field (a knob that never acted is reported as a null result), so
-nothing here passes silently: an unknown key names the valid ones, a bad value names the key, the value and the limit.
+An unknown key is the most expensive typo in this field: a setting that never acted is reported as a null result. So an
+unknown key is an error that names the valid ones, and a bad value an error that names the key, the value and the limit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse_settings(cls: type[S], tree: Mapping[str, Any], source: str) -> S:
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
-    """One pydantic problem as one line: dotted key, what is wrong, and the valid keys if the key is unknown."""
+    """Return one pydantic problem as one line: dotted key, what is wrong, and the valid keys if the key is unknown."""
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location) or "(whole)"
     if problem["type"] == "extra_forbidden":
@@ -51,7 +51,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
-    """The settings class that holds the key at `location` (walks nested classes, stops where it cannot)."""
+    """Return the settings class that holds the key at `location`, or the innermost one on the way there."""
     for part in location:
         field = cls.model_fields.get(part)
         annotation = field.annotation if field else None
@@ -70,7 +70,7 @@ def read_settings(path: Path, cls: type[S], overrides: Iterable[str] = ()) -> S:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as nested plain values. Raises SettingsError, NotFoundError."""
+    """Return a TOML file as nested plain values. Raises SettingsError, NotFoundError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,5 +98,5 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string of a JSON value: sorted keys, no spaces, no NaN. What every id is hashed from."""
+    """Return the canonical bytes of a JSON value, from which ids are hashed: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

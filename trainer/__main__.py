@@ -1,4 +1,4 @@
-"""`python -m trainer RECIPE.toml [--set key=value …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it.
+"""`python -m trainer RECIPE.toml [--set KEY=VALUE …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it.
 
 Under `torchrun --standalone --nproc_per_node=8 -m trainer RECIPE.toml` the same run is shared by eight processes.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.errors import SettingsError
 
@@ -22,14 +23,38 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe_path", metavar="RECIPE.toml", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="override a recipe key; repeatable")
-@click.option("--resume", type=click.Path(path_type=Path), help="continue from this checkpoint folder")
-@click.option("--dry-run", is_flag=True, help="show the run's timeline and what is wrong with it; train nothing")
-@click.option("--step-seconds", type=POSITIVE, help="with --dry-run: a step's time without loops, instead of measuring")
 @click.option(
-    "--looped-step-seconds", type=POSITIVE, help="and with all loops  [default: in proportion to block visits]"
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, for example optim.matrix_lr=0.02. Repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="last stdout line is one JSON object")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Continue from this checkpoint folder, which must hold optimizer state, with the recipe it was trained with.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the run's timeline, its disk space and its findings. Train nothing, and exit 2 if a setting cannot act.",
+)
+@click.option(
+    "--step-seconds",
+    type=POSITIVE,
+    metavar="SECONDS",
+    help="With --dry-run, take this many seconds for a step without loops instead of measuring four steps.",
+)
+@click.option(
+    "--looped-step-seconds",
+    type=POSITIVE,
+    metavar="SECONDS",
+    help="With --step-seconds, take this many seconds for a step with all loops on; by default the time grows with "
+    "the number of block visits.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
 def command(
     recipe_path: Path,
     overrides: tuple[str, ...],
@@ -39,7 +64,10 @@ def command(
     looped_step_seconds: float | None,
     as_json: bool,
 ) -> None:
-    """Train the run that RECIPE.toml describes; checkpoints appear under its run.checkpoint_root."""
+    """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
+
+    Under torchrun, all processes share the run. Exit codes: 0 fine, 1 failed, 2 usage or a setting that cannot act.
+    """
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
 
@@ -59,21 +87,23 @@ def command(
 
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
-    """Run a recipe to its end."""
+    """Train a recipe to its end, and record its checkpoints in the ledger."""
     from pgolf_post.checkpoint import run_checkpoints
     from pgolf_post.ledger.recording import record
-    from trainer.distributed import Ranks
+    from trainer.distributed import TrainingRanks
     from trainer.loop import Trainer
 
-    ranks = Ranks.join()
+    ranks = TrainingRanks.join()
     try:
         trainer = Trainer(recipe, ranks)
         if resume:
             trainer.resume(resume)
-        where = f"{ranks.world_size} × {trainer.device}" if ranks.world_size > 1 else str(trainer.device)
+        state, device = trainer.state, str(ranks.device)
+        where = f"{ranks.world_size} × {device}" if ranks.world_size > 1 else device
+        compiled = "compiled" if trainer.gradients.compiled else "not compiled"
         say(
-            f"{trainer.num_parameters():,} parameters on {where}, {trainer.data.name}, {trainer.dtype or 'fp32'}, "
-            f"attention {trainer.model.attention_backend.name}, {'compiled' if trainer.compiled else 'not compiled'}"
+            f"{trainer.num_parameters():,} parameters on {where}, {state.data.name}, {state.autocast or 'fp32'}, "
+            f"attention {trainer.model.attention_backend.name}, {compiled}"
         )
         checkpoint = trainer.run()
     finally:
@@ -87,7 +117,7 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
                 "checkpoint": str(checkpoint.path),
                 "checkpoint_id": checkpoint.meta["id"],
                 "views": views,
-                "ledger": trainer.phase_times.as_facts(recipe.schedule.seconds),
+                "ledger": state.phase_times.as_facts(recipe.schedule.seconds),
             }
         )
 
@@ -95,12 +125,12 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
 def plan(
     recipe: Recipe, source: str, step_seconds: float | None, looped_step_seconds: float | None, as_json: bool
 ) -> None:
-    """Show a recipe's timeline. Raises SettingsError if a setting can never act in it."""
+    """Predict a recipe's timeline and show it. Raises SettingsError if a setting can never act in it."""
     from trainer import dry_run
-    from trainer.timeline import StepTimes
+    from trainer.step_times import StepTimes
 
     if step_seconds is None:
-        times, reserve = dry_run.measure(recipe)
+        times, reserve = dry_run.measure_times(recipe)
     else:
         times, reserve = StepTimes.given(recipe.model, step_seconds, looped_step_seconds), None
     timeline, findings = dry_run.dry_run(recipe, times, reserve)
@@ -110,9 +140,7 @@ def plan(
 
 
 def main() -> None:
-    """Run the command; a foreseen failure is one clear line and its exit code."""
-    from pgolf_post.cli import run_command
-
+    """Run the command as a process: a foreseen failure is one line and an exit code."""
     run_command(command)
 
 

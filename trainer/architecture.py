@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
+from trainer.activations import ActivationName
 
-Activation = Literal["relu2", "leaky_relu2", "silu2", "gelu2", "swiglu"]
 AttentionGate = Literal["none", "sparse", "dense", "double_sigmoid"]
 LaneOutput = Literal["mean", "attn", "mlp"]
 Carry = Literal["none", "frozen", "learnable"]
@@ -24,31 +24,33 @@ Carry = Literal["none", "frozen", "learnable"]
 class ArchitectureSettings(Settings):
     """The architecture, without what the data decides. Defaults: the record line's values at width 512."""
 
-    num_layers: int = Field(11, ge=1)
-    model_dim: int = Field(512, ge=2)
+    num_layers: int = Field(11, ge=1, description="number of blocks")
+    model_dim: int = Field(512, ge=2, description="width of the residual stream")
     embedding_dim: int | None = Field(None, ge=1, description="width of the embedding; default model_dim")
-    num_heads: int = Field(8, ge=1)
-    num_kv_heads: int = Field(4, ge=1)
+    num_heads: int = Field(8, ge=1, description="query heads")
+    num_kv_heads: int = Field(4, ge=1, description="key-value heads, each shared by a group of query heads")
     mlp_mult: float = Field(4.0, gt=0, description="hidden width = int(mlp_mult · model_dim)")
-    activation: Activation = "leaky_relu2"
-    leaky_slope: float = Field(0.5, ge=0, le=1)
-    tie_embeddings: bool = True
-    logit_softcap: float = Field(30.0, gt=0)
-    rope_base: float = Field(10000.0, gt=1)
+    activation: ActivationName = Field("leaky_relu2", description="a name in trainer/activations.py")
+    leaky_slope: float = Field(0.5, ge=0, le=1, description="slope of leaky_relu2 below 0, before it is squared")
+    tie_embeddings: bool = Field(True, description="use the embedding as the head's matrix")
+    logit_softcap: float = Field(30.0, gt=0, description="cap of the logits cap·tanh(z / cap)")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     rope_dims: int = Field(16, ge=0, description="rotated dimensions per head; 0 = all")
     rope_ntk: bool = Field(True, description="stretch the rotary base beyond the training length")
-    q_gain_init: float = 4.0
+    q_gain_init: float = Field(4.0, description="starting gain of each head's query")
     xsa_last_n: int = Field(11, ge=0, description="XSA on the last n layers")
     ln_scale: bool = Field(True, description="scale layer i's normalised input by 1/√(i+1)")
-    skip_gates: bool = True
-    loop_start: int = Field(0, ge=0)
-    loop_end: int = Field(0, ge=0)
+    skip_gates: bool = Field(True, description="gate each U-Net skip per channel")
+    loop_start: int = Field(0, ge=0, description="first block of the loop")
+    loop_end: int = Field(0, ge=0, description="last block of the loop")
     num_loops: int = Field(0, ge=0, description="extra visits of blocks loop_start..loop_end")
     visits: tuple[int, ...] | None = Field(None, description="all visits in order, in place of loop_start..num_loops")
     encoder_visits: int | None = Field(
         None, ge=0, description="visits in the first half of every list that is long enough; default half of the list"
     )
-    carry: Carry = Field("none", description="re-visits of looped blocks add what looped blocks first gave")
+    carry: Carry = Field(
+        "none", description="re-visits of looped blocks add the first outputs of looped blocks, with these coefficients"
+    )
     carry_per_pass: bool = Field(False, description="carry coefficients of their own for each re-visit")
     carry_beta: tuple[float, ...] | None = Field(None, description="starting β of each looped block; default 1")
     carry_alpha: tuple[tuple[float, ...], ...] | None = Field(
@@ -56,18 +58,18 @@ class ArchitectureSettings(Settings):
     )
     untied_loop_mlps: bool = Field(False, description="an MLP of its own for each re-visit of a block")
     gptj_start: int | None = Field(None, ge=0, description="from this layer on, attention and MLP read the same input")
-    embedding_init_std: float = Field(0.005, gt=0)
+    embedding_init_std: float = Field(0.005, gt=0, description="standard deviation of the initial embedding")
     smear_gate: bool = Field(False, description="mix each token's embedding with its predecessor's, gated, BOS-safe")
     attn_gate: AttentionGate = Field("none", description="gate on each head's output")
-    attn_gate_scale: float = Field(0.5, gt=0, description="of the sparse gate's logit")
-    attn_gate_source: Literal["input", "query"] = Field("input", description="what the double-sigmoid gate reads")
+    attn_gate_scale: float = Field(0.5, gt=0, description="factor of the sparse gate's logit")
+    attn_gate_source: Literal["input", "query"] = Field("input", description="input of the double-sigmoid gate")
     gate_window: int = Field(12, ge=1, description="leading dimensions that the narrow gates read")
     lanes_start: int | None = Field(
         None,
         ge=0,
         description="two residual lanes from this layer on, in the decoder half; 0 = weights kept, unused",
     )
-    lane_output: LaneOutput = "mean"
+    lane_output: LaneOutput = Field("mean", description="the lane, or the mean of both, that the last norm reads")
     isolate_documents: bool = Field(False, description="attention stays within a document, each opened by BOS")
     document_cut: int | None = Field(
         None, ge=2, description="isolated documents are cut into pieces of so many tokens that do not see each other"
@@ -165,18 +167,18 @@ def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
 class ModelConfig(ArchitectureSettings):
     """Everything `GolfGPT` is built from; stored in a checkpoint's config.json."""
 
-    vocab_size: int = Field(ge=2, le=65536)
-    train_seq_len: int = Field(ge=2)
+    vocab_size: int = Field(ge=2, le=65536, description="number of tokens")
+    train_seq_len: int = Field(ge=2, description="longest text, in tokens, that attention saw in training")
 
 
 class GraphState(Settings):
     """Runtime graph state: how many of the configured extra visits are active (1 = all of an explicit list)."""
 
-    active_loops: int = Field(0, ge=0)
+    active_loops: int = Field(0, ge=0, description="extra visits that are active")
 
 
 def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """Blocks in the order they are visited: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
+    """Return layers in order of visit: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
     layers = list(range(config.num_layers))
     if not active_loops:
         return layers
@@ -187,44 +189,47 @@ def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
 
 
 def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[int], list[int]]:
-    """The encoder half, whose outputs are kept, and the decoder half; floor(n/2) visits unless encoder_visits says."""
+    """Return the encoder half, whose outputs are kept, and the decoder half.
+
+    The encoder has encoder_visits visits, by default floor(n / 2).
+    """
     visits = visit_list(config, active_loops)
     size = len(visits) // 2 if config.encoder_visits is None else config.encoder_visits
     return visits[:size], visits[size:]
 
 
 def num_skips(config: ArchitectureSettings) -> int:
-    """The most skips that any of the config's lists can use."""
+    """Return the largest number of skips that any of the config's visit lists can use."""
     halves = (split_visits(config, active) for active in {0, config.max_active_loops})
     return max(min(len(encoder), len(decoder)) for encoder, decoder in halves)
 
 
 def revisits(config: ArchitectureSettings) -> dict[int, int]:
-    """Layer → how often the full list comes back to it, for layers that it does come back to, ascending."""
+    """Return layer → number of re-visits in the full list, for layers that have any, ascending."""
     counts = Counter(visit_list(config, config.max_active_loops))
     return {layer: counts[layer] - 1 for layer in sorted(counts) if counts[layer] > 1}
 
 
 def looped_layers(config: ArchitectureSettings) -> list[int]:
-    """The layers that the full list visits more than once, ascending."""
+    """Return the layers that the full list visits more than once, ascending."""
     return list(revisits(config))
 
 
 def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """The decoder half from the visit on at which the residual lanes split."""
+    """Return the decoder half from the visit on at which the residual lanes split."""
     decoder = split_visits(config, active_loops)[1]
     split = [i for i, layer in enumerate(decoder) if config.lanes_start and layer >= config.lanes_start]
     return decoder[split[0] :] if split else []
 
 
 def visit_after_lanes(config: ArchitectureSettings) -> int | None:
-    """The first layer below lanes_start that the full list visits after the lanes have split, if there is one."""
+    """Return the first layer below lanes_start that the full list visits after the lanes split; None without one."""
     late = visits_in_lanes(config, config.max_active_loops)
     return next((layer for layer in late if layer < (config.lanes_start or 0)), None)
 
 
 def revisit_in_lanes(config: ArchitectureSettings) -> int | None:
-    """The first layer that some list re-visits after the lanes have split, if there is one."""
+    """Return the first layer that some list re-visits after the lanes split, or None."""
     for active_loops in range(1, config.max_active_loops + 1):
         visits, late = visit_list(config, active_loops), visits_in_lanes(config, active_loops)
         for i in range(len(visits) - len(late), len(visits)):

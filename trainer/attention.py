@@ -23,7 +23,7 @@ NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without a weight."""
+    """Return x normalised by its root mean square over the last dimension, without a weight."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -34,7 +34,7 @@ def rotary_angles(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # cos, sin: (seq_len, rope_dims / 2)
-    """Angles position · base^(-2k/rope_dims) for k = 0 .. rope_dims/2 - 1."""
+    """Return cosines and sines of the angles position · base^(-2k/rope_dims) for k = 0 .. rope_dims/2 - 1."""
     inverse_frequency = base ** (-torch.arange(0, rope_dims, 2, device=device, dtype=dtype) / rope_dims)
     angles = torch.outer(torch.arange(seq_len, device=device, dtype=dtype), inverse_frequency)
     return angles.cos(), angles.sin()
@@ -56,7 +56,7 @@ def remove_own_value(
     y: Tensor,  # (batch, heads, seq_len, head_dim)
     v: Tensor,  # (batch, kv_heads, seq_len, head_dim)
 ) -> Tensor:
-    """XSA: y - (y·v̂)v̂, with v̂ the unit value vector of the same position and key-value group."""
+    """Return y - (y·v̂)v̂ (XSA), with v̂ the unit value vector of the same position and key-value group."""
     batch, heads, seq_len, head_dim = y.shape
     grouped = y.view(batch, v.size(1), heads // v.size(1), seq_len, head_dim)
     direction = F.normalize(v, dim=-1).unsqueeze(2)
@@ -64,7 +64,7 @@ def remove_own_value(
 
 
 class Context:
-    """What every attention of one forward pass shares: rotary angles, value extras, and who attends to whom."""
+    """Inputs that all attentions of one forward pass share: rotary angles, value extras, who attends to whom."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
     def _gate_name(self) -> str:
-        """Double-sigmoid gates have a name of their own: their weights mean something else."""
+        """Return the gate parameter's name; double-sigmoid gates, which mean something else, have their own."""
         return "double_gate" if self.config.attn_gate == "double_sigmoid" else "gate"
 
     def _gate(self, x: Tensor, query: Tensor) -> Tensor:  # (batch, heads, seq_len, 1)
-        """Each head's gate at each position, from the attention input x or the raw query projection."""
+        """Return each head's gate at each position, from the attention input x or the raw query projection."""
         kind, weight = self.config.attn_gate, self.get_parameter(self._gate_name())
         source = query if kind == "double_sigmoid" and self.config.attn_gate_source == "query" else x
         logits = F.linear(source[..., : weight.size(1)], weight.to(source.dtype))
@@ -121,7 +121,10 @@ class Attention(nn.Module):
         return gates.transpose(1, 2).unsqueeze(-1)
 
     def _values(self, x: Tensor, context: Context) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
-        """Projected values, plus the token's embedding, mixed with the first visit's (which stay as they are)."""
+        """Return projected values plus the token's value embedding, mixed with those of the first visit.
+
+        The first visit's own values are not mixed.
+        """
         flat = self.v(x)
         if self.layer in context.value_embeddings:
             flat = flat + context.value_embeddings[self.layer].to(flat.dtype)

@@ -47,7 +47,7 @@ class Reach:
         k: Tensor,  # (batch, kv_heads, seq_len, head_dim)
         v: Tensor,
     ) -> Tensor:  # (batch, heads, seq_len, head_dim)
-        """Softmax attention over what is in reach, scale 1/√head_dim; query head h reads kv head h // group."""
+        """Return softmax attention over what is in reach, scale 1/√head_dim; query head h reads kv head h // group."""
         dtype = kernel_dtype(q)
         return self.backend.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.within)
 
@@ -63,7 +63,7 @@ class Backend:
 
 
 def kernel_dtype(q: Tensor) -> torch.dtype:
-    """What attention is computed in: autocast's dtype where it is on, as SDPA does by itself, else the query's."""
+    """Return the dtype of the attention kernel: autocast's where it is on, as in SDPA itself, else the query's."""
     device = q.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
@@ -72,7 +72,7 @@ def kernel_dtype(q: Tensor) -> torch.dtype:
 
 
 def document_mask(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
-    """(batch, 1, seq_len, seq_len) bool: causal, and within equal values of `document`. None = plain causal."""
+    """Return the mask (batch, 1, seq_len, seq_len) bool: causal, within equal `document`; None = plain causal."""
     if document is None:
         return None
     document = document.to(device)
@@ -80,10 +80,10 @@ def document_mask(tokens: Tensor, document: Tensor | None, device: torch.device)
 
 
 def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention.
+    """Attend by PyTorch's scaled_dot_product_attention.
 
-    It shares keys between the queries of a group by itself, except in the CUDA kernels for masks and wide dtypes, where
-    asking for it would fall back to a matrix of all scores: there, keys and values are repeated.
+    SDPA shares keys between the queries of a group (enable_gqa), except in its CUDA kernels for masks and wide dtypes,
+    where it would fall back to a matrix of all scores. There, keys and values are repeated instead.
     """
     group = q.size(1) // k.size(1)
     if group > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
@@ -96,14 +96,14 @@ def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def flex_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
-    """FlexAttention's backward pass has no CPU implementation (torch 2.13)."""
+    """Return why FlexAttention cannot run: its backward pass has no CPU implementation (torch 2.13)."""
     if training and device.type != "cuda":
         return f"flex_attention has no backward pass on {device.type}"
     return None
 
 
-def document_blocks(tokens: Tensor, document: Tensor | None, device: torch.device) -> Any:
-    """A BlockMask: causal, and within equal values of `document` if given."""
+def document_block_mask(tokens: Tensor, document: Tensor | None, device: torch.device) -> Any:
+    """Return a BlockMask: causal, and within equal values of `document` if given."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -129,8 +129,10 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-    """torch.nn.attention.flex_attention, compiled on CUDA (by itself, or with what it is part of): else it computes all
-    scores."""
+    """Attend by torch.nn.attention.flex_attention. Uncompiled it computes all scores, so on CUDA it is compiled.
+
+    Inside a function that is being compiled it becomes part of that graph; elsewhere it is compiled by itself.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     alone = q.is_cuda and not torch.compiler.is_compiling()
@@ -142,10 +144,10 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
 
 
 def document_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor:
-    """cu_seqlens, (num_documents + 1,) int32: where each document starts in the flattened batch, then its length.
+    """Return cu_seqlens, (num_documents + 1,) int32: each document's start in the flattened batch, then its length.
 
-    A row always starts a document, and so does every change of `document`, whose values must not come back in a row.
-    How many there are is data: asked of tokens on the CPU, it is known without waiting for a GPU.
+    A window always starts a document, and so does every change of `document`, whose values must not come back in a
+    window. Tokens on the CPU give the number of documents without waiting for a GPU.
     """
     if document is None:
         batch_size, seq_len = tokens.shape
@@ -161,19 +163,19 @@ def _ragged(x: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim) → (batc
 
 
 def _half_on_cuda(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> Unavailable | None:
-    """What both ragged kernels ask for: a GPU of at least this capability and a 16-bit dtype."""
+    """Return why a ragged kernel cannot run: it needs a GPU of at least this capability and a 16-bit dtype."""
     if device.type != "cuda":
         return f"it needs a CUDA device, this is {device.type}"
-    if torch.cuda.get_device_capability(device) < capability:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"it needs compute capability {capability[0]}.{capability[1]}, this GPU has {found}"
+    own = torch.cuda.get_device_capability(device)
+    if own < capability:
+        return f"it needs compute capability {capability[0]}.{capability[1]}, this GPU has {own[0]}.{own[1]}"
     if dtype not in HALF:
         return f"it computes in bfloat16 or float16, this run in {str(dtype).removeprefix('torch.')}"
     return None
 
 
 def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
-    """torch's varlen attention is in torch ≥ 2.10 and takes grouped queries and a window only later."""
+    """Return why torch's varlen attention cannot run: torch has it from 2.10 on, with groups and windows later."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     from torch.nn.attention.varlen import varlen_attn
@@ -184,7 +186,7 @@ def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool)
 
 
 def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn over documents as a ragged batch; window (-1, 0) is causal."""
+    """Attend by torch.nn.attention.varlen.varlen_attn, documents as a ragged batch; window (-1, 0) is causal."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch_size, heads, seq_len, head_dim = q.shape
@@ -197,19 +199,19 @@ def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
 
 
 def fa3_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
-    """FlashAttention-3 is a package of its own, for Hopper GPUs."""
+    """Return why FlashAttention-3 cannot run: it is a package of its own, for Hopper GPUs."""
     if importlib.util.find_spec("flash_attn_interface") is None:
         return "the package flash_attn_interface (FlashAttention-3) is not installed"
     return _half_on_cuda(device, dtype, (9, 0))
 
 
 def packed_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
-    """cu_seqlens of isolated documents, None for whole rows, which FlashAttention-3 takes as they are."""
+    """Return cu_seqlens of isolated documents; None for whole windows, which FlashAttention-3 takes as they are."""
     return None if document is None else document_boundaries(tokens, document, device)
 
 
 def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """FlashAttention-3: flash_attn_func over whole rows, flash_attn_varlen_func over documents."""
+    """Attend by FlashAttention-3: flash_attn_func over whole windows, flash_attn_varlen_func over documents."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     batch_size, heads, seq_len, head_dim = q.shape
@@ -229,7 +231,7 @@ def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Te
 
 BACKENDS: dict[BackendName, Backend] = {
     "sdpa": Backend("sdpa", lambda device, dtype, training: None, document_mask, sdpa_attend),
-    "flex": Backend("flex", flex_unavailable, document_blocks, flex_attend),
+    "flex": Backend("flex", flex_unavailable, document_block_mask, flex_attend),
     "varlen": Backend("varlen", varlen_unavailable, document_boundaries, varlen_attend),
     "fa3": Backend("fa3", fa3_unavailable, packed_boundaries, fa3_attend),
 }
@@ -242,7 +244,7 @@ AUTO_PACKED: tuple[BackendName, ...] = ("fa3", "sdpa")  # over whole rows SDPA i
 def choose_backend(
     choice: BackendChoice, device: torch.device, dtype: torch.dtype, isolated: bool, training: bool = True
 ) -> Backend:
-    """The named backend or, for "auto", the fastest that can run. Raises SettingsError, saying why, if it cannot."""
+    """Return the named backend or, for "auto", the fastest that can run. Raises SettingsError, with the reason."""
     if choice == "auto":
         order = AUTO_ISOLATED if isolated else AUTO_PACKED
         return next(BACKENDS[name] for name in order if not BACKENDS[name].unavailable(device, dtype, training))

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pgolf_post.average.profiles import gamma_of, power_beta
+from pgolf_post.checkpoint import ViewName
 from pgolf_post.errors import NotFoundError
+from trainer.optim import OptimSettings
 
 
 def _wide_copy(parameter: Tensor) -> Tensor:
-    """A copy in float32, or float64 where the weights are."""
+    """Return a copy in float32, or in float64 where the weights are."""
     return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
 
 
 def warmup_decay(step: int) -> float:
-    """The most that an EMA's decay is at a step: few weights have been seen, so the start of the run must go soon."""
+    """Return the largest decay that an EMA has at a step: low at first, so that the start of the run is soon gone."""
     return (1 + step) / (10 + step)
 
 
 def decay_acts_from(decay: float, every: int = 1) -> int:
-    """The first step at which an EMA that is updated every so many steps has this decay, and not its warm-up's."""
+    """Return the first step at which an EMA updated every n steps has this decay, and not its warm-up's."""
     step = math.ceil((10 * decay - 1) / (1 - decay) - 1e-6)  # at 0.995 exactly 1,790, whatever floats make of it
     return every * max(1, math.ceil(step / every))
 
@@ -36,7 +39,7 @@ def decay_acts_from(decay: float, every: int = 1) -> int:
 class EMA:
     """Float32 exponential moving average of the weights, decay min(ema_decay, (1+t)/(10+t)) per step at step t.
 
-    Updated every n steps with that decay to the power n, its length in steps stays what ema_decay says.
+    With ema_every n it is updated every n steps with that decay to the power n, so its length in steps is the same.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1) -> None:
@@ -52,6 +55,11 @@ class EMA:
         decay = min(self.decay, warmup_decay(step)) ** self.every
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
 
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's EMA view."""
+        for name, tensor in self.shadow.items():
+            tensor.copy_(shadow[name])
+
 
 class RunningMean:
     """Float32 mean of `count` models, each with the same weight: SWA without keeping the models."""
@@ -63,7 +71,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Let the weights after optimizer step `step` (counted from 1) enter, if it is one of every n."""
+        """Add the weights after optimizer step `step` (counted from 1) to the mean, if it is one of every n."""
         if step % self.every:
             return
         self.count += 1
@@ -71,6 +79,11 @@ class RunningMean:
             self.mean = {name: _wide_copy(parameter) for name, parameter in self.parameters.items()}
         else:
             torch._foreach_lerp_(list(self.mean.values()), list(self.parameters.values()), 1 / self.count)
+
+    def load(self, mean: Mapping[str, Tensor], count: int) -> None:
+        """Go on from a checkpoint's SWA view, the mean of `count` models."""
+        self.count = count
+        self.mean = {name: mean[name].to(old.device, copy=True) for name, old in self.parameters.items()}
 
 
 class PowerEMA:
@@ -92,7 +105,7 @@ class PowerEMA:
             torch._foreach_lerp_(list(track.values()), list(self.parameters.values()), share)
 
     def state(self) -> dict[str, Tensor]:
-        """Every average as named tensors: power_ema[SIGMA].NAME."""
+        """Return every average as named tensors: power_ema[SIGMA].NAME."""
         return {f"{_key(sigma)}.{name}": t for sigma, track in self.tracks.items() for name, t in track.items()}
 
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
@@ -112,8 +125,46 @@ def _key(sigma: float) -> str:
     return f"power_ema[{sigma:g}]"
 
 
+@dataclass
+class Averages:
+    """The averages that a run keeps beside its raw weights; None where the recipe has none of a kind."""
+
+    ema: EMA | None
+    swa: RunningMean | None
+    power_ema: PowerEMA | None
+    swa_start: float | None  # progress from which the running mean is kept
+
+    @classmethod
+    def begin(cls, model: nn.Module, settings: OptimSettings) -> Averages:
+        """Return the averages of a new run."""
+        return cls(
+            ema=EMA(model, settings.ema_decay, settings.ema_every) if settings.ema_decay else None,
+            swa=RunningMean(model, settings.swa_every) if settings.swa_start is not None else None,
+            power_ema=PowerEMA(model, settings.power_ema_sigmas) if settings.power_ema_sigmas else None,
+            swa_start=settings.swa_start,
+        )
+
+    def update(self, step: int, at: float) -> None:
+        """Fold in the weights after optimizer step `step` (counted from 1), which began at progress `at`."""
+        if self.ema:
+            self.ema.update(step)
+        if self.swa and self.swa_start is not None and at >= self.swa_start:
+            self.swa.update(step)
+        if self.power_ema:
+            self.power_ema.update(step)
+
+    def views(self, raw: Mapping[str, Tensor]) -> dict[ViewName, dict[str, Tensor]]:
+        """Return a checkpoint's views: the raw weights, and each average with the raw weights' buffers, if any."""
+        views: dict[ViewName, dict[str, Tensor]] = {"raw": dict(raw)}
+        if self.ema:
+            views["ema"] = {**raw, **self.ema.shadow}
+        if self.swa and self.swa.count:
+            views["swa"] = {**raw, **self.swa.mean}
+        return views
+
+
 def snapshots_due(before: float, after: float, num_snapshots: int) -> bool:
-    """Whether a step that took the run's progress from `before` to `after` passed one of n evenly spaced moments.
+    """Return whether a step that took progress from `before` to `after` passed one of n evenly spaced moments.
 
     The moments are 1/n, 2/n, … 1 of the run, whatever limits it; a step that passes several has one snapshot.
     """

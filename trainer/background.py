@@ -19,12 +19,12 @@ from types import TracebackType
 from pgolf_post.base.progress import say
 
 SAY_AFTER_SECONDS = 1.0
-Job = Callable[[], object]
+WriterJob = Callable[[], object]
 
 
 @dataclass
 class Waits:
-    """Seconds for which training stood still, off its clock, by reason, earlier parts of a resumed run included."""
+    """Seconds, by reason, for which training stood still off its clock; a resumed run counts on."""
 
     scoring_seconds: float = 0.0
     snapshot_seconds: float = 0.0  # copying to host memory
@@ -43,7 +43,7 @@ class Waits:
         self.snapshot_seconds += time.perf_counter() - started
 
     def record(self) -> dict[str, float]:
-        """As meta.json and train.jsonl have it."""
+        """Return the seconds as meta.json and train.jsonl have them."""
         return {key: round(seconds, 3) for key, seconds in vars(self).items()}
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Waits:
 
 
 class BackgroundWriter:
-    """A context: jobs handed over inside it are done when it is left, however it is left.
+    """A context manager: jobs handed over inside it are done when it is left, however it is left.
 
     With `limit` 0 there is no thread, and `submit` does the job itself.
     """
@@ -64,7 +64,7 @@ class BackgroundWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer")  # starts with the first job
 
     def make_room(self) -> float:
-        """Wait until one more job may be open, and say so. Returns the seconds waited; raises what a job raised."""
+        """Wait until one more job may be open, and say so. Return the seconds waited. Raises what a job raised."""
         started = time.perf_counter()
         self.check()
         if self.limit and len(self._open) >= self.limit:
@@ -73,8 +73,8 @@ class BackgroundWriter:
             self._collect_until(self.limit - 1)
         return time.perf_counter() - started
 
-    def submit(self, job: Job) -> float:
-        """Hand over a job. Returns the seconds that its caller waited; raises what an earlier job raised."""
+    def submit(self, job: WriterJob) -> float:
+        """Hand over a job. Return the seconds that its caller waited. Raises what an earlier job raised."""
         waited = self.make_room()
         if self.limit:
             self._open.append(self._thread.submit(self._do, job))
@@ -84,15 +84,15 @@ class BackgroundWriter:
         return waited + time.perf_counter() - started
 
     def check(self) -> None:
-        """Raise what a finished job raised."""
+        """Raise the error of a finished job, if one failed."""
         while self._open and self._open[0].done():
             self._open.popleft().result()
 
     def drain(self) -> None:
-        """Wait for every open job; raise what one of them raised."""
+        """Wait for every open job. Raises what one of them raised."""
         self._collect_until(0)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: WriterJob) -> None:
         if self._failed.is_set():
             return
         try:

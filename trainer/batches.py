@@ -17,14 +17,14 @@ from pgolf_post.errors import MismatchError
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; from the CPU to a GPU through pinned memory, without waiting for what is queued there."""
+    """Return a copy on the device; to a GPU through pinned memory, without waiting for what is queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class WindowSampler:
-    """Windows of a data folder's training split in the order of a seed."""
+    """The windows of a data folder's training split, in the order that a seed draws."""
 
     def __init__(self, data: DataFolder, seq_len: int, seed: int) -> None:
         self.seq_len, self.seed = seq_len, seed
@@ -41,7 +41,7 @@ class WindowSampler:
         return int(self.first_window[-1])
 
     def _window_at(self, position: int) -> int:
-        """The window visited `position` windows into the run."""
+        """Return the index of the window that the run visits after `position` others."""
         epoch, index = divmod(position, self.num_windows)
         if epoch != self._epoch:
             generator = np.random.Generator(np.random.Philox(key=(self.seed, epoch)))
@@ -61,8 +61,8 @@ class WindowSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # (inputs, targets), each (windows_per_batch, seq_len) int64
-        """This rank's micro-batches of optimizer step `step` (counted from 0): every world_size-th, from `rank` on."""
+        """Yield this rank's micro-batches of step `step` (counted from 0): every world_size-th, from `rank` on."""
         for start in range(rank * windows_per_batch, windows_per_step, world_size * windows_per_batch):
             positions = range(step * windows_per_step + start, step * windows_per_step + start + windows_per_batch)
-            rows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
-            yield rows[:, :-1], rows[:, 1:]
+            windows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
+            yield windows[:, :-1], windows[:, 1:]

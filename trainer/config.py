@@ -10,23 +10,25 @@ from pydantic import Field, model_validator
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
-from trainer.compiled import CompileChoice
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
-Precision = Literal["auto", "bf16", "fp32", "fp64"]
+TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton"]
+CompileChoice = Literal["auto"] | bool
 MetricTime = Literal["each", "end", "final"]
 
 
 class RunSettings(Settings):
     """The run's name and place, and how this machine runs it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under checkpoints/")
-    checkpoint_root: Path = Path("checkpoints")
-    seed: int = Field(1337, ge=0)
-    precision: Precision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder under checkpoint_root"
+    )
+    checkpoint_root: Path = Field(Path("checkpoints"), description="folder that holds the folders of runs")
+    seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
+    precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     kernels: Kernels = Field(
         "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
     )
@@ -36,20 +38,25 @@ class RunSettings(Settings):
     warmup_steps: int | None = Field(
         None,
         ge=0,
-        description="steps of synthetic tokens with each graph before the clock starts, all state put back; "
-        "default 2 where the loss is compiled, else 0",
+        description="steps on synthetic tokens with each graph before the clock starts, after which all state is put "
+        "back; default 2 where the loss is compiled, else 0",
     )
     log_every: int = Field(20, ge=1, description="steps between lines at the terminal; train.jsonl has every step")
     min_tokens_per_second: float | None = Field(
         None, gt=0, description="end the run within its first 30 steps if it is slower than this"
     )
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder, which its checkpoints and its log go to."""
+        return self.checkpoint_root / self.name
+
 
 class DataSettings(Settings):
-    """Which tokens, in windows and batches of what size."""
+    """The training text and the sizes of windows and batches, in tokens."""
 
     dir: Path = Field(description="a data folder made by `pgolf-post data build` or `download`")
-    seq_len: int = Field(ge=2)
+    seq_len: int = Field(ge=2, description="tokens of a window")
     batch_tokens: int = Field(ge=2, description="tokens per optimizer step")
     micro_batch_tokens: int | None = Field(None, ge=2, description="tokens per backward pass; default batch_tokens")
 
@@ -65,7 +72,10 @@ class DataSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Which moments become folders, and which folders stay. `final` is always one; phase boundaries are always kept."""
+    """The moments that become checkpoint folders, and the folders that stay.
+
+    The end of the run (`final`) is always one; folders of phase boundaries are always kept.
+    """
 
     phases: tuple[PhaseName, ...] = get_args(PhaseName)
     fractions: tuple[float, ...] = Field((), description="also at these shares of the run, for example 0.7, 0.85")
@@ -99,7 +109,7 @@ class CheckpointSettings(Settings):
 
 
 class Recipe(Settings):
-    """The whole of a run."""
+    """Everything that decides a run."""
 
     run: RunSettings
     data: DataSettings
@@ -109,6 +119,6 @@ class Recipe(Settings):
     checkpoint: CheckpointSettings
 
     def model_config_for(self, vocab_size: int) -> ModelConfig:
-        """The architecture, completed by what the data decides: what attention sees at most is a training length."""
+        """Return the model's config: the architecture, the vocabulary, and the longest text that attention sees."""
         train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
         return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=train_seq_len)

@@ -1,4 +1,4 @@
-"""What a run will need on disk, known before it starts: checkpoints that stay and snapshots of averages."""
+"""Disk space that a run will need, known before it starts: checkpoints that stay and snapshots of averages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes, at most."""
+    """Bytes on disk, at most."""
 
     checkpoints: int
     snapshots: int  # of power-function averages
@@ -29,7 +29,7 @@ class DiskNeed:
 
 
 def disk_need(timeline: Timeline) -> DiskNeed | None:
-    """The disk that a run needs, or None where the data folder, which decides the model's vocabulary, is not here."""
+    """Return the disk space of a run; None where the data folder is not here, which decides the vocabulary."""
     recipe = timeline.recipe
     if not recipe.data.dir.is_dir():
         return None
@@ -52,7 +52,7 @@ def _num_kept(timeline: Timeline) -> int:
 
 
 def _num_resumable(timeline: Timeline) -> int:
-    """Folders that hold optimizer state in the end."""
+    """Return how many folders hold optimizer state in the end."""
     settings = timeline.recipe.checkpoint
     if not settings.optimizer_state:
         return 0

@@ -1,4 +1,4 @@
-"""Several processes, one run: what ranks share, and nothing else.
+"""Several processes, one run: the transfers of a training step between ranks.
 
 Under `torchrun` every rank holds the whole model (36M parameters are small) and works on its share of each step's
 micro-batches. Transfers are begun and waited for apart, so that work goes on in between; `trainer.muon` says how they
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf_post.base.ranks import Ranks as PlainRanks
+from pgolf_post.base.ranks import Ranks
 
 # torch 2.13 renamed both and warns of the old names; 2.9, the oldest we run on, knows only those.
 REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -28,14 +28,14 @@ ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dis
 
 @dataclass
 class Transfer:
-    """A tensor on its way between ranks; without `work` it is here already."""
+    """A tensor on its way between ranks; without `work` it has arrived."""
 
     result: Tensor
     work: Any = None  # torch's handle
     sent: Tensor | None = None  # held until it has been read
 
     def wait(self) -> Tensor:
-        """The tensor, as often as asked. With NCCL the device's stream waits for it, not this process."""
+        """Wait for the tensor and return it, as often as called. With NCCL only the device's stream waits."""
         if self.work is not None:
             self.work.wait()  # once: gloo writes the result here, over what may have been done to it since
             self.work = self.sent = None
@@ -43,15 +43,15 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Ranks(PlainRanks):
-    """The toolkit's ranks, and what a training step moves between them."""
+class TrainingRanks(Ranks):
+    """The toolkit's ranks, and the transfers of a training step between them."""
 
     def sum_each_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
         self.begin_sum_(tensors)()
 
     def begin_sum_(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin `sum_each_`, one flat transfer per dtype; call the result once: it waits and puts sums in place."""
+        """Begin `sum_each_`, one flat transfer per dtype. Call the result once: it waits and writes the sums."""
         if self.world_size == 1 or not tensors:
             return lambda: None
         begun = []
@@ -90,7 +90,7 @@ class Ranks(PlainRanks):
         return Transfer(everyones, ALL_GATHER(everyones, rows, async_op=True), rows)
 
     def sum_float(self, value: float) -> float:
-        """The sum of a number over ranks."""
+        """Return the sum of a number over ranks."""
         if self.world_size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -98,7 +98,7 @@ class Ranks(PlainRanks):
         return float(total)
 
     def main_float(self, value: float) -> float:
-        """Rank 0's number, on every rank: clocks differ, decisions must not."""
+        """Return rank 0's number on every rank: clocks differ, decisions must not."""
         if self.world_size == 1:
             return value
         held = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -106,4 +106,4 @@ class Ranks(PlainRanks):
         return float(held)
 
 
-ALONE = Ranks()  # a run of one process
+SINGLE_PROCESS = TrainingRanks()

@@ -1,4 +1,4 @@
-"""`--dry-run`: the timeline of a run as a table, from a given step time or from four real steps, and what is wrong.
+"""`--dry-run`: the timeline of a run as a table, from a given step time or from four real steps, and its findings.
 
 Measuring takes two steps without loops and two with all of them, because a step gets slower when they start, and keeps
 the faster of each pair: the first also pays for warming up. Under a cap in seconds, what must follow the last step
@@ -16,26 +16,28 @@ from pgolf_post.errors import SettingsError
 from trainer.config import Recipe
 from trainer.disk import disk_need
 from trainer.loop import Trainer
+from trainer.measuring import measure_reserve
 from trainer.preflight import Finding, preflight
-from trainer.reserve import Reserve, measure_reserve
-from trainer.timeline import StepTimes, Timeline, num_visits, predict
+from trainer.reserve import Reserve
+from trainer.step_times import StepTimes, num_visits
+from trainer.timeline import Timeline, predict
 
 
-def measure(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
-    """Step times and the reserve under the cap, if there is one, of a model that is thrown away."""
+def measure_times(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
+    """Measure step times and, under a cap, the reserve, on a model that is thrown away."""
     trainer = Trainer(recipe)
-    return _measure_step_times(trainer), measure_reserve(trainer)
+    return _measure_step_times(trainer), measure_reserve(trainer.state, trainer.gradients)
 
 
 def _measure_step_times(trainer: Trainer) -> StepTimes:
-    """Train four real steps, two if the model has no loops."""
+    """Return the seconds of a step, measured on four real steps, or on two if the model has no loops."""
     recipe = trainer.recipe
     num_loops = recipe.model.max_active_loops
-    say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.device}")
+    say(f"measuring steps of {recipe.data.batch_tokens:,} tokens on {trainer.state.device}")
     plain = _step_seconds(trainer)
     if not num_loops:
         return StepTimes(plain, plain, "measured")
-    trainer.model.set_graph(trainer.model.graph.model_copy(update={"active_loops": num_loops}))
+    trainer.state.set_active_loops(num_loops)
     looped = _step_seconds(trainer)
     if looped < plain:
         say(f"{looped:.4g} s with loops, {plain:.4g} s without: other work disturbs the measurement; taking the longer")
@@ -43,23 +45,23 @@ def _measure_step_times(trainer: Trainer) -> StepTimes:
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds of the faster of two steps."""
-    ends = [trainer.train_seconds]
+    """Return the seconds of the faster of two steps."""
+    ends = [trainer.state.train_seconds]
     for _ in range(2):
         trainer.timed_step(1.0)
-        ends.append(trainer.train_seconds)
+        ends.append(trainer.state.train_seconds)
     return min(ends[1] - ends[0], ends[2] - ends[1])
 
 
 def validation_tokens(recipe: Recipe) -> int | None:
-    """Tokens of the validation split, or None where the data folder is not here."""
+    """Return the number of tokens of the validation split; None where the data folder is not here."""
     if not recipe.data.dir.is_dir():
         return None
     return sum(len(shard) for _, shard in DataFolder.open(recipe.data.dir).shards("val"))
 
 
 def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> tuple[Timeline, list[Finding]]:
-    """The timeline and its findings, both shown. A reserve that was not measured is estimated."""
+    """Predict and check a run, show both, and return timeline and findings. A missing reserve is estimated."""
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
     show(timeline)
@@ -82,17 +84,17 @@ def require_no_refusal(findings: list[Finding], source: str) -> None:
 
 
 def show(timeline: Timeline) -> None:
-    """The boundaries as a table, and what the times rest on."""
+    """Show the boundaries as a table, then the times that they rest on."""
     groups = list(timeline.boundaries[0].lr)
     header = ("phase", "step", "second", "progress", "lr ×", *(f"lr {group}" for group in groups))
     rows = [
         (
-            row.phase, f"{row.step:,}", f"{row.second:,.1f}", f"{row.progress:.3f}", f"{row.lr_multiplier:.3f}",
-            *(f"{lr:.3g}" for lr in row.lr.values()),
-            f"{row.weight_decay_multiplier:.3g}", f"{row.momentum:.3f}", str(row.active_loops),
-            "yes" if row.checkpoint else "",
+            each.phase, f"{each.step:,}", f"{each.second:,.1f}", f"{each.progress:.3f}", f"{each.lr_multiplier:.3f}",
+            *(f"{lr:.3g}" for lr in each.lr.values()),
+            f"{each.weight_decay_multiplier:.3g}", f"{each.momentum:.3f}", str(each.active_loops),
+            "yes" if each.checkpoint else "",
         )
-        for row in timeline.boundaries
+        for each in timeline.boundaries
     ]  # fmt: skip
     title = f"dry run of {timeline.recipe.run.name}: nothing is trained, nothing is written"
     print_table(title, (*header, "decay ×", "momentum", "loops", "saved"), rows)
@@ -102,7 +104,7 @@ def show(timeline: Timeline) -> None:
 
 
 def _times_line(timeline: Timeline) -> str:
-    """The step times and where they come from."""
+    """Return a line with the step times and where they come from."""
     times, model = timeline.times, timeline.recipe.model
     line = f"step time {times.plain:.4g} s ({times.origin})"
     if model.max_active_loops:
@@ -112,7 +114,7 @@ def _times_line(timeline: Timeline) -> str:
 
 
 def _cap_line(timeline: Timeline, reserve: Reserve) -> str:
-    """What the cap is spent on."""
+    """Return a line with the parts that the cap is spent on."""
     end, line = timeline.seconds, f"cap {timeline.recipe.schedule.seconds:g} s: {reserve}"
     if reserve.hessians is None:
         return f"{line}; training ends at {end:,.1f} s (Hessians inside the cap: schedule.hessian_seconds)"
@@ -120,7 +122,7 @@ def _cap_line(timeline: Timeline, reserve: Reserve) -> str:
 
 
 def _totals_line(timeline: Timeline) -> str:
-    """How much the run trains."""
+    """Return a line with steps, tokens, seconds and checkpoints of the run."""
     steps, periodic = timeline.clock.end_step, timeline.num_periodic
     tokens = steps * timeline.recipe.data.batch_tokens
     return (
@@ -130,7 +132,7 @@ def _totals_line(timeline: Timeline) -> str:
 
 
 def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
-    """The dry run for machines."""
+    """Return the dry run as the JSON object of --json."""
     times, steps = timeline.times, timeline.clock.end_step
     return {
         "dry_run": True,
@@ -140,7 +142,7 @@ def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
         "ends_by": timeline.ends_by,
         "step_seconds": {"plain": times.plain, "looped": times.looped, "origin": times.origin},
         "reserve": asdict(timeline.reserve) if timeline.reserve else None,
-        "boundaries": [asdict(row) for row in timeline.boundaries],
+        "boundaries": [asdict(boundary) for boundary in timeline.boundaries],
         "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
         "findings": [asdict(finding) for finding in findings],

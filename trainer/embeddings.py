@@ -21,7 +21,7 @@ def ngram_hash(
     n: int,  # 2 = bigram, 3 = trigram
     buckets: int,
 ) -> Tensor:  # (batch, seq_len) int64
-    """(36313·t_i xor 27191·t_{i-1} [xor 51497·t_{i-2}]) mod (buckets - 1); the first n - 1 positions → buckets - 1."""
+    """Return (36313·t_i xor 27191·t_{i-1} [xor 51497·t_{i-2}]) mod (buckets - 1); buckets - 1 at the first n - 1."""
     tokens = tokens.long()
     seq_len = tokens.size(1)
     hashed = torch.full_like(tokens, buckets - 1)
@@ -35,7 +35,7 @@ def ngram_hash(
 
 
 class NgramEmbedding(nn.Module):
-    """What is added to the token embedding: scale · proj(table[bigram] (+ table[trigram]))."""
+    """An addition to the token embedding: scale · proj(table[bigram] (+ table[trigram]))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class NgramEmbedding(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """What is added to the values of the listed layers: layer_scale · scale · proj(table[token])."""
+    """An addition to the values of the listed layers: layer_scale · scale · proj(table[token])."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

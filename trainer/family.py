@@ -11,6 +11,7 @@ from torch import nn
 
 from pgolf_post.families import Fold, Lookup, Site
 from pgolf_post.settings import parse_settings
+from trainer.activations import activation_of
 from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.model import GolfGPT
 
@@ -36,7 +37,7 @@ def _attention_sites(at: str) -> list[Site]:
 
 
 def _mlp_sites(module: GolfGPT, at: str) -> list[Site]:
-    gate = (f"{at}.gate.weight",) if module.config.activation == "swiglu" else ()
+    gate = (f"{at}.gate.weight",) if activation_of(module.config.activation).gated else ()
     inner = Site(f"{at}.in", f"{at}.fc", (f"{at}.fc.weight", *gate))
     return [inner, Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
 
@@ -54,9 +55,9 @@ class GolfGPTFamily:
         return parse_settings(ModelConfig, model, "model settings").model_dump(mode="json")
 
     def sites(self, module: nn.Module) -> list[Site]:
-        """Sites that the graph in its present state reaches; lookup tables have none, nor have MLPs of passes not run.
+        """Return the sites that the graph in its present state reaches.
 
-        Where two matrices read the same input they share a site.
+        Lookup tables and MLPs of passes that are not run have none. Two matrices that read one input share a site.
         """
         assert isinstance(module, GolfGPT)
         sites: list[Site] = []
@@ -87,8 +88,8 @@ class GolfGPTFamily:
         return "control"
 
     def layer(self, tensor_name: str) -> int | None:
-        found = re.match(r"(?:blocks|override_mlps)\.(\d+)", tensor_name)
-        return int(found.group(1)) if found else None
+        match = re.match(r"(?:blocks|override_mlps)\.(\d+)", tensor_name)
+        return int(match.group(1)) if match else None
 
     def num_layers(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)
@@ -100,9 +101,9 @@ class GolfGPTFamily:
         return frozenset(layer for layer, count in visits.items() if count > 1)
 
     def folds(self, module: nn.Module) -> dict[str, Fold]:
-        """MLPs: proj's input is fc's output squared where the activation is a (leaky) relu², as it is in SwiGLU."""
+        """Return the folds of the MLPs, if their activation has a power: proj's input then scales with fc's rows."""
         assert isinstance(module, GolfGPT)
-        power = {"relu2": 2.0, "leaky_relu2": 2.0, "swiglu": 1.0}.get(module.config.activation)
+        power = activation_of(module.config.activation).power
         names = [name for name, _ in module.named_parameters() if self.role(name) == "mlp_proj"]
         return {name: Fold(name.replace(".proj.", ".fc."), power) for name in names} if power else {}
 

@@ -1,7 +1,7 @@
-"""What a run says about itself: one JSON line a step in train.jsonl, a line at the terminal every few, one at the end.
+"""The log of a run: one JSON line a step in train.jsonl, a line at the terminal every few, one at the end.
 
-Rates are recent ones, over the last few steps, because steps get slower when depth recurrence starts and an average
-over the run hides it; the average stands beside it. A line is appended whole and the file closed again, so that a
+Rates are recent ones, over the last few steps, because steps get slower when depth recurrence starts. An average over
+the run hides that; it stands beside the recent rate. A line is appended whole and the file closed again, so that a
 killed run leaves at most one torn line, which a resumed run ends before it goes on.
 """
 
@@ -31,18 +31,18 @@ class StepClock:
         self.recent: deque[float] = deque([train_seconds], maxlen=RECENT_STEPS + 1)
 
     def tick(self, train_seconds: float) -> None:
-        """A step has ended at this many training seconds."""
+        """Record that a step has ended at this many training seconds."""
         self.num_steps += 1
         self.recent.append(train_seconds)
         if self.num_steps == 1:
             self.warm_seconds = train_seconds
 
     def recent_rate(self) -> float:
-        """Tokens per second over the last steps."""
+        """Return tokens per second over the last steps."""
         return _rate(self.tokens_per_step * (len(self.recent) - 1), self.recent[-1] - self.recent[0])
 
     def warm_rate(self) -> float:
-        """Tokens per second since the first step of this process."""
+        """Return tokens per second since the first step of this process."""
         return _rate(self.tokens_per_step * (self.num_steps - 1), self.recent[-1] - self.warm_seconds)
 
     def require(self, minimum: float | None) -> None:
@@ -63,7 +63,7 @@ def _rate(tokens: int, seconds: float) -> float:
 
 
 def step_line(record: Mapping[str, Any], at: float) -> str:
-    """A step's record as a line for the terminal; `at` is the progress at which the step began."""
+    """Return a step's record as a line for the terminal; `at` is the progress at which the step began."""
     rates = "  ".join(f"{group} {lr:.3g}" for group, lr in record["lr"].items())
     return (
         f"step {record['step']:6d}  {100 * at:5.1f} %  loss {record['loss']:.4f}  |g| {record['grad_norm']:.3f}  "
@@ -85,7 +85,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def end_torn_line(path: Path) -> None:
-    """Give a log whose last line was cut off (by a kill) its line end, so that the next line stands alone.
+    """End the last line of a log where a kill cut it off, so that the next line stands alone.
 
     Raises PgolfError if the file cannot be read or written.
     """

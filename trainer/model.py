@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
-from trainer.architecture import Activation, GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
+from trainer.activations import activation_of
+from trainer.architecture import GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
-
-BOS_ID = 1
 
 ZERO_INIT = re.compile(
     r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"
@@ -35,24 +35,15 @@ Lanes = tuple[Tensor, Tensor]  # each (batch, seq_len, model_dim): what attentio
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """What positions and logits are computed in: float32 for narrower types, float64 for itself."""
+    """Return the dtype of positions and logits: float32 for narrower types, float64 for itself."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def squared_activation(x: Tensor, activation: Activation, leaky_slope: float) -> Tensor:
-    """relu², leaky-relu², silu² or gelu², elementwise."""
-    if activation == "silu2":
-        return F.silu(x).square()
-    if activation == "gelu2":
-        return F.gelu(x).square()
-    return F.leaky_relu(x, leaky_slope if activation == "leaky_relu2" else 0.0).square()
 
 
 def document_pieces(
     tokens: Tensor,  # (batch, seq_len)
     cut: int | None,  # tokens in a piece at most; None = whole documents
 ) -> Tensor:  # (batch, seq_len) int64
-    """A number for each document, or each piece of one; a window opens a document, with or without its BOS."""
+    """Number the documents of a window, or their pieces; a window opens a document, with or without its BOS."""
     starts = tokens == BOS_ID
     if cut is not None:
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
@@ -62,29 +53,30 @@ def document_pieces(
 
 
 class MLP(nn.Module):
-    """proj(act(fc x)) with a squared activation, or SwiGLU: proj(silu(gate x) · fc x)."""
+    """proj(act(fc x)), or with a gated activation proj(act(gate x) · fc x)."""
 
     fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of x and both weights; see trainer/kernels
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        activation = activation_of(config.activation)
+        self.gated, self.act = activation.gated, activation.bind(config)
         hidden_dim = int(config.mlp_mult * config.model_dim)
         self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
-        if config.activation == "swiglu":
+        if self.gated:
             self.gate = nn.Linear(config.model_dim, hidden_dim, bias=False)
         self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
         if self.fused is not None:
             return self.fused(x, self.fc.weight, self.proj.weight)
-        if self.config.activation == "swiglu":
-            return self.proj(F.silu(self.gate(x)) * self.fc(x))
-        return self.proj(squared_activation(self.fc(x), self.config.activation, self.config.leaky_slope))
+        if self.gated:
+            return self.proj(self.act(self.gate(x)) * self.fc(x))
+        return self.proj(self.act(self.fc(x)))
 
 
 class Block(nn.Module):
-    """One transformer block: a mix with the embedding, attention, MLP, each added with a learned per-channel scale."""
+    """One transformer block: a mix with the embedding, then attention and MLP, each added with a per-channel gain."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -124,7 +116,7 @@ class Block(nn.Module):
         context: Context,
         mlp: MLP,
     ) -> tuple[Tensor, Tensor]:
-        """What attention and MLP would add, each reading its own lane; only attention's lane is mixed with x0."""
+        """Return the additions of attention and MLP, each from its own lane; only attention's is mixed with x0."""
         attention = self.attn_scale * self.attn(self._normed(self._mixed(attn_lane, x0)), context)
         return attention, self.mlp_scale * mlp(self._normed(mlp_lane))
 
@@ -163,7 +155,7 @@ class GolfGPT(nn.Module):
             self.lm_head = nn.Linear(embedding_dim, config.vocab_size, bias=False)
 
     def _add_recurrence(self, config: ModelConfig) -> None:
-        """What re-visits have of their own: carry coefficients and, if untied, MLPs named {layer}_p{re-visit}."""
+        """Add the parameters of re-visits: carry coefficients and, if untied, MLPs named {layer}_p{re-visit}."""
         self.looped = looped_layers(config)
         if config.carry != "none":
             self.recur_beta, self.recur_alpha = carry_coefficients(config)
@@ -182,7 +174,7 @@ class GolfGPT(nn.Module):
         self.graph = graph
 
     def initialise(self) -> None:
-        """The record's init: orthogonal matrices, zero output projections, small embedding; draws from torch's RNG."""
+        """Initialise as the record does: orthogonal matrices, zero output projections, small embedding; torch's RNG."""
         for name, parameter in self.named_parameters():
             if ZERO_INIT.fullmatch(name):
                 nn.init.zeros_(parameter)
@@ -208,7 +200,7 @@ class GolfGPT(nn.Module):
         return x + weighted
 
     def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
-        """Embedding, bigrams, smear gate, norm, and the projection to model_dim where widths differ."""
+        """Return the embedding: tokens, bigrams, smear gate, norm, and the projection to model_dim if widths differ."""
         x = self.tok_emb(tokens)
         if self.config.bigram_buckets:
             x = x + self.bigram(tokens)
@@ -225,20 +217,20 @@ class GolfGPT(nn.Module):
         return Recurrence(self.looped, self.recur_beta, self.recur_alpha)
 
     def _mlp(self, layer: int, revisit: int) -> MLP:
-        """The MLP of this visit: the block's own on the first and, unless untied, on every other."""
+        """Return the MLP of this visit: the block's own on the first and, unless untied, on every other."""
         untied = revisit and self.config.untied_loop_mlps
         mlp = self.override_mlps[f"{layer}_p{revisit}"] if untied else self.blocks[layer].mlp
         assert isinstance(mlp, MLP)
         return mlp
 
     def _visit(self, layer: int, x: Tensor, x0: Tensor, context: Context, recurrence: Recurrence) -> Tensor:
-        """One visit with a single residual stream."""
+        """Visit a block with a single residual stream."""
         revisit = recurrence.enter(layer)
         output: Tensor = self.blocks[layer](x, x0, context, self._mlp(layer, revisit))
         return recurrence.carry(layer, revisit, output)
 
     def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context, recurrence: Recurrence) -> Lanes:
-        """One visit with two residual lanes: attention reads the first, the MLP the second, both write to both."""
+        """Visit a block with two residual lanes: attention reads the first, the MLP the second, both write to both."""
         block = self.blocks[layer]
         assert isinstance(block, Block)
         attention, mlp = block.updates(*lanes, x0, context, self._mlp(layer, recurrence.enter(layer)))
@@ -257,14 +249,14 @@ class GolfGPT(nn.Module):
         tokens: Tensor,  # (batch, seq_len) int64, on the CPU or the model's device
         document: Tensor | None = None,  # (batch, seq_len), ascending: attention stays within equal values
     ) -> Reach:
-        """Who attends to whom, in the attention backend's form; without `document`, as configured."""
+        """Return who attends to whom, in the attention backend's form; without `document`, as configured."""
         if document is None and self.config.isolate_documents:
             document = document_pieces(tokens, self.config.document_cut)
         backend, device = self.attention_backend, self.tok_emb.weight.device
         return Reach(backend, backend.reach(tokens, document, device))
 
     def _reach(self, tokens: Tensor, seen: Tensor, document: Tensor | Reach | None, past: Past | None) -> Reach:
-        """The reach of new tokens: as given, as configured, or over all that a past has seen."""
+        """Return the reach of new tokens: as given, as configured, or over all that a past has seen."""
         if isinstance(document, Reach):
             return document
         if past is None:
@@ -279,20 +271,29 @@ class GolfGPT(nn.Module):
         document: Tensor | Reach | None = None,  # as in `reach`, or what it gave
         past: Past | None = None,  # of `start_past`: tokens then continue what earlier calls read, document spans all
     ) -> Tensor:  # (batch, seq_len, embedding_dim)
-        """The head's input: final hidden states after the last norm (and head_proj)."""
+        """Return the head's input: final hidden states after the last norm (and head_proj)."""
+        # Tokens so far, and where the new ones stand among them.
         seen, new = tokens if past is None else past.read(tokens), tokens.size(1)
+        positions = slice(seen.size(1) - new, seen.size(1))
+
+        # What all attentions share: rotary angles, who attends to whom, value embeddings.
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
         angles = self._rotary(new if past is None else past.capacity, tokens.device)
-        positions = slice(seen.size(1) - new, seen.size(1))
         reach = self._reach(tokens, seen, document, past)
         context = Context(angles[0][positions], angles[1][positions], reach, value_embeddings, past)
+
+        # The embedding, from as far back as it looks.
         recurrence = self._recurrence()
         x = x0 = self._embed(seen[:, max(0, positions.start - LOOK_BACK) :])[:, -new:]
+
+        # Encoder: every visit leaves its output for a skip.
         encoder, decoder = split_visits(self.config, self.graph.active_loops)
         skips: list[Tensor] = []
         for layer in encoder:
             x = self._visit(layer, x, x0, context, recurrence)
             skips.append(x)
+
+        # Decoder: every visit takes a skip back, the last one first; from lanes_start on, in two residual lanes.
         lanes: Lanes | None = None
         for index, layer in enumerate(decoder):
             if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
@@ -304,6 +305,8 @@ class GolfGPT(nn.Module):
             else:
                 first = self._skip(lanes[0], skips.pop(), index) if has_skip else lanes[0]
                 lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context, recurrence)
+
+        # One stream again, normalised and as wide as the head reads it.
         x = rms_norm(x if lanes is None else self._merge(lanes))
         if hasattr(self, "head_proj"):
             x = self.head_proj(x)
@@ -315,11 +318,11 @@ class GolfGPT(nn.Module):
         return product
 
     def start_past(self, batch: int, capacity: int) -> Past:
-        """An empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""
+        """Return an empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""
         return Past(batch, capacity, self.tok_emb.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size) float32 (float64 of float64)
-        """Soft-capped logits: cap·tanh(z / cap)."""
+        """Return the soft-capped logits cap·tanh(z / cap)."""
         z, cap = self.uncapped_logits(hidden), self.config.logit_softcap
         return cap * torch.tanh(z.to(at_least_float32(z.dtype)) / cap)
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.distributed import Ranks, Transfer
+from trainer.distributed import TrainingRanks, Transfer
 
 NewtonSchulz = Literal["classic", "polar_express"]
 
@@ -43,7 +43,7 @@ def orthogonalize(
     updates: Tensor,  # (n, rows, cols)
     scheme: NewtonSchulz,
 ) -> Tensor:  # (n, rows, cols), singular values near 1
-    """Five Newton-Schulz iterations on each matrix, in its smaller dimension."""
+    """Run five Newton-Schulz iterations on each matrix, in its smaller dimension."""
     transposed = updates.size(-2) > updates.size(-1)
     x = updates.mT if transposed else updates
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
@@ -60,7 +60,10 @@ def muon_updates(
     scheme: NewtonSchulz,
     row_normalize: bool,
 ) -> Tensor:  # (n, rows, cols)
-    """Nesterov momentum, row normalisation, orthogonalisation, scale √max(1, rows/cols). Momenta change in place."""
+    """Return Muon's updates: Nesterov momentum, row normalisation, orthogonalisation, × √max(1, rows/cols).
+
+    Momenta change in place.
+    """
     momenta.mul_(momentum).add_(gradients)
     update = gradients + momentum * momenta
     if row_normalize:
@@ -70,25 +73,25 @@ def muon_updates(
 
 
 class Bank:
-    """The matrices of one shape. Row i of the stack is matrix i; rank r owns rows r · share to (r + 1) · share."""
+    """The matrices of one shape. Slot i of the stack is matrix i; rank r owns slots r · share to (r + 1) · share."""
 
-    def __init__(self, matrices: Mapping[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, matrices: Mapping[str, Tensor], ranks: TrainingRanks) -> None:
         self.names, self.matrices, self.ranks = list(matrices), list(matrices.values()), ranks
         self.share = -(-len(matrices) // ranks.world_size)
-        self.momenta = self.matrices[0].new_zeros(self.share, *self.matrices[0].shape)  # of this rank's rows
+        self.momenta = self.matrices[0].new_zeros(self.share, *self.matrices[0].shape)  # of this rank's slots
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the whole stack, padding included."""
+    def num_slots(self) -> int:
+        """Number of slots of the whole stack, padding included."""
         return self.share * self.ranks.world_size
 
     def used(self) -> list[int]:
-        """The matrices that this step's graph used: one that is not takes no step. The same on every rank."""
-        return [row for row, matrix in enumerate(self.matrices) if matrix.grad is not None]
+        """Return the slots of matrices that this step's graph used, the same on every rank; others take no step."""
+        return [slot for slot, matrix in enumerate(self.matrices) if matrix.grad is not None]
 
     def send_gradients(self) -> Transfer:  # (share, rows, cols)
-        """Begin to sum gradients over ranks; each receives its own rows."""
-        gradients = [matrix.grad for matrix in self.matrices] + [None] * (self.num_rows - len(self.matrices))
+        """Begin to sum gradients over ranks; each receives its own slots."""
+        gradients = [matrix.grad for matrix in self.matrices] + [None] * (self.num_slots - len(self.matrices))
         if any(gradient is None for gradient in gradients):
             zeros = torch.zeros_like(self.matrices[0])
             gradients = [zeros if gradient is None else gradient for gradient in gradients]
@@ -96,14 +99,14 @@ class Bank:
 
     def send_updates(
         self,
-        gradients: Tensor,  # (share, rows, cols), this rank's rows, summed
+        gradients: Tensor,  # (share, rows, cols), this rank's slots, summed
         momentum: float,
         scheme: NewtonSchulz,
         row_normalize: bool,
-    ) -> Transfer:  # (num_rows, rows, cols)
-        """Step the momenta of this rank's rows, and begin to share their updates with all ranks."""
+    ) -> Transfer:  # (num_slots, rows, cols)
+        """Step the momenta of this rank's slots, and begin to share their updates with all ranks."""
         first = self.ranks.rank * self.share
-        mine = [row - first for row in self.used() if first <= row < first + self.share]
+        mine = [slot - first for slot in self.used() if first <= slot < first + self.share]
         if len(mine) == self.share:
             return self.ranks.all_gather(muon_updates(gradients, self.momenta, momentum, scheme, row_normalize))
         updates, momenta = torch.zeros_like(gradients), self.momenta[mine]
@@ -114,29 +117,29 @@ class Bank:
 
     def apply(
         self,
-        updates: Tensor,  # (num_rows, rows, cols)
+        updates: Tensor,  # (num_slots, rows, cols)
         lr: float,
         weight_decay: float,
     ) -> None:
         """Decay the matrices that were used and step them along their updates."""
         used = self.used()
-        matrices = [self.matrices[row] for row in used]
+        matrices = [self.matrices[slot] for slot in used]
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_add_(matrices, [updates[row] for row in used], alpha=-lr)
+        torch._foreach_add_(matrices, [updates[slot] for slot in used], alpha=-lr)
 
     def state(self) -> dict[str, Tensor]:
-        """Matrix name → its momentum, of all ranks' rows: every rank must ask."""
+        """Return matrix name → momentum, from all ranks' slots: every rank must call it."""
         return dict(zip(self.names, self.ranks.all_gather(self.momenta).wait(), strict=False))
 
     def load_state(self, momenta: Mapping[str, Tensor]) -> None:
-        """Take this rank's rows of what `state` returned, whatever the number of ranks was."""
+        """Take this rank's slots of what `state` returned, whatever the number of ranks was."""
         first = self.ranks.rank * self.share
-        for row, name in enumerate(self.names[first : first + self.share]):
-            self.momenta[row].copy_(momenta[name])
+        for slot, name in enumerate(self.names[first : first + self.share]):
+            self.momenta[slot].copy_(momenta[name])
 
 
-def make_banks(matrices: Mapping[str, Tensor], ranks: Ranks) -> list[Bank]:
-    """Matrices of equal shape together, the banks with most to send first."""
+def make_banks(matrices: Mapping[str, Tensor], ranks: TrainingRanks) -> list[Bank]:
+    """Group matrices by shape into banks, those with most to send first."""
     shapes: dict[torch.Size, dict[str, Tensor]] = defaultdict(dict)
     for name, matrix in matrices.items():
         shapes[matrix.shape][name] = matrix

@@ -1,7 +1,8 @@
 """Muon for matrices (`trainer.muon`), AdamW for the rest, one step over both.
 
-The step takes each rank's own gradients and owns every transfer between them: matrices' sums are scattered over ranks,
-the rest's go to all. Every parameter belongs to exactly one group by RULES; one that fits none, or two, is an error.
+The step takes each rank's own gradients and owns every transfer between them: sums of matrices' gradients are scattered
+over ranks, sums of the rest go to all. Every parameter belongs to exactly one group by GROUP_RULES; one that fits none,
+or two, is an error.
 """
 
 from __future__ import annotations
@@ -17,31 +18,35 @@ from torch import Tensor, nn
 from pgolf_post.average.profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
-from trainer.distributed import ALONE, Ranks
+from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.muon import NewtonSchulz, make_banks
 from trainer.schedule import cyclic_momentum, momentum_at
 
 
 class OptimSettings(Settings):
-    """Learning rates are peaks; the schedule multiplies them."""
+    """Settings of Muon, AdamW and the averages. Learning rates are peaks; the schedule multiplies them."""
 
-    matrix_lr: float = Field(0.02, gt=0)
-    matrix_weight_decay: float = Field(0.085, ge=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
-    momentum_start: float = Field(0.85, ge=0, lt=1)
-    momentum_warmup_steps: int = Field(500, ge=0)
-    newton_schulz: NewtonSchulz = "polar_express"
-    row_normalize: bool = True
-    embed_lr: float = Field(0.03, gt=0)
-    embed_weight_decay: float = Field(0.085, ge=0)
-    head_lr: float = Field(0.008, gt=0, description="an untied lm_head")
-    scalar_lr: float = Field(0.02, gt=0)
-    scalar_weight_decay: float = Field(0.02, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    matrix_lr: float = Field(0.02, gt=0, description="learning rate of matrices, by Muon")
+    matrix_weight_decay: float = Field(0.085, ge=0, description="weight decay of matrices, times their learning rate")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum after its warm-up")
+    momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's momentum at the first step")
+    momentum_warmup_steps: int = Field(500, ge=0, description="steps over which Muon's momentum rises linearly")
+    newton_schulz: NewtonSchulz = Field("polar_express", description="coefficients of Muon's orthogonalisation")
+    row_normalize: bool = Field(True, description="normalise each row of Muon's update before orthogonalisation")
+    embed_lr: float = Field(0.03, gt=0, description="learning rate of embeddings, by AdamW")
+    embed_weight_decay: float = Field(0.085, ge=0, description="weight decay of embeddings, times their learning rate")
+    head_lr: float = Field(0.008, gt=0, description="learning rate of an untied lm_head, by AdamW, without decay")
+    scalar_lr: float = Field(0.02, gt=0, description="learning rate of non-matrix parameters, by AdamW")
+    scalar_weight_decay: float = Field(
+        0.02, ge=0, description="weight decay of non-matrix parameters, times their learning rate"
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients, per step")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squares, per step")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's addition to the root of the mean of squares")
     grad_clip: float = Field(0.3, ge=0, description="largest global gradient norm; 0 = no clipping")
-    ema_decay: float = Field(0.997, ge=0, lt=1, description="per step, whatever ema_every is; 0 = keep no EMA")
+    ema_decay: float = Field(
+        0.997, ge=0, lt=1, description="EMA decay per step, whatever ema_every is; 0 = keep no EMA"
+    )
     ema_every: int = Field(1, ge=1, description="steps between EMA updates, each with decay ** ema_every")
     swa_start: float | None = Field(None, ge=0, lt=1, description="progress from which a running mean is kept")
     swa_every: int = Field(10, ge=1, description="steps between models that enter the running mean")
@@ -49,11 +54,15 @@ class OptimSettings(Settings):
         (), description="relative widths of power-function averages to snapshot for post-hoc EMA: 0.05, 0.10"
     )
     power_ema_snapshots: int = Field(
-        16, ge=2, description="of each, evenly spaced over the run; beside one at each checkpoint"
+        16, ge=2, description="snapshots of each average, evenly spaced over the run, beside one at each checkpoint"
     )
-    momentum_cycle_steps: int | None = Field(None, ge=2, description="period of a momentum that cycles after warm-up")
-    momentum_cycle_low: float = Field(0.85, ge=0, lt=1)
-    momentum_cycle_high: float = Field(0.95, ge=0, lt=1, description="where warm-up ends and each cycle begins")
+    momentum_cycle_steps: int | None = Field(
+        None, ge=2, description="period, in steps, of a momentum that cycles after its warm-up"
+    )
+    momentum_cycle_low: float = Field(0.85, ge=0, lt=1, description="momentum half a cycle after its warm-up")
+    momentum_cycle_high: float = Field(
+        0.95, ge=0, lt=1, description="momentum where its warm-up ends and each cycle begins"
+    )
 
     @model_validator(mode="after")
     def _acts(self) -> OptimSettings:
@@ -81,7 +90,7 @@ class OptimSettings(Settings):
         return self
 
     def momentum_for(self, step: int) -> float:
-        """Muon's momentum at optimizer step `step` (counted from 0): warm-up, then constant or cyclic."""
+        """Return Muon's momentum at optimizer step `step` (counted from 0): warm-up, then constant or cyclic."""
         cycle, warmup = self.momentum_cycle_steps, self.momentum_warmup_steps
         peak = self.momentum_cycle_high if cycle else self.momentum
         if cycle is None or step < warmup:
@@ -89,7 +98,7 @@ class OptimSettings(Settings):
         return cyclic_momentum(step - warmup, self.momentum_cycle_low, peak, cycle)
 
     def peak_learning_rates(self) -> dict[str, float]:
-        """Group → the learning rate that the schedule multiplies."""
+        """Return group → the learning rate that the schedule multiplies."""
         return {"matrix": self.matrix_lr, "embed": self.embed_lr, "head": self.head_lr, "scalar": self.scalar_lr}
 
 
@@ -97,7 +106,8 @@ def _is_weight_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
     return name.endswith(".weight") and parameter.ndim > 1
 
 
-RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {  # group → whether a module's parameter belongs to it
+# group → whether a parameter belongs to it, from its name, itself and its module
+GROUP_RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {
     "embed": lambda name, parameter, module: isinstance(module, nn.Embedding),
     "head": lambda name, parameter, module: name == "lm_head.weight",
     "matrix": lambda name, parameter, module: (
@@ -111,7 +121,7 @@ RULES: dict[str, Callable[[str, Tensor, nn.Module], bool]] = {  # group → whet
 
 
 def assign_groups(model: nn.Module) -> dict[str, list[str]]:
-    """Group → names of its parameters. Raises SettingsError for a parameter that no group takes, or two do.
+    """Return group → names of its parameters. Raises SettingsError for a parameter that no group takes, or two do.
 
     A tensor under two names (a tied head, say) counts once, under the first, if both belong to the same group.
     """
@@ -122,23 +132,23 @@ def assign_groups(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module = modules[name.rpartition(".")[0]]
         names[parameter].append(name)
-        taken[parameter].update({group: None for group, rule in RULES.items() if rule(name, parameter, module)})
-    for tensor, found in taken.items():
-        if len(found) != 1:
-            which = f"groups {' and '.join(found)}" if found else "no group"
+        taken[parameter].update({group: None for group, rule in GROUP_RULES.items() if rule(name, parameter, module)})
+    for tensor, its_groups in taken.items():
+        if len(its_groups) != 1:
+            which = f"groups {' and '.join(its_groups)}" if its_groups else "no group"
             raise SettingsError(
                 f"parameter {' = '.join(names[tensor])} of shape {tuple(tensor.shape)} is in {which} of the "
-                f"optimizer; it must be in exactly one of {', '.join(RULES)}",
+                f"optimizer; it must be in exactly one of {', '.join(GROUP_RULES)}",
                 hint="2-D weights step by Muon; untie a shared one, name a control tensor something other than weight",
             )
-        groups[next(iter(found))].append(names[tensor][0])
+        groups[next(iter(its_groups))].append(names[tensor][0])
     return groups
 
 
 class Optimizer:
     """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: Ranks = ALONE) -> None:
+    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: TrainingRanks = SINGLE_PROCESS) -> None:
         self.settings, self.ranks = settings, ranks
         self.parameters = dict(model.named_parameters())
         self.adam_names = assign_groups(model)  # group → parameter names
@@ -149,7 +159,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
 
     def _adam_group(self, group: str, names: list[str]) -> dict[str, Any]:
-        """AdamW's settings for one group; `peak_lr` is what the schedule multiplies."""
+        """Return AdamW's settings for one group; the schedule multiplies `peak_lr` and `peak_weight_decay`."""
         settings = self.settings
         lr, weight_decay = {
             "embed": (settings.embed_lr, settings.embed_weight_decay),
@@ -161,11 +171,11 @@ class Optimizer:
         return {"params": parameters, "lr": lr, "peak_lr": lr, **decays}
 
     def groups(self) -> list[str]:
-        """The groups that this model has, matrices first."""
+        """Return the groups that this model has, matrices first."""
         return ["matrix"] * bool(self.banks) + list(self.adam_names)
 
     def learning_rates(self, lr_multiplier: float) -> dict[str, float]:
-        """Each group's learning rate under a multiplier."""
+        """Return each group's learning rate under a multiplier."""
         peaks = self.settings.peak_learning_rates()
         return {group: peaks[group] * lr_multiplier for group in self.groups()}
 
@@ -173,15 +183,20 @@ class Optimizer:
     def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> float:
         """Sum gradients over ranks, clip, update every parameter, clear gradients: on all ranks, right after backward.
 
-        Returns the global gradient norm before clipping.
+        Return the global gradient norm before clipping.
         """
+        # Every rank's gradients set out: matrices to the ranks that own them, the rest to all.
         settings, rest = self.settings, self._adam_gradients()
         banks = [bank for bank in self.banks if bank.used()]
         coming = [bank.send_gradients() for bank in banks]
         finish_rest = self.ranks.begin_sum_(rest)
+
+        # Clipping needs the norm of all gradients, so with it all are waited for before the first momentum changes.
         if settings.grad_clip:
             finish_rest()
             norm = self._clip([transfer.wait() for transfer in coming], rest)
+
+        # Matrices: each bank steps its momenta once its gradients are there, and its updates set out for all ranks.
         updates = [
             bank.send_updates(transfer.wait(), momentum, settings.newton_schulz, settings.row_normalize)
             for bank, transfer in zip(banks, coming, strict=True)
@@ -189,7 +204,11 @@ class Optimizer:
         if not settings.grad_clip:
             finish_rest()
             norm = self._norm([transfer.wait() for transfer in coming], rest)
+
+        # AdamW steps the rest while the matrices' updates are on their way.
         self._step_adam(lr_multiplier, weight_decay_multiplier)
+
+        # Matrices take their updates; gradients have served.
         lr, decay = settings.matrix_lr * lr_multiplier, settings.matrix_weight_decay * weight_decay_multiplier
         for bank, transfer in zip(banks, updates, strict=True):
             bank.apply(transfer.wait(), lr, decay)
@@ -198,7 +217,7 @@ class Optimizer:
         return float(norm)
 
     def _adam_gradients(self) -> list[Tensor]:
-        """Gradients of everything but matrices, where this step's graph has any."""
+        """Return the gradients of everything but matrices, where this step's graph has any."""
         gradients = [self.parameters[name].grad for name in self._adam_parameters()]
         return [gradient for gradient in gradients if gradient is not None]
 
@@ -209,14 +228,14 @@ class Optimizer:
         self.adam.step()
 
     def _norm(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
-        """The global gradient norm: `own` are this rank's rows of the matrices, `rest` is the same on every rank."""
+        """Return the global gradient norm: `own` is this rank's share of the matrices, `rest` is on every rank."""
         device = next(iter(self.parameters.values())).device
         squares = _sum_of_squares(own, device)
         self.ranks.sum_(squares)
         return (squares + _sum_of_squares(rest, device)).sqrt()
 
     def _clip(self, own: list[Tensor], rest: list[Tensor]) -> Tensor:  # () float64
-        """Scale gradients down, in place, to a global norm of at most grad_clip. Returns the norm before."""
+        """Scale gradients down, in place, to a global norm of at most grad_clip. Return the norm before."""
         norm = self._norm(own, rest)
         if not own + rest:
             return norm
@@ -225,11 +244,11 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME.
+        """Return every moment as a named tensor: momentum.NAME, exp_avg.NAME, exp_avg_sq.NAME, adam_step.NAME.
 
-        The same whatever the number of ranks; all of them must ask, because each holds a share of the momenta.
+        It is the same whatever the number of ranks. All of them must call it: each holds a share of the momenta.
         """
-        state = {f"momentum.{name}": rows for bank in self.banks for name, rows in bank.state().items()}
+        state = {f"momentum.{name}": momentum for bank in self.banks for name, momentum in bank.state().items()}
         for name in self._adam_parameters():
             moments = self.adam.state.get(self.parameters[name], {})
             state.update({f"{key.replace('step', 'adam_step')}.{name}": value for key, value in moments.items()})

@@ -1,4 +1,4 @@
-"""What the one forward remembers between calls, so that a text can be continued for the price of its new tokens.
+"""The memory of the forward between calls, so that a text can be continued for the price of its new tokens.
 
 Each visit of an attention leaves its keys and values here; the next call's queries see them too. Everything else in the
 model looks back three tokens at most (the smear gate at its predecessor's trigram), for which the tokens are kept.
@@ -36,7 +36,7 @@ class Past:
         k: Tensor,  # (batch, kv_heads, new, head_dim)
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:  # each (batch, kv_heads, length, head_dim)
-        """Add one visit's keys and values; return all it has had."""
+        """Add one visit's keys and values. Return all that it has had."""
         if self.visit == len(self.visits):
             shape = (*k.shape[:2], self.capacity, k.size(-1))
             self.visits.append((k.new_zeros(shape), v.new_zeros(shape)))
@@ -47,7 +47,7 @@ class Past:
         return held[0][:, :, : self.length], held[1][:, :, : self.length]
 
     def mask(self, new: int, document: Tensor | None) -> Tensor:  # document: (batch, length)
-        """Which positions the `new` last ones may see, (batch or 1, 1, new, length) bool."""
+        """Return the positions that the `new` last ones may see, (batch or 1, 1, new, length) bool."""
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.tokens.device).tril()[-new:]
         if document is None:
             return causal[None, None]

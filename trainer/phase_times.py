@@ -2,8 +2,9 @@
 
 The challenge counts what reads training data; the rest (loading, compiling, scoring on validation text, writing) is
 excluded by convention and still paid for. So every second of a run goes into one phase: an inner phase's seconds are
-not the outer one's too, and what no phase claims is "other". Training seconds are the schedule's own clock. The ledger
-travels in every checkpoint's meta.json; a resumed run adds to it; the whole stands in ledger.json when the run ends.
+not the outer one's too, and what no phase claims is "other". Training seconds are the schedule's own clock. The times
+travel in every checkpoint's meta.json under the key "ledger". A resumed run adds to them. ledger.json has them when the
+run ends.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pgolf_post.base.progress import print_table
 from pgolf_post.base.storage import FREE_SPACE, atomic_file, write_json
 from pgolf_post.errors import PgolfError
 
-Phase = Literal["load", "warm_up", "train_plain", "train_looped", "scoring", "checkpoint", "final"]
-READS_TRAINING_DATA: frozenset[Phase] = frozenset({"train_plain", "train_looped"})
-MEANING: dict[Phase, str] = {
+TrainingPhase = Literal["load", "warm_up", "train_plain", "train_looped", "scoring", "checkpoint", "final"]
+READS_TRAINING_DATA: frozenset[TrainingPhase] = frozenset({"train_plain", "train_looped"})
+MEANING: dict[TrainingPhase, str] = {
     "load": "data folder, model and optimizer",
     "warm_up": "compiling and measuring on synthetic tokens",
     "train_plain": "optimizer steps without loops",
@@ -30,14 +31,14 @@ MEANING: dict[Phase, str] = {
     "checkpoint": "training held up by checkpoints: copying, writing, waiting",
     "final": "the final checkpoint and all that was still to be written",
 }
-LEDGER_FILE = "ledger.json"
+PHASE_TIMES_FILE = "ledger.json"
 
 
 @dataclass
-class _Open:
+class _OpenPhase:
     """A phase that is under way."""
 
-    name: Phase
+    name: TrainingPhase
     started: float
     inner: float = 0.0  # seconds that phases inside it have claimed
 
@@ -47,14 +48,14 @@ class PhaseTimes:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
+        self.seconds: dict[TrainingPhase, float] = dict.fromkeys(get_args(TrainingPhase), 0.0)
         self.earlier_seconds = 0.0  # wall time of the processes that this one resumes
-        self._open: list[_Open] = []
+        self._open: list[_OpenPhase] = []
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """What happens inside is `name`, up to phases inside it; it counts even if it fails."""
-        opened = _Open(name, time.perf_counter())
+    def phase(self, name: TrainingPhase) -> Iterator[None]:
+        """Count the block's seconds as phase `name`, those of phases inside it left out, even if the block fails."""
+        opened = _OpenPhase(name, time.perf_counter())
         self._open.append(opened)
         try:
             yield
@@ -64,8 +65,8 @@ class PhaseTimes:
             self.seconds[name] += elapsed - opened.inner
             self._claim(elapsed)
 
-    def add(self, name: Phase, seconds: float) -> None:
-        """Seconds that another clock has measured just now."""
+    def add(self, name: TrainingPhase, seconds: float) -> None:
+        """Add seconds that another clock has measured just now."""
         self.seconds[name] += seconds
         self._claim(seconds)
 
@@ -73,8 +74,8 @@ class PhaseTimes:
         if self._open:
             self._open[-1].inner += seconds
 
-    def so_far(self) -> dict[Phase, float]:
-        """Seconds by phase, those of open phases up to now."""
+    def so_far(self) -> dict[TrainingPhase, float]:
+        """Return seconds by phase, those of open phases up to now."""
         seconds, inside, now = dict(self.seconds), 0.0, time.perf_counter()
         for opened in reversed(self._open):
             elapsed = now - opened.started
@@ -83,13 +84,13 @@ class PhaseTimes:
         return seconds
 
     def resume(self, facts: Mapping[str, Any]) -> None:
-        """Take up the ledger of a checkpoint, what `as_facts` returned; this process's time is added to it."""
+        """Add the times of a checkpoint, as `as_facts` returned them, to those of this process."""
         for name in self.seconds:
             self.seconds[name] += float(facts["phases"].get(name, {}).get("seconds", 0.0))
         self.earlier_seconds += float(facts["wall_seconds"])
 
     def as_facts(self, cap_seconds: float | None = None) -> dict[str, Any]:
-        """For meta.json: seconds of each phase, of those that read training data beside their cap, and in all."""
+        """Return, for meta.json, the seconds of each phase, of all that read training data, of the cap, and in all."""
         wall = self.earlier_seconds + time.perf_counter() - self.started
         seconds = self.so_far()
         phases = {
@@ -106,7 +107,7 @@ class PhaseTimes:
 
 
 def show_phase_times(facts: Mapping[str, Any]) -> None:
-    """A ledger as a table, phases that took no time left out."""
+    """Show phase times as a table, phases that took no time left out."""
     rows: list[tuple[str, ...]] = [
         (name, f"{facts['phases'][name]['seconds']:,.1f}", "yes" if name in READS_TRAINING_DATA else "", meaning)
         for name, meaning in MEANING.items()
@@ -121,9 +122,9 @@ def show_phase_times(facts: Mapping[str, Any]) -> None:
 
 
 def write_phase_times(path: Path, facts: Mapping[str, Any]) -> None:
-    """The ledger as a file. Raises PgolfError if it cannot be written."""
+    """Write phase times as a JSON file. Raises PgolfError if it cannot be written."""
     try:
         with atomic_file(path) as building:
             write_json(building, facts)
     except OSError as error:
-        raise PgolfError(f"could not write the ledger {path}: {error}", hint=FREE_SPACE) from error
+        raise PgolfError(f"could not write the phase times {path}: {error}", hint=FREE_SPACE) from error

@@ -18,7 +18,7 @@ Reached = Callable[[int, float], bool]  # (step, progress) → whether the bound
 
 
 def boundaries(recipe: Recipe) -> dict[str, Reached]:
-    """Every named boundary that this recipe's schedule has, `final` aside."""
+    """Return every named boundary that this recipe's schedule has, `final` aside."""
     schedule, optim, num_loops = recipe.schedule, recipe.optim, recipe.model.max_active_loops
     named: dict[str, Reached] = {"init": lambda step, at: step == 0}
     if optim.momentum_warmup_steps:
@@ -33,20 +33,20 @@ def boundaries(recipe: Recipe) -> dict[str, Reached]:
 
 
 def fraction_name(fraction: float) -> str:
-    """The phase name of a share of the run: 0.05 → frac05, 0.7 → frac70, 0.125 → frac12.5."""
+    """Return the phase name of a share of the run: 0.05 → frac05, 0.7 → frac70, 0.125 → frac12.5."""
     percent = f"{100 * fraction:.6g}"
     return f"frac0{percent}" if fraction < 0.1 else f"frac{percent}"
 
 
 @dataclass
 class PhaseTracker:
-    """Which boundaries are still ahead. `due` is asked before every optimizer step."""
+    """The boundaries that are still ahead. The loop calls `due` before every optimizer step."""
 
     pending: dict[str, Reached] = field(default_factory=dict)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PhaseTracker:
-        """The boundaries that the recipe wants as checkpoints."""
+        """Return the boundaries that the recipe wants as checkpoints."""
         settings = recipe.checkpoint
         named = boundaries(recipe)
         pending: dict[str, Reached] = {name: named[name] for name in named if name in settings.phases}
@@ -57,7 +57,7 @@ class PhaseTracker:
         return cls(pending)
 
     def due(self, step: int, at: float) -> str | None:
-        """The phase name if a boundary is reached by `step` steps and progress `at`, joined by + if several are."""
+        """Return the names, joined by +, of the boundaries reached by `step` steps and progress `at`, or None."""
         reached = [name for name, test in self.pending.items() if test(step, at)]
         for name in reached:
             del self.pending[name]
@@ -70,19 +70,19 @@ class PhaseTracker:
 
 @dataclass
 class Periodic:
-    """Checkpoints every so many steps or training seconds, between the boundaries. Asked before every step."""
+    """Checkpoints every n steps or training seconds, between the boundaries. The loop calls `due` before every step."""
 
     every_steps: int | None
     every_seconds: float | None
     passed: tuple[int, int] = (0, 0)  # multiples of each that are behind
 
     def due(self, step: int, train_seconds: float) -> bool:
-        """Whether a multiple of either was passed since this was last asked."""
+        """Return whether a multiple of either period was passed since the last call."""
         before, self.passed = self.passed, self._passed_by(step, train_seconds)
         return any(now > then for now, then in zip(self.passed, before, strict=True))
 
     def skip_past(self, step: int, train_seconds: float) -> None:
-        """Forget what a resumed run has already passed."""
+        """Forget periods that a resumed run has already passed."""
         self.passed = self._passed_by(step, train_seconds)
 
     def _passed_by(self, step: int, train_seconds: float) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What is wrong with a run before it is paid for: checks of a predicted timeline.
+"""Checks of a predicted timeline, which find what is wrong with a run before it is paid for.
 
 A check yields findings. "refuse" is for a setting that can never act (a boundary after the end, a warm-up longer than
 the run): its result would be reported as a null result. "warn" is for what is probably not meant. Each names the key,
@@ -36,7 +36,7 @@ FORWARD_SPEEDUP = 3.0  # scoring runs the forward pass alone, about a third of a
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check found."""
+    """A refusal or warning of one check."""
 
     level: Literal["refuse", "warn"]
     key: str
@@ -47,14 +47,14 @@ class Finding:
 
 
 def preflight(timeline: Timeline, val_tokens: int | None = None) -> list[Finding]:
-    """All findings, refusals first. `val_tokens` is the size of the validation split, where the data is here."""
-    found = [finding for check in CHECKS for finding in check(timeline)]
-    found += check_scoring(timeline, val_tokens)
-    return sorted(found, key=lambda finding: finding.level)
+    """Return all findings, refusals first. `val_tokens` is the size of the validation split, where the data is here."""
+    findings = [finding for check in CHECKS for finding in check(timeline)]
+    findings += check_scoring(timeline, val_tokens)
+    return sorted(findings, key=lambda finding: finding.level)
 
 
 def _end(timeline: Timeline) -> str:
-    """Where the run ends, for messages."""
+    """Return, for messages, where the run ends and by which limit."""
     end = timeline.clock.end_step
     limit, kept = getattr(timeline.recipe.schedule, timeline.ends_by), ""
     if timeline.ends_by == "seconds" and timeline.reserve and timeline.reserve.seconds:
@@ -66,7 +66,7 @@ def _end(timeline: Timeline) -> str:
 
 
 def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
-    """Everything with a moment of its own must have it before the run ends."""
+    """Refuse settings whose moment the run's end comes before."""
     schedule, settings = timeline.recipe.schedule, timeline.recipe.checkpoint
     sources: dict[str, tuple[str, object]] = {
         "loops_on": ("schedule.loops_at", schedule.loops_at),
@@ -87,7 +87,7 @@ def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_momentum(timeline: Timeline) -> Iterator[Finding]:
-    """The warm-up must end, and a cycle should come round, before the run does."""
+    """Refuse a momentum warm-up longer than the run; warn of a cycle longer than what follows it."""
     optim, end = timeline.recipe.optim, timeline.clock.end_step
     if optim.momentum_warmup_steps >= end:
         yield Finding(
@@ -107,7 +107,7 @@ def check_momentum(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_loops(timeline: Timeline) -> Iterator[Finding]:
-    """Two phases need two repeats."""
+    """Refuse a two-phase curriculum of fewer than two extra visits."""
     wanted, num_loops = timeline.recipe.schedule.all_loops_at, timeline.recipe.model.max_active_loops
     if wanted is not None and num_loops < 2:
         yield Finding(
@@ -118,9 +118,10 @@ def check_loops(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_ema(timeline: Timeline) -> Iterator[Finding]:
-    """An EMA must be updated, and its decay should come out of the warm-up min(ema_decay, (1+t)/(10+t)) at step t.
+    """Refuse an EMA that is never updated; warn of a decay that its warm-up hides.
 
-    Until it does, every decay makes the same average, in which the weights of step t count as t⁸.
+    The decay at step t is min(ema_decay, (1+t)/(10+t)). While the second is the smaller, every decay makes the same
+    average, in which the weights of step t count as t⁸.
     """
     optim, end = timeline.recipe.optim, timeline.clock.end_step
     if not optim.ema_decay:
@@ -139,7 +140,7 @@ def check_ema(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_swa(timeline: Timeline) -> Iterator[Finding]:
-    """A running mean needs models, of one graph."""
+    """Refuse a running mean of fewer than two models; warn of one that mixes two graphs."""
     recipe, start = timeline.recipe, timeline.recipe.optim.swa_start
     if start is None or "swa_start" in timeline.never:
         return
@@ -151,7 +152,8 @@ def check_swa(timeline: Timeline) -> Iterator[Finding]:
             f"optim.swa_every {recipe.optim.swa_every:,} from optim.swa_start {start} on averages {count} "
             f"model{'s' * (count != 1)}, at least 2; {_end(timeline)}; start earlier or average more often",
         )
-    full = next((row for row in timeline.boundaries if row.active_loops == recipe.model.max_active_loops), None)
+    max_loops = recipe.model.max_active_loops
+    full = next((boundary for boundary in timeline.boundaries if boundary.active_loops == max_loops), None)
     if full and start < full.progress:
         yield Finding(
             "warn",
@@ -162,7 +164,7 @@ def check_swa(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_power_ema(timeline: Timeline) -> Iterator[Finding]:
-    """Snapshots of power-function averages are at different steps."""
+    """Refuse more snapshots of power-function averages than the run has steps."""
     optim, end = timeline.recipe.optim, timeline.clock.end_step
     if optim.power_ema_sigmas and optim.power_ema_snapshots > end:
         yield Finding(
@@ -174,7 +176,7 @@ def check_power_ema(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_periodic(timeline: Timeline) -> Iterator[Finding]:
-    """A period must come round before the run ends."""
+    """Refuse a period of checkpoints that is longer than the run."""
     settings = timeline.recipe.checkpoint
     for key, period, length in (
         ("every_steps", settings.every_steps, timeline.clock.end_step),
@@ -189,7 +191,7 @@ def check_periodic(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_speed(timeline: Timeline) -> Iterator[Finding]:
-    """A run that would be stopped for its speed need not start."""
+    """Refuse a run that run.min_tokens_per_second would stop."""
     minimum = timeline.recipe.run.min_tokens_per_second
     rate = timeline.recipe.data.batch_tokens / timeline.times.plain
     if minimum is not None and rate < minimum:
@@ -202,7 +204,7 @@ def check_speed(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_cap(timeline: Timeline) -> Iterator[Finding]:
-    """What must happen inside schedule.seconds must end inside it."""
+    """Refuse Hessians that would end after schedule.seconds; warn of a last step that would."""
     schedule, reserve, end = timeline.recipe.schedule, timeline.reserve, timeline.seconds
     if schedule.seconds is None or reserve is None:
         return
@@ -231,7 +233,7 @@ def check_cap(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_limits(timeline: Timeline) -> Iterator[Finding]:
-    """A number of steps that the clock never lets happen."""
+    """Warn of a schedule.steps that schedule.seconds comes before."""
     schedule, end = timeline.recipe.schedule, timeline.clock.end_step
     if schedule.steps and end < schedule.steps:
         yield Finding(
@@ -243,11 +245,12 @@ def check_limits(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_averaging(timeline: Timeline) -> Iterator[Finding]:
-    """swa-blend averages the checkpoints of the warm-down: two at least, unless a running mean is kept."""
+    """Warn where swa-blend would find fewer than two checkpoints in the warm-down, and no running mean is kept."""
     if timeline.recipe.optim.swa_start is not None:
         return
     start = warmdown_start(timeline.recipe.schedule)
-    members = {row.step for row in timeline.boundaries if row.checkpoint and row.progress >= start - 1e-9}
+    saved = [boundary for boundary in timeline.boundaries if boundary.checkpoint]
+    members = {boundary.step for boundary in saved if boundary.progress >= start - 1e-9}
     if len(members) < 2:
         yield Finding(
             "warn",
@@ -258,7 +261,7 @@ def check_averaging(timeline: Timeline) -> Iterator[Finding]:
 
 
 def check_scoring(timeline: Timeline, val_tokens: int | None) -> Iterator[Finding]:
-    """Checkpoints score their views; together they should cost little beside training."""
+    """Warn of recorded metrics that cost much beside training."""
     metric_tokens = timeline.recipe.checkpoint.metric_tokens or val_tokens
     if metric_tokens is None:
         yield Finding(
@@ -280,27 +283,27 @@ def check_scoring(timeline: Timeline, val_tokens: int | None) -> Iterator[Findin
 
 
 def scoring_seconds(timeline: Timeline, metric_tokens: int) -> float:
-    """About how long the recorded metrics of all checkpoints take."""
+    """Return about how many seconds the recorded metrics of all checkpoints take."""
     recipe = timeline.recipe
     seconds = 0.0
-    for row in _scored(timeline):
-        rate = recipe.data.batch_tokens / timeline.times.of(recipe.model, row.active_loops) * FORWARD_SPEEDUP
-        seconds += _num_views(timeline, row) * metric_tokens / rate
+    for boundary in _scored(timeline):
+        rate = recipe.data.batch_tokens / timeline.times.of(recipe.model, boundary.active_loops) * FORWARD_SPEEDUP
+        seconds += _num_views(timeline, boundary) * metric_tokens / rate
     return seconds
 
 
 def _scored(timeline: Timeline) -> list[Boundary]:
-    """The boundaries whose folders are scored, the last one standing for each periodic checkpoint too."""
-    folders = list({row.step: row for row in timeline.boundaries if row.checkpoint}.values())
+    """Return the boundaries whose folders are scored; the last stands for every periodic checkpoint too."""
+    folders = list({boundary.step: boundary for boundary in timeline.boundaries if boundary.checkpoint}.values())
     if timeline.recipe.checkpoint.metric == "final":
         return folders[-1:]
     return folders + folders[-1:] * timeline.num_periodic
 
 
-def _num_views(timeline: Timeline, row: Boundary) -> int:
-    """Sets of weights in the folder written at a boundary."""
+def _num_views(timeline: Timeline, boundary: Boundary) -> int:
+    """Return the number of views in the folder written at a boundary."""
     optim = timeline.recipe.optim
-    return 1 + bool(optim.ema_decay) + (optim.swa_start is not None and row.progress > optim.swa_start)
+    return 1 + bool(optim.ema_decay) + (optim.swa_start is not None and boundary.progress > optim.swa_start)
 
 
 CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (

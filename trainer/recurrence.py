@@ -1,4 +1,4 @@
-"""Depth recurrence: what a re-visit of a block does differently from the first visit.
+"""Depth recurrence: how a re-visit of a block differs from the first visit.
 
 A block that is visited again can carry: its output F(x) becomes β_i·F(x) + Σ_j α_ij·first_j, with first_j what looped
 block j gave on its first visit, cut off from the gradient. β = 1 and α = 0 leave the plain loop. The coefficients are
@@ -14,7 +14,7 @@ from trainer.architecture import ArchitectureSettings, looped_layers, revisits
 
 
 def carry_coefficients(config: ArchitectureSettings) -> tuple[nn.Parameter, nn.Parameter]:
-    """β (loop_size,) and α (loop_size, loop_size) at their starting values, with a leading (passes,) if per pass.
+    """Return β (loop_size,) and α (loop_size, loop_size) at the start, with a leading (passes,) if per pass.
 
     Frozen coefficients are parameters too, without a gradient, so that averages and checkpoints hold them.
     """
@@ -31,7 +31,7 @@ def carry_coefficients(config: ArchitectureSettings) -> tuple[nn.Parameter, nn.P
 
 
 class Recurrence:
-    """What one forward pass remembers of its visits: how many each block had, and what looped blocks first gave."""
+    """The visits of one forward pass so far: how many each block had, and the first output of each looped block."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Recurrence:
         self.first: dict[int, Tensor] = {}  # layer → (batch, seq_len, model_dim)
 
     def enter(self, layer: int) -> int:
-        """Count a visit. Returns 0 on a block's first visit, k on its k-th re-visit."""
+        """Count a visit. Return 0 on a block's first visit, k on its k-th re-visit."""
         revisit = self.visits.get(layer, 0)
         self.visits[layer] = revisit + 1
         return revisit
@@ -55,7 +55,7 @@ class Recurrence:
         revisit: int,
         output: Tensor,  # (batch, seq_len, model_dim)
     ) -> Tensor:  # (batch, seq_len, model_dim)
-        """The block's output with the carry added; blocks not yet visited have nothing to add."""
+        """Return the block's output with the carry added; blocks not yet visited have nothing to add."""
         if self.beta is None or self.alpha is None or layer not in self.looped:
             return output
         if revisit == 0:

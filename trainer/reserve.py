@@ -14,25 +14,14 @@ a pure function of step and time.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
-
-from pgolf_post.calibrate.collect import FORWARD_TOKENS
-from pgolf_post.calibrate.forward import forward_batch
-from pgolf_post.calibrate.sums import Sums
 from pgolf_post.errors import SettingsError
-from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
+from trainer.config import Recipe
 from trainer.schedule import ScheduleSettings
-
-if TYPE_CHECKING:
-    from trainer.config import Recipe
-    from trainer.loop import Trainer
-    from trainer.timeline import StepTimes
+from trainer.step_times import StepTimes
 
 HESSIAN_STEP_SHARE = 2 / 3  # of a training step's time for as many tokens: a forward pass and as much again for Σxxᵀ
 
@@ -49,12 +38,12 @@ class Reserve:
 
     @property
     def needed(self) -> float:
-        """What should be kept free."""
+        """Seconds that should be kept free."""
         return self.last_step + self.after_last_step
 
     @property
     def after_last_step(self) -> float:
-        """What follows the run's last step."""
+        """Seconds of what follows the run's last step."""
         return self.snapshot + (self.hessians or 0.0)
 
     def __str__(self) -> str:
@@ -71,7 +60,10 @@ def make_reserve(
     auto_hessians: float,
     origin: Literal["measured", "estimated"],
 ) -> Reserve:
-    """A reserve from its parts; numbers in the recipe come first. Raises SettingsError if no time to train is left."""
+    """Return a reserve from its parts; numbers in the recipe take their place.
+
+    Raises SettingsError if no time to train is left.
+    """
     asked = schedule.hessian_seconds
     hessians = auto_hessians if asked == "auto" else asked
     reserve = Reserve(0.0, last_step, snapshot, hessians, origin)
@@ -86,7 +78,7 @@ def make_reserve(
 
 
 def estimate_reserve(recipe: Recipe, times: StepTimes) -> Reserve | None:
-    """From step times alone, the snapshot taken as nothing. None without a cap."""
+    """Return the reserve reckoned from step times alone, the snapshot taken as nothing; None without a cap."""
     if recipe.schedule.seconds is None:
         return None
     per_token = times.looped / recipe.data.batch_tokens
@@ -94,76 +86,12 @@ def estimate_reserve(recipe: Recipe, times: StepTimes) -> Reserve | None:
     return make_reserve(recipe.schedule, times.looped, 0.0, hessians, "estimated")
 
 
-def measure_reserve(trainer: Trainer) -> Reserve | None:
-    """By doing it once: on every rank, rank 0's seconds count. None without a cap. The trainer stays as it was."""
-    schedule, main = trainer.recipe.schedule, trainer.ranks.main_float
-    if schedule.seconds is None:
-        return None
-    hessians = _hessian_seconds(trainer) if schedule.hessian_seconds == "auto" else 0.0
-    parts = main(_last_step_seconds(trainer)), main(_snapshot_seconds(trainer)), main(hessians)
-    return make_reserve(schedule, *parts, "measured")
-
-
 def resumed_reserve(schedule: ScheduleSettings, facts: Mapping[str, Any] | None) -> Reserve | None:
-    """The reserve that a checkpoint's run began with, so that progress goes on; a number in the recipe acts anew."""
+    """Return the reserve that a checkpoint's run began with, so that progress goes on.
+
+    A number in the recipe takes its place. None without a cap, or where the checkpoint has none.
+    """
     if schedule.seconds is None or facts is None:
         return None
     seconds = float(facts["seconds"]) if schedule.reserve_seconds == "auto" else schedule.reserve_seconds
     return replace(Reserve(**facts), seconds=seconds)
-
-
-def _seconds_of(trainer: Trainer, work: Callable[[], object]) -> float:
-    """The faster of two runs: the first also pays for warming up."""
-    found = []
-    for _ in range(2):
-        _synchronize(trainer.device)
-        started = time.perf_counter()
-        work()
-        _synchronize(trainer.device)
-        found.append(time.perf_counter() - started)
-    return min(found)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _synthetic_tokens(trainer: Trainer, num_tokens: int) -> torch.Tensor:  # (windows, seq_len) int64
-    """Random tokens; they come from no text, and no other random number is changed."""
-    seq_len = trainer.recipe.data.seq_len
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(1, num_tokens // seq_len), seq_len)
-    return torch.randint(trainer.data.vocab_size, shape, generator=generator)
-
-
-def _last_step_seconds(trainer: Trainer) -> float:
-    """Forward and backward of a whole step on this rank, all loops on."""
-    before, tokens = trainer.model.graph, _synthetic_tokens(trainer, trainer.micro_tokens)
-    trainer.update_graph(1.0)
-    seconds = _seconds_of(trainer, lambda: trainer._loss(tokens, tokens).backward())
-    trainer.model.set_graph(before)
-    trainer.model.zero_grad(set_to_none=True)
-    return seconds * trainer.recipe.data.batch_tokens / (trainer.micro_tokens * trainer.ranks.world_size)
-
-
-def _snapshot_seconds(trainer: Trainer) -> float:
-    """Copying every view and moment to the host, reckoned from one copy of the weights."""
-    weights, optim = list(trainer.model.parameters()), trainer.recipe.optim
-    copies = 1 + bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
-    moments = 2 if trainer.recipe.checkpoint.optimizer_state else 0  # AdamW's; Muon has one
-    seconds = _seconds_of(trainer, lambda: [weight.detach().to("cpu", copy=True) for weight in weights])
-    return seconds * (copies + moments)
-
-
-@torch.no_grad()
-def _hessian_seconds(trainer: Trainer) -> float:
-    """Collecting Hessians as `pgolf_post.calibrate` does, on the training device, reckoned from one batch."""
-    trained, tokens = trainer.model, _synthetic_tokens(trainer, FORWARD_TOKENS).to(trainer.device)
-    graph = trained.graph.model_copy(update={"active_loops": trained.config.max_active_loops})
-    with torch.device("meta"):  # nothing is drawn, nothing is copied
-        module = GolfGPT(trained.config, graph)
-    module.load_state_dict({name: tensor.float() for name, tensor in trained.state_dict().items()}, assign=True)
-    sites = GolfGPTFamily().sites(module)
-    seconds = _seconds_of(trainer, lambda: forward_batch(module, sites, tokens, Sums()))
-    return seconds * max(1, trainer.recipe.schedule.hessian_tokens // tokens.numel())

@@ -34,7 +34,7 @@ def apply_retention(root: Path, run: Path, settings: CheckpointSettings) -> None
 
 
 def checkpoints_of(root: Path, run: Path) -> list[Checkpoint]:
-    """The complete training checkpoints of one run under `root`, in step order."""
+    """Return the complete training checkpoints of one run under `root`, in step order."""
     ours = [c for c in list_checkpoints(root) if c.path.parent == run and c.meta["kind"] == "raw"]
     return sorted(ours, key=lambda checkpoint: int(checkpoint.meta["step"]))
 
@@ -48,7 +48,7 @@ def _drop_periodic(root: Path, ours: list[Checkpoint], keep_last: int) -> None:
 
 
 def _is_needed(root: Path, checkpoint: Checkpoint, parents: set[str]) -> bool:
-    """Whether something points at this checkpoint or was made from it."""
+    """Return whether something points at this checkpoint or was made from it."""
     ids = {str(view["id"]) for view in checkpoint.meta["views"].values()}
     has_results = any((checkpoint.path / "derived").glob("*"))
     return has_results or bool(ids & parents) or _is_latest(root, checkpoint)
@@ -67,5 +67,5 @@ def _is_latest(root: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _parent_id(parent: Any) -> str:
-    """A parent is an id, or in a blend a record that has one."""
+    """Return a parent's id; in a blend the parent is a record that has one."""
     return str(parent["id"] if isinstance(parent, dict) else parent)

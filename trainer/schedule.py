@@ -1,59 +1,55 @@
 """Learning rate, weight decay, momentum and loops as pure functions of progress, in [0, 1], or of the step.
 
-Progress is the share of the run that is done, by steps or by training seconds, whichever is further; of the seconds
-under the cap, those reserved for what follows training do not count. Keying everything
-on it guards against the classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down
-planned for the last 1,200 iterations never began.
-
-Four shapes of the learning rate, each between `lr_floor` and 1:
-
-    linear   1, then over the last `warmdown` of the run linearly towards 0, stopped at the floor    (the record line)
-    wsd      the same, but the slope reaches the floor exactly at the end     (warm-up, stable, decay: arXiv 2404.06395)
-    cosine   half a cosine from the end of the warm-up to the floor at the end                        (arXiv 1608.03983)
-    tidal    linear warm-up over the first 38.2 % (1 - 1/φ, the golden ratio), then half a cosine to the floor
+Progress is the share of the run that is done, by steps or by training seconds, whichever is further. Of the seconds
+under the cap, those reserved for what follows training do not count. Keying everything on progress guards against the
+classic failure of this challenge: 20,000 iterations under a 600 s cap, so that a warm-down planned for the last 1,200
+iterations never began.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
-
-Shape = Literal["linear", "cosine", "tidal", "wsd"]
-
-TIDAL_WARMUP = (3 - math.sqrt(5)) / 2  # 1 - 1/φ = 0.381966…
+from trainer.lr_schedules import ScheduleName, schedule_of
 
 
 class ScheduleSettings(Settings):
-    """When the run ends and what happens on the way. At least one of `steps` and `seconds` is set."""
+    """The end of the run and what happens on the way. At least one of `steps` and `seconds` is set."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps of the run")
     seconds: float | None = Field(
-        None, gt=0, description="cap on training seconds; validation and checkpoint writing do not count"
+        None, gt=0, description="cap on training seconds; scoring and writing checkpoints do not count"
     )
     reserve_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="of the cap, kept free for what follows training; auto = what it takes, measured beforehand"
+        "auto",
+        description="seconds of the cap that are kept free for what follows training; auto = measured beforehand",
     )
     hessian_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
-        None, description="what Hessians take that are collected inside the cap, auto = measured; default none are"
+        None,
+        description="seconds of collecting Hessians inside the cap; auto = measured; default none are collected there",
     )
-    hessian_tokens: int = Field(65536, ge=2, description="training tokens of the Hessians that auto measures")
-    shape: Shape = Field("linear", description="of the learning rate over the run")
+    hessian_tokens: int = Field(
+        65536, ge=2, description="training tokens of the Hessians that hessian_seconds = auto measures"
+    )
+    shape: ScheduleName = Field("linear", description="shape of the learning rate: a name in trainer/lr_schedules.py")
     lr_warmup: float = Field(0.0, ge=0, lt=1, description="share of the run over which the learning rate rises")
     warmdown: float = Field(
         0.667,
         ge=0,
         le=1,
-        description="the run's last share: linear and wsd fall over it, averages of checkpoints are taken from it",
+        description="last share of the run: linear and wsd fall over it, and swa-blend averages its checkpoints",
     )
     lr_floor: float = Field(0.0, ge=0, le=1, description="lowest learning-rate multiplier, warm-up included")
     loops_at: float = Field(0.5, ge=0, le=1, description="progress at which depth recurrence starts")
     all_loops_at: float | None = Field(
-        None, ge=0, le=1, description="two phases: one repeat from loops_at on, all of them from here; default at once"
+        None,
+        ge=0,
+        le=1,
+        description="progress from which all extra visits are active, and one alone from loops_at; default all at once",
     )
     weight_decay_taper_at: float | None = Field(
         None, ge=0, lt=1, description="progress from which weight decay falls linearly to 0; default never"
@@ -67,9 +63,12 @@ class ScheduleSettings(Settings):
             raise ValueError("reserve_seconds and hessian_seconds are parts of schedule.seconds, which is not set")
         if self.seconds is not None and self.reserve_seconds != "auto" and self.reserve_seconds >= self.seconds:
             raise ValueError(f"reserve_seconds {self.reserve_seconds} leaves nothing of seconds {self.seconds}")
-        if self.shape == "tidal" and self.lr_warmup:
-            raise ValueError(f"shape tidal warms up over {TIDAL_WARMUP:.3f} of the run; leave lr_warmup out")
-        if self.shape in ("linear", "wsd") and self.lr_warmup + self.warmdown > 1 + 1e-9:
+        schedule = schedule_of(self.shape)
+        if schedule.fixed_warmup is not None and self.lr_warmup:
+            raise ValueError(
+                f"shape {self.shape} warms up over {schedule.fixed_warmup:.3f} of the run; leave lr_warmup out"
+            )
+        if "warmdown" in schedule.reads and self.lr_warmup + self.warmdown > 1 + 1e-9:
             raise ValueError(
                 f"lr_warmup {self.lr_warmup} + warmdown {self.warmdown} is {self.lr_warmup + self.warmdown:.3f} "
                 "of the run, at most 1"
@@ -80,7 +79,7 @@ class ScheduleSettings(Settings):
 
 
 def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserve_seconds: float = 0.0) -> float:
-    """Share of the run that is done after `step` steps and `train_seconds` seconds of training.
+    """Return the share of the run that is done after `step` steps and `train_seconds` seconds of training.
 
     `reserve_seconds` of the cap are not trained in (`trainer.reserve`).
     """
@@ -93,54 +92,26 @@ def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserv
 
 
 def warmup_end(settings: ScheduleSettings) -> float:
-    """The progress at which the learning rate has risen to its peak."""
-    return TIDAL_WARMUP if settings.shape == "tidal" else settings.lr_warmup
+    """Return the progress at which the learning rate has risen to its peak."""
+    fixed = schedule_of(settings.shape).fixed_warmup
+    return settings.lr_warmup if fixed is None else fixed
 
 
 def warmdown_start(settings: ScheduleSettings) -> float:
-    """The progress at which the warm-down starts; never before the peak."""
-    return max(1.0 - settings.warmdown, warmup_end(settings) if settings.shape == "tidal" else 0.0)
-
-
-def _linear(settings: ScheduleSettings, at: float) -> float:
-    if at < warmdown_start(settings) or settings.warmdown == 0:
-        return 1.0
-    return max((1.0 - at) / settings.warmdown, settings.lr_floor)
-
-
-def _wsd(settings: ScheduleSettings, at: float) -> float:
-    if at < warmdown_start(settings) or settings.warmdown == 0:
-        return 1.0
-    return _above_floor(settings, (1.0 - at) / settings.warmdown)
-
-
-def _cosine(settings: ScheduleSettings, at: float) -> float:
-    peak = warmup_end(settings)
-    return _above_floor(settings, 0.5 * (1.0 + math.cos(math.pi * (at - peak) / (1.0 - peak))))
-
-
-def _above_floor(settings: ScheduleSettings, share: float) -> float:
-    """A share in [0, 1] stretched to [lr_floor, 1]."""
-    return settings.lr_floor + (1.0 - settings.lr_floor) * min(max(share, 0.0), 1.0)
-
-
-DECAYS: dict[Shape, Callable[[ScheduleSettings, float], float]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "tidal": _cosine,
-    "wsd": _wsd,
-}
+    """Return the progress at which the warm-down starts; never before a peak that the shape fixes."""
+    return max(1.0 - settings.warmdown, schedule_of(settings.shape).fixed_warmup or 0.0)
 
 
 def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """The learning rate at progress `at` as a multiple of its peak: warm-up, then the shape's decay."""
-    if at < warmup_end(settings):
-        return max(at / warmup_end(settings), settings.lr_floor)
-    return DECAYS[settings.shape](settings, at)
+    """Return the learning rate at progress `at` as a multiple of its peak: a linear rise, then the shape's fall."""
+    peak = warmup_end(settings)
+    if at < peak:
+        return max(at / peak, settings.lr_floor)
+    return schedule_of(settings.shape).after_peak(settings, at, peak)
 
 
 def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """1 until the taper starts, then linear to 0 at the end. It multiplies decay that lr multiplies already."""
+    """Return 1 until the taper starts, then linear to 0 at the end; the learning rate multiplies decay as well."""
     start = settings.weight_decay_taper_at
     return 1.0 if start is None or at < start else (1.0 - at) / (1.0 - start)
 
@@ -149,19 +120,19 @@ def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
 
 
 def momentum_at(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """Muon's momentum, linear from `start` to `end` over the first `warmup_steps` steps."""
+    """Return Muon's momentum, linear from `start` to `end` over the first `warmup_steps` steps."""
     share = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
     return start + (end - start) * share
 
 
 def cyclic_momentum(step: int, low: float, high: float, cycle_steps: int) -> float:
-    """`high` at step 0, `low` half a cycle later, `high` again after `cycle_steps`: a cosine between the two."""
+    """Return a cosine: `high` at step 0, `low` half a cycle later, `high` again after `cycle_steps`."""
     phase = (step % cycle_steps) / cycle_steps
     return low + (high - low) * 0.5 * (1.0 + math.cos(2.0 * math.pi * phase))
 
 
 def active_loops_at(settings: ScheduleSettings, num_loops: int, at: float) -> int:
-    """How many of the model's extra visits are active at progress `at`: none, one (two-phase curriculum only), all."""
+    """Return how many extra visits are active at progress `at`: none, one (two-phase curriculum only), or all."""
     if at < settings.loops_at:
         return 0
     if settings.all_loops_at is None or at >= settings.all_loops_at:

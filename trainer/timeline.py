@@ -1,4 +1,4 @@
-"""When everything of a run will happen, before it starts: boundaries, steps, seconds, learning rates.
+"""The timeline of a run before it starts: boundaries, steps, seconds, learning rates.
 
 The time of a step is piecewise constant (it grows when depth recurrence starts), so the run's clock is a short list of
 segments, and the step at which anything keyed on progress happens is found by bisection on the very predicates that
@@ -11,39 +11,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.architecture import ArchitectureSettings, visit_list
+from trainer.architecture import ArchitectureSettings
 from trainer.config import Recipe
 from trainer.optim import OptimSettings
 from trainer.phases import PhaseTracker, Reached, boundaries
 from trainer.reserve import Reserve, estimate_reserve
 from trainer.schedule import active_loops_at, lr_multiplier, progress, warmup_end, weight_decay_multiplier
-
-
-def num_visits(model: ArchitectureSettings, active_loops: int) -> int:
-    """How many blocks one forward pass visits."""
-    return len(visit_list(model, active_loops))
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds of one optimizer step without loops and with all of them."""
-
-    plain: float
-    looped: float
-    origin: Literal["given", "measured"]
-
-    @classmethod
-    def given(cls, model: ArchitectureSettings, plain: float, looped: float | None = None) -> StepTimes:
-        """From a known time; a looped step that is not known is assumed to cost what its visits say."""
-        visits = num_visits(model, model.max_active_loops) / num_visits(model, 0)
-        return cls(plain, plain * visits if looped is None else looped, "given")
-
-    def of(self, model: ArchitectureSettings, active_loops: int) -> float:
-        """Seconds of a step with this many active loops, linear in the number of visits between the two known times."""
-        if not active_loops:
-            return self.plain
-        none, some, most = (num_visits(model, loops) for loops in (0, active_loops, model.max_active_loops))
-        return self.plain + (self.looped - self.plain) * (some - none) / ((most - none) or 1)
+from trainer.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -56,7 +30,7 @@ class Segment:
     active_loops: int
 
     def second(self, step: int) -> float:
-        """Training seconds when `step` steps are done."""
+        """Return the training seconds when `step` steps are done."""
         return self.first_second + (step - self.first_step) * self.step_seconds
 
 
@@ -70,19 +44,19 @@ class RunClock:
     reserve_seconds: float = 0.0  # of the cap, not trained in
 
     def segment(self, step: int) -> Segment:
-        """The segment that step `step` (counted from 0) lies in."""
+        """Return the segment that step `step` (counted from 0) lies in."""
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)
 
     def second(self, step: int) -> float:
-        """Training seconds when `step` steps are done: the end of a segment is the start of the next."""
+        """Return the training seconds when `step` steps are done: the end of a segment is the start of the next."""
         return self.segment(step).second(step)
 
     def progress(self, step: int) -> float:
-        """Progress when `step` steps are done."""
+        """Return the progress when `step` steps are done."""
         return progress(self.recipe.schedule, step, self.second(step), self.reserve_seconds)
 
     def first_step(self, reached: Reached) -> int | None:
-        """The first step of the run before which a boundary is reached, or None if it never is."""
+        """Return the first step before which a boundary is reached, or None if it never is."""
 
         def test(step: int) -> bool:
             return reached(step, self.progress(step))
@@ -107,7 +81,7 @@ def predict_clock(recipe: Recipe, times: StepTimes, reserve_seconds: float = 0.0
 
 
 def _first_step_after(segment: Segment, recipe: Recipe, reserve_seconds: float) -> int:
-    """The step before which the segment's loops change or the run ends."""
+    """Return the step before which the segment's loops change or the run ends."""
 
     def over(step: int) -> bool:
         at = progress(recipe.schedule, step, segment.second(step), reserve_seconds)
@@ -121,7 +95,7 @@ def _first_step_after(segment: Segment, recipe: Recipe, reserve_seconds: float) 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A moment of the run and what holds for the step that starts there."""
+    """A moment of the run, with the settings of the step that starts there."""
 
     phase: str
     step: int
@@ -148,12 +122,12 @@ class Timeline:
 
     @property
     def num_checkpoints(self) -> int:
-        """Folders that the run will write; boundaries of one step share one."""
+        """Number of folders that the run will write; boundaries of one step share one."""
         return len({boundary.step for boundary in self.boundaries if boundary.checkpoint})
 
     @property
     def num_periodic(self) -> int:
-        """Periodic checkpoints that the run will write, at most: one that meets a boundary is not written."""
+        """Largest number of periodic checkpoints: one that meets a boundary is not written."""
         settings, last = self.recipe.checkpoint, self.clock.end_step - 1  # the step that the last one can precede
         by_steps = last // settings.every_steps if settings.every_steps else 0
         return by_steps + (int(self.clock.second(last) / settings.every_seconds) if settings.every_seconds else 0)
@@ -164,38 +138,38 @@ class Timeline:
 
     @property
     def ends_by(self) -> Literal["steps", "seconds"]:
-        """Which of the two limits ends the run."""
+        """The limit, of the two, that ends the run."""
         return "steps" if self.recipe.schedule.steps == self.clock.end_step else "seconds"
 
 
 def moments(recipe: Recipe) -> dict[str, Reached]:
-    """Everything that happens at a moment of the run, whether or not a checkpoint is written there."""
+    """Return everything that happens at a moment of the run, whether or not a checkpoint is written there."""
     schedule, start = recipe.schedule, recipe.optim.swa_start
-    found: dict[str, Reached] = {**boundaries(recipe), **PhaseTracker.from_recipe(recipe).pending}
+    named: dict[str, Reached] = {**boundaries(recipe), **PhaseTracker.from_recipe(recipe).pending}
     if warmup_end(schedule):
-        found["lr_warmup_done"] = lambda step, at: at >= warmup_end(schedule)
+        named["lr_warmup_done"] = lambda step, at: at >= warmup_end(schedule)
     if (taper := schedule.weight_decay_taper_at) is not None:
-        found["weight_decay_taper"] = lambda step, at: at >= taper
+        named["weight_decay_taper"] = lambda step, at: at >= taper
     if start is not None:
-        found["swa_start"] = lambda step, at: at >= start
-    return found
+        named["swa_start"] = lambda step, at: at >= start
+    return named
 
 
 def predict(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> Timeline:
-    """The timeline of a recipe for given step times; a reserve that was not measured is estimated from them."""
+    """Return the timeline of a recipe for given step times. A reserve that was not measured is estimated from them."""
     reserve = reserve or estimate_reserve(recipe, times)
     clock = predict_clock(recipe, times, reserve.seconds if reserve else 0.0)
     saved = PhaseTracker.from_recipe(recipe).pending
     steps = {name: clock.first_step(reached) for name, reached in moments(recipe).items()}
-    rows = [_boundary(clock, name, step, name in saved) for name, step in steps.items() if step is not None]
-    rows.append(_boundary(clock, "final", clock.end_step, True))
-    rows.sort(key=lambda row: row.step)
+    in_order = [_boundary(clock, name, step, name in saved) for name, step in steps.items() if step is not None]
+    in_order.append(_boundary(clock, "final", clock.end_step, True))
+    in_order.sort(key=lambda boundary: boundary.step)
     never = tuple(name for name, step in steps.items() if step is None)
-    return Timeline(recipe, times, clock, tuple(rows), never, reserve)
+    return Timeline(recipe, times, clock, tuple(in_order), never, reserve)
 
 
 def _boundary(clock: RunClock, phase: str, step: int, saved: bool) -> Boundary:
-    """What holds before step `step`."""
+    """Return the boundary before step `step`, with the settings that hold there."""
     recipe, at = clock.recipe, clock.progress(step)
     multiplier = lr_multiplier(recipe.schedule, at)
     return Boundary(
@@ -213,12 +187,12 @@ def _boundary(clock: RunClock, phase: str, step: int, saved: bool) -> Boundary:
 
 
 def group_peaks(optim: OptimSettings, model: ArchitectureSettings) -> dict[str, float]:
-    """The peak learning rates of the groups that the model has: a tied model has no head of its own."""
+    """Return the peak learning rates of the groups that the model has: a tied model has no head of its own."""
     peaks = optim.peak_learning_rates()
     return {group: lr for group, lr in peaks.items() if group != "head" or not model.tie_embeddings}
 
 
 def count_steps(clock: RunClock, after: Reached, every: int) -> int:
-    """How many of the steps that start once `after` is reached end at a multiple of `every`."""
+    """Return how many of the steps that start once `after` is reached end at a multiple of `every`."""
     first = clock.first_step(after)
     return 0 if first is None else clock.end_step // every - first // every

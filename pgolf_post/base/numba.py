@@ -1,4 +1,4 @@
-"""Whether to use the compiled kernels: where numba (extra `fast`) is installed. They give the same symbols, sooner."""
+"""Choice between compiled and plain loops: numba's (extra `fast`) give the same symbols in less time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 @lru_cache
 def has_numba() -> bool:
-    """Whether numba can be imported."""
+    """Return whether numba can be imported."""
     return find_spec("numba") is not None
 
 
 def use_compiled(wanted: bool | None, tensor: Tensor | None = None) -> bool:
-    """`wanted`, or if None: numba is installed and the tensor, if there is one, is on the CPU.
+    """Return whether to run compiled kernels: as `wanted`, or if that is None, wherever they can run.
 
-    Raises NotFoundError if compiled kernels are asked for where they cannot run.
+    They can run where numba is installed and the tensor, if there is one, is on the CPU. Raises NotFoundError if they
+    are wanted elsewhere.
     """
     device = "cpu" if tensor is None else tensor.device.type
     possible = has_numba() and device == "cpu"

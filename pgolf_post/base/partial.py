@@ -1,6 +1,6 @@
-"""What an interrupted stage has done so far, in one file: tensors, JSON facts, and a hash over the tensors.
+"""The progress of an interrupted stage in one file: tensors, JSON facts, and a hash over the tensors.
 
-Written in one rename; read whole or not at all, so that a stage either goes on from it or begins again.
+It is written in one rename and read whole or not at all, so that a stage either resumes from it or starts again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pgolf_post.errors import DamagedFileError
 
 
 def write_partial(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Replace the file. Raises PgolfError where the disk refuses it."""
+    """Write the file, replacing an older one. Raises PgolfError if the disk refuses it."""
     facts = {**facts, "sha256": tensors_sha256(tensors)}
     with atomic_file(path) as temporary:
         try:
@@ -29,13 +29,13 @@ def write_partial(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors. Raises DamagedFileError for anything else than what was written."""
+    """Return facts and tensors. Raises DamagedFileError if the file is not exactly as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if facts["sha256"] != tensors_sha256(tensors):
-            raise DamagedFileError("not what was written")
+            raise DamagedFileError("the tensors do not have the recorded sha256")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(str(error)) from error
     return facts, tensors

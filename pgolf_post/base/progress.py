@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress with an ETA, tables, and one JSON line for machines.
+"""Output of a command: progress with an ETA and tables for people, one JSON line for machines.
 
 Everything for people goes to stderr, so that `--json` leaves stdout to exactly one JSON object as its last line.
 """
@@ -12,18 +12,18 @@ from typing import Any
 
 import click
 
-_live: list[Any] = []  # the progress display on the terminal, if one is up; inner work adds a line to it
-_silent: list[bool] = []  # not empty: this process is one of several and not the one that speaks
+_live: list[Any] = []  # the progress display on the terminal, if there is one; inner work adds a line to it
+_silent: list[bool] = []  # not empty: print nothing for people
 
 
 def silence() -> None:
-    """Print nothing for people from here on: for processes beside the one that speaks."""
+    """Print nothing for people from here on: for all processes of a group but the first."""
     _silent.append(True)
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Nothing is said inside: for looking up, again and again, what is known to be there."""
+    """Print nothing for people inside the block: for look-ups that would repeat known messages."""
     _silent.append(True)
     try:
         yield
@@ -32,14 +32,14 @@ def hushed() -> Iterator[None]:
 
 
 def console() -> Any:
-    """A rich console on stderr."""
+    """Return a rich console on stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, quiet=bool(_silent))
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal, above the progress display if one is up."""
+    """Print one line for people, above the progress display if there is one."""
     if _silent:
         return
     live = _live[:1]  # taken once: another thread may close the display meanwhile
@@ -62,7 +62,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
 
         try:
             yield advance
-            finished = next(row for row in progress.tasks if row.id == task)
+            finished = next(other for other in progress.tasks if other.id == task)
             if not progress.console.is_terminal:
                 say(f"{description}: {total} done in {finished.elapsed or 0.0:.1f} s")
         finally:
@@ -72,7 +72,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def _display() -> Iterator[Any]:
-    """The progress display that is up, or a new one for as long as the outermost work lasts."""
+    """Yield the current progress display, or a new one that ends with the block."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -98,13 +98,13 @@ def _display() -> Iterator[Any]:
 
 
 def terminal_width() -> int:
-    """Columns that a table may fill; 160 where stderr is no terminal."""
+    """Return the number of characters that a table may fill in a line; 160 where stderr is no terminal."""
     terminal = console()
     return terminal.width if terminal.is_terminal else 160
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for people. Columns after the first are right-aligned."""
+    """Print a table for people. Columns after the first are right-aligned."""
     from rich.table import Table
 
     table = Table()
@@ -119,5 +119,5 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The machine's answer: one JSON object on one line of stdout."""
+    """Print the answer for machines: one JSON object on one line of stdout."""
     click.echo(json.dumps(value, allow_nan=False))

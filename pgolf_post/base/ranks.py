@@ -1,8 +1,8 @@
-"""Several processes, one result: what the toolkit's ranks share under torchrun.
+"""The toolkit's processes under torchrun: several ranks, one result.
 
-A stage that runs on many ranks gives each a share of the work and adds up the sums; only rank 0 writes and speaks. The
-result does not depend on how many there are. torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK) are the only
-environment that is read.
+A stage that runs on many ranks gives each a share of the work and adds up the sums; only rank 0 writes files and
+prints. The result does not depend on the number of ranks. torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK) are
+the only environment variables that are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pgolf_post.errors import SettingsError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the others. The default is one process, in which every method is local."""
+    """This process's place in its group. The default is a group of one, in which no method communicates."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,7 +34,8 @@ class Ranks:
     def join(cls) -> Self:
         """Join the process group that torchrun describes: NCCL where every rank has a GPU, else gloo.
 
-        Ranks beside the first fall silent. Raises SettingsError if a rank has no GPU of its own on a GPU machine.
+        All ranks but the first print nothing from here on. Raises SettingsError if a GPU machine has fewer GPUs than
+        local ranks.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
@@ -54,9 +55,9 @@ class Ranks:
         return ranks
 
     def leave(self) -> None:
-        """Leave the process group, if there is one: together, unless an error is on its way out.
+        """Leave the process group, if there is one, after waiting for the other ranks unless an exception is raised.
 
-        A rank that is gone while another still works can bring down gloo's threads in the one that stays.
+        A rank that ends while another still works can bring down gloo's threads in the other.
         """
         if self.world_size > 1 and dist.is_initialized():
             if sys.exc_info()[0] is None:
@@ -65,7 +66,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the terminal."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     @property
@@ -84,35 +85,35 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
     def gather(self, rows: Tensor) -> Tensor:  # (k, …) on each → (Σ k, …)
-        """Every rank's rows, which may be of different numbers, in the order of ranks."""
+        """Return every rank's rows in the order of ranks; ranks may have different numbers of rows."""
         if self.world_size == 1:
             return rows
         counts = torch.zeros(self.world_size, dtype=torch.int64, device=rows.device)
         counts[self.rank] = len(rows)
         self.sum_(counts)
         first = int(counts[: self.rank].sum())
-        everyones = rows.new_zeros((int(counts.sum()), *rows.shape[1:]))
-        everyones[first : first + len(rows)] = rows
-        self.sum_(everyones)
-        return everyones
+        gathered = rows.new_zeros((int(counts.sum()), *rows.shape[1:]))
+        gathered[first : first + len(rows)] = rows
+        self.sum_(gathered)
+        return gathered
 
     def main_says(self, value: Any) -> Any:
-        """Rank 0's value (plain JSON) on every rank: whether a file is there must not be judged twice."""
+        """Return rank 0's value (plain JSON) on every rank, so that all of them act on the same state of the disk."""
         if self.world_size == 1:
             return value
-        told = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
-        length = torch.tensor([len(told)], device=self.device)
+        message = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(message)], device=self.device)
         dist.broadcast(length, src=0)
-        held = told if self.is_main else told.new_zeros(int(length))
-        dist.broadcast(held, src=0)
-        return json.loads(bytes(held.tolist()))
+        received = message if self.is_main else message.new_zeros(int(length))
+        dist.broadcast(received, src=0)
+        return json.loads(bytes(received.tolist()))
 
     def share(self, items: Iterable[int]) -> list[int]:
-        """This rank's part of a list that all ranks hold alike: every world_size-th item."""
+        """Return this rank's share of a list that is the same on all ranks: every world_size-th item."""
         return list(items)[self.rank :: self.world_size]
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -121,7 +122,7 @@ ALONE = Ranks()  # one process
 
 
 def end_process(code: int) -> NoReturn:
-    """End a rank whose work is done. gloo's threads can abort the interpreter's own way out, so it is not taken."""
+    """End this process at once with an exit code: gloo's threads can abort the interpreter's regular shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -23,8 +23,10 @@ from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY_PREFIX = ".tmp-"
-FREE_SPACE = "free disk space (pgolf-post show lists derived folders, which can be deleted), then run it again"
+TEMPORARY_PREFIX = ".tmp-"  # being written; the process id follows
+OLD_PREFIX = ".old-"  # replaced or about to be deleted
+PARTIAL_SUFFIX = ".partial"  # what an interrupted stage has done so far
+FREE_SPACE = "free disk space (pgolf-post cache list shows derived folders, which can be deleted), then run it again"
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
         _flush_tree(building)
         _move_into_place(building, destination)
     except OSError as error:
-        if isinstance(error, FileNotFoundError):  # of the caller's own inputs: nothing here is ever missing
+        if isinstance(error, FileNotFoundError):  # the caller's input is missing; nothing of ours can be
             raise
         raise PgolfError(
             f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
@@ -54,11 +56,11 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _move_into_place(building: Path, destination: Path) -> None:
-    """Make `building` the destination. An older folder changes places with it in one step where the system can."""
+    """Rename `building` to `destination`. An older folder is swapped with it in one step where the system can."""
     if not destination.exists():
         building.rename(destination)
     elif not _exchange(building, destination):
-        aside = destination.with_name(f".old-{secrets.token_hex(4)}-{destination.name}")  # never removed unasked
+        aside = destination.with_name(f"{OLD_PREFIX}{secrets.token_hex(4)}-{destination.name}")  # never removed unasked
         destination.rename(aside)
         try:
             building.rename(destination)
@@ -71,7 +73,7 @@ def _move_into_place(building: Path, destination: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step (Linux renameat2 with RENAME_EXCHANGE); False where it is not to be had."""
+    """Swap two paths in one step (Linux renameat2 with RENAME_EXCHANGE). Return False where that is not supported."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
@@ -92,7 +94,7 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that others may look for: it goes by one rename, its files after. Raises OSError."""
+    """Delete a folder that others may look for: rename it away in one step, then delete its files. Raises OSError."""
     aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{folder.name}")
     folder.rename(aside)
     _fsync(folder.parent)
@@ -162,13 +164,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
+    """Return the hex sha256 over names, dtypes, shapes and bytes, in name order: independent of file layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         update_digest(digest, name, tensors[name])
@@ -176,11 +178,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def update_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    """One more tensor of `tensors_sha256`; feed them in name order."""
-    import torch  # here, so that commands that only read or write files start without it
+    """Add one tensor to the digest of `tensors_sha256`; feed them in name order."""
+    import torch  # here, so that reading and writing files need not wait for it
 
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
     if tensor.numel():
-        flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may be "contiguous" with any stride
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # a tensor of one element is contiguous with any stride
         digest.update(flat.view(torch.uint8).numpy().data)

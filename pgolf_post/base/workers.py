@@ -1,8 +1,8 @@
-"""Work in parallel whose results do not depend on how parallel it was.
+"""Parallel work whose results do not depend on the number of threads.
 
 A matrix product split over threads may add its terms in another order, and a weight near the middle between two grid
-points then rounds the other way. So each item is worked on with one thread inside the math library, and as many items
-at once as torch was given threads.
+points then rounds the other way. So each item gets one thread inside the math library, and torch.get_num_threads()
+items are worked on at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 
 
 def map_items(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results of `function` in the order of `items`, computed on torch.get_num_threads() threads.
+    """Yield the results of `function` in the order of `items`, computed on torch.get_num_threads() threads.
 
-    The first exception is raised here, and items not yet started are dropped.
+    The first exception is raised here; items not yet started are dropped.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

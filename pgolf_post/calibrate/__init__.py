@@ -1,14 +1,15 @@
-"""Calibration: one pass over text → what every matrix's input looks like and, with `fisher`, what the loss minds.
+"""Calibration: one pass over text → statistics of every matrix's input and, with `fisher`, of the loss's gradients.
 
-settings.py   what a calibration is made of          packed.py    triangles on disk, read lazily
-text.py       which text, by content                 stats.py     what later stages read
-generate.py   text that the model writes itself      partial.py   interrupted work goes on
-forward.py    Σxxᵀ, Σ|x|, max|x| per site            memory.py    is there room, before work starts
-backward.py   Σδ², Σ s·xxᵀ, the embedding's sides    run.py       the stage: cache, collect, keep
-products.py   Σxxᵀ, one triangle                     stale.py     statistics of other weights, on purpose
-sums.py       additive sums by key                   collect.py   batches, ranks
+settings.py   text, seed and precision               packed.py        triangles on disk, read lazily
+text.py       which text, by content                 stats.py         what later stages read
+generate.py   text that the model writes itself      partial_sums.py  progress of an interrupted run
+forward.py    Σxxᵀ, Σ|x|, max|x| per site            memory.py        memory needed, before work starts
+backward.py   Σδ², Σ s·xxᵀ, the embedding's sides    stage.py         the stage: look up, collect, store
+products.py   Σxxᵀ, one triangle                     stale.py         statistics of other weights, on purpose
+sums.py       additive sums by key                   report.py        the table that a person reads
+collect.py    batches, ranks                         randomness.py    numbers by seed and purpose
 
-What needs torch is imported when it is first asked for, so that commands can show the settings' help at once.
+Modules that need torch are imported on first use, so that commands can show the settings' help at once.
 """
 
 from __future__ import annotations

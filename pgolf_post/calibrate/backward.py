@@ -1,4 +1,4 @@
-"""The backward half (`--fisher`): how much the loss minds an error, per row of each matrix and per token.
+"""The backward half (`--fisher`): sensitivity of the loss to errors, per row of each matrix and per token.
 
 At every token a label ŷ is drawn from the model's own distribution, and the loss L = Σ_t -log p_t(ŷ_t) is
 differentiated once. Labels drawn from the model make this the true Fisher information, not the empirical one: given the
@@ -9,19 +9,20 @@ sum to.
 With z = Wx at one token of one visit and δ = ∂L/∂z:
 
     rows       Σδ² per output row, over tokens and visits
-    weighted   Σ s·xxᵀ, s = the token's mean of δ² over the rows of W: the input moments of the tokens that the loss
-               minds. It is GuidedQuant's Hessian (arXiv 2505.07004) with all rows in one group and, but for a constant,
-               the first step of YAQA's power iteration for the input factor of the Fisher matrix (arXiv 2505.22988).
-               Each visit of a looped layer brings its own δ to its own x, which a product of marginal sums cannot say.
-    outputs    Σδδᵀ: errors of different rows that the loss minds together, the output factor of the Fisher matrix.
-               Weighing tokens by |x|² as well made no difference. Not of the head: its would be (vocab, vocab).
+    weighted   Σ s·xxᵀ, s = the token's mean of δ² over the rows of W: the Hessian with each token weighted by the
+               loss's sensitivity to it. It is GuidedQuant's Hessian (arXiv 2505.07004) with all rows in one group and,
+               up to a constant, the first step of YAQA's power iteration for the input factor of the Fisher matrix
+               (arXiv 2505.22988). It pairs the δ of each visit of a looped layer with the x of that visit, which a
+               product of marginal sums cannot.
+    outputs    Σδδᵀ: how errors of different rows act on the loss together, the output factor of the Fisher matrix.
+               Weighting tokens by |x|² as well made no difference. Left out for the head: it would be (vocab, vocab).
 
 The head needs no sample: over ŷ ~ p the mean of δ_v² is p(v)(1 - p(v))·cap'(z_v)², with cap' the slope of the logit
-soft-cap, and that is what its rows and its s are made of. The head's slope and its product with the residual p - 1[ŷ]
-come from the model's own `logits` by autograd. A lookup table (the other side of a tied embedding) has no input vector:
-its error enters where a row is looked up, so what is kept is each row's count and Σg² (mean over columns) and Σggᵀ over
-all lookups, g = ∂L/∂(the row that was looked up).
-Where the model cuts a path off from the gradient (a frozen carry), δ leaves that path out too.
+soft-cap; its rows and its s use that mean. The slope and its product with the residual p - 1[ŷ] come from the model's
+own `logits` by autograd. A lookup table (the other side of a tied embedding) has no input vector: its error enters
+where a row is looked up. So its sums are each row's count, Σg² (mean over columns) and Σggᵀ over all lookups, with
+g = ∂L/∂(the looked-up row).
+Where the model detaches a path from the gradient (a frozen carry), δ leaves that path out too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def sample_labels(
     probabilities: Tensor,  # (tokens, vocab)
     uniforms: Tensor,  # (tokens,) float64 in [0, 1)
 ) -> Tensor:  # (tokens,) int64
-    """The label at which the cumulative distribution passes the token's uniform number."""
+    """Draw a label per token: where its cumulative distribution passes its uniform number."""
     cumulative = probabilities.double().cumsum(-1)
     targets = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=probabilities.size(-1) - 1)
@@ -54,7 +55,7 @@ def sample_labels(
 
 @contextlib.contextmanager
 def observed_gradients(module: nn.Module, sites: Sequence[Site], sums: Sums) -> Iterator[None]:
-    """While active, every product that a forward pass makes adds its δ to `sums` once the backward pass reaches it."""
+    """Add the δ of every matrix product inside the block to `sums` when the backward pass reaches it."""
 
     def hook_for(tensor: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -77,7 +78,7 @@ def _add_delta(sums: Sums, tensor: str, x: Tensor, delta: Tensor) -> None:  # (t
 
 @contextlib.contextmanager
 def observed_lookups(module: nn.Module, lookups: Sequence[Lookup], sums: Sums) -> Iterator[None]:
-    """While active, looked-up rows start the graph, and the gradients that reach them are added to `sums`."""
+    """Make looked-up rows the leaves of the graph inside the block, and add the gradients that reach them to `sums`."""
 
     def hook_for(lookup: Lookup) -> Callable[..., Tensor]:
         num_rows = module.get_parameter(lookup.tensor).size(0)
@@ -108,7 +109,7 @@ def head_gradient(
     uniforms: Tensor,  # (tokens,) float64
     sums: Sums,
 ) -> Tensor:  # (tokens, dim): ∂L/∂hidden
-    """Draw a label for each token, add the head's statistics, and return where the backward pass starts."""
+    """Draw a label for each token, add the head's statistics, and return the gradient to start the backward pass."""
     (tensor,) = head.tensors
     products: list[Tensor] = []
     submodule = module.get_submodule(head.output_of(tensor))
@@ -146,6 +147,7 @@ def fisher_batch(
             "at least one table",
             hint="set is_head and outputs on the head's Site, and implement lookups() in the family",
         )
+    # forward with hooks, the head's gradient by hand, and from there backward through the rest
     with (
         torch.enable_grad(),
         observed_inputs(module, sites, sums),

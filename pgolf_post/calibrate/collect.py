@@ -1,4 +1,4 @@
-"""Collecting: windows in batches of a fixed size, each process every world_size-th batch, one sum at the end.
+"""Collecting: windows in batches of a fixed size, shared out over processes, summed up at the end.
 
 Batches and the random numbers of their labels depend on the text and the seed alone, and their sums are added in
 float64, so the result is the same for any number of processes.
@@ -19,7 +19,7 @@ from pgolf_post.base.progress import progress_bar
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.backward import fisher_batch
 from pgolf_post.calibrate.forward import forward_batch
-from pgolf_post.calibrate.partial import Partial
+from pgolf_post.calibrate.partial_sums import PartialSums
 from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.sums import MAXIMA, Sums, kind_of
 from pgolf_post.families import Lookup, Site
@@ -29,7 +29,7 @@ FORWARD_TOKENS, FISHER_TOKENS = 8192, 2048  # per batch; a backward pass keeps e
 
 @dataclass(frozen=True)
 class Observed:
-    """A model and what is to be seen of it."""
+    """A model and the statistics to collect from it."""
 
     module: nn.Module  # a LanguageModel whose parameters need no gradient
     sites: Sequence[Site]
@@ -47,7 +47,7 @@ class Observed:
         return max(1, (FISHER_TOKENS if self.fisher else FORWARD_TOKENS) // seq_len)
 
     def add_batch(self, text: np.ndarray, windows: range, sums: Sums) -> None:  # text: (all windows, seq_len)
-        """Run the given windows and add what they show."""
+        """Run the given windows and add their sums."""
         tokens = torch.from_numpy(text[windows.start : windows.stop]).to(self.device)
         precision = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with precision:
@@ -61,18 +61,20 @@ def collect(
     observed: Observed,
     tokens: np.ndarray,  # (windows, seq_len) int64
     ranks: Ranks = ALONE,
-    partial_folder: Path | None = None,  # keeps what is done, and takes up what was done before
+    partial_folder: Path | None = None,  # to save partial sums in, and to resume from
 ) -> Sums:
-    """The sums over all windows; with several ranks, on every rank those of all.
+    """Return the sums over all windows; with several ranks, the totals on every rank.
 
     Raises NumericsError naming the first sum that is not finite.
     """
+    # start from the partial sums of an interrupted run, which rank 0 holds
     count, size = len(tokens), observed.batch_windows(tokens.shape[1])
-    partial = Partial(partial_folder, size, ranks) if partial_folder else None
+    partial = PartialSums(partial_folder, size, ranks) if partial_folder else None
     sums, done = partial.resume() if partial else (Sums(), set[int]())
     sums.to(observed.device)
     sums.products_in = observed.autocast or torch.float32
-    ranks.wait()  # nobody writes before all have read
+    ranks.wait()  # no rank writes before all have read
+    # add this rank's share of the batches that are not done
     mine = set(done) if ranks.is_main else set()
     with progress_bar("calibrating", count) as advance:
         advance(min(count, len(done) * size))
@@ -83,13 +85,14 @@ def collect(
             advance(len(windows) * ranks.world_size)
             if partial:
                 partial.save_if_due(sums, mine)
+    # total over ranks
     _add_up(sums, observed.device, ranks)
     sums.require_finite()
     return sums
 
 
 def _add_up(sums: Sums, device: torch.device, ranks: Ranks) -> None:
-    """Replace each rank's sums by those of all. Rank 0 has had a batch and knows all shapes; another may have none."""
+    """Replace each rank's sums by the totals. Rank 0 has had a batch and knows all shapes; others may have had none."""
     shapes: dict[str, list[int]] = ranks.main_says({key: list(sums[key].shape) for key in sums})
     for key, shape in shapes.items():
         total = sums.tensors.setdefault(key, torch.zeros(shape, dtype=torch.float64, device=device))
@@ -97,6 +100,6 @@ def _add_up(sums: Sums, device: torch.device, ranks: Ranks) -> None:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What the forward pass computes in, if not float32: bfloat16 where asked for, or by default on a GPU."""
+    """Return the autocast type: bfloat16 where asked for, or by default on a GPU; None for float32."""
     wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if wanted else None

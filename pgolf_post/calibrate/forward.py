@@ -1,8 +1,8 @@
-"""The forward half: what every site's input sums to.
+"""The forward half: sums over every site's input.
 
 A site's input x is seen by a hook on the submodule that multiplies it; q, k and v read the same x and share a site. A
 looped layer is visited several times in one forward pass: its sums run over all visits, and the trace of Σxxᵀ is kept
-for each visit apart, so that one can see which of them the Hessian is made of.
+for each visit, which shows their shares of the Hessian.
 Source of the use of Σxxᵀ: GPTQ (Frantar et al. 2022, arXiv 2210.17323); of Σ|x|: AWQ (Lin et al. 2023, 2306.00978).
 """
 
@@ -32,7 +32,7 @@ def add_input(sums: Sums, site: str, x: Tensor, visit: int) -> None:  # x: (toke
 
 @contextlib.contextmanager
 def observed_inputs(module: nn.Module, sites: Sequence[Site], sums: Sums) -> Iterator[None]:
-    """While active, one forward pass adds each site's input to `sums`. Visits are counted from the start.
+    """Add each site's input to `sums` during one forward pass inside the block. Visits are counted from its start.
 
     The head's input is what `hidden` returns, so add_head_input adds it.
     """
@@ -59,7 +59,7 @@ def add_head_input(sums: Sums, sites: Sequence[Site], hidden: Tensor) -> None:  
 
 @contextlib.contextmanager
 def hooks(handles: Any) -> Iterator[None]:
-    """Keep hooks for as long as the block lasts."""
+    """Remove the hooks at the end of the block."""
     held = list(handles)
     try:
         yield
@@ -74,7 +74,7 @@ def forward_batch(
     tokens: Tensor,  # (batch, seq_len) int64, on the module's device
     sums: Sums,
 ) -> None:
-    """Run one batch of windows and add what its sites see."""
+    """Run one batch of windows and add the inputs of its sites."""
     with torch.no_grad(), observed_inputs(module, sites, sums):
         add_head_input(sums, sites, module.hidden(tokens))
     sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))

@@ -1,9 +1,9 @@
-"""Text that the model writes itself: calibration without touching any training or validation text.
+"""Text that the model writes itself: calibration without any training or validation text.
 
-Windows start with BOS and go on token by token, each drawn from softmax(logits / temperature). Many windows grow at
-once through the model's one forward, which keeps the keys and values of what it has read (`start_past`), so a step
-costs one token per window. The numbers that decide each draw depend on the seed and the window alone; the batches are
-fixed, so any number of processes writes the same text.
+Windows start with BOS and continue token by token, each drawn from softmax(logits / temperature). A batch of windows
+goes through the model at once, with the keys and values of earlier tokens cached (`start_past`), so that a step costs
+one token per window. The random numbers depend on the seed and the window alone, and the batches are fixed, so any
+number of processes writes the same text.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ def own_text(
     seq_len: int,
     ranks: Ranks = ALONE,
 ) -> np.ndarray:  # (windows, seq_len) int64
-    """The text that a view writes itself, kept beside it: written once, by all ranks."""
+    """Return the text that a view writes itself, from the cache or written now by all ranks."""
+    # the id: whose text, how much, by which numbers
     count = num_windows(settings, seq_len)
     identity = {"windows": count, "seq_len": seq_len, "seed": settings.seed, "temperature": settings.temperature}
     folder = view.checkpoint.derived(SELFTEXT.name, SELFTEXT.id([view.id], identity))
+    # written once, each rank its share of the windows
     if ranks.main_says(SELFTEXT.intact_meta(folder) if ranks.is_main else None) is None:
         rows = torch.from_numpy(_write_share(view, settings, count, seq_len, ranks)).to(ranks.device)
         ranks.sum_(rows)  # zeros where another rank wrote
@@ -85,7 +87,7 @@ def own_text(
 
 
 def _write_share(view: View, settings: CalibrationSettings, count: int, seq_len: int, ranks: Ranks) -> np.ndarray:
-    """This rank's windows of a text, zeros elsewhere."""
+    """Return a text with this rank's windows written and zeros elsewhere."""
     module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
     text = np.zeros((count, seq_len), dtype=np.int64)
     with progress_bar("writing text", count) as advance:

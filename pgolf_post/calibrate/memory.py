@@ -1,8 +1,7 @@
-"""Before work starts: how much memory a calibration will take, and whether there is that much.
+"""Memory of a calibration: an estimate before work starts, and a refusal if it exceeds what is free.
 
-Sums are held in float64 until they are written; what else grows is the activations of one batch. Without a backward
-pass only a few layers' worth exist at a time; with one, what autograd keeps is measured on a short window and scaled
-up.
+Sums are held in float64 until they are written; the rest is the activations of one batch. Without a backward pass a few
+layers' activations exist at a time. With one, the bytes that autograd keeps are measured on a short window and scaled.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from pgolf_post.families import Lookup, Site
 LIVE_INPUTS = 8  # activations as wide as the widest input that exist at once in a forward pass
 HEAD_COPIES = 10  # logits-sized tensors that exist at once
 PROBE_TOKENS = 64
-UNKNOWN = 1 << 62  # bytes, where the system does not say
+UNKNOWN = 1 << 62  # bytes, if the system does not report its limit
 ALLOCATOR = 1.15  # what an allocator holds for each byte of activations; measured on a 4.6M-parameter model
 SHARE = 0.9  # of the free memory that may be planned with
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that calibration will hold at its peak, beside the weights."""
+    """Bytes that calibration holds at its peak, not counting the weights."""
 
     sums_bytes: int
     activation_bytes: int
@@ -51,35 +50,38 @@ def plan_memory(
     fisher: bool,
 ) -> MemoryPlan:
     """Estimate from the sites' widths and, with a backward pass, from a short forward pass."""
+    # every matrix that is summed, with its width
     shapes = {tensor: tuple(module.get_parameter(tensor).shape) for site in sites for tensor in site.tensors}
     widths = {f"hessian of {site.name}": shapes[site.tensors[0]][1] for site in sites}
     if fisher:
-        widths |= {f"weighted moment of {tensor}": shape[1] for tensor, shape in shapes.items()}
+        widths |= {f"weighted Hessian of {tensor}": shape[1] for tensor, shape in shapes.items()}
         products = [tensor for site in sites if not site.is_head for tensor in site.tensors]
-        widths |= {f"output moment of {tensor}": shapes[tensor][0] for tensor in products}
+        widths |= {f"output Hessian of {tensor}": shapes[tensor][0] for tensor in products}
         tables = {lookup.tensor: int(module.get_parameter(lookup.tensor).shape[1]) for lookup in lookups}
-        widths |= {f"lookup moment of {table}": width for table, width in tables.items()}
+        widths |= {f"lookup Hessian of {table}": width for table, width in tables.items()}
+    # the sums in float64; beside them a chunk's product and its packed copy when it is written, in float32
     name, widest = max(widths.items(), key=lambda item: item[1])
-    pending = 3 * 4 * widest**2  # a chunk's product, and its packed copy when it is written
-    held = 4 * LIVE_INPUTS * batch_tokens * widest
+    sums_bytes = sum(8 * width**2 for width in widths.values()) + 3 * 4 * widest**2
+    # activations of one batch; with a backward pass also what autograd keeps, and logits of a piece
+    activation_bytes = 4 * LIVE_INPUTS * batch_tokens * widest
     if fisher:
         vocab = max(shapes[tensor][0] for site in sites if site.is_head for tensor in site.tensors)
         kept = saved_bytes_per_token(module, sites, lookups, min(PROBE_TOKENS, seq_len))
-        held += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
-    sums = sum(8 * width**2 for width in widths.values()) + pending
-    return MemoryPlan(sums, int(ALLOCATOR * held), f"{name}, {widest} × {widest}")
+        activation_bytes += int(batch_tokens * kept) + 4 * HEAD_COPIES * min(HEAD_TOKENS, batch_tokens) * vocab
+    return MemoryPlan(sums_bytes, int(ALLOCATOR * activation_bytes), f"{name}, {widest} × {widest}")
 
 
 def saved_bytes_per_token(
     module: Any, sites: Sequence[Site], lookups: Sequence[Lookup], length: int = PROBE_TOKENS
 ) -> float:
-    """Bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
+    """Return bytes per token that a forward pass keeps for its backward pass: autograd's and the observed inputs."""
     kept: dict[int, Tensor] = {}  # held here, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.data_ptr()] = tensor
         return tensor
 
+    # run a short window, recording every tensor that autograd saves and every input that a site's hook sees
     device = next(module.parameters()).device
     tokens = torch.ones(1, length, dtype=torch.int64, device=device)
     parameters = {parameter.data_ptr() for parameter in module.parameters()}
@@ -89,6 +91,7 @@ def saved_bytes_per_token(
     handles += [part.register_forward_hook(lambda _, __, rows: rows.detach().requires_grad_()) for part in starts]
     with hooks(handles), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         module.hidden(tokens)
+    # count each storage once, and no parameters
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for address, tensor in kept.items()
@@ -98,7 +101,7 @@ def saved_bytes_per_token(
 
 
 def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -> None:
-    """Say the plan. Raises PgolfError, before any work, if it does not fit in the free memory."""
+    """Print the estimate. Raises PgolfError if it does not fit in the free memory."""
     free = free_bytes(device)
     needed = plan.peak_bytes * (processes if device.type == "cpu" else 1)
     share = f" in {processes} processes" if processes > 1 and device.type == "cpu" else ""
@@ -115,7 +118,7 @@ def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device: a GPU's own, or what Linux calls available, less where a control group allows less."""
+    """Return the free bytes of a device: a GPU's own, or what Linux and its control group have available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = _numbers(Path("/proc/meminfo"))
@@ -128,7 +131,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _numbers(path: Path, named: bool = True) -> dict[str, int]:
-    """The numbers of a file of the kernel, by the name before each; empty if it is not there."""
+    """Return the numbers of a kernel file by the name before each; empty if there is no such file."""
     if not path.is_file():
         return {}
     lines = [line.split() for line in path.read_text().splitlines()]

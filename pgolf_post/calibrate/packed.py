@@ -1,6 +1,6 @@
-"""Symmetric matrices on disk: the upper triangle, row by row, in float32: half the bytes, read back exactly symmetric.
+"""Symmetric matrices on disk: the upper triangle, row by row, in float32: half the bytes, and exactly symmetric.
 
-Reading is lazy: a file of statistics is memory-mapped, and a matrix is unpacked, fresh, when it is asked for.
+Reading is lazy: a file of statistics is memory-mapped, and each access to a matrix unpacks a fresh one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BLOCK = 128  # rows that are mirrored at a time: by blocks a transposed copy sta
 
 
 def pack_upper(matrix: Tensor, dtype: type = np.float32) -> Tensor:  # (n, n) → (n(n+1)/2,)
-    """The upper triangle of a matrix, row by row; what lies below is not read."""
+    """Return the upper triangle of a matrix, row by row; entries below the diagonal are not read."""
     rows = matrix.numpy(force=True)
     return torch.from_numpy(np.concatenate([row[i:] for i, row in enumerate(rows)], dtype=dtype, casting="same_kind"))
 
 
 def unpack_upper(packed: Tensor) -> Tensor:  # (n(n+1)/2,) → (n, n) float64
-    """The symmetric matrix of a packed triangle. Inverse of `pack_upper` but for its rounding to float32."""
+    """Return the symmetric matrix of a packed triangle: the inverse of `pack_upper`, up to rounding to float32."""
     n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     values, matrix, start = packed.numpy(), np.empty((n, n)), 0
     for i in range(n):
@@ -43,7 +43,7 @@ def unpack_upper(packed: Tensor) -> Tensor:  # (n(n+1)/2,) → (n, n) float64
 
 
 def mirror_upper(matrix: Tensor) -> Tensor:  # (n, n) → (n, n), fresh
-    """The symmetric matrix whose upper triangle is given; what lies below is not read."""
+    """Return the symmetric matrix of an upper triangle; entries below the diagonal are not read."""
     upper = torch.triu(matrix, 1)
     return upper + upper.mT + torch.diag(matrix.diagonal())
 
@@ -84,7 +84,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def named(mapping: Mapping[str, Tensor], name: str, what: str) -> Tensor:
-    """mapping[name]. Raises MismatchError naming what there is."""
+    """Return mapping[name]. Raises MismatchError that lists the names there are."""
     if name not in mapping:
         raise MismatchError(f"no {what} for {name!r}; calibrated: {', '.join(sorted(mapping)) or 'none'}")
     return mapping[name]

@@ -1,8 +1,9 @@
-"""Σxxᵀ, each product made once: the upper triangle alone, in float32, added up in float64.
+"""Σxxᵀ of a chunk of tokens: the upper triangle alone, in float32, to be summed in float64.
 
-On a CPU BLAS's symmetric rank-k update (ssyrk) computes one triangle: on one core half the time of xᵀx at widths 256 to
-2048, and a quarter less than the best of panels 64 to 512 wide over the upper triangle. A GPU multiplies bfloat16
-inputs into float32, panel by panel, each with the rows above its end: products of bfloat16 are exact in float32.
+On a CPU, BLAS's symmetric rank-k update (ssyrk) computes one triangle: on one core in half the time of xᵀx at widths
+256 to 2048, and a quarter less than the best of panels 64 to 512 wide over the upper triangle. A GPU multiplies
+bfloat16 inputs into float32, panel by panel, each with the rows above its end: products of bfloat16 are exact in
+float32.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ ROWS = 64  # tokens at a time for elementwise sums: they stay in the cache
 def upper_gram(
     x: Tensor,  # (tokens, n)
     dtype: torch.dtype = torch.float32,  # what a GPU multiplies
-) -> Tensor:  # (n, n) float32, upper triangle; what lies below means nothing
-    """xᵀx of one chunk, on the device of x."""
+) -> Tensor:  # (n, n) float32, upper triangle; entries below it are undefined
+    """Return xᵀx of one chunk, on the device of x."""
     if x.device.type != "cpu":
         return panel_gram(x.to(dtype), PANEL)
     lower = blas.ssyrk(1.0, x.float().contiguous().numpy().T, lower=1)  # column-major: its lower is our upper
@@ -30,7 +31,7 @@ def panel_gram(
     x: Tensor,  # (tokens, n)
     panel: int,
 ) -> Tensor:  # (n, n) float32, upper block triangle; zero below it
-    """xᵀx by panels of columns: panel [lo, hi) is multiplied with columns [0, hi)."""
+    """Return xᵀx by panels of columns: panel [lo, hi) is multiplied with columns [0, hi)."""
     n = x.size(1)
     product = torch.zeros(n, n, device=x.device)
     for low in range(0, n, panel):
@@ -44,7 +45,7 @@ def panel_gram(
 
 
 def magnitudes(x: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, n) → (n,) float32 Σ|x|, (n,) float32 max|x|
-    """Sum and maximum of |x| over tokens; a GPU does it in one go, a CPU in pieces that stay in its cache."""
+    """Return sum and maximum of |x| over tokens; a GPU takes them at once, a CPU in pieces that stay in its cache."""
     if x.device.type != "cpu":
         size = x.float().abs()
         return size.sum(0), size.amax(0)
@@ -57,7 +58,7 @@ def magnitudes(x: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, n) → (n,) floa
 
 
 def squares(delta: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, out) → (out,) Σδ² over tokens, (tokens,) mean over rows
-    """Row sums of δ² and each token's mean of δ² over rows, float32."""
+    """Return row sums of δ² and each token's mean of δ² over rows, float32."""
     if delta.device.type != "cpu":
         squared = delta.float().square()
         return squared.sum(0), squared.mean(1)

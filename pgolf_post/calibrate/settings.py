@@ -1,4 +1,4 @@
-"""What a calibration is made of: how much text, which, and how deep it looks."""
+"""The settings of a calibration: which text and how much, in which precision, with or without the backward half."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ RULE = (
 
 
 class CalibrationSettings(Settings):
-    """The knobs of `calibrate`. All of them are part of the statistics' identity."""
+    """The settings of `calibrate`, all part of the statistics' identity."""
 
-    tokens: int = Field(65536, ge=2, description="tokens to run through the model")
-    seed: int = Field(0, ge=0, description="draws the windows, generated text and sampled labels")
-    seq_len: int | None = Field(None, ge=1, description="window length; default the model's training length")
-    source: Source = Field("train", description="train, self (text that the model writes) or random (for study)")
-    temperature: float = Field(1.0, gt=0, description="of the text that the model writes itself")
-    fisher: bool = Field(False, description="collect the backward half as well, with labels drawn from the model")
-    precision: Precision = Field("auto", description="fp32, bf16 autocast, or auto: bf16 on a GPU, fp32 elsewhere")
+    tokens: int = Field(65536, ge=2, description="Number of tokens to run through the model.")
+    seed: int = Field(0, ge=0, description="Seed of the windows, generated text and sampled labels.")
+    seq_len: int | None = Field(None, ge=1, description="Tokens per window; left out, the model's training length.")
+    source: Source = Field(
+        "train", description="Training text, text that the model writes itself, or random ids (for study)."
+    )
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of text that the model writes itself.")
+    fisher: bool = Field(False, description="Also collect the backward half, with labels drawn from the model.")
+    precision: Precision = Field(
+        "auto",
+        description="Type of the forward pass; auto is bf16 on a GPU, fp32 elsewhere.",
+    )
 
     @field_validator("source", mode="before")
     @classmethod

@@ -1,7 +1,7 @@
-"""`calibrate`: the statistics of a view, from the cache if they are there, else collected and kept.
+"""`calibrate`: the statistics of a view, from the cache, or else collected and stored.
 
 The key is the view (weights and config, runtime graph state included), the text by content, the settings and the stage
-version. Statistics of other weights are never found by accident; see stale.py for doing it on purpose.
+version, so statistics of other weights are never used by accident; stale.py is for using them on purpose.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.ranks import ALONE, Ranks
-from pgolf_post.base.storage import read_json
+from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json
 from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
 from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.memory import plan_memory, require_memory
@@ -23,7 +23,7 @@ from pgolf_post.calibrate.sums import FISHER_KINDS
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text, random_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import PARTIAL_SUFFIX, Stage
+from pgolf_post.derived import Stage
 from pgolf_post.families import load_module
 
 STATS = Stage("stats", 2, PAYLOAD)
@@ -32,9 +32,9 @@ STATS = Stage("stats", 2, PAYLOAD)
 def calibrate(
     view: View, data: DataFolder, settings: CalibrationSettings, fresh: bool = False, ranks: Ranks = ALONE
 ) -> Stats:
-    """The view's statistics. Those with the backward half also serve who did not ask for it.
+    """Return the view's statistics. Cached ones with the backward half are also used where it was not asked for.
 
-    Raises PgolfError if memory does not suffice, MismatchError if there is not enough text or it is validation's,
+    Raises PgolfError if memory does not suffice, MismatchError if the training text is too short or is validation text,
     NumericsError for sums that are not finite.
     """
     seq_len = settings.seq_len or view.train_seq_len
@@ -52,7 +52,7 @@ def calibrate(
 def calibration_text(
     view: View, data: DataFolder, settings: CalibrationSettings, seq_len: int, ranks: Ranks = ALONE
 ) -> CalibrationSet:
-    """The calibration set that a view's settings name."""
+    """Return the calibration set that the settings name for a view."""
     if settings.source == "train":
         return draw_training_text(data, settings, seq_len)
     if settings.source == "random":
@@ -61,18 +61,18 @@ def calibration_text(
 
 
 def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> str:
-    """The id of a view's statistics on a text."""
+    """Return the id of a view's statistics on a text."""
     return STATS.id([view.id], _identity(settings, text, seq_len))
 
 
 def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> dict[str, Any]:
-    """What decides statistics beside the view. Fewer sums of the backward half are other statistics."""
+    """Return what decides statistics besides the view. Other sums of the backward half make other statistics."""
     sums = {"backward": list(FISHER_KINDS)} if settings.fisher else {}
     return {**settings.model_dump(mode="json"), "seq_len": seq_len, "calibration_sha256": text.sha256, **sums}
 
 
 def observe(view: View, settings: CalibrationSettings, ranks: Ranks = ALONE) -> Observed:
-    """The view's model on this rank's device, and what its family says can be seen of it."""
+    """Return the view's model on this rank's device, with the sites and lookups that its family names."""
     module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
     family = view.family
     autocast = autocast_dtype(settings.precision, ranks.device)
@@ -83,17 +83,19 @@ def observe(view: View, settings: CalibrationSettings, ranks: Ranks = ALONE) -> 
 def _collect(
     view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int, ranks: Ranks, fresh: bool
 ) -> Stats:
-    """Collect on all ranks, write on the first."""
+    """Collect on all ranks, write on the first, and open what was written."""
     started = time.perf_counter()
     stats_id = stats_id_of(view, settings, text, seq_len)
     folder = view.checkpoint.derived(STATS.name, stats_id)
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if fresh and ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
+    # refuse before any work if memory does not suffice
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
     plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)
     require_memory(plan, observed.device, ranks.world_size)
+    # collect on every rank
     ranks.wait()
     sums = collect(observed, text.tokens, ranks, partial)
     config: dict[str, Any] = {"view": view.name, "view_id": view.id}
@@ -103,6 +105,7 @@ def _collect(
         write_stats(building, sums)
         return {"seconds": round(time.perf_counter() - started, 3), **_facts(stats_id, view, observed, text, ranks)}
 
+    # write on the first rank, read on all
     if ranks.is_main:
         STATS.store(folder, config, make)
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,7 +114,7 @@ def _collect(
 
 
 def _facts(stats_id: str, view: View, observed: Observed, text: CalibrationSet, ranks: Ranks) -> dict[str, Any]:
-    """What meta.json says of statistics, beside the time they took."""
+    """Return what meta.json says of statistics, besides the seconds they took."""
     facts: dict[str, Any] = {"stats_id": stats_id, "view_id": view.id, "num_tokens": int(text.tokens.size)}
     facts["processes"] = ranks.world_size
     facts["device"] = observed.device.type

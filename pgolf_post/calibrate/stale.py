@@ -1,10 +1,10 @@
 """Statistics of other weights, on purpose: `--allow-stale`, with a probe of how far off they are.
 
-Hessians of one checkpoint used on another are a common way to save time and a common way to lose quality unnoticed. So
-it is never done by accident (every key starts from the weights), and done on purpose it leaves a trace in whatever is
-made from it. The probe runs a small sample of text through these weights and compares, site by site, per token: the
-ratio of traces and the relative Frobenius distance ‖H_probe - H_stale‖ / ‖H_probe‖, beside the distance that halves of
-the probe itself suggest for its own sampling noise. A distance near that noise says: no difference was seen.
+Using one checkpoint's Hessians on another saves time and can lose quality unnoticed. It never happens by accident
+(every key starts from the weights), and on purpose it is recorded in everything made from them. The probe runs a small
+sample of text through these weights and compares the mean Hessians of each site: the ratio of their traces, and the
+relative Frobenius distance ‖H_probe - H_stale‖ / ‖H_probe‖. Its own sampling noise is estimated from the distance
+between its two halves; a distance near that noise means that no difference was seen.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PROBE_TOKENS = 8192
 
 
 def stale_stats(view: View, data: DataFolder, hessians: str, settings: CalibrationSettings) -> Stats:
-    """Statistics at a path, or of an id (or its first digits) in the view's run and its neighbours, for this view.
+    """Return statistics for this view by path, or by id (or its first digits) in the view's run and its neighbours.
 
-    Raises NotFoundError, DamagedFileError, or MismatchError if they lack one of the view's sites or its width.
+    Raises NotFoundError, DamagedFileError, or MismatchError if one of the view's sites is missing or has another width.
     """
     folder = find_stats(view, hessians)
     meta = verified_meta(folder, PAYLOAD)
@@ -45,13 +45,13 @@ def stale_stats(view: View, data: DataFolder, hessians: str, settings: Calibrati
         )
     if stats.view_id == view.id:
         return stats
-    found = probe(view, data, stats, settings)
-    say(f"STALE statistics {stats.id[:12]}, of weights {str(stats.view_id)[:12]}: {summary(found)}")
-    return dataclasses.replace(stats, stale={"stats": str(folder), "view_id": stats.view_id, "probe": found})
+    distances = probe(view, data, stats, settings)
+    say(f"STALE statistics {stats.id[:12]}, of weights {str(stats.view_id)[:12]}: {summary(distances)}")
+    return dataclasses.replace(stats, stale={"stats": str(folder), "view_id": stats.view_id, "probe": distances})
 
 
 def find_stats(view: View, hessians: str) -> Path:
-    """The folder that a path or an id names. Raises NotFoundError, or MismatchError if an id is not unique."""
+    """Return the folder that a path or an id names. Raises NotFoundError, or MismatchError if an id is not unique."""
     path = Path(hessians)
     if (path / "meta.json").is_file():
         return path
@@ -68,13 +68,13 @@ def find_stats(view: View, hessians: str) -> Path:
 
 
 def _names(folder: Path, hessians: str) -> bool:
-    """Whether an id, or its first digits, names a complete folder (which is named by the id's first twelve)."""
+    """Return whether an id, or its first digits, names a complete folder (named by the id's first twelve digits)."""
     enough = bool(hessians) and (folder / "meta.json").is_file()
     return enough and (folder.name.startswith(hessians) or hessians.startswith(folder.name))
 
 
 def _require_sites(view: View, stats: Stats, folder: Path) -> None:
-    """Raise MismatchError listing the view's sites that the statistics lack or know by another width."""
+    """Raise MismatchError listing the view's sites that the statistics lack or have with another width."""
     problems = []
     for site in observe(view, CalibrationSettings()).sites:
         width = int(view.tensors[site.tensors[0]].shape[1])
@@ -87,17 +87,17 @@ def _require_sites(view: View, stats: Stats, folder: Path) -> None:
 
 
 def probe(view: View, data: DataFolder, stats: Stats, settings: CalibrationSettings) -> dict[str, dict[str, float]]:
-    """Per site: trace_ratio (stale over probe), distance, and the probe's own noise."""
+    """Return site → trace_ratio (stale over probe), distance, and the probe's own noise."""
     few = settings.model_copy(update={"tokens": min(settings.tokens, PROBE_TOKENS), "fisher": False})
     text = calibration_text(view, data, few, settings.seq_len or view.train_seq_len).tokens
     observed = observe(view, few)
     halves = [collect(observed, half) for half in (text[::2], text[1::2]) if len(half)]
     counts = [float(half["tokens.all"]) for half in halves]
-    found = {}
+    compared = {}
     for site in observed.sites:
         matrices = [mirror_upper(half[f"hessian.{site.name}"]).cpu() for half in halves]
-        found[site.name] = compare(stats.mean_hessian(site.name), matrices, counts)
-    return found
+        compared[site.name] = compare(stats.mean_hessian(site.name), matrices, counts)
+    return compared
 
 
 def compare(
@@ -105,7 +105,7 @@ def compare(
     halves: list[Tensor],  # one or two sums (n, n) of the probe
     counts: list[float],  # their tokens
 ) -> dict[str, float]:
-    """How far a mean Hessian is from that of a probe, and how far the probe may be from its own mean."""
+    """Return the trace ratio and distance of a mean Hessian to a probe's, and the noise of a probe of two halves."""
     fresh = torch.stack(halves).sum(0) / sum(counts)
     norm = max(float(torch.linalg.matrix_norm(fresh)), 1e-300)
     result = {
@@ -118,13 +118,13 @@ def compare(
     return result
 
 
-def summary(found: dict[str, dict[str, float]]) -> str:
-    """One line: the worst site, and the median over sites."""
-    worst = max(found, key=lambda site: found[site]["distance"])
-    ratios, distances = ([row[key] for row in found.values()] for key in ("trace_ratio", "distance"))
-    noise = [row["noise"] for row in found.values() if "noise" in row]
-    text = f"Hessians differ by {_median(distances):.1%} (median of {len(found)} sites; "
-    text += f"at most {found[worst]['distance']:.1%}, at {worst}), traces by a factor of {min(ratios):.3f} to "
+def summary(sites: dict[str, dict[str, float]]) -> str:
+    """Return a probe's result in one line: the worst site, and the median over sites."""
+    worst = max(sites, key=lambda site: sites[site]["distance"])
+    ratios, distances = ([site[key] for site in sites.values()] for key in ("trace_ratio", "distance"))
+    noise = [site["noise"] for site in sites.values() if "noise" in site]
+    text = f"Hessians differ by {_median(distances):.1%} (median of {len(sites)} sites; "
+    text += f"at most {sites[worst]['distance']:.1%}, at {worst}), traces by a factor of {min(ratios):.3f} to "
     text += f"{max(ratios):.3f}"
     return text + (f"; sampling noise of the probe about {_median(noise):.1%}" if noise else "")
 

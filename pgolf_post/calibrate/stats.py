@@ -1,8 +1,8 @@
-"""What later stages read: the statistics of one view of one checkpoint, lazily, fresh and in float64 on the CPU.
+"""The statistics of one view of one checkpoint as later stages read them: lazily, fresh, in float64 on the CPU.
 
-Sums are as they were collected, un-normalised; `mean_…` divides by the number of tokens. H and g of a layer that is
-visited P times are both sums over its visits, so their product counts P² visits: divide it by P (`visits`), or take
-`fisher.weighted`, which pairs each visit's δ with its own x.
+Sums are un-normalised, as they were collected; `mean_…` divides by the number of tokens. In a layer that is visited P
+times both the Hessian Σxxᵀ and the row sums Σδ² run over its visits, so their product counts P² pairs of visits: divide
+it by P (`visits`), or take `fisher.weighted`, which pairs each visit's δ with its own x.
 """
 
 from __future__ import annotations
@@ -27,49 +27,34 @@ NONE: Tensors = {}
 
 @dataclass(frozen=True)
 class Fisher:
-    """The backward half; see backward.py for what each sum is. Lookups and softmax rows are keyed by tensor too."""
+    """The backward half; backward.py defines each sum. All are keyed by tensor."""
 
     rows: Tensors  # tensor → (out,) Σδ²; of the head, Σ p(1 - p)·cap'(z)²
     weighted: Tensors  # tensor → (in, in) Σ s·xxᵀ
     outputs: Tensors  # tensor → (out, out) Σδδᵀ; not of the head
     lookup_counts: Tensors  # table → (rows,) how often each row was looked up
     lookup_rows: Tensors  # table → (rows,) Σ over the row's lookups of the mean over columns of g²
-    lookup_moments: Tensors  # table → (width, width) Σggᵀ over all lookups
+    lookup_hessians: Tensors  # table → (width, width) Σggᵀ over all lookups
     num_tokens: int
     head: str  # the head's matrix
     token_table: str  # the token embedding's table; the same tensor where embeddings are tied
 
     def mean_rows(self, tensor: str) -> Tensor:  # (out,) float64, fresh
-        """Σδ² / num_tokens: g of QUANTIZATION's loss model. Raises MismatchError if the tensor was not reached."""
+        """Return Σδ² / num_tokens, each row's Fisher information. Raises MismatchError if the tensor is missing."""
         return named(self.rows, tensor, "row statistics") / self.num_tokens
 
     def mean_weighted(self, tensor: str) -> Tensor:  # (in, in) float64, fresh
-        """Σ s·xxᵀ / num_tokens. Raises MismatchError if the tensor was not reached."""
-        return named(self.weighted, tensor, "weighted moments") / self.num_tokens
+        """Return Σ s·xxᵀ / num_tokens. Raises MismatchError if the statistics lack the tensor."""
+        return named(self.weighted, tensor, "weighted Hessian") / self.num_tokens
 
     def mean_outputs(self, tensor: str) -> Tensor:  # (out, out) float64, fresh
-        """Σδδᵀ / num_tokens. Raises MismatchError if the tensor was not reached, or is the head."""
-        return named(self.outputs, tensor, "moments of output gradients") / self.num_tokens
-
-    @property
-    def softmax_rows(self) -> Tensor:  # (vocab,) float64
-        """Σ p(1 - p)·cap'(z)² of each vocabulary row: the head side of a tied embedding."""
-        return self.rows[self.head]
-
-    @property
-    def token_counts(self) -> Tensor:  # (vocab,) float64
-        """How often each token was an input."""
-        return self.lookup_counts[self.token_table]
-
-    @property
-    def lookup_second_moment(self) -> Tensor:  # (width, width) float64
-        """Σggᵀ of the gradient at the token embedding's output, over all tokens."""
-        return self.lookup_moments[self.token_table]
+        """Return Σδδᵀ / num_tokens. Raises MismatchError if the statistics lack the tensor, or it is the head."""
+        return named(self.outputs, tensor, "output Hessian") / self.num_tokens
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Calibration statistics of one view of one checkpoint. Sums made by hand need only the first four."""
+    """Calibration statistics of one view of one checkpoint. Sums made by hand need the first four fields only."""
 
     id: str
     hessians: Tensors  # site → (in, in) Σxxᵀ
@@ -79,31 +64,29 @@ class Stats:
     abs_maxima: Tensors = field(default_factory=dict)  # site → (in,) max|x|
     pass_traces: Tensors = field(default_factory=dict)  # site → (passes,) Σ|x|² of each visit
     fisher: Fisher | None = None
-    view_id: str | None = None  # of the weights they were collected on
-    stale: Mapping[str, Any] | None = None  # if reused for other weights: which, and how far off they are
-    seconds: float = 0.0  # that collecting took
+    view_id: str | None = None  # the weights they were collected on
+    stale: Mapping[str, Any] | None = None  # if used for other weights: whose statistics, and the result of the probe
+    seconds: float = 0.0  # duration of collecting them
 
     def mean_hessian(self, site: str) -> Tensor:  # (in, in) float64, a fresh tensor
-        """Σxxᵀ / num_tokens. Raises MismatchError if the site was not calibrated."""
+        """Return Σxxᵀ / num_tokens. Raises MismatchError if the site was not calibrated."""
         return named(self.hessians, site, "Hessian") / self.num_tokens
 
     def mean_abs(self, site: str) -> Tensor:  # (in,) float64, a fresh tensor
-        """Σ|x| / num_tokens. Raises MismatchError if the site was not calibrated."""
+        """Return Σ|x| / num_tokens. Raises MismatchError if the site was not calibrated."""
         return named(self.abs_sums, site, "magnitudes") / self.num_tokens
 
     def visits(self, site: str) -> int:
-        """How often one forward pass comes to the site. Raises MismatchError if it was not calibrated."""
+        """Return the visits of one forward pass to the site. Raises MismatchError if the site was not calibrated."""
         return len(named(self.pass_traces, site, "traces"))
 
     def lineage(self) -> dict[str, Any]:
-        """What a result made from these statistics records of them."""
-        found: dict[str, Any] = {"stats_id": self.id[:12]}
-        if self.stale is not None:
-            found["stale_view_id"] = str(self.stale["view_id"])[:12]
-        return found
+        """Return what a result made from these statistics records of them."""
+        stale = {} if self.stale is None else {"stale_view_id": str(self.stale["view_id"])[:12]}
+        return {"stats_id": self.id[:12], **stale}
 
     def require_view(self, view_id: str) -> None:
-        """Raise MismatchError if these are statistics of other weights, unless --allow-stale let them in."""
+        """Raise MismatchError if these are statistics of other weights and not marked stale (`--allow-stale`)."""
         if self.view_id not in (None, view_id) and self.stale is None:
             raise MismatchError(
                 f"statistics {self.id[:12]} are of weights {str(self.view_id)[:12]}, not of these, {view_id[:12]}",
@@ -126,7 +109,7 @@ def write_stats(folder: Path, sums: Sums) -> None:
 
 
 def open_stats(folder: Path, stats_id: str, meta: Mapping[str, Any], cached: bool) -> Stats:
-    """Statistics in a folder that was verified; nothing is read until it is asked for."""
+    """Return the statistics in a verified folder; matrices are read on access."""
 
     def lazy(kind: str) -> LazyTensors:
         name = FISHER_PAYLOAD if kind in FISHER_KINDS else PAYLOAD
@@ -141,7 +124,7 @@ def open_stats(folder: Path, stats_id: str, meta: Mapping[str, Any], cached: boo
             outputs=lazy("outputs"),
             lookup_counts=lazy("counts"),
             lookup_rows=lazy("lookup_rows"),
-            lookup_moments=lazy("lookup"),
+            lookup_hessians=lazy("lookup"),
             num_tokens=num_tokens,
             head=str(meta["fisher"]["head"]),
             token_table=str(meta["fisher"]["token_table"]),

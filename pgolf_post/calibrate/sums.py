@@ -1,4 +1,4 @@
-"""Sums of calibration: what a chunk of text adds, and how the sums of two texts become those of both.
+"""Sums of calibration by key: adding a chunk of text to them, and merging the sums of two texts.
 
 Everything is un-normalised, so H(A) + H(B) = H(A ∪ B) for chunks, ranks, interrupted runs and machines alike; only
 maxima merge by maximum. Keys are `kind.name`; the kinds are
@@ -21,21 +21,21 @@ from torch import Tensor
 from pgolf_post.calibrate.products import upper_gram
 from pgolf_post.errors import NumericsError
 
-MATRICES = ("hessian", "weighted", "outputs", "lookup")  # kinds of which only the upper triangle means anything
+MATRICES = ("hessian", "weighted", "outputs", "lookup")  # kinds of which only the upper triangle is defined
 MAXIMA = ("max",)
 FISHER_KINDS = ("rows", "weighted", "outputs", "counts", "lookup_rows", "lookup")
 ADD_ROWS = 256  # rows of a triangle that are added at a time
 
 
 def kind_of(key: str) -> str:
-    """The part of a key before its first dot."""
+    """Return the part of a key before its first dot."""
     return key.partition(".")[0]
 
 
 class Sums:
     """Float64 sums by key, on the device of what was added first.
 
-    `products_in` is what a GPU multiplies: the type in which the model's own products are computed.
+    `products_in` is the type that a GPU multiplies in: that of the model's own products.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None, products_in: torch.dtype = torch.float32) -> None:
@@ -70,7 +70,7 @@ class Sums:
         return product.diagonal().sum()
 
     def add_at(self, key: str, index: int, value: Tensor) -> None:  # value: ()
-        """Add to one entry of a vector that grows as entries come."""
+        """Add to one entry of a vector, extending the vector if it is too short."""
         held = self.tensors.get(key, torch.zeros(0, dtype=torch.float64, device=value.device))
         if index >= len(held):
             held = torch.cat([held, held.new_zeros(index + 1 - len(held))])
@@ -78,7 +78,7 @@ class Sums:
         self.tensors[key] = held
 
     def merge(self, other: Sums) -> None:
-        """Add everything that another text summed to."""
+        """Add the sums of another text."""
         for key, value in other.tensors.items():
             self.add(key, value)
 
@@ -95,6 +95,6 @@ class Sums:
 
 
 def _add_upper(total: Tensor, value: Tensor) -> None:
-    """total += value on and above the diagonal."""
+    """Add `value` to `total` on and above the diagonal, in place."""
     for low in range(0, len(total), ADD_ROWS):
         total[low : low + ADD_ROWS, low:] += value[low : low + ADD_ROWS, low:]

@@ -1,9 +1,9 @@
-"""The calibration set: which text the statistics are taken on, by content, the same for any number of processes.
+"""The calibration set: the text that statistics are collected on, the same for any number of processes.
 
-Three sources. `train`: distinct windows of the training split, an explicit list of (shard, offset, length) drawn by
-seed. `self`: windows that the model writes itself (see generate.py), for when no training text may be touched.
-`random`: uniform token ids, for study; published calibration on them is visibly worse. Validation text is no source: it
-is what will be scored, and the challenge forbids calibrating on it.
+It has three sources. `train`: distinct windows of the training split, an explicit list of (shard, offset, length) drawn
+by seed. `self`: windows that the model writes itself (generate.py), if no training text may be used. `random`: uniform
+token ids, for study; published results calibrated on them are visibly worse. Validation text is refused: it will be
+scored, and the challenge forbids calibrating on it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Span = tuple[str, int, int]  # shard file name, offset, length
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The text itself: where each window lies (train only), and its tokens."""
+    """The tokens of the windows, and where each lies in the training split (source `train` only)."""
 
     spans: tuple[Span, ...]
     tokens: np.ndarray  # (windows, seq_len) int64
 
     @property
     def sha256(self) -> str:
-        """Content hash: the tokens themselves, not where they were found."""
+        """Return the hash of the tokens, whatever shards they come from."""
         shape = f"{self.tokens.shape}\0".encode()
         return hashlib.sha256(shape + self.tokens.astype("<u2").tobytes()).hexdigest()
 
 
 def num_windows(settings: CalibrationSettings, seq_len: int) -> int:
-    """Whole windows that the wanted tokens make, at least one."""
+    """Return the number of whole windows that the wanted tokens make, at least one."""
     return max(1, settings.tokens // seq_len)
 
 
 def draw_training_text(data: DataFolder, settings: CalibrationSettings, seq_len: int) -> CalibrationSet:
     """Draw distinct windows of the training split.
 
-    Raises MismatchError if it holds too few, or if a training shard is in truth one of validation.
+    Raises MismatchError if it holds too few, or if a training shard is validation text.
     """
     refuse_validation_shards(data)
     places = [
@@ -59,14 +59,14 @@ def draw_training_text(data: DataFolder, settings: CalibrationSettings, seq_len:
             hint=f"--calibration-tokens {len(places) * seq_len}",
         )
     chosen = generator(settings.seed, "windows").choice(len(places), size=wanted, replace=False)
-    found = [places[i] for i in sorted(chosen)]
-    rows = [shard[offset : offset + seq_len] for _, shard, offset in found]
-    spans = tuple((path.name, offset, seq_len) for path, _, offset in found)
+    windows = [places[i] for i in sorted(chosen)]
+    rows = [shard[offset : offset + seq_len] for _, shard, offset in windows]
+    spans = tuple((path.name, offset, seq_len) for path, _, offset in windows)
     return CalibrationSet(spans, np.stack(rows).astype(np.int64))
 
 
 def random_text(vocab_size: int, settings: CalibrationSettings, seq_len: int) -> CalibrationSet:
-    """Windows of uniform token ids."""
+    """Return windows of uniform token ids."""
     rows = [
         generator(settings.seed, "random tokens", window).integers(0, vocab_size, seq_len)
         for window in range(num_windows(settings, seq_len))

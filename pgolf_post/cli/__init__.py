@@ -8,18 +8,16 @@ modules import no torch either: a command's own `--help` does not wait for it, i
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 
 import click
 
-from pgolf_post.errors import PgolfError
+from pgolf_post.base.command_line import run_command
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module in pgolf_post.cli, one-line help), in pipeline order
     "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
     "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
-    "show": ("show", "What is at this path, where it came from, what can be done next."),
+    "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
     "checkpoint": ("checkpoint", "Verify or list checkpoints."),
     "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
     "export": ("exporter", "A checkpoint → a public script's state dict."),
@@ -81,37 +79,6 @@ def cli(families: tuple[str, ...]) -> None:
 
         for source in families:
             load_family(source)
-
-
-def run_command(command: click.Command) -> None:
-    """Run a command as a process: a foreseen failure becomes one clear line, the next command and its exit code."""
-    code = _exit_code(command)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pgolf_post.base.ranks import end_process
-
-        end_process(code)
-    if code:
-        sys.exit(code)
-
-
-def _exit_code(command: click.Command) -> int:
-    try:
-        command(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was left half-written", err=True)
-        return 130
-    except OSError as error:
-        click.echo(f"error: {error}", err=True)
-        return 1
-    except PgolfError as error:
-        click.echo(f"error: {error}", err=True)
-        if error.hint:
-            click.echo(f"next: {error.hint}", err=True)
-        return error.exit_code
-    return 0
 
 
 def main() -> None:

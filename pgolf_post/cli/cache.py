@@ -1,4 +1,4 @@
-"""`pgolf-post cache`: what is kept beside the checkpoints, whether it is whole, and how to be rid of it."""
+"""`pgolf-post cache`: the results kept beside the checkpoints, whether they are intact, and how to delete them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from pgolf_post.base.progress import print_json, print_table, progress_bar, say
 from pgolf_post.cli.common import json_option
 
 if TYPE_CHECKING:
-    from pgolf_post.cache import Entry
+    from pgolf_post.cache import CacheEntry
 
 root_option = click.option(
-    "--root", default="checkpoints", show_default=True, type=click.Path(path_type=Path), help="Where to look."
+    "--root",
+    default="checkpoints",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder that holds the runs.",
 )
-stage_option = click.option("--stage", "stages", multiple=True, help="Only this stage (stats, artifact …); repeatable.")
+stage_option = click.option(
+    "--stage", "stages", multiple=True, help="Only results of this stage (stats, artifact …); repeatable."
+)
 
 
 @click.group("cache")
@@ -29,7 +35,7 @@ def command() -> None:
 @stage_option
 @json_option
 def list_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
-    """Every derived result: size, age, state, checkpoint, and the settings that made it."""
+    """List every derived result: bytes, age in days, state, checkpoint, and the settings that made it."""
     from pgolf_post.cache import list_entries
 
     entries = [entry for entry in list_entries(root) if not stages or entry.stage in stages]
@@ -43,7 +49,7 @@ def list_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
 @stage_option
 @json_option
 def verify_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
-    """Recompute every checksum. Exit code 4 if a file is not what was written; such a result is never used."""
+    """Recompute every checksum. Exit code 4 if one is not as recorded; such a result is never used."""
     from pgolf_post.cache import list_entries, verify_entry
     from pgolf_post.errors import PgolfError, VerificationError
 
@@ -58,34 +64,39 @@ def verify_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
                 damaged.append(str(entry.path))
                 say(str(error))
             advance(1, note=entry.path.name)
-    say(f"{len(entries) - len(damaged)} results are whole, {len(damaged)} damaged")
+    say(f"{len(entries) - len(damaged)} results are intact, {len(damaged)} damaged")
     if as_json:
         print_json({"verified": len(entries), "damaged": damaged})
     if damaged:
         raise VerificationError(
             f"{len(damaged)} damaged results: {', '.join(damaged)}",
-            hint="nothing needs doing: the command that needs one recomputes it, saying so; or delete the folder",
+            hint="no action is needed: a command that needs one of them recomputes it and says so",
         )
 
 
 @command.command("prune")
 @root_option
 @stage_option
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what is at least so old.")
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="Only results at least this many days old.",
+)
 @click.option("--orphans", is_flag=True, help="Only results whose checkpoint is gone or holds other weights.")
-@click.option("--yes", is_flag=True, help="Delete. Without it, only show what would go.")
+@click.option("--yes", is_flag=True, help="Delete; without it, only list what would be deleted.")
 @json_option
 def prune_command(
     root: Path, stages: tuple[str, ...], older_than: float | None, orphans: bool, yes: bool, as_json: bool
 ) -> None:
-    """Delete derived results; without --yes, show what would be deleted.
+    """Delete derived results; without --yes, list what would be deleted.
 
     \b
     pgolf-post cache prune --yes                                 # what killed processes left behind
     pgolf-post cache prune --stage stats --older-than 7 --yes    # and statistics that are a week old
     pgolf-post cache prune --orphans --yes                       # and results whose weights are gone
 
-    Everything pruned can be made again from its checkpoint.
+    Everything that is deleted can be made again from its checkpoint.
     """
     from pgolf_post.cache import choose, list_entries, remove
 
@@ -95,15 +106,12 @@ def prune_command(
     if yes:
         remove(chosen)
     elif chosen:
-        say("nothing was deleted; say so with --yes")
+        say("nothing was deleted; --yes deletes")
     if as_json:
         print_json({"entries": [entry.facts() for entry in chosen], "bytes": num_bytes, "deleted": yes})
 
 
-def _show(title: str, entries: list[Entry], root: Path) -> None:
-    rows = []
-    for entry in entries:
-        where = entry.path.relative_to(root)
-        size, age = f"{entry.num_bytes:,}", f"{entry.age_days:.1f}"
-        rows.append((str(where.parents[2]), entry.stage, where.name, entry.state, size, age, entry.made_by()[:60]))
-    print_table(title, ("checkpoint", "stage", "id", "state", "bytes", "days", "made by"), rows)
+def _show(title: str, entries: list[CacheEntry], root: Path) -> None:
+    from pgolf_post.cache import HEADER
+
+    print_table(title, HEADER, [entry.cells(root) for entry in entries])

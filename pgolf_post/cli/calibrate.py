@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -26,10 +26,7 @@ from pgolf_post.cli.common import (
     weights_option,
 )
 
-if TYPE_CHECKING:
-    from pgolf_post.calibrate import Stats
-
-CALIBRATION_FLAGS = {  # of commands that calibrate on the way
+CALIBRATION_FLAGS = {  # for commands that calibrate first
     "tokens": "--calibration-tokens",
     "seed": "--calibration-seed",
     "seq_len": "--calibration-seq-len",
@@ -63,76 +60,34 @@ def command(
 
     \b
     pgolf-post calibrate --tokens 65536
-    pgolf-post calibrate --fisher                 # and Σδ² per output row, Σ s·xxᵀ, the embedding's two sides
+    pgolf-post calibrate --fisher                 # also Σδ² per output row, Σ s·xxᵀ, the embedding's two sides
     pgolf-post calibrate --source self --temperature 0.8
     torchrun --standalone --nproc_per_node=8 -m pgolf_post calibrate
 
-    A second call with the same weights, text and settings reads the cache; an interrupted one is taken up where it
-    was; any number of processes gives the same sums under the same key. Text is drawn from the training split, written
-    by the model itself, or random: calibrating on validation text is against the challenge's rules, and refused.
+    A second call with the same weights, text and settings reads the cache. An interrupted call resumes when it is run
+    again. Any number of processes gives the same sums under the same key. Text is drawn from the training split,
+    written by the model itself, or random: calibrating on validation text is against the challenge's rules and refused.
     """
     from pgolf_post.base.ranks import Ranks
-    from pgolf_post.calibrate import calibrate, stale_stats
+    from pgolf_post.calibrate import calibrate, report, stale_stats
     from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()
     settings = given_settings(CalibrationSettings, options, "calibrate")
     ranks = Ranks.join()
     try:
-        found = find_checkpoint(checkpoint)
-        data = find_data(found, data_dir)
-        view = load_view(found, weights)
+        subject = find_checkpoint(checkpoint)
+        data = find_data(subject, data_dir)
+        view = load_view(subject, weights)
         if allow_stale:
             stats = stale_stats(view, data, allow_stale, settings)
         else:
             stats = calibrate(view, data, settings, fresh, ranks)
         if ranks.is_main:
-            _show(stats)
+            print_table(report.title(stats), report.HEADER, report.rows(stats))
             seconds = round(time.perf_counter() - started, 3)
             record(stats_folder(view, stats), dollars_per_hour=dollars_per_hour, seconds=seconds)
             if as_json:
-                print_json(_answer(stats, view.id, settings, seconds))
+                print_json(report.answer(stats, view.id, settings, seconds))
     finally:
         ranks.leave()
-
-
-def _show(stats: Stats) -> None:
-    rows = []
-    for site, hessian in stats.hessians.items():
-        diagonal = hessian.diagonal() / stats.num_tokens
-        traces = stats.pass_traces[site] / stats.num_tokens
-        shares = " + ".join(f"{share:.0%}" for share in (traces / traces.sum()).tolist()) if len(traces) > 1 else ""
-        ratio = float(diagonal.max() / diagonal.mean()) if diagonal.any() else 0.0
-        dead = int((diagonal <= 0).sum())
-        values = (f"{float(traces.sum()):.4g}", f"{float(diagonal.mean()):.4g}", f"{ratio:.1f}", str(dead), shares)
-        rows.append((site, str(len(diagonal)), *values))
-    how = "cached; collected" if stats.cached else "collected"
-    half = ", with the backward half" if stats.fisher else ""
-    title = f"{how} in {stats.seconds:.1f} s: {len(rows)} sites over {stats.num_tokens:,} tokens{half}"
-    header = (
-        "site",
-        "width",
-        "trace / token",
-        "mean diagonal",
-        "largest / mean",
-        "dead columns",
-        "share of each visit",
-    )
-    print_table(title, header, rows)
-
-
-def _answer(stats: Stats, view_id: str, settings: CalibrationSettings, seconds: float) -> dict[str, Any]:
-    """The JSON answer. `traces` are per token."""
-    return {
-        "checkpoint_id": view_id,
-        "stats_id": stats.id,
-        "sites": len(stats.hessians),
-        "tokens": stats.num_tokens,
-        "cached": stats.cached,
-        "fisher": stats.fisher is not None,
-        "stale": stats.stale,
-        "traces": {site: float(traces.sum()) / stats.num_tokens for site, traces in stats.pass_traces.items()},
-        "settings": settings.model_dump(mode="json"),
-        "collect_seconds": stats.seconds,
-        "seconds": seconds,
-    }

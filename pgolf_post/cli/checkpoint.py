@@ -1,9 +1,10 @@
-"""`pgolf-post checkpoint verify|list`: is it what it says, and which ones are there."""
+"""`pgolf-post checkpoint verify|list`: whether a checkpoint is what it says, and which ones there are."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,49 +12,47 @@ from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
 from pgolf_post.errors import VerificationError
 
+if TYPE_CHECKING:
+    from pgolf_post.score.metric import Verification
+
 
 @click.group("checkpoint")
 def command() -> None:
     """Checkpoint folders: verify one, list all."""
 
 
-@command.command()
+@command.command("verify")
 @checkpoint_argument
 @data_option
 @json_option
-def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> None:
+def verify_command(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Check CHECKPOINT's tensors against their ids and recompute the metric it records, to 1e-5 nats per token.
 
-    Exit code 4 if a number does not come out again.
+    Exit code 4 if a recorded number cannot be reproduced.
     """
     from pgolf_post.score.metric import TOLERANCE_NATS, verify_metric
 
     started = time.perf_counter()
-    found = find_checkpoint(checkpoint)
-    data = find_data(found, data_dir)
-    results = [verify_metric(found.load(name), data) for name in found.meta["views"]]
-    rows = [
-        (
-            r.view,
-            f"{r.recorded_bpb:.7f}",
-            f"{r.found_bpb:.7f}",
-            f"{r.difference_nats:+.1e}",
-            "ok" if r.passed else "FAILED",
-        )
-        for r in results
-    ]
-    print_table(
-        f"{found.path}: tensors match their ids", ("weights", "recorded bpb", "found bpb", "Δ nats/token", ""), rows
-    )
-    passed = all(result.passed for result in results)
+    subject = find_checkpoint(checkpoint)
+    data = find_data(subject, data_dir)
+    checks = [verify_metric(subject.load(name), data) for name in subject.meta["views"]]
+    header = ("weights", "recorded bpb", "measured bpb", "Δ nats/token", "")
+    print_table(f"{subject.path}: tensors match their ids", header, [_cells(check) for check in checks])
+    passed = all(check.passed for check in checks)
     if as_json:
-        views = {r.view: {"recorded": r.recorded_bpb, "bpb": r.found_bpb, "passed": r.passed} for r in results}
+        views = {c.view: {"recorded": c.recorded_bpb, "bpb": c.found_bpb, "passed": c.passed} for c in checks}
         seconds = round(time.perf_counter() - started, 3)
-        print_json({"checkpoint": str(found.path), "passed": passed, "views": views, "seconds": seconds})
+        print_json({"checkpoint": str(subject.path), "passed": passed, "views": views, "seconds": seconds})
     if not passed:
         raise VerificationError(
-            f"{found.path}: a recorded metric differs by more than {TOLERANCE_NATS:g} nats per token"
+            f"{subject.path}: a recorded metric differs by more than {TOLERANCE_NATS:g} nats per token"
         )
+
+
+def _cells(check: Verification) -> tuple[str, ...]:
+    """Return one view's row of the table."""
+    numbers = (f"{check.recorded_bpb:.7f}", f"{check.found_bpb:.7f}", f"{check.difference_nats:+.1e}")
+    return check.view, *numbers, "ok" if check.passed else "FAILED"
 
 
 @command.command("list")
@@ -62,21 +61,17 @@ def verify(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> Non
     type=click.Path(path_type=Path),
     default=Path("checkpoints"),
     show_default=True,
-    help="The folder that holds the runs.",
+    help="Folder that holds the runs.",
 )
 @json_option
 def list_command(root: Path, as_json: bool) -> None:
-    """Every complete checkpoint under --root, oldest first."""
+    """List every complete checkpoint under --root, oldest first."""
     from pgolf_post.checkpoint import list_checkpoints
+    from pgolf_post.describe import CHECKPOINT_HEADER, checkpoint_row
 
-    found = list_checkpoints(root)
-    rows = []
-    for checkpoint in found:
-        meta = checkpoint.meta
-        metrics = {name: view["metric"]["bpb"] for name, view in meta["views"].items() if view.get("metric")}
-        bpb = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        rows.append((str(checkpoint.path), meta["kind"], f"{meta['step']}", bpb, meta["id"][:12]))
-    print_table(f"{len(rows)} checkpoints under {root}", ("folder", "kind", "step", "bpb", "id"), rows)
+    checkpoints = list_checkpoints(root)
+    title = f"{len(checkpoints)} checkpoints under {root}"
+    print_table(title, CHECKPOINT_HEADER, [checkpoint_row(checkpoint) for checkpoint in checkpoints])
     if as_json:
-        listed = [{"path": str(c.path), "checkpoint_id": c.meta["id"], "kind": c.meta["kind"]} for c in found]
+        listed = [{"path": str(c.path), "checkpoint_id": c.meta["id"], "kind": c.meta["kind"]} for c in checkpoints]
         print_json({"checkpoints": listed})

@@ -1,4 +1,4 @@
-"""What several commands share: finding the checkpoint, the data and the statistics, and options made from settings."""
+"""Shared by commands: finding the checkpoint, the data and the statistics, and options made from settings classes."""
 
 from __future__ import annotations
 
@@ -28,64 +28,89 @@ checkpoint_argument = click.argument("checkpoint", required=False, type=click.Pa
 weights_option = click.option(
     "--weights",
     type=click.Choice(VIEWS),
-    help="Which weights.  [default: ema where the folder has it, else raw]",
+    help="Weights to use.  [default: ema where the folder has it, else raw]",
 )
 data_option = click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), help="Data folder.  [default: the one it was trained on]"
+    "--data",
+    "data_dir",
+    type=click.Path(path_type=Path),
+    help="Data folder.  [default: that of the training run]",
 )
-fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the same result is cached.")
+fresh_option = click.option("--fresh", is_flag=True, help="Recompute even if the result is cached.")
 allow_stale_option = click.option(
     "--allow-stale",
     metavar="HESSIANS",
-    help="Use these statistics (a folder or an id) though they are of other weights; recorded, and probed first.",
+    help="Use these statistics (a folder or an id) of other weights, after a probe of how far off they are; recorded.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
 dollars_option = click.option(
-    "--dollars-per-hour", type=click.FloatRange(min=0), help="What an hour of this machine costs, for the ledger."
+    "--dollars-per-hour", type=click.FloatRange(min=0), help="Cost of this machine in dollars per hour, for the ledger."
 )
 
 
-def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
-    """Click options for the fields of a settings class: field name → flag (or several, with spaces between).
+class SettingsOption(click.Option):
+    """An option that stands for a field of a settings class."""
 
-    Help and default come from the class.
+    def __init__(self, *names: Any, settings_field: FieldInfo, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.settings_field = settings_field
+
+
+class SettingsChoice(click.Choice):
+    """A choice among a field's literals. Other text is passed on, for the settings class to refuse with its reason."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+def settings_options(cls: type[Settings], flags: dict[str, str]) -> Callable[[F], F]:
+    """Return a decorator that adds an option for each given field of a settings class.
+
+    `flags` maps a field's name to its flag, or to several with spaces between them. Help and default are the class's.
     """
 
     def decorate(function: F) -> F:
         for field_name, flag in reversed(flags.items()):
-            field = cls.model_fields[field_name]
-            is_switch = field.annotation is bool
-            names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
-            kind = None if is_switch else _click_type(field.annotation)
-            function = click.option(*names, field_name, type=kind, default=None, help=_help_of(field))(function)
+            function = _option_of(field_name, cls.model_fields[field_name], flag)(function)
         return function
 
     return decorate
+
+
+def _option_of(name: str, field: FieldInfo, flag: str) -> Callable[[F], F]:
+    """Return the decorator that adds one field's option; a bool is a pair of flags, and what is not given is None."""
+    is_switch = field.annotation is bool
+    names = [f"{flag}/--no-{flag.removeprefix('--')}"] if is_switch else flag.split()
+    kind = None if is_switch else _click_type(field.annotation)
+    return click.option(
+        *names, name, cls=SettingsOption, settings_field=field, type=kind, default=None, help=_help_of(field)
+    )
 
 
 def _help_of(field: FieldInfo) -> str:
     """Return a field's description as a sentence, with its default unless that is None."""
     text = (field.description or "").strip().rstrip(".")
     text = text[:1].upper() + text[1:] + "."
-    return text if field.default is None else f"{text}  [default: {field.default}]"
+    shown = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
+    return text if shown is None else f"{text}  [default: {shown}]"
 
 
 def _click_type(annotation: Any) -> click.ParamType | type:
-    """Return what reads a flag's text: a choice for a Literal, else int or float. Ranges are the class's to check."""
+    """Return what reads a flag: a choice for a Literal, else int, float or str (ranges are the class's to check)."""
     literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     if literals:
-        return click.Choice([str(value) for value in get_args(literals[0])])
-    return int if annotation in (int, int | None) else float
+        return SettingsChoice([str(value) for value in get_args(literals[0])])
+    return next(kind for kind in (int, float, str) if annotation in (kind, kind | None))
 
 
 def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:
-    """A settings instance from the options that were given. Raises SettingsError naming the option and its range."""
+    """Return settings from the options that were given. Raises SettingsError naming the option and its range."""
     return parse_settings(cls, {key: value for key, value in values.items() if value is not None}, command)
 
 
 def find_checkpoint(path: Path | None) -> Checkpoint:
-    """The named checkpoint, or the newest final one of a training run, said aloud."""
+    """Return the named checkpoint, or the newest final one of a training run, and print which."""
     from pgolf_post.checkpoint import Checkpoint, default_checkpoint
 
     if path is not None:
@@ -96,9 +121,9 @@ def find_checkpoint(path: Path | None) -> Checkpoint:
 
 
 def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
-    """The data a checkpoint was trained on, or a named folder with the same tokenizer.
+    """Return the data a checkpoint was trained on, or a named folder with the same tokenizer.
 
-    Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or the tokenizer is another.
+    Raises NotFoundError if the recorded folder is gone, MismatchError if it changed or has another tokenizer.
     """
     from pgolf_post.data import DataFolder
     from pgolf_post.score.cached import require_tokenizer
@@ -117,18 +142,18 @@ def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:
 
 
 def stats_folder(view: View, stats: Stats) -> Path:
-    """Where the statistics lie that a view was or is to be quantized with."""
+    """Return the folder of the statistics that a view is quantized with."""
     return Path(stats.stale["stats"]) if stats.stale else view.checkpoint.derived("stats", stats.id)
 
 
 def split_view(text: str) -> tuple[Path, Any]:
-    """`PATH[:VIEW]` → the path and the view, or None where the text ends in none of ema, raw, swa."""
+    """Split `PATH[:VIEW]`; the view is None where the text ends in none of ema, raw, swa."""
     head, colon, view = text.rpartition(":")
     return (Path(head), view) if colon and view in VIEWS else (Path(text), None)
 
 
 def load_view(checkpoint: Checkpoint, weights: Any) -> View:
-    """Load and verify the wanted weights, said aloud."""
+    """Load and verify the wanted weights, and print which."""
     view = checkpoint.load(weights)
     say(f"weights: {view}")
     return view

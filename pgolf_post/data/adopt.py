@@ -1,6 +1,6 @@
-"""Shards that are there already → a data folder: everything a manifest states, counted from the tokens themselves.
+"""Existing shards → a data folder: everything that a manifest states is counted from the tokens themselves.
 
-Used for shards that were downloaded, and by `pgolf-post data adopt` for those that another program wrote, such as the
+It serves downloaded shards, and through `pgolf-post data adopt` those that another program wrote, such as the
 challenge's own download script.
 """
 
@@ -16,12 +16,10 @@ from typing import Any
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import atomic_file, atomic_folder, sha256_file, write_json
 from pgolf_post.data.counts import count_split, sidecar_bytes
-from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, DataFolder
+from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME, DataFolder
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
 from pgolf_post.errors import MismatchError, NotFoundError
-
-TOKENIZER_NAME = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class ShardNames:
 
 
 def adopt(shard_folder: Path, tokenizer: Path, out: Path, name: str) -> DataFolder:
-    """A new data folder `out` over the shards of `shard_folder`: hard links where the disk allows, else copies.
+    """Make the data folder `out` over the shards of `shard_folder`: hard links where the disk allows, else copies.
 
     Raises NotFoundError if there are no validation shards, MismatchError for token ids that the tokenizer lacks,
     PgolfError if `out` exists.
@@ -49,7 +47,7 @@ def adopt(shard_folder: Path, tokenizer: Path, out: Path, name: str) -> DataFold
 
 
 def find_shards(folder: Path) -> ShardNames:
-    """The challenge's file names in `folder`. Raises NotFoundError if none is a validation shard."""
+    """Return the challenge's file names in `folder`. Raises NotFoundError if none is a validation shard."""
     names = sorted(path.name for path in folder.glob("fineweb_*.bin"))
     sidecars = [name for name in names if name.startswith("fineweb_val_bytes_")]
     val = [name for name in names if name.startswith("fineweb_val_") and name not in sidecars]
@@ -66,7 +64,7 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 
 def write_manifest(folder: Path, name: str, shards: ShardNames, source: dict[str, Any]) -> DataFolder:
-    """Write the manifest of a folder whose files are in place, last. Raises MismatchError if they do not fit."""
+    """Write the manifest of a folder whose files are all there. Raises MismatchError if they do not belong together."""
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     if tokenizer.bos_id() != BOS_ID:
         raise MismatchError(f"the tokenizer has BOS id {tokenizer.bos_id()}, shards open documents with {BOS_ID}")
@@ -89,12 +87,12 @@ def write_manifest(folder: Path, name: str, shards: ShardNames, source: dict[str
 
 
 def _split_entry(folder: Path, shards: Sequence[str], sidecars: Sequence[str], table: ByteTable) -> dict[str, Any]:
-    """A split's entry: documents by their BOS, bytes by the sidecars where there are any, else by the byte table."""
+    """Return a split's part of the manifest. Its bytes are the sidecars', or without any the byte table's."""
     counts = count_split([folder / shard for shard in shards], table)
     byte_sidecars = [_file_entry(folder / file) for file in sidecars]
-    held = sum(item["num_tokens"] for item in byte_sidecars)
-    if sidecars and held != counts.num_tokens:
-        raise MismatchError(f"{folder}: the shards have {counts.num_tokens} tokens, their byte sidecars {held}")
+    num_entries = sum(item["num_tokens"] for item in byte_sidecars)
+    if sidecars and num_entries != counts.num_tokens:
+        raise MismatchError(f"{folder}: the shards have {counts.num_tokens} tokens, their byte sidecars {num_entries}")
     return {
         "num_tokens": counts.num_tokens,
         "num_documents": counts.num_documents,

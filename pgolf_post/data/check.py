@@ -1,8 +1,8 @@
-"""Checking a data folder: every statement of its manifest, recomputed from the files.
+"""Check of a data folder: every number in its manifest, recomputed from the files.
 
-The rows that matter most are about bytes, because bits per byte divides by them. The byte table is compared with a
-decoder that knows nothing of it, and a validation split of the challenge is compared with the 151.08 MB that the
-challenge's 50,000 validation documents have under every tokenizer: two published mistakes are recognised by their size.
+The checks of bytes matter most, because bits per byte divides by them. The byte table is compared with sentencepiece's
+own decoder, and a validation split of the challenge with the 151.08 MB that its 50,000 validation documents have under
+every tokenizer: two published mistakes are recognised by the byte count that they lead to.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MISTAKE_TOLERANCE_BYTES = 30_000
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One thing that was checked, and the numbers that show it."""
+    """One check, its outcome, and the numbers that show it."""
 
     name: str
     passed: bool
@@ -49,7 +49,7 @@ class CheckRow:
 
 
 def check(folder: DataFolder, sample_documents: int = 64) -> list[CheckRow]:
-    """Recompute what the folder's manifest states. Never raises for damage: a failed row says what is wrong."""
+    """Recompute what the folder's manifest states. Damage does not raise: the failed check says what is wrong."""
     steps = list(_steps(folder, sample_documents))
     rows: list[CheckRow] = []
     with progress_bar(f"checking {folder.name}", len(steps)) as advance:
@@ -63,7 +63,7 @@ Step = Callable[[], tuple[bool, str]]
 
 
 def _row(name: str, step: Step) -> CheckRow:
-    """Run one step; an error that it foresees is a failure with its message as evidence."""
+    """Run one step; a PgolfError is a failed check with its message as evidence."""
     try:
         return CheckRow(name, *step())
     except PgolfError as error:
@@ -87,14 +87,14 @@ def _steps(folder: DataFolder, sample_documents: int) -> Iterator[tuple[str, Ste
 
 
 def _check_tokenizer(folder: DataFolder) -> tuple[bool, str]:
-    """The model file is the recorded one, and has the recorded vocabulary and BOS."""
+    """Check that the model file is the recorded one, with the recorded vocabulary and BOS."""
     stated = folder.manifest["tokenizer"]
-    found = sha256_file(folder.path / stated["file"])
-    if found != stated["sha256"]:
-        return False, f"{stated['file']}: sha256 {found[:12]}…, the manifest states {stated['sha256'][:12]}…"
+    sha256 = sha256_file(folder.path / stated["file"])
+    if sha256 != stated["sha256"]:
+        return False, f"{stated['file']}: sha256 {sha256[:12]}…, the manifest states {stated['sha256'][:12]}…"
     vocab_size, bos_id = folder.tokenizer.vocab_size(), folder.tokenizer.bos_id()
     passed = vocab_size == folder.vocab_size and bos_id == BOS_ID
-    return passed, f"sha256 {found[:12]}…, {vocab_size} pieces (stated {folder.vocab_size}), BOS {bos_id}"
+    return passed, f"sha256 {sha256[:12]}…, {vocab_size} pieces (stated {folder.vocab_size}), BOS {bos_id}"
 
 
 class SplitChecks:
@@ -115,7 +115,7 @@ class SplitChecks:
         return count_split(self._paths(self.shards), self.folder.byte_table)
 
     def hashes(self) -> tuple[bool, str]:
-        """Every file has the bytes that were recorded."""
+        """Check that every file has the recorded sha256."""
         entries = [*self.shards, *self.sidecars]
         bad = [entry["file"] for entry in entries if sha256_file(self.folder.path / entry["file"]) != entry["sha256"]]
         if bad:
@@ -123,16 +123,16 @@ class SplitChecks:
         return True, f"{len(entries)} of {len(entries)} files match"
 
     def lengths(self) -> tuple[bool, str]:
-        """Headers are right and token counts are as stated, per file and in all."""
+        """Check headers and token counts, per file and in all."""
         for entry in [*self.shards, *self.sidecars]:
-            found = len(read_shard(self.folder.path / entry["file"]))
-            if found != entry["num_tokens"]:
-                return False, f"{entry['file']}: {found} tokens, stated {entry['num_tokens']}"
+            num_tokens = len(read_shard(self.folder.path / entry["file"]))
+            if num_tokens != entry["num_tokens"]:
+                return False, f"{entry['file']}: {num_tokens} tokens, stated {entry['num_tokens']}"
         total = sum(int(entry["num_tokens"]) for entry in self.shards)
         return total == self.stated["num_tokens"], f"{total:,} tokens, stated {self.stated['num_tokens']:,}"
 
     def token_ids(self) -> tuple[bool, str]:
-        """Every id is a piece of the vocabulary."""
+        """Check that every id is a piece of the vocabulary."""
         largest = 0
         for path in self._paths(self.shards):
             tokens = read_shard(path)
@@ -141,13 +141,14 @@ class SplitChecks:
         return True, f"largest id {largest}, vocabulary {self.folder.vocab_size}"
 
     def documents(self) -> tuple[bool, str]:
-        """The split opens with BOS and has one per document."""
+        """Check that the split opens with BOS and has one BOS per document."""
         first = int(read_shard(self._paths(self.shards)[0])[:1].sum())
-        found, stated = self._counts().num_documents, self.stated["num_documents"]
-        return first == BOS_ID and found == stated, f"first token {first}, {found:,} BOS, {stated:,} documents stated"
+        counted, stated = self._counts().num_documents, self.stated["num_documents"]
+        passed = first == BOS_ID and counted == stated
+        return passed, f"first token {first}, {counted:,} BOS, {stated:,} documents stated"
 
     def byte_table(self) -> tuple[bool, str]:
-        """For sampled documents, the table's bytes are those of the text that the tokenizer decodes."""
+        """Compare the byte table with the text that the tokenizer decodes, on sampled documents."""
         decoded_bytes = num_documents = 0
         for tokens in sample_documents(self._paths(self.shards), self.sample_documents):
             check_token_ids(tokens, self.folder.vocab_size, self.folder.path)
@@ -162,7 +163,7 @@ class SplitChecks:
         return True, f"{num_documents} documents, {decoded_bytes:,} bytes, equal in each"
 
     def byte_sidecar(self) -> tuple[bool, str]:
-        """One entry per token, 0 for BOS, and the sum of the stated bytes."""
+        """Check that the sidecar has one entry per token, 0 for BOS, and adds up to the stated bytes."""
         for shard, sidecar in zip(self._paths(self.shards), self._paths(self.sidecars), strict=False):
             tokens, entries = read_shard(shard), read_shard(sidecar)
             if len(tokens) != len(entries):
@@ -174,7 +175,7 @@ class SplitChecks:
         return passed, f"{total:,} bytes, stated {self.stated['num_bytes']:,}"
 
     def num_bytes(self) -> tuple[bool, str]:
-        """What a score divides by is the stated number, and the challenge's for the challenge's split."""
+        """Check the bytes that a score divides by, and for a split of the challenge that they are the known number."""
         counts, stated = self._counts(), int(self.stated["num_bytes"])
         counted = sidecar_bytes(self._paths(self.sidecars)) if self.sidecars else counts.table_bytes
         ratio = f"{counted / max(counts.num_tokens, 1):.3f} bytes/token"
@@ -189,7 +190,7 @@ class SplitChecks:
 
 
 def sample_documents(paths: Sequence[Path], count: int) -> Iterator[np.ndarray]:  # each (tokens with BOS,)
-    """About `count` whole documents, spread evenly over each shard (whose last document may go on in the next)."""
+    """Yield about `count` whole documents, spread evenly over each shard (its last may continue in the next shard)."""
     per_shard = max(1, -(-count // max(len(paths), 1)))
     for path in paths:
         tokens = read_shard(path)
@@ -202,7 +203,7 @@ def sample_documents(paths: Sequence[Path], count: int) -> Iterator[np.ndarray]:
 
 
 def challenge_verdict(vocab_size: int, num_tokens: int, num_bytes: int) -> tuple[bool, str] | None:
-    """(passed, evidence) for a validation split of the challenge, None for any other split."""
+    """Return (passed, evidence) for a validation split of the challenge, None for any other split."""
     for (known_vocab, known_tokens), name in CHALLENGE_SPLITS.items():
         if vocab_size == known_vocab and known_tokens <= num_tokens <= known_tokens + SCORED_WINDOW:
             low, high = CHALLENGE_BYTES
@@ -214,7 +215,7 @@ def challenge_verdict(vocab_size: int, num_tokens: int, num_bytes: int) -> tuple
 
 
 def _known_mistake(num_bytes: int) -> str:
-    """What is known to lead to this number, as the end of a sentence; empty if nothing is."""
+    """Return the published mistake that leads to this number, as the end of a sentence; empty if none does."""
     for wrong_bytes, reason in KNOWN_MISTAKES.items():
         if abs(num_bytes - wrong_bytes) <= MISTAKE_TOLERANCE_BYTES:
             return f"; this number means that {reason}"

@@ -1,6 +1,6 @@
-"""Counting a split from its shards: tokens, documents, and bytes of text by the byte table.
+"""Counts of a split, from its shards: tokens, documents, and bytes of text by the byte table.
 
-What the manifest of a download states and what `data check` recomputes are these numbers, read in bounded pieces.
+A download writes these numbers into its manifest, and `data check` recomputes them, in pieces of bounded size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK_TOKENS = 8_000_000
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """A split's size, recomputed. `table_bytes` is by the byte table; a byte sidecar may say otherwise."""
+    """A split's size. `table_bytes` is by the byte table, from which a byte sidecar may differ."""
 
     num_tokens: int
     num_documents: int
@@ -38,9 +38,9 @@ def count_split(paths: Sequence[Path], table: ByteTable) -> SplitCounts:
 
 
 def contexts(paths: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(previous, targets) arrays, each (n,) with n at most CHUNK_TOKENS, that cover the shards in order.
+    """Yield (previous, targets) arrays, each (n,) with n at most CHUNK_TOKENS, that cover the shards in order.
 
-    The token before the first is taken to be BOS. Raises MismatchError for ids that the vocabulary does not have.
+    The token before the first counts as BOS. Raises MismatchError for ids that the vocabulary does not have.
     """
     last = BOS_ID
     for path in paths:
@@ -53,5 +53,5 @@ def contexts(paths: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarra
 
 
 def sidecar_bytes(paths: Sequence[Path]) -> int:
-    """Bytes of text that byte sidecars state."""
+    """Return the bytes of text that byte sidecars state."""
     return sum(int(np.sum(read_shard(path), dtype=np.int64)) for path in paths)

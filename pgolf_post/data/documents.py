@@ -1,4 +1,4 @@
-"""Documents: the unit of text that a corpus is made of, that BOS opens, and that train and validation never share.
+"""Documents: the units of a corpus. Each opens with BOS, and none is in both training and validation.
 
 A corpus is any mix of text files (one document each), `.jsonl` and `.jsonl.zst` (one JSON object a line, with "text"
 and optionally "source" and "path"). Files are streamed. A document's `key` is its identity: its source and path where
@@ -21,14 +21,14 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `key` decides its split and its place; documents with one key stay together."""
+    """One document. `key` decides its split and its place; documents with the same key stay together."""
 
     key: str
     text: str
 
 
 def text_key(text: str) -> str:
-    """The key of a document that has no path: the sha256 of its text."""
+    """Return the key of a document that has no path: the sha256 of its text."""
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -46,13 +46,13 @@ def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
 
 
 def _text_document(path: Path) -> Document:
-    """A whole file as one document, newlines as they are on disk."""
+    """Return a whole file as one document, with the newlines that are on disk."""
     text = _decode(path.read_bytes(), str(path))
     return Document(text_key(text), text)
 
 
 def _decode(data: bytes, where: str) -> str:
-    """UTF-8 text. Raises DamagedFileError with the offset of the first byte that is not."""
+    """Decode UTF-8 text. Raises DamagedFileError with the offset of the first byte that is not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -63,7 +63,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
-    """One document per non-blank line."""
+    """Yield one document per non-blank line."""
     lines = _zstd_lines(path) if path.name.endswith(".zst") else _plain_lines(path)
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -71,7 +71,7 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
 
 
 def _parse_line(line: bytes, where: str) -> Document:
-    """One JSON object as a document. Raises DamagedFileError naming file and line."""
+    """Parse one JSON object as a document. Raises DamagedFileError naming file and line."""
     try:
         record = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
@@ -80,14 +80,14 @@ def _parse_line(line: bytes, where: str) -> Document:
         raise DamagedFileError(f'{where}: a {type(record).__name__}, expected a JSON object with "text"')
     text = record.get("text")
     if not isinstance(text, str):
-        found = "is missing" if "text" not in record else f"is a {type(text).__name__}, expected a string"
-        raise DamagedFileError(f'{where}: "text" {found}; the keys are: {", ".join(sorted(record)) or "none"}')
+        problem = "is missing" if "text" not in record else f"is a {type(text).__name__}, expected a string"
+        raise DamagedFileError(f'{where}: "text" {problem}; the keys are: {", ".join(sorted(record)) or "none"}')
     _refuse_lone_surrogates(text, where)
     return Document(_record_key(record, text), text)
 
 
 def _refuse_lone_surrogates(text: str, where: str) -> None:
-    """JSON can spell half a surrogate pair (\\ud800), which no UTF-8 text can hold."""
+    """Raise DamagedFileError for half a surrogate pair (\\ud800), which JSON can spell and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -98,7 +98,7 @@ def _refuse_lone_surrogates(text: str, where: str) -> None:
 
 
 def _record_key(record: dict[str, Any], text: str) -> str:
-    """Source and path where a path is given (a source alone names a collection, not a document), else the text."""
+    """Return the key of source and path, or of the text without a path (a source alone names a collection)."""
     if record.get("path") is None:
         return text_key(text)
     return json.dumps([record.get("source"), record["path"]], sort_keys=True)
@@ -110,7 +110,7 @@ def _plain_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a zstd file, streamed."""
+    """Yield the lines of a zstd file."""
     pending = b""
     for chunk in _zstd_chunks(path):
         *lines, pending = (pending + chunk).split(b"\n")
@@ -120,7 +120,7 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed pieces across all frames. Raises DamagedFileError for a corrupt frame or one that is cut off."""
+    """Yield decompressed pieces across all frames. Raises DamagedFileError for a corrupt or incomplete frame."""
     import zstandard
 
     frame = zstandard.ZstdDecompressor().decompressobj()

@@ -17,47 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from pgolf_post.base.storage import read_json
-from pgolf_post.data.adopt import TOKENIZER_NAME, ShardNames, write_manifest
-from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
+from pgolf_post.data.adopt import ShardNames, write_manifest
+from pgolf_post.data.folder import MANIFEST_NAME, TOKENIZER_NAME, DataFolder
 from pgolf_post.data.hub import RemoteFile, Repository
+from pgolf_post.data.settings import REPOSITORIES, DownloadSettings
 from pgolf_post.data.shards import read_shard
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, SettingsError
-from pgolf_post.settings import Settings
-
-CHALLENGE_REPOSITORY = "willdepueoai/parameter-golf"
-CASEOPS_VARIANT = "sp8192_lossless_caps_caseops_v1_reserved"
-# Where each variant is published; the challenge's own repository has only the first.
-REPOSITORIES = {
-    "sp1024": CHALLENGE_REPOSITORY,
-    "sp4096": "kevclark/parameter-golf",
-    "sp8192": "kevclark/parameter-golf",
-    CASEOPS_VARIANT: "romeerp/parameter-golf-caseops-v1",
-}
-
-
-class DownloadSettings(Settings):
-    """What to download. `repository` is by default the one known to publish the variant."""
-
-    variant: str = Field("sp1024", pattern=r"^[A-Za-z0-9_]+$")
-    train_shards: int = Field(1, ge=0)
-    repository: str | None = None
-    revision: str = "main"
-    subfolder: str = "datasets"
-    endpoint: str = "https://huggingface.co"
-
-    @property
-    def source_repository(self) -> str:
-        return self.repository or REPOSITORIES.get(self.variant, CHALLENGE_REPOSITORY)
 
 
 def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> DataFolder:
-    """Fetch a variant into the data folder `out`, or what is missing of it, and open it.
+    """Fetch a variant, or the files of it that are missing, into the data folder `out`, and open it.
 
     Raises NotFoundError for what is not published, DamagedFileError for bytes that are not as published, MismatchError
-    for tokens that the tokenizer does not have, PgolfError if `out` holds other data (unless `force`).
+    for token ids that the tokenizer does not have, PgolfError if `out` holds other data (unless `force`).
     """
     remote = Repository.open(settings.endpoint, settings.source_repository, settings.revision)
     source = {
@@ -67,7 +40,7 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
         "variant": settings.variant,
     }
     _make_way(out, source, force)
-    export = Export.open(remote, settings)
+    export = PublishedVariant.open(remote, settings)
     remote.fetch(export.tokenizer, out / TOKENIZER_NAME)
     for file in export.val + export.val_bytes + export.train:
         remote.fetch(file, out / file.name)
@@ -77,8 +50,8 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
     return write_manifest(out, settings.variant, shards, source)
 
 
-class Export:
-    """The files of one variant in a published export. Open it with `Export.open`."""
+class PublishedVariant:
+    """The files of one variant in a published export. Open it with `PublishedVariant.open`."""
 
     def __init__(self, tokenizer: RemoteFile, files: Sequence[RemoteFile], train_shards: int) -> None:
         self.tokenizer = tokenizer
@@ -88,7 +61,7 @@ class Export:
         self.train = self.all_train[:train_shards]
 
     @classmethod
-    def open(cls, remote: Repository, settings: DownloadSettings) -> Export:
+    def open(cls, remote: Repository, settings: DownloadSettings) -> PublishedVariant:
         """Find a variant's files by the export's manifest. Raises NotFoundError, SettingsError, DamagedFileError."""
         root = settings.subfolder.strip("/")
         manifest = _remote_manifest(remote, _join(root, MANIFEST_NAME))
@@ -100,7 +73,7 @@ class Export:
         return export
 
     def _refuse_incomplete(self, dataset: dict[str, Any], settings: DownloadSettings, remote: Repository) -> None:
-        """Compare the listed files with what was asked for and with what the manifest promises."""
+        """Raise if the listed files are fewer than asked for, or not those that the manifest promises."""
         expected_val = int((dataset.get("stats") or {}).get("files_val", len(self.val)))
         if not self.val or len(self.val) != expected_val:
             raise DamagedFileError(
@@ -117,12 +90,12 @@ class Export:
 
 
 def _numbered(files: Sequence[RemoteFile], prefix: str) -> list[RemoteFile]:
-    """Files named prefix + six digits + .bin, which must count up from 0 without a gap."""
-    found = [file for file in files if re.fullmatch(re.escape(prefix) + r"\d{6}\.bin", file.name)]
-    for number, file in enumerate(found):
+    """Return the files named prefix + six digits + .bin. Raises DamagedFileError if their numbers have a gap."""
+    numbered = [file for file in files if re.fullmatch(re.escape(prefix) + r"\d{6}\.bin", file.name)]
+    for number, file in enumerate(numbered):
         if file.name != f"{prefix}{number:06d}.bin":
             raise DamagedFileError(f"the published export has no {prefix}{number:06d}.bin before {file.path}")
-    return found
+    return numbered
 
 
 def _join(*parts: str) -> str:
@@ -130,7 +103,7 @@ def _join(*parts: str) -> str:
 
 
 def _remote_manifest(remote: Repository, path: str) -> dict[str, Any]:
-    """The export's own manifest, which is not kept."""
+    """Return the export's own manifest; the file is not kept."""
     with tempfile.TemporaryDirectory(prefix="pgolf-post-") as folder:
         local = Path(folder) / MANIFEST_NAME
         remote.fetch(remote.file(path), local)
@@ -138,7 +111,7 @@ def _remote_manifest(remote: Repository, path: str) -> dict[str, Any]:
 
 
 def _dataset_entry(manifest: dict[str, Any], settings: DownloadSettings, remote: Repository) -> dict[str, Any]:
-    """The variant's entry among `datasets`. Raises NotFoundError naming those that there are."""
+    """Return the variant's entry among `datasets`. Raises NotFoundError that lists the variants there are."""
     entries = [entry for entry in manifest.get("datasets", []) if isinstance(entry, dict) and "name" in entry]
     for entry in entries:
         if entry["name"] == f"fineweb10B_{settings.variant}":
@@ -152,7 +125,7 @@ def _dataset_entry(manifest: dict[str, Any], settings: DownloadSettings, remote:
 
 
 def _tokenizer_path(manifest: dict[str, Any], dataset: dict[str, Any], remote: Repository) -> str:
-    """The path of the dataset's sentencepiece model. Raises NotFoundError if it names none."""
+    """Return the path of the dataset's sentencepiece model. Raises NotFoundError if none is published."""
     name = dataset.get("tokenizer_name")
     for entry in manifest.get("tokenizers", []):
         if entry.get("name") == name and str(entry.get("model_path", "")).endswith(".model"):
@@ -163,7 +136,7 @@ def _tokenizer_path(manifest: dict[str, Any], dataset: dict[str, Any], remote: R
 
 
 def _make_way(out: Path, source: dict[str, Any], force: bool) -> None:
-    """Let `out` be a new folder, an interrupted download, or this very data; anything else only with `force`."""
+    """Raise PgolfError if `out` holds other data and `force` is False; with `force`, delete its manifest."""
     if out.exists() and not out.is_dir():
         raise PgolfError(f"{out} is a file, not a folder", hint="--out names another")
     manifest_path = out / MANIFEST_NAME

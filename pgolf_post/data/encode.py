@@ -1,4 +1,4 @@
-"""Text to tokens, and from each token back to the bytes of original text that it stands for.
+"""Text → tokens, and each token → the bytes of original text that it stands for.
 
 Two facts make this more than one call. U+2581 is sentencepiece's own mark for a space, so a text that contains it would
 come back with a space: a lossless tokenizer gets it as its three byte pieces instead. And a tokenizer that normalises
@@ -24,14 +24,14 @@ MAX_TOKEN_BYTES = 0xFFFF  # a byte sidecar's entries are uint16
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer at work on documents. Build it with `Encoder.of`."""
+    """A tokenizer and its byte table, for whole documents. Make one with `Encoder.of`."""
 
     tokenizer: Any
     num_threads: int = 2
 
     @classmethod
     def of(cls, tokenizer: Any, num_threads: int = 2) -> Encoder:
-        """Raises MismatchError if the tokenizer's BOS is not the id that shards use."""
+        """Return the tokenizer's encoder. Raises MismatchError if its BOS is not the id that shards use."""
         if tokenizer.bos_id() != BOS_ID:
             raise MismatchError(
                 f"the tokenizer's BOS id is {tokenizer.bos_id()}, but shards open each document with id {BOS_ID}",
@@ -45,17 +45,17 @@ class Encoder:
 
     @cached_property
     def is_lossless(self) -> bool:
-        """Whether decoding gives back a text that every common normalization would change."""
+        """Whether decoding reproduces PROBE, a text that every common normalization changes."""
         return bool(self.tokenizer.decode(self.tokenizer.encode(PROBE)) == PROBE)
 
     @cached_property
     def _mark_ids(self) -> list[int]:
-        """The byte pieces of U+2581, for a tokenizer that has them."""
+        """The byte pieces of U+2581; empty if the tokenizer has none."""
         ids = [int(self.tokenizer.piece_to_id(f"<0x{byte:02X}>")) for byte in SPACE_MARK.encode("utf-8")]
         return ids if all(self.tokenizer.is_byte(token) for token in ids) else []
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:  # each (1 + tokens of the text,) uint16
-        """Each text as BOS and its tokens."""
+        """Return each text as BOS and its tokens."""
         plain = [text for text in texts if not self._needs_escape(text)]
         encoded = iter(self.tokenizer.encode(plain, num_threads=self.num_threads) if plain else [])
         ids = [self._encode_marks(text) if self._needs_escape(text) else next(encoded) for text in texts]
@@ -65,16 +65,16 @@ class Encoder:
         return SPACE_MARK in text and self.is_lossless and bool(self._mark_ids)
 
     def _encode_marks(self, text: str) -> list[int]:
-        """Tokens of a text with U+2581 in it: what lies between the marks, joined by the mark's bytes."""
+        """Return the tokens of a text with U+2581 in it: those between the marks, and the mark's byte pieces."""
         first, *others = self.tokenizer.encode(text.split(SPACE_MARK))
         return [*first, *(token for tokens in others for token in [*self._mark_ids, *tokens])]
 
     def table_bytes(self, tokens: np.ndarray) -> np.ndarray:  # (n,) int64, for the (n,) tokens of one document
-        """Bytes per token by the byte table; BOS counts 0."""
+        """Return bytes per token by the byte table; BOS counts 0."""
         return self.byte_table.count(np.concatenate([[BOS_ID], tokens[:-1]]), tokens)
 
     def original_bytes(self, text: str, tokens: np.ndarray) -> np.ndarray:  # (n,) int64, BOS included as 0
-        """Bytes of `text` that each of its tokens stands for; they add up to len(text in UTF-8).
+        """Return the bytes of `text` that each token stands for; they add up to its length in UTF-8.
 
         Raises MismatchError for a token that stands for more bytes than a sidecar's uint16 can hold.
         """
@@ -92,7 +92,7 @@ class Encoder:
         return counts
 
     def _offset_bytes(self, text: str, num_bytes: int) -> np.ndarray:  # (tokens without BOS,) int64
-        """Bytes by sentencepiece's offsets: from where a token begins to where the next one does."""
+        """Return bytes per token by sentencepiece's offsets: from a token's begin to the next one's."""
         serialized = self.tokenizer.encode(text, out_type="serialized_proto")
         ids, begins = _ids_and_begins(serialized)
         edges = np.array([*begins, num_bytes], dtype=np.int64)
@@ -101,7 +101,7 @@ class Encoder:
         return self._spread_over_byte_pieces(counts, np.array(ids, dtype=np.int64), edges[:-1])
 
     def _spread_over_byte_pieces(self, counts: np.ndarray, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
-        """A character spelled as byte pieces has all its bytes on the last of them: give each piece its own byte."""
+        """Give each byte piece its own byte: sentencepiece counts all bytes of a character on its last piece."""
         is_byte = np.array([self.tokenizer.is_byte(int(token)) for token in ids], dtype=bool)
         starts = np.flatnonzero(np.diff(begins, prepend=-1))  # tokens that begin at one place form a group
         sizes = np.diff(starts, append=len(ids))
@@ -110,7 +110,7 @@ class Encoder:
 
 
 def _ids_and_begins(serialized: bytes) -> tuple[list[int], list[int]]:
-    """Ids and UTF-8 begin offsets of a serialized SentencePieceText (pieces = 2: {id = 2, begin = 4}; zeros left out).
+    """Return ids and UTF-8 begin offsets of a SentencePieceText (pieces = 2: {id = 2, begin = 4}; zeros are left out).
 
     Read by hand because the protobuf package is no dependency of ours, and every sentencepiece release writes it.
     """
@@ -125,7 +125,7 @@ def _ids_and_begins(serialized: bytes) -> tuple[list[int], list[int]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, int or bytes) of a protobuf message; 32-bit floats are passed over."""
+    """Yield (field number, int or bytes) of a protobuf message, skipping 32-bit floats."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
@@ -142,7 +142,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A base-128 integer and the position after it."""
+    """Return a base-128 integer and the position after it."""
     value = shift = 0
     while True:
         byte = data[position]

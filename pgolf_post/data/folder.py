@@ -1,7 +1,7 @@
-"""One data folder: which files, which tokenizer, which tokens. Everything else asks this class.
+"""One data folder: its files, its tokenizer and its tokens.
 
 The manifest is the folder's identity: checkpoints record its sha256, so that a score can say which text it was
-measured on. Opening checks that each file is there, reading checks lengths and token ids, `data check` the rest.
+measured on. Opening checks that each file exists, reading checks lengths and token ids, `data check` everything.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.settings import canonical_json
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"  # in folders that we write; others name theirs in the manifest
 FORMAT_VERSION = 1
 
 Split = Literal["train", "val"]
@@ -38,7 +39,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Check that the manifest is whole and its files are there. Raises NotFoundError, DamagedFileError."""
+        """Open a folder whose manifest is complete and whose files exist. Raises NotFoundError, DamagedFileError."""
         manifest_path = path / MANIFEST_NAME
         if not manifest_path.is_file():
             raise NotFoundError(
@@ -57,13 +58,13 @@ class DataFolder:
         return cls(path, manifest)
 
     def _check_files(self) -> None:
-        """Raise DamagedFileError listing files that the manifest names and that are not there."""
+        """Raise DamagedFileError listing the files that the manifest names and the folder lacks."""
         missing = [name for name in self.file_names() if not (self.path / name).is_file()]
         if missing:
             raise DamagedFileError(f"{self.path}: files named by the manifest are missing: {', '.join(missing)}")
 
     def file_names(self) -> list[str]:
-        """Every file that the manifest names: tokenizer, shards, byte sidecars."""
+        """Return the name of every file in the manifest: tokenizer, shards, byte sidecars."""
         splits = self.manifest["splits"].values()
         shards = [shard for split in splits for shard in [*split["shards"], *split.get("byte_sidecars", [])]]
         return [self.manifest["tokenizer"]["file"], *(shard["file"] for shard in shards)]
@@ -93,14 +94,14 @@ class DataFolder:
         return ByteTable.from_tokenizer(self.tokenizer)
 
     def shard_paths(self, split: Split) -> list[Path]:
-        """The split's shards in order. Raises NotFoundError if the folder has none."""
+        """Return the paths of the split's shards in order. Raises NotFoundError if the folder has none."""
         shards = self.manifest["splits"].get(split, {}).get("shards", [])
         if not shards:
             raise NotFoundError(f"{self.path} has no {split!r} shards", hint="pgolf-post data build --help")
         return [self.path / shard["file"] for shard in shards]
 
     def shards(self, split: Split) -> Iterator[tuple[Path, np.ndarray]]:  # (num_tokens,) uint16, memory-mapped
-        """The split's shards in order, each checked. Raises NotFoundError, DamagedFileError, MismatchError."""
+        """Yield the split's shards in order with their paths. Raises NotFoundError, DamagedFileError, MismatchError."""
         recorded = [shard["num_tokens"] for shard in self.manifest["splits"].get(split, {}).get("shards", [])]
         for path, num_tokens in zip(self.shard_paths(split), recorded, strict=True):
             shard = read_shard(path)
@@ -113,7 +114,7 @@ class DataFolder:
             yield path, shard
 
     def tokens(self, split: Split, max_tokens: int | None = None) -> np.ndarray:  # (n,) uint16
-        """The first `max_tokens` tokens of a split (all by default), across shards, ids checked against the vocabulary.
+        """Return the first `max_tokens` tokens of a split (all by default), across shards.
 
         Raises MismatchError for a token id that the vocabulary does not have.
         """
@@ -126,7 +127,7 @@ class DataFolder:
         return np.concatenate(pieces)
 
     def token_bytes(self, split: Split, tokens: np.ndarray) -> np.ndarray:  # (n,) int64
-        """Bytes of text of the split's first len(tokens) tokens: from its sidecar, else the byte table."""
+        """Return the bytes of text of the split's first len(tokens) tokens, from its sidecar or else the byte table."""
         sidecars = self.manifest["splits"][split].get("byte_sidecars", [])
         if sidecars:
             counts = np.concatenate([read_shard(self.path / sidecar["file"]) for sidecar in sidecars])

@@ -1,9 +1,10 @@
-"""Files from a dataset repository of the Hugging Face hub, one at a time: pinned, resumed, verified.
+"""Files from a dataset repository of the Hugging Face hub, one at a time: pinned, resumable, verified.
 
-A revision is resolved to its commit once, so that a download never mixes two versions. A file arrives under a partial
-name made from its checksum and is renamed once that checksum holds. huggingface_hub resumes a cut connection only
-within one call and then throws the partial file away, so the partial file is kept here: its `http_get` is told where to
-go on, in the next attempt or in the next run. The endpoint is passed explicitly and no access token is sent.
+A revision is resolved to its commit once, so that a download never mixes two versions. A file is written under a
+partial name made from its checksum and renamed once that checksum holds. huggingface_hub resumes a cut connection only
+within one call and then deletes the partial file, so the partial file is kept here, and its `http_get` is given the
+position to resume from, in the next attempt or the next run. The endpoint is passed explicitly; no access token is
+sent.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ class Repository:
             return list(api.list_repo_tree(self.repository, folder, repo_type="dataset", revision=self.commit))
 
         entries = with_retries(f"{self.repository}: folder {folder!r}", listing)
-        found = [
+        files = [
             RemoteFile(entry.path, int(entry.size), entry.lfs.sha256 if entry.lfs else None, str(entry.blob_id))
             for entry in entries
             if hasattr(entry, "blob_id")
         ]
-        return sorted(found, key=lambda file: file.path)
+        return sorted(files, key=lambda file: file.path)
 
     def file(self, path: str) -> RemoteFile:
         """One file by its path. Raises NotFoundError if the repository has none."""
@@ -84,9 +85,9 @@ class Repository:
         raise NotFoundError(f"{self.repository} has no file {path!r} at commit {self.commit}")
 
     def fetch(self, file: RemoteFile, destination: Path) -> None:
-        """Bring `file` to `destination` unless it is there already; go on with what an earlier attempt left.
+        """Download `file` to `destination` unless it is there, resuming an earlier attempt.
 
-        Raises DamagedFileError if what arrived does not have the stated checksum, PgolfError if it does not arrive.
+        Raises DamagedFileError if it arrives with another checksum than stated, PgolfError if it does not arrive.
         """
         if destination.is_file() and is_intact(destination, file):
             return
@@ -117,7 +118,7 @@ class Repository:
             )
 
     def _attempt(self, url: str, size_bytes: int, partial: Path, report: Callable[[int], None]) -> None:
-        """One request for what is still missing."""
+        """Request the bytes that are still missing."""
         from huggingface_hub.file_download import http_get
 
         have = partial.stat().st_size if partial.exists() else 0
@@ -131,7 +132,7 @@ class Repository:
 
 
 def _position_reporter(advance: Callable[..., None]) -> Callable[[int], None]:
-    """Turn a progress bar's `advance` into `report(position in bytes)`, which may also go back."""
+    """Return `report(position in bytes)` that drives a progress bar's `advance`; a position may also go back."""
     shown_bytes = 0
 
     def report(position: int) -> None:
@@ -143,7 +144,7 @@ def _position_reporter(advance: Callable[..., None]) -> Callable[[int], None]:
 
 
 class CountedFile:
-    """A file that reports its position after every change; all that a transfer needs of a file."""
+    """The file interface that a transfer needs; it reports its position after every change."""
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
         self._file, self._report = file, report
@@ -167,7 +168,7 @@ class CountedFile:
 
 
 def _import_hub() -> Any:
-    """huggingface_hub with its own progress bars off. Raises PgolfError naming the extra that installs it."""
+    """Return huggingface_hub with its progress bars off. Raises PgolfError naming the extra that installs it."""
     try:
         import huggingface_hub
         from huggingface_hub.utils import disable_progress_bars
@@ -180,7 +181,7 @@ def _import_hub() -> Any:
 
 
 def is_intact(path: Path, file: RemoteFile) -> bool:
-    """Whether a local file has the remote file's size and checksum."""
+    """Return whether a local file has the remote file's size and checksum."""
     if path.stat().st_size != file.size_bytes:
         return False
     with path.open("rb") as stream:
@@ -193,7 +194,7 @@ def is_intact(path: Path, file: RemoteFile) -> bool:
 
 
 def with_retries(what: str, action: Callable[[], T]) -> T:
-    """Run `action`, again after a wait if the connection failed. Raises NotFoundError or PgolfError saying why not."""
+    """Return action(), tried again after a wait if the connection fails. Raises NotFoundError or PgolfError."""
     wait_s = FIRST_WAIT_S
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
@@ -215,7 +216,7 @@ def with_retries(what: str, action: Callable[[], T]) -> T:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether trying again can help: the connection failed, or the server said that it was busy or broken."""
+    """Return whether trying again can help: the connection failed, or the server is busy or broken."""
     status = _status(error)
     if status is not None:
         return status >= 500 or status in TRANSIENT_STATUS
@@ -225,14 +226,14 @@ def is_transient(error: Exception) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that the error carries, if any."""
+    """Return the HTTP status that the error carries, or None."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     return int(status) if status is not None else None
 
 
 def _explain(what: str, error: Exception) -> PgolfError:
-    """A permanent failure in the terms of what was asked for."""
+    """Return a permanent failure as an error that names what was requested."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return PgolfError(
             f"{what}: could not write: {error}", hint="free disk space or fix its permissions, run it again"

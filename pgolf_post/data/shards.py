@@ -1,4 +1,4 @@
-"""Token shards: the challenge's binary format, read by memory map and written atomically.
+"""Token shards in the challenge's binary format, memory-mapped for reading and written atomically.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then that many little-endian
 uint16 values. Tokens and per-token byte sidecars share the format (openai/parameter-golf, from modded-nanogpt).
@@ -20,7 +20,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 
 
 def read_shard(path: Path) -> np.ndarray:  # (num_tokens,) uint16, memory-mapped, read-only
-    """Map a shard's tokens. Raises NotFoundError, or DamagedFileError for a wrong magic, version or length."""
+    """Memory-map a shard's tokens. Raises NotFoundError, or DamagedFileError for a wrong magic, version or length."""
     if not path.is_file():
         raise NotFoundError(f"no such shard: {path}", hint="pgolf-post data build --help")
     size_bytes = path.stat().st_size

@@ -1,8 +1,8 @@
-"""A corpus that every Python has: its own standard library, as prose and as code.
+"""The Python standard library as a corpus of prose and code, without any download.
 
 Three kinds of documents: the language reference's help topics (`pydoc_data.topics`); each module's docstrings, which
-are English; and each module's source without those docstrings. So no text appears twice, and a module's two documents
-share one key, so that none of a module is in train while the rest is in validation. The walk is sorted and reads only
+are English; and each module's source without those docstrings. So no text appears twice. A module's two documents have
+the same key, so that both fall into the same split. The walk is sorted and reads only
 files that belong to the standard library: the corpus depends on the Python version and on nothing else.
 """
 
@@ -32,7 +32,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """Every document of the running Python's standard library. Raises NotFoundError if its sources are not there."""
+    """Yield every document of the running Python's standard library. Raises NotFoundError if it has no sources."""
     yield from _topic_documents()
     root = Path(sysconfig.get_path("stdlib"))
     modules = module_files(root)
@@ -43,12 +43,12 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def stdlib_source() -> dict[str, str]:
-    """What a manifest records of this corpus: the implementation and version that it came from."""
+    """Return what a manifest records of this corpus: Python's implementation and version."""
     return {"corpus": "stdlib", "python": f"{sys.implementation.name} {sys.version.split()[0]}"}
 
 
 def _topic_documents() -> Iterator[Document]:
-    """One document per help topic of the language reference."""
+    """Yield one document per help topic of the language reference."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -56,12 +56,12 @@ def _topic_documents() -> Iterator[Document]:
 
 
 def module_files(root: Path) -> list[Path]:
-    """The standard library's .py files under `root`, sorted by their path."""
+    """Return the standard library's .py files under `root`, sorted by path."""
     return sorted((path for path in root.rglob("*.py") if _is_wanted(path.relative_to(root))), key=Path.as_posix)
 
 
 def _is_wanted(relative: Path) -> bool:
-    """Whether a file belongs to a standard module that the corpus takes."""
+    """Return whether a file belongs to a standard module of the corpus."""
     module = relative.parts[0].removesuffix(".py")
     return (
         module in sys.stdlib_module_names
@@ -71,7 +71,7 @@ def _is_wanted(relative: Path) -> bool:
 
 
 def module_documents(path: Path, key: str) -> Iterator[Document]:
-    """A module's docstrings, then its source without them; nothing if the file does not decode or parse."""
+    """Yield a module's docstrings, then its source without them; nothing if the file does not decode or parse."""
     try:
         with tokenize.open(path) as file:
             source = file.read()
@@ -86,25 +86,25 @@ def module_documents(path: Path, key: str) -> Iterator[Document]:
 
 
 def _prose(node: Docstring) -> str:
-    """A docstring as help() shows it: dedented, without the lone surrogates that an escape can spell."""
+    """Return a docstring as help() shows it: dedented, without the lone surrogates that an escape can spell."""
     return inspect.cleandoc(str(node.value)).encode("utf-8", "ignore").decode("utf-8")
 
 
 def find_docstrings(tree: ast.Module) -> list[Docstring]:
-    """The docstring nodes of a module, in the order of its text."""
-    found = [node for owner in ast.walk(tree) if isinstance(owner, Documented) and (node := _docstring(owner))]
-    return sorted(found, key=lambda node: (node.lineno, node.col_offset))
+    """Return the docstring nodes of a module in the order of its text."""
+    docstrings = [node for owner in ast.walk(tree) if isinstance(owner, Documented) and (node := _docstring(owner))]
+    return sorted(docstrings, key=lambda node: (node.lineno, node.col_offset))
 
 
 def _docstring(owner: Documented) -> Docstring | None:
-    """The string that opens the owner's body, if its body opens with one."""
+    """Return the string that opens the owner's body, or None."""
     first = owner.body[0] if owner.body else None
     value = first.value if isinstance(first, ast.Expr) else None
     return value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
 
 
 def without_spans(source: str, nodes: list[Docstring]) -> str:
-    """`source` without the text of `nodes`; lines that held nothing else go too."""
+    """Return `source` without the text of `nodes` and without the lines that held nothing else."""
     lines = [line.encode("utf-8") for line in source.split("\n")]  # ast counts columns in UTF-8 bytes
     for node in reversed(nodes):
         assert node.end_lineno is not None

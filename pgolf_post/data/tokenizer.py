@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer, and how many bytes of text each of its tokens stands for.
+"""The sentencepiece tokenizer, and its byte table: the bytes of text that each token stands for.
 
 Bits per byte divides by bytes of the original text, so the byte table *is* the metric's denominator. The rule is the
 challenge's: control, unknown and unused pieces count 0; a byte-fallback piece counts 1; any other piece counts its
@@ -35,7 +35,7 @@ def load_tokenizer(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """Bytes of text per token id. Arrays have shape (vocab_size,)."""
+    """Bytes of text per token id. All arrays have shape (vocab_size,)."""
 
     piece_bytes: np.ndarray  # int64, without the leading space
     has_leading_space: np.ndarray  # bool
@@ -43,7 +43,7 @@ class ByteTable:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> ByteTable:
-        """Read the table off a sentencepiece processor."""
+        """Return the table of a sentencepiece processor."""
         vocab_size = tokenizer.vocab_size()
         piece_bytes = np.zeros(vocab_size, dtype=np.int64)
         has_leading_space = np.zeros(vocab_size, dtype=bool)
@@ -65,7 +65,7 @@ class ByteTable:
         previous: np.ndarray,  # (n,) the token before each target
         targets: np.ndarray,  # (n,)
     ) -> np.ndarray:  # (n,) int64 bytes of text each target stands for
-        """Bytes per target token, in its context."""
+        """Return the bytes of each target token, given the token before it."""
         space = self.has_leading_space[targets] & ~self.is_boundary[previous]
         counts: np.ndarray = self.piece_bytes[targets] + space
         return counts

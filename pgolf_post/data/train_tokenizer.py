@@ -1,7 +1,7 @@
-"""Training a sentencepiece BPE tokenizer that loses nothing.
+"""Training of a lossless sentencepiece BPE tokenizer.
 
 Identity normalization, no added or removed spaces, byte fallback for every character without a piece, and the newline
-as a piece of its own: what is decoded is what was encoded, for any text, so the byte table counts original bytes. The
+as a piece of its own: decoding reproduces any text exactly, so the byte table counts original bytes. The
 control ids are the challenge's (pad 0, bos 1, eos 2, unk 3), digits are split as in its tokenizers.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pgolf_post.data.tokenizer import BOS_ID, SPACE_MARK
 from pgolf_post.errors import SettingsError
 
-MAX_VOCAB_SIZE = 1 << 16  # a shard's tokens are uint16
 MAX_SENTENCE_CHARS = 2000
 MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARS
 CHARACTER_COVERAGE = 0.999  # of the sample's characters; the rest fall back to bytes
@@ -57,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, sample_bytes: int) ->
 
 
 def _sample(texts: Iterable[str], sample_bytes: int) -> Iterator[str]:
-    """Texts from the first on, until they reach `sample_bytes`; the last one is cut."""
+    """Yield texts until they reach `sample_bytes`; the last one is cut."""
     remaining = sample_bytes
     for text in texts:
         data = text.encode("utf-8")
@@ -68,7 +67,7 @@ def _sample(texts: Iterable[str], sample_bytes: int) -> Iterator[str]:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their newline, the longest cut up; without the characters that sentencepiece reserves."""
+    """Yield lines without newline, long ones in pieces, without the characters that sentencepiece reserves."""
     for text in texts:
         for line in text.replace(SPACE_MARK, "").replace("\0", "").split("\n"):
             for start in range(0, len(line), MAX_SENTENCE_CHARS):
@@ -76,7 +75,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(message: str, vocab_size: int) -> SettingsError:
-    """sentencepiece's complaint as ours, with the limit that it states."""
+    """Return sentencepiece's error as ours, with the limit that it states."""
     if at_most := re.search(r"<= (\d+)", message):
         limit = int(at_most[1])
         return SettingsError(

@@ -16,8 +16,8 @@ import torch
 
 from pgolf_post.artifacts import FITTED, ArtifactKey, PackedArtifact, find, keep
 from pgolf_post.base.progress import say
+from pgolf_post.base.storage import PARTIAL_SUFFIX
 from pgolf_post.calibrate.text import CalibrationSet
-from pgolf_post.derived import PARTIAL_SUFFIX
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.prepare import DISTILL, Fitter
 from pgolf_post.fit.probe import Probe, probe_text

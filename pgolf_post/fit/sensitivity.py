@@ -67,7 +67,7 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     if site is not None:
         sides.append((_product_moments(name, site, stats, settings), fisher.mean_rows(name)))
     if name in fisher.lookup_rows:
-        sides.append((fisher.lookup_moments[name] / fisher.num_tokens, fisher.lookup_rows[name]))
+        sides.append((fisher.lookup_hessians[name] / fisher.num_tokens, fisher.lookup_rows[name]))
     total = sum(float(moments.trace()) for moments, _ in sides)
     if not (math.isfinite(total) and total > 0):
         raise NumericsError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.storage import read_json
-from pgolf_post.cache import Entry, entry_at, list_entries
+from pgolf_post.cache import CacheEntry, entry_at, list_entries
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints, run_checkpoints
 from pgolf_post.derived import NAMING, id_from_config
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
@@ -100,7 +100,7 @@ def run_row(checkpoint: Checkpoint) -> Row:
     return Row("run", f"run:{run}", (), run, run, **told, **where)
 
 
-def entry_rows(entry: Entry) -> list[Row]:
+def entry_rows(entry: CacheEntry) -> list[Row]:
     """The row of one derived result; none where it is incomplete or damaged JSON."""
     if entry.state not in ("complete", "orphan"):
         return []
@@ -117,7 +117,7 @@ def entry_rows(entry: Entry) -> list[Row]:
     return [Row(kind, entry_id(entry, meta), parents, name, entry.checkpoint.parent.name, **told, created=created)]
 
 
-def entry_id(entry: Entry, meta: Mapping[str, Any]) -> str:
+def entry_id(entry: CacheEntry, meta: Mapping[str, Any]) -> str:
     """The derived id whose first 12 digits name the folder, made again from config.json; else those digits."""
     parents = [str(entry.config[key]) for key in ("view_id", "stats_id") if key in entry.config]
     parents = [str(meta["subject_id"])] if "subject_id" in meta else parents
@@ -128,14 +128,14 @@ def entry_id(entry: Entry, meta: Mapping[str, Any]) -> str:
 Description = tuple[tuple[str, ...], str, dict[str, Any]]  # parents, name, result
 
 
-def _stats(entry: Entry, meta: Mapping[str, Any]) -> Description:
+def _stats(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     config = entry.config
     name = f"{config.get('source', 'train')} text, {meta['num_tokens']:,} tokens, {config['view']}"
     result = {"tokens": meta["num_tokens"], "checkpoint_id": config["view_id"], "fisher": bool(meta.get("fisher"))}
     return (str(config["view_id"]),), name, result
 
 
-def _artifact(entry: Entry, meta: Mapping[str, Any]) -> Description:
+def _artifact(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     config = entry.config
     num_bytes = next(path.stat().st_size for path in entry.path.glob("artifact.*"))
     result = {"artifact_bytes": num_bytes, "symbols_sha256": meta["symbols_sha256"], "checkpoint_id": meta["view_id"]}
@@ -150,7 +150,7 @@ def _knobs(config: Mapping[str, Any]) -> list[str]:
     return [f"{label} {'/'.join(f'{v:g}' for v in dict.fromkeys(values))}" for label, values in found.items() if values]
 
 
-def _score(entry: Entry, meta: Mapping[str, Any]) -> Description:
+def _score(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     """A score's parent is a view, or the artifact whose file has the sha256 that was scored."""
     subject, config = str(meta["subject_id"]), entry.config
     result = {key: meta[key] for key in (*SUMS, "documents")}
@@ -165,7 +165,7 @@ def _score(entry: Entry, meta: Mapping[str, Any]) -> Description:
 _DESCRIBE = {"stats": _stats, "artifact": _artifact, "score": _score}
 
 
-def _siblings(entry: Entry, stage: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
+def _siblings(entry: CacheEntry, stage: str) -> Iterator[tuple[CacheEntry, dict[str, Any]]]:
     for meta_path in sorted((entry.path.parent.parent / stage).glob("*/meta.json")):
         if not meta_path.parent.name.startswith("."):
             yield entry_at(meta_path.parent), read_json(meta_path)

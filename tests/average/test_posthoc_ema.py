@@ -65,12 +65,12 @@ def tracked_original(tmp_path_factory: pytest.TempPathFactory, pico_data: DataFo
     def watched(at: float) -> tuple[float, float]:
         result = step(at)
         for average in (*power.values(), *exponential.values()):
-            average.update(trainer.step)
-        if trainer.step in (190, NUM_STEPS):
+            average.update(trainer.state.step)
+        if trainer.state.step in (190, NUM_STEPS):
             for length, track in power.items():
                 values = track.tracks[length.sigma]
-                direct[length, trainer.step] = {name: tensor.clone() for name, tensor in values.items()}
-            direct.update({(length, trainer.step): average.value() for length, average in exponential.items()})
+                direct[length, trainer.state.step] = {name: tensor.clone() for name, tensor in values.items()}
+            direct.update({(length, trainer.state.step): average.value() for length, average in exponential.items()})
         return result
 
     trainer.timed_step = watched  # type: ignore[method-assign]

@@ -43,9 +43,9 @@ def test_every_site_of_the_model_is_there_symmetric_and_positive(
     assert fisher is not None
     assert set(fisher.rows) == set(fisher.weighted) == {tensor for site in sites for tensor in site.tensors}
     assert set(fisher.outputs) == set(fisher.rows) - {fisher.head}
-    assert float(fisher.token_counts.sum()) == 320
-    assert fisher.softmax_rows.shape == (320,)
-    assert fisher.lookup_second_moment.shape == (16, 16)
+    assert float(fisher.lookup_counts[fisher.token_table].sum()) == 320
+    assert fisher.rows[fisher.head].shape == (320,)
+    assert fisher.lookup_hessians[fisher.token_table].shape == (16, 16)
     for tensor in fisher.rows:
         assert fisher.mean_rows(tensor).shape == (view.tensors[tensor].shape[0],)
         assert fisher.mean_weighted(tensor).shape == (view.tensors[tensor].shape[1],) * 2

@@ -15,7 +15,7 @@ import torch
 
 from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
-from pgolf_post.calibrate.partial import Partial
+from pgolf_post.calibrate.partial_sums import PartialSums
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITOR
 # The command line with batches of two windows; every batch is saved, and takes a while where a pause is given.
 SMALL_BATCHES = """
 import sys, time
-import pgolf_post.calibrate.collect as collect, pgolf_post.calibrate.partial as partial
+import pgolf_post.calibrate.collect as collect, pgolf_post.calibrate.partial_sums as partial
 from pgolf_post.cli import main
 
 pause = float(sys.argv.pop(1))
@@ -70,7 +70,7 @@ def all_sums(stats: Stats) -> dict[str, torch.Tensor]:
             "outputs": fisher.outputs,
             "counts": fisher.lookup_counts,
         }
-        kinds |= {"lookup": fisher.lookup_moments, "lookup rows": fisher.lookup_rows}
+        kinds |= {"lookup": fisher.lookup_hessians, "lookup rows": fisher.lookup_rows}
     for kind, tensors in kinds.items():
         found |= {f"{kind} {name}": tensor for name, tensor in tensors.items()}
     return found
@@ -157,7 +157,7 @@ def test_a_killed_calibration_is_taken_up_where_it_was(
 
 def saved(folder: Path, value: float, batches: set[int], name: str) -> Path:
     """A partial file that another process left."""
-    partial = Partial(folder, 2, ALONE)
+    partial = PartialSums(folder, 2, ALONE)
     partial.path = folder / f"{name}.safetensors"
     sums = Sums()
     sums.add("hessian.site", torch.full((3, 3), value))
@@ -169,7 +169,7 @@ def saved(folder: Path, value: float, batches: set[int], name: str) -> Path:
 def test_what_several_processes_left_is_added_up(tmp_path: Path) -> None:
     saved(tmp_path, 1.0, {0, 2}, "a")
     saved(tmp_path, 5.0, {1}, "b")
-    partial = Partial(tmp_path, 2, ALONE)
+    partial = PartialSums(tmp_path, 2, ALONE)
     sums, done = partial.resume()
     assert done == {0, 1, 2}
     assert torch.equal(sums["hessian.site"].triu(), torch.full((3, 3), 6.0, dtype=torch.float64).triu())
@@ -187,9 +187,9 @@ def test_overlapping_damaged_and_differently_cut_files_are_left_out_aloud(
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    sums, done = Partial(tmp_path, 2, ALONE).resume()
+    sums, done = PartialSums(tmp_path, 2, ALONE).resume()
     assert done == {0, 1, 2}
     assert float(sums["hessian.site"][0, 0]) == 1.0
-    assert "damaged.safetensors: not what was written; its part is done again" in capsys.readouterr().err
-    assert Partial(tmp_path, 3, ALONE).resume()[1] == set()
-    assert capsys.readouterr().err.count("not these batches; its part is done again") == 2
+    assert "damaged.safetensors: the tensors do not have the recorded sha256; its batches" in capsys.readouterr().err
+    assert PartialSums(tmp_path, 3, ALONE).resume()[1] == set()
+    assert capsys.readouterr().err.count("its batches have another size; its batches are done again") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,31 @@ def test_show_lists_each_checkpoint_of_a_run_once(pgolf: Any, pico_run: Path) ->
     for path in (pico_run, pico_run / "pico"):
         listed = [Path(folder).resolve() for folder in pgolf("show", path, "--json").json["checkpoints"]]
         assert listed == sorted(folder.resolve() for folder in (pico_run / "pico").glob("step_*"))
+
+
+def test_show_lists_results_and_only_counts_what_is_none(pgolf: Any, pico_checkpoint: Checkpoint) -> None:
+    artifact = Path(pgolf("requant", "--json", *FEW).json["artifact"]).parent
+    for name in (f".tmp-{os.getpid()}-0-{artifact.name}", f".old-0-{artifact.name}", "0123456789ab.partial"):
+        shutil.copytree(artifact, artifact.with_name(name))
+    (artifact.parent / "incomplete").mkdir()
+    shown = pgolf("show", pico_checkpoint.path).err
+    derived = [line.split()[-2] for line in shown.splitlines() if "derived artifact" in line]
+    assert derived == [artifact.name]
+    assert "1 incomplete, 1 partial, 2 temporary" in shown
+    for name, state in ((artifact.name, "complete"), ("0123456789ab.partial", "partial")):
+        assert any(line.split()[1:4:2] == ["state", state] for line in shown_lines(pgolf, artifact.with_name(name)))
+
+
+def test_show_marks_a_result_of_other_weights(pgolf: Any, pico_checkpoint: Checkpoint) -> None:
+    pgolf("calibrate", "--tokens", 64, "--weights", "raw")
+    edit_json(pico_checkpoint.path / "meta.json", lambda meta: meta["views"]["raw"].update(id="another"))
+    assert sum("(orphan: made from other weights)" in line for line in shown_lines(pgolf, pico_checkpoint.path)) == 1
+
+
+def shown_lines(pgolf: Any, path: Path) -> list[str]:
+    answer = pgolf("show", path)
+    assert answer.code == 0, answer.err
+    return str(answer.err).splitlines()
 
 
 def test_show_refuses_what_it_does_not_know(pgolf: Any, tmp_path: Path, pico_run: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from pgolf_post.cli import COMMANDS, cli, run_command
+from pgolf_post.base.command_line import run_command
+from pgolf_post.cli import COMMANDS, cli
 from pgolf_post.errors import (
     DamagedFileError,
     MismatchError,

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from pgolf_post.data.build import BuildSettings, build
+from pgolf_post.data.build import build
 from pgolf_post.data.documents import Document
 from pgolf_post.data.folder import DataFolder
+from pgolf_post.data.settings import BuildSettings
 from pgolf_post.data.stdlib_corpus import _topic_documents
 
 SMALL = BuildSettings(name="small", vocab_size=400, val_fraction=0.2, tokens_per_shard=20_000)

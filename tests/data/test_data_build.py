@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from pgolf_post.cli.data import command
-from pgolf_post.data.build import BuildSettings, Corpus, build, key_position
+from pgolf_post.data.build import build
 from pgolf_post.data.check import check
+from pgolf_post.data.corpus import Corpus, key_position
 from pgolf_post.data.documents import Document
 from pgolf_post.data.folder import DataFolder, Split
+from pgolf_post.data.settings import BuildSettings
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import MismatchError, PgolfError, SettingsError

@@ -20,8 +20,9 @@ import pytest
 
 from pgolf_post.data import hub
 from pgolf_post.data.check import check
-from pgolf_post.data.download import DownloadSettings, download
+from pgolf_post.data.download import download
 from pgolf_post.data.folder import DataFolder
+from pgolf_post.data.settings import DownloadSettings
 from pgolf_post.data.shards import HEADER_BYTES, read_shard, write_shard
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
 

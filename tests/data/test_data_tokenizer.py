@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_post.data.build import BuildSettings, build
+from pgolf_post.data.build import build
 from pgolf_post.data.documents import Document
 from pgolf_post.data.encode import Encoder
+from pgolf_post.data.settings import BuildSettings
 from pgolf_post.data.tokenizer import BOS_ID, load_tokenizer
 from pgolf_post.data.train_tokenizer import train_tokenizer
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError

@@ -74,7 +74,7 @@ def test_a_tied_embedding_is_minded_by_head_and_lookups(fisher_stats: Stats, sit
     name, fisher = "tok_emb.weight", fisher_stats.fisher
     assert fisher is not None
     both = sensitivity(name, sites[name], fisher_stats, RAW)
-    head, lookups = fisher.mean_weighted(name), fisher.lookup_moments[name] / fisher.num_tokens
+    head, lookups = fisher.mean_weighted(name), fisher.lookup_hessians[name] / fisher.num_tokens
     assert torch.allclose(both.moments, head + lookups / len(both.rows), rtol=1e-6, atol=1e-12)
     assert both.moments.trace() > head.trace()
 

@@ -224,7 +224,7 @@ def training_case(device: str, data: Path, root: Path) -> dict[str, Any]:
         recipe = pico_recipe(
             DataFolder.open(data), root, run=run, data={"micro_batch_tokens": 32}, schedule={"steps": 4}
         )
-        checkpoint = loop.Trainer(recipe, loop.ALONE).run()
+        checkpoint = loop.Trainer(recipe, loop.SINGLE_PROCESS).run()
         lines = (checkpoint.path.parent / "train.jsonl").read_text().splitlines()
         keys = ("step", "loss", "grad_norm", "active_loops")
         answer[kernels] = [{key: json.loads(line)[key] for key in keys} for line in lines]

@@ -78,10 +78,10 @@ def test_a_run_leaves_its_snapshots_and_they_are_the_tracks(tmp_path: Path, pico
     assert [(s.step, s.sigma) for s in found] == [(step, sigma) for step in steps for sigma in (0.05, 0.1)]
     assert [s.progress for s in found[::2]] == pytest.approx([step / 12 for step in steps])
     assert [s.graph["active_loops"] for s in found[::2]] == [0, 1, 1, 1, 1]
-    assert trainer.power_ema
+    assert trainer.state.averages.power_ema
     for snapshot in found[-2:]:
         for name, tensor in load_file(snapshot.path).items():
-            assert torch.equal(tensor, trainer.power_ema.tracks[snapshot.sigma][name])
+            assert torch.equal(tensor, trainer.state.averages.power_ema.tracks[snapshot.sigma][name])
 
 
 @pytest.fixture(scope="module")

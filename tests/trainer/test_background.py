@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pgolf_post.errors import PgolfError
-from trainer.background import BackgroundWriter, Job
+from trainer.background import BackgroundWriter, WriterJob
 
 
 def failing() -> None:
@@ -66,7 +66,7 @@ def test_an_error_is_raised_where_training_next_looks_and_nothing_is_begun_after
     assert done == []
 
 
-def fail_with(error: BaseException, writer: BackgroundWriter, *jobs: Job) -> None:
+def fail_with(error: BaseException, writer: BackgroundWriter, *jobs: WriterJob) -> None:
     """Training that hands over jobs and then fails."""
     with writer:
         for job in jobs:

@@ -17,8 +17,9 @@ from tests.trainer.test_model import pico_model
 from trainer import compiled
 from trainer.architecture import GraphState
 from trainer.attention_backends import BACKENDS, BackendName
-from trainer.compiled import compiled_loss, compiles, graphs_ahead, num_compiled_graphs, synthetic_batch, training_loss
+from trainer.compiled import compiled_loss, compiles, num_compiled_graphs, training_loss
 from trainer.loop import Trainer
+from trainer.warm_up import graphs_ahead, rehearse, state_restored, synthetic_batch, warm_up
 
 SMALL = {"num_layers": 2, "xsa_last_n": 1, "loop_end": 1, "num_loops": 2, "isolate_documents": True}
 SINGLE = {**SMALL, "num_layers": 1, "loop_start": 0, "loop_end": 0, "num_loops": 0}
@@ -70,7 +71,7 @@ def test_where_documents_lie_makes_no_new_graph(
     for period in (3, 5, 16, 40):
         inputs, targets = synthetic_batch(320, 4, 16, generator)
         inputs[:, ::period] = 1
-        loss = run._loss(inputs, targets)
+        loss = run.gradients.loss(inputs, targets)
         loss.backward()
         found.append(num_compiled_graphs())
         eager = compiled.training_loss(run.model, inputs, targets, run.model.reach(inputs))
@@ -139,29 +140,29 @@ def test_warming_up_puts_every_state_back(tmp_path: Path, pico_data: DataFolder,
     resumed.resume(next(pico_run.glob("pico/*frac75")))
     for run, graphs in ((fresh, [0, 1]), (resumed, [1])):
         weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-        moments = {name: tensor.clone() for name, tensor in run.optimizer.state().items()}
-        shadow = {name: tensor.clone() for name, tensor in run.ema.shadow.items()}  # type: ignore[union-attr]
-        rest = run.step, run.train_seconds, run.model.graph, run.clock.num_steps
+        moments = {name: tensor.clone() for name, tensor in run.state.optimizer.state().items()}
+        shadow = {name: tensor.clone() for name, tensor in run.state.averages.ema.shadow.items()}  # type: ignore[union-attr]
+        rest = run.state.step, run.state.train_seconds, run.model.graph, run.state.clock.num_steps
         random = torch.get_rng_state()
-        assert graphs_ahead(run) == graphs
-        with compiled.state_restored(run):
+        assert graphs_ahead(run.state) == graphs
+        with state_restored(run.state):
             torch.rand(3)
             run.model.set_graph(GraphState(active_loops=1))
-            run.rehearse(*synthetic_batch(320, 4, 16, torch.Generator().manual_seed(0)))
+            rehearse(run.state, run.gradients, *synthetic_batch(320, 4, 16, torch.Generator().manual_seed(0)))
             assert any(not torch.equal(weights[name], tensor) for name, tensor in run.model.state_dict().items())
         assert all(torch.equal(weights[name], tensor) for name, tensor in run.model.state_dict().items())
-        assert run.optimizer.state().keys() == moments.keys()
-        assert all(torch.equal(moments[name], tensor) for name, tensor in run.optimizer.state().items())
-        assert all(torch.equal(shadow[name], tensor) for name, tensor in run.ema.shadow.items())  # type: ignore[union-attr]
-        assert (run.step, run.train_seconds, run.model.graph, run.clock.num_steps) == rest
+        assert run.state.optimizer.state().keys() == moments.keys()
+        assert all(torch.equal(moments[name], tensor) for name, tensor in run.state.optimizer.state().items())
+        assert all(torch.equal(shadow[name], tensor) for name, tensor in run.state.averages.ema.shadow.items())  # type: ignore[union-attr]
+        assert (run.state.step, run.state.train_seconds, run.model.graph, run.state.clock.num_steps) == rest
         assert torch.equal(torch.get_rng_state(), random)
         assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_the_warm_up_is_off_the_training_clock_and_on_record(tmp_path: Path, pico_data: DataFolder) -> None:
     run = trainer(pico_data, tmp_path, run={"warmup_steps": 2})
-    warmed = compiled.warm_up(run)
-    assert run.train_seconds == 0.0
+    warmed = warm_up(run.state, run.gradients)
+    assert run.state.train_seconds == 0.0
     assert warmed["seconds"] > 0
     assert (warmed["steps_per_graph"], warmed["active_loops"], warmed["compiled_graphs"]) == (2, [0, 1, 2], 0)
 

@@ -18,7 +18,8 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe, write_recipe
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
-from trainer.loop import Trainer, micro_batch_tokens
+from trainer.gradients import micro_batch_tokens
+from trainer.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -140,10 +141,10 @@ RANKS_SCRIPT = """
 import torch
 from torch import nn
 from pgolf_post.base.ranks import end_process
-from trainer.distributed import Ranks
+from trainer.distributed import TrainingRanks
 from trainer.optim import Optimizer, OptimSettings
 
-ranks = Ranks.join()
+ranks = TrainingRanks.join()
 rows = torch.arange(35.0, dtype=torch.float64).view(7, 5)
 stack = torch.cat([rows] * ranks.world_size) * (ranks.rank + 1)  # 7 rows for each rank
 mine = ranks.reduce_scatter(stack).wait()

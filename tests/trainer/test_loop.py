@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_intact(
     trainer = Trainer(pico_recipe(pico_data, tmp_path))
     with torch.no_grad():
         trainer.model.blocks[0].mlp.proj.weight.fill_(float("nan"))
-    trainer.phases.pending.pop("init")
+    trainer.state.phases.pending.pop("init")
     with pytest.raises(NumericsError, match="training loss is nan at step 0"):
         trainer.run()
 
@@ -165,7 +165,7 @@ def test_gradient_accumulation_is_the_same_step(tmp_path: Path, pico_data: DataF
     for name, micro_tokens in (("whole", 64), ("parts", 16)):
         data = {"micro_batch_tokens": micro_tokens}
         trainer = Trainer(pico_recipe(pico_data, tmp_path / name, data=data))
-        trainer._accumulate_gradients()
+        trainer.gradients.accumulate(trainer.sampler.step_batches(0, 4, micro_tokens // 16))
         gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from pgolf_post.plan import make_plan, read_plan
 from pgolf_post.settings import parse_settings
 from tests.trainer import oracle
 from tests.trainer.test_model import BANKED, FLAT, load_fixture
-from trainer.architecture import Activation, GraphState, ModelConfig, num_skips, split_visits
+from trainer.activations import ACTIVATIONS
+from trainer.architecture import GraphState, ModelConfig, num_skips, split_visits
 from trainer.embeddings import ngram_hash
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
@@ -69,7 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
     "double-sigmoid gate of the query": {"attn_gate": "double_sigmoid", "attn_gate_source": "query", "num_kv_heads": 2},
     "dense gate, one lane's output": {"attn_gate": "dense", "lanes_start": 2, "lane_output": "mlp"},
     "full rotary, no stretch": {"rope_dims": 0, "rope_ntk": False, "ln_scale": False, "logit_softcap": 4.0},
-    **{f"activation {kind}": {"activation": kind} for kind in get_args(Activation)},
+    **{f"activation {kind}": {"activation": kind} for kind in tuple(ACTIVATIONS)},
 }
 
 
@@ -121,7 +122,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         for key, values in {
             "num_kv_heads": (1, 2),
             "embedding_dim": (None, 12),
-            "activation": get_args(Activation),
+            "activation": tuple(ACTIVATIONS),
             "leaky_slope": (0.0, 0.5),
             "tie_embeddings": (True, False),
             "rope_dims": (0, 4),

@@ -17,11 +17,11 @@ from tests.conftest import pico_recipe
 from trainer import phase_times as ledger_file
 from trainer.loop import Trainer
 from trainer.phase_times import (
-    LEDGER_FILE,
     MEANING,
+    PHASE_TIMES_FILE,
     READS_TRAINING_DATA,
-    Phase,
     PhaseTimes,
+    TrainingPhase,
     show_phase_times,
     write_phase_times,
 )
@@ -36,11 +36,11 @@ class Clock:
 
 
 @given(names=st.lists(st.sampled_from(sorted(MEANING)), max_size=6), depth=st.integers(0, 6))
-def test_phases_never_count_a_second_twice(names: list[Phase], depth: int) -> None:
+def test_phases_never_count_a_second_twice(names: list[TrainingPhase], depth: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock, ledger = Clock(patch), PhaseTimes()
 
-        def nested(rest: list[Phase]) -> None:
+        def nested(rest: list[TrainingPhase]) -> None:
             clock.now += 1.0
             if rest:
                 with ledger.phase(rest[0]):
@@ -88,7 +88,7 @@ def test_a_runs_ledger_is_in_its_checkpoints_its_folder_and_on_the_terminal(
     final = Trainer(pico_recipe(pico_data, tmp_path, schedule={"seconds": 1e6})).run()
     shown = capsys.readouterr().err
     ledgers = [checkpoint.meta["ledger"] for checkpoint in list_checkpoints(tmp_path)]
-    ledgers.append(json.loads((tmp_path / "pico" / LEDGER_FILE).read_text()))
+    ledgers.append(json.loads((tmp_path / "pico" / PHASE_TIMES_FILE).read_text()))
     for facts, later in pairwise(ledgers):
         assert all(seconds["seconds"] <= later["phases"][name]["seconds"] for name, seconds in facts["phases"].items())
     facts = ledgers[-1]
@@ -118,5 +118,5 @@ def test_a_cap_that_was_overrun_is_shown_as_such(capsys: pytest.CaptureFixture[s
 
 def test_a_ledger_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PgolfError, match="could not write the ledger"):
-        write_phase_times(tmp_path / "file" / LEDGER_FILE, PhaseTimes().as_facts())
+    with pytest.raises(PgolfError, match="could not write the phase times"):
+        write_phase_times(tmp_path / "file" / PHASE_TIMES_FILE, PhaseTimes().as_facts())

@@ -14,7 +14,8 @@ from trainer.config import Recipe
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
 from trainer.preflight import preflight
-from trainer.timeline import StepTimes, group_peaks, predict
+from trainer.step_times import StepTimes
+from trainer.timeline import group_peaks, predict
 
 RECIPES = Path(trainer.__file__).parent / "recipes"
 

@@ -15,7 +15,8 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
-from trainer.reserve import Reserve, make_reserve, measure_reserve, resumed_reserve
+from trainer.measuring import measure_reserve
+from trainer.reserve import Reserve, make_reserve, resumed_reserve
 from trainer.schedule import ScheduleSettings
 
 CAPPED: dict[str, Any] = {"steps": 6, "seconds": 1e6, "hessian_seconds": "auto", "hessian_tokens": 4096}
@@ -49,7 +50,7 @@ def test_measuring_leaves_the_trainer_as_it_was(tmp_path: Path, pico_data: DataF
     trainer = Trainer(pico_recipe(pico_data, tmp_path, schedule=CAPPED))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     state, graph = torch.get_rng_state(), trainer.model.graph
-    reserve = measure_reserve(trainer)
+    reserve = measure_reserve(trainer.state, trainer.gradients)
     assert reserve
     assert reserve.origin == "measured"
     assert min(reserve.last_step, reserve.snapshot, reserve.hessians or 0.0) > 0
@@ -61,7 +62,8 @@ def test_measuring_leaves_the_trainer_as_it_was(tmp_path: Path, pico_data: DataF
 
 
 def test_a_run_without_a_cap_reserves_nothing(tmp_path: Path, pico_data: DataFolder) -> None:
-    assert measure_reserve(Trainer(pico_recipe(pico_data, tmp_path))) is None
+    trainer = Trainer(pico_recipe(pico_data, tmp_path))
+    assert measure_reserve(trainer.state, trainer.gradients) is None
 
 
 def test_a_run_says_what_it_reserves_and_a_resumed_one_keeps_it(
@@ -69,22 +71,22 @@ def test_a_run_says_what_it_reserves_and_a_resumed_one_keeps_it(
 ) -> None:
     trainer = Trainer(pico_recipe(pico_data, tmp_path / "whole", schedule=CAPPED, checkpoint={"steps": (4,)}))
     final = trainer.run()
-    assert trainer.reserve
+    assert trainer.state.reserve
     assert "cap 1e+06 s: " in capsys.readouterr().err
-    assert Reserve(**final.meta["reserve"]) == trainer.reserve
+    assert Reserve(**final.meta["reserve"]) == trainer.state.reserve
     resumed = Trainer(pico_recipe(pico_data, tmp_path / "resumed", schedule=CAPPED))
     resumed.resume(next((tmp_path / "whole" / "pico").glob("step_000004-*")))
-    assert resumed.reserve == trainer.reserve
+    assert resumed.state.reserve == trainer.state.reserve
     assert resumed.run().view_id("raw") == final.view_id("raw")
 
 
 def test_the_run_stops_where_the_reserve_begins(tmp_path: Path, pico_data: DataFolder) -> None:
     trainer = Trainer(pico_recipe(pico_data, tmp_path, schedule={"steps": None, "seconds": 600.0}))
-    trainer.reserve = Reserve(100.0, 1.0, 1.0, 98.0, "measured")
-    trainer.train_seconds = 250.0
-    assert trainer.progress == 0.5
-    trainer.train_seconds = 500.0
-    assert trainer.progress == 1.0
+    trainer.state.reserve = Reserve(100.0, 1.0, 1.0, 98.0, "measured")
+    trainer.state.train_seconds = 250.0
+    assert trainer.state.progress == 0.5
+    trainer.state.train_seconds = 500.0
+    assert trainer.state.progress == 1.0
     final = trainer.run()
     assert (final.meta["step"], final.meta["progress"]) == (0, 1.0)
 

@@ -17,6 +17,7 @@ from pgolf_post.errors import NumericsError, PgolfError
 from pgolf_post.score.metric import verify_metric
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
+from trainer.state import RunState
 
 EVERY_STEP = {"steps": list(range(13)), "fractions": (), "metric_tokens": 40}
 
@@ -34,9 +35,9 @@ def test_a_folder_holds_its_own_moment_however_late_it_is_written(
     settings = {**EVERY_STEP, "max_in_flight": max_in_flight}
     trainer_, seen = Trainer(pico_recipe(pico_data, tmp_path, checkpoint=settings)), {}
     gate = threading.Event()
-    take = trainer.saving.take_snapshot
+    take = trainer.saving.prepare_checkpoint
 
-    def noted(running: Trainer, *rest: Any) -> Any:
+    def noted(running: RunState, *rest: Any) -> Any:
         seen[running.step] = running.model.tok_emb.weight.detach().clone()
         if running.step == 12 or max_in_flight < 40:
             gate.set()
@@ -46,7 +47,7 @@ def test_a_folder_holds_its_own_moment_however_late_it_is_written(
         gate.wait()  # with room for all, nothing is written before training is over
         return save_checkpoint(*arguments)
 
-    monkeypatch.setattr(trainer.saving, "take_snapshot", noted)
+    monkeypatch.setattr(trainer.saving, "prepare_checkpoint", noted)
     monkeypatch.setattr(trainer.saving, "save_checkpoint", late)
     trainer_.run()
     found = list_checkpoints(tmp_path)
@@ -73,7 +74,7 @@ def test_a_resumed_run_counts_on(tmp_path: Path, pico_data: DataFolder, pico_run
     middle = Checkpoint.open(next(pico_run.glob("pico/*frac75")))
     resumed = Trainer(pico_recipe(pico_data, tmp_path))
     resumed.resume(middle.path)
-    assert resumed.waits.record() == middle.meta["checkpoint_waits"]
+    assert resumed.state.waits.record() == middle.meta["checkpoint_waits"]
 
 
 @pytest.mark.parametrize(("metric", "before_the_end", "after"), [("each", 5, 5), ("end", 0, 5), ("final", 1, 1)])
@@ -87,7 +88,7 @@ def test_views_are_scored_when_the_recipe_says(
 ) -> None:
     counts, score_saved = [], trainer.saving.score_saved
 
-    def counted(running: Trainer) -> None:
+    def counted(running: RunState) -> None:
         counts.append(sum(metrics_of(tmp_path)))
         score_saved(running)
 
@@ -124,7 +125,7 @@ def test_a_write_that_fails_ends_the_run_and_leaves_what_was_saved(
     running = Trainer(pico_recipe(pico_data, tmp_path, schedule={"steps": 4000, "warmdown": 0.999}))
     with pytest.raises(PgolfError, match=r"could not write .*warmdown_start: no space left"):
         running.run()
-    assert running.step < 4000  # at a next step, not at the end
+    assert running.state.step < 4000  # at a next step, not at the end
     assert [c.meta["phase"] for c in list_checkpoints(tmp_path)] == ["init", "momentum_warmup_done"]
     assert Checkpoint.open(tmp_path / "latest").meta["step"] == 3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import inspect
 
 import pytest
 from hypothesis import given
@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
 from trainer.config import CheckpointSettings, DataSettings, Recipe
+from trainer.lr_schedules import SCHEDULES, TIDAL_WARMUP, schedule_of
 from trainer.optim import OptimSettings
 from trainer.phases import PhaseTracker, fraction_name
 from trainer.schedule import (
-    TIDAL_WARMUP,
     ScheduleSettings,
-    Shape,
     active_loops_at,
     cyclic_momentum,
     lr_multiplier,
@@ -33,8 +32,8 @@ unit = st.floats(0, 1)
 @st.composite
 def schedules(draw: st.DrawFn) -> ScheduleSettings:
     """Any schedule of ten steps that settings allow, with a warm-down."""
-    shape: Shape = draw(st.sampled_from(get_args(Shape)))
-    warmup = 0.0 if shape == "tidal" else draw(st.floats(0, 0.4))
+    shape = draw(st.sampled_from(list(SCHEDULES)))
+    warmup = 0.0 if SCHEDULES[shape].fixed_warmup else draw(st.floats(0, 0.4))
     return ScheduleSettings(
         steps=10, shape=shape, lr_warmup=warmup, warmdown=draw(st.floats(0.01, 0.6)), lr_floor=draw(unit)
     )
@@ -50,6 +49,25 @@ def test_learning_rate_stays_between_floor_and_one(at: float, warmdown: float, f
 def test_learning_rate_never_rises(a: float, b: float, warmdown: float) -> None:
     settings = ScheduleSettings(steps=10, warmdown=warmdown)
     assert lr_multiplier(settings, max(a, b)) <= lr_multiplier(settings, min(a, b)) + 1e-12
+
+
+def test_an_unknown_shape_is_refused_with_the_names_that_there_are() -> None:
+    names = f"unknown schedule shape 'linaer'; choose one of {', '.join(SCHEDULES)}"
+    with pytest.raises(SettingsError, match=f"recipe.toml: shape = 'linaer': .*{names}"):
+        parse_settings(ScheduleSettings, {"steps": 10, "shape": "linaer"}, "recipe.toml")
+    with pytest.raises(SettingsError, match=names):
+        schedule_of("linaer")
+    unchecked = ScheduleSettings(steps=10).model_copy(update={"shape": "linaer"})
+    with pytest.raises(SettingsError, match=names):
+        lr_multiplier(unchecked, 0.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_shape_reads_what_its_row_says(name: str) -> None:
+    row = SCHEDULES[name]
+    assert [*inspect.signature(row.function).parameters] == ["at", "peak", *row.reads]
+    assert set(row.reads) <= ScheduleSettings.model_fields.keys()
+    assert row.source
 
 
 @given(settings=schedules(), a=unit, b=unit)

@@ -13,7 +13,8 @@ from trainer.config import Recipe
 from trainer.phases import PhaseTracker
 from trainer.preflight import preflight, scoring_seconds
 from trainer.schedule import active_loops_at, progress
-from trainer.timeline import StepTimes, Timeline, count_steps, num_visits, predict
+from trainer.step_times import StepTimes, num_visits
+from trainer.timeline import Timeline, count_steps, predict
 
 
 def recipe_with(**tables: dict[str, Any]) -> Recipe:

@@ -14,16 +14,15 @@ is a property of a Trainer, not of a model or its config.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
-
-if TYPE_CHECKING:
-    from trainer.attention_backends import Reach
-    from trainer.config import Recipe
-    from trainer.model import GolfGPT
+from trainer.activations import ACTIVATIONS, activation_of
+from trainer.attention_backends import Reach
+from trainer.config import Recipe
+from trainer.model import MLP, GolfGPT
+from trainer.tables import read_keys
 
 EAGER_HINT = "train with --set run.kernels=eager"
 
@@ -42,20 +41,22 @@ def require_usable(recipe: Recipe, device_type: str) -> None:
         )
     if recipe.run.precision == "fp64":
         raise SettingsError('run.kernels = "triton" computes in float32, but run.precision = "fp64"', hint=EAGER_HINT)
-    if recipe.model.activation not in ("relu2", "leaky_relu2"):
+    if activation_of(recipe.model.activation).kernel_slope is None:
+        fused = " and ".join(name for name, row in ACTIVATIONS.items() if row.kernel_slope)
         raise SettingsError(
-            f'run.kernels = "triton" has an MLP for relu2 and leaky_relu2, not for "{recipe.model.activation}"',
+            f'run.kernels = "triton" has an MLP for {fused}, not for "{recipe.model.activation}"',
             hint=EAGER_HINT,
         )
 
 
 def fuse_mlps(model: GolfGPT) -> None:
-    """From now on every MLP of this model is the fused one; its activation must be relu2 or leaky_relu2."""
-    from trainer.kernels.mlp import fused_mlp
-    from trainer.model import MLP
+    """Make every MLP of this model the fused one. Raises SettingsError for an activation that the kernel lacks."""
+    from trainer.kernels.mlp import fused_mlp  # needs triton
 
-    config = model.config
-    slope = config.leaky_slope if config.activation == "leaky_relu2" else 0.0
+    activation = activation_of(model.config.activation)
+    if activation.kernel_slope is None:
+        raise SettingsError(f'no fused MLP has the activation "{model.config.activation}"', hint=EAGER_HINT)
+    slope = activation.kernel_slope(**read_keys(model.config, activation.reads))
     for module in model.modules():
         if isinstance(module, MLP):
             module.fused = lambda x, up, down: fused_mlp(x, up, down, slope)
@@ -67,8 +68,8 @@ def fused_loss(
     targets: Tensor,  # (batch, seq_len) int64
     reach: Reach,  # of inputs
 ) -> Tensor:  # () mean nats per token, float32
-    """The training loss with the head's output capped inside the cross-entropy."""
-    from trainer.kernels.loss import softcapped_nats
+    """Return the training loss, with the head's output capped inside the cross-entropy."""
+    from trainer.kernels.loss import softcapped_nats  # needs triton
 
     z = model.uncapped_logits(model.hidden(inputs, reach))
     return softcapped_nats(z.flatten(0, 1), targets.flatten(), model.config.logit_softcap).mean()

@@ -21,7 +21,7 @@ NUM_WARPS = 8
 
 @triton.jit
 def tanh(x: tl.tensor) -> tl.tensor:
-    """tanh to a few units in the last place of float32, near 0 too: one division, one exponential.
+    """Return tanh to a few units in the last place of float32, near 0 too: one division, one exponential.
 
     Below 0.7 a Padé approximant (5, 4), whose relative error there is under 1e-8; above, 1 − 2 / (exp(2|x|) + 1).
     """
@@ -90,7 +90,7 @@ def block_size(vocab: int) -> int:
 
 @torch.library.custom_op("pgolf::softcapped_nats", mutates_args=())
 def nats_op(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(nats, logsumexp of the capped logits), each (tokens,) float32."""
+    """Return nats and logsumexp of the capped logits, each (tokens,) float32."""
     nats, lse = z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)
     vocab = z.size(1)
     nats_kernel[(len(z),)](z, targets, nats, lse, vocab, cap, BLOCK=block_size(vocab), num_warps=NUM_WARPS)
@@ -104,7 +104,7 @@ def _(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("pgolf::softcapped_nats_backward", mutates_args=())
 def gradient_op(grad: Tensor, z: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
-    """dz, of z's shape and type."""
+    """Return dz, of z's shape and type."""
     dz, vocab = torch.empty_like(z), z.size(1)
     gradient_kernel[(len(z),)](grad, z, targets, lse, dz, vocab, cap, BLOCK=block_size(vocab), num_warps=NUM_WARPS)
     return dz
@@ -116,7 +116,10 @@ def _(grad: Tensor, z: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tens
 
 
 class SoftcappedNats(torch.autograd.Function):
-    """Keeps z itself and one float32 per token. dz is a new tensor: overwriting z would forbid a second backward."""
+    """Cross-entropy whose backward keeps z itself and one float32 per token.
+
+    dz is a new tensor: overwriting z would forbid a second backward.
+    """
 
     @staticmethod
     def forward(ctx, z, targets, cap):  # type: ignore[no-untyped-def]
@@ -137,7 +140,7 @@ def softcapped_nats(
     targets: Tensor,  # (tokens,) int64; one outside 0..vocab-1 makes its nats NaN
     cap: float,
 ) -> Tensor:  # (tokens,) float32
-    """Nats of every token, differentiable in z. Raises MismatchError for shapes or types that do not fit."""
+    """Return the nats of every token, differentiable in z. Raises MismatchError for shapes or types that do not fit."""
     if z.dim() != 2 or targets.shape != z.shape[:1]:
         raise MismatchError(f"z {tuple(z.shape)} must be (tokens, vocab) and targets {tuple(targets.shape)} (tokens,)")
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16) or targets.dtype != torch.int64:

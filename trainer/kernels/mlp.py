@@ -21,7 +21,7 @@ GROUP = 8  # rows of tiles that are visited together, so that their operands sta
 
 
 def config(block_m: int, block_n: int, warps: int, stages: int) -> triton.Config:
-    """Every choice has the same BLOCK_K, so that the choice does not change the order of summation."""
+    """Return a tiling to choose from. All have the same BLOCK_K: the choice does not change the order of summation."""
     return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64}, num_warps=warps, num_stages=stages)
 
 
@@ -32,7 +32,7 @@ if triton.knobs.runtime.interpret:  # the interpreter has nothing to time
 
 @triton.jit
 def tile_origin(m: int, n: int, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr) -> tuple[int, int]:
-    """First row and column of this program's tile, in groups of GROUP rows of tiles."""
+    """Return the first row and column of this program's tile, in groups of GROUP rows of tiles."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
@@ -58,7 +58,7 @@ def tile_product(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """The (BLOCK_M, BLOCK_N) float32 tile of a @ b at (row, column). Rows and columns beyond the end wrap around."""
+    """Return the (BLOCK_M, BLOCK_N) float32 tile of a @ b at (row, column); beyond the end, both wrap around."""
     rows = ((row + tl.arange(0, BLOCK_M)) % m).to(tl.int64)
     columns = ((column + tl.arange(0, BLOCK_N)) % n).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
@@ -140,7 +140,10 @@ def down_backward_kernel(  # one program per tile of dpre
 
 
 def constants(a: Tensor, m: int, n: int, k: int, slope: float) -> dict[str, object]:
-    """What both kernels are compiled for. bfloat16 products are exact in float32; float32 ones stay float32."""
+    """Return what both kernels are compiled for: sizes, and the precision of products.
+
+    Products of bfloat16 are exact in float32; those of float32 stay float32.
+    """
     return {
         "m": m,
         "n": n,
@@ -153,19 +156,19 @@ def constants(a: Tensor, m: int, n: int, k: int, slope: float) -> dict[str, obje
 
 
 def tiles(m: int, n: int):  # type: ignore[no-untyped-def]
-    """The launch grid, of whichever configuration is chosen."""
+    """Return the launch grid, as a function of the chosen tiling."""
     return lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
 
 
 def empty_outputs(x: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """Where `up_kernel` will write h and the signs."""
+    """Return the tensors that `up_kernel` will write h and the signs to."""
     shape = (x.size(0), up.size(0))
     return x.new_empty(shape), x.new_empty(shape if slope > 0 else (0, 0), dtype=torch.uint8)
 
 
 @torch.library.custom_op("pgolf::mlp_up", mutates_args=())
 def up_op(x: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """(h = act(x upᵀ), where x upᵀ was negative as uint8; empty for slope 0)."""
+    """Return h = act(x upᵀ) and, as uint8, where x upᵀ is negative; the latter is empty for slope 0."""
     m, (n, k) = len(x), up.shape
     h, negative = empty_outputs(x, up, slope)
     up_kernel[tiles(m, n)](x, up, h, negative, slope, **constants(x, m, n, k, slope))
@@ -177,7 +180,7 @@ up_op.register_fake(empty_outputs)
 
 @torch.library.custom_op("pgolf::mlp_down_backward", mutates_args=())
 def down_backward_op(dy: Tensor, down: Tensor, h: Tensor, negative: Tensor, slope: float) -> Tensor:
-    """d loss / d (x upᵀ), of h's shape and type."""
+    """Return d loss / d (x upᵀ), of h's shape and type."""
     m, (k, n) = len(dy), down.shape
     dpre = torch.empty_like(h)
     down_backward_kernel[tiles(m, n)](dy, down, h, negative, dpre, slope, **constants(dy, m, n, k, slope))
@@ -190,7 +193,7 @@ def _(dy: Tensor, down: Tensor, h: Tensor, negative: Tensor, slope: float) -> Te
 
 
 class FusedMLP(torch.autograd.Function):
-    """Keeps x, both weights, h and the signs."""
+    """The fused MLP; for backward it keeps x, both weights, h and the signs."""
 
     @staticmethod
     def forward(ctx, x, up, down, slope):  # type: ignore[no-untyped-def]
@@ -214,7 +217,7 @@ def fused_mlp(
     down: Tensor,  # (model_dim, hidden_dim)
     slope: float,  # of the leaky relu below zero; 0 = relu
 ) -> Tensor:  # (…, model_dim), of x's type, or autocast's
-    """act(x upᵀ) downᵀ. Raises MismatchError for shapes that do not fit, or float64."""
+    """Return act(x upᵀ) downᵀ. Raises MismatchError for shapes that do not fit, or float64."""
     if up.shape != (down.size(1), x.size(-1)) or slope < 0:
         shapes = f"x {tuple(x.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}, slope {slope}"
         raise MismatchError(f"{shapes}: must be (…, dim), (hidden, dim), (dim, hidden), slope ≥ 0")

@@ -1,9 +1,9 @@
-"""Interrupted calibration goes on where it was: each process keeps the sums of the batches it has finished.
+"""Partial sums of an interrupted calibration: each process saves the sums of the batches it has finished.
 
-A `<stats>.partial` folder beside the result holds a file per process: its sums, which batches they are of, and their
-hash. Sums add up, so whoever starts next, with however many processes, takes what is there and shares out the rest. Of
-files that overlap (a process killed between writing merged sums and removing their parts) the larger is taken, and
-what only the other one held is done again.
+A `<stats>.partial` folder beside the result holds a file per process: its sums, the numbers of their batches, and a
+hash. Sums add up, so the next run, with any number of processes, takes the saved ones and shares out the other batches.
+Files can overlap if a process was killed between writing merged sums and removing their parts: then the larger file is
+taken, and the batches that only the other held are done again.
 """
 
 from __future__ import annotations
@@ -22,32 +22,31 @@ from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.sums import MATRICES, Sums, kind_of
 from pgolf_post.errors import DamagedFileError
 
-SAVE_SECONDS = 20.0  # between two saves, or as long as keeps saving under SAVE_SHARE of the time
+SAVE_SECONDS = 20.0  # between two saves, or longer, so that saving takes at most SAVE_SHARE of the time
 SAVE_SHARE = 0.03
 
 
-class Partial:
-    """The partial sums of one calibration, of one process."""
+class PartialSums:
+    """One process's file of partial sums, and the files it resumed from."""
 
     def __init__(self, folder: Path, batch_windows: int, ranks: Ranks) -> None:
         self.folder, self.batch_windows, self.ranks = folder, batch_windows, ranks
         self.path = folder / f"{os.getpid()}-{ranks.rank}.safetensors"
-        self.absorbed: list[Path] = []  # files whose sums this process has taken over
+        self.absorbed: list[Path] = []  # files whose sums are part of this process's
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
 
     def resume(self) -> tuple[Sums, set[int]]:
-        """What earlier processes left. Returns its sums (on rank 0; elsewhere none) and the batches it is of.
+        """Return the saved sums (on rank 0; on other ranks empty ones) and the numbers of their batches.
 
-        No process may save before all have been here.
+        No process may save before all have called this.
         """
         sums, done = Sums(), set[int]()
         read = {path: self._read(path) for path in self.folder.glob("*.safetensors")}
-        found = {path: part for path, part in read.items() if part is not None}
-        for path in sorted(found, key=lambda path: (-len(found[path][1]), path.name)):
-            part, batches = found[path]
+        intact = [(path.name, *part) for path, part in read.items() if part is not None]
+        for _, saved, batches in sorted(intact, key=lambda item: (-len(item[2]), item[0])):
             if not batches & done:
                 done |= batches
-                sums.merge(part)
+                sums.merge(saved)
         if done:
             say(f"resuming: {len(done)} batches were done before")
         if not self.ranks.is_main:
@@ -56,7 +55,7 @@ class Partial:
         return sums, done
 
     def save_if_due(self, sums: Sums, batches: set[int]) -> None:
-        """Keep the sums so far, every so often."""
+        """Save the sums so far if the last save is long enough ago."""
         if time.perf_counter() - self.saved_at >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE):
             self.save(sums, batches)
 
@@ -73,14 +72,14 @@ class Partial:
         self.save_seconds = self.saved_at - started
 
     def _read(self, path: Path) -> tuple[Sums, set[int]] | None:
-        """A file's sums and their batches; None, said aloud, if it is damaged or cut into other batches."""
+        """Return a file's sums and batches; None, with a message, if it is damaged or its batches have another size."""
         try:
             facts, tensors = read_partial(path)
             if facts["batch_windows"] != self.batch_windows:
-                raise DamagedFileError("not these batches")
+                raise DamagedFileError("its batches have another size")
             return Sums({key: _unpacked(key, tensor) for key, tensor in tensors.items()}), set(facts["batches"])
         except (KeyError, TypeError, ValueError, DamagedFileError) as error:
-            say(f"{path}: {error}; its part is done again")
+            say(f"{path}: {error}; its batches are done again")
             return None
 
 

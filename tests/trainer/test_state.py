@@ -1,0 +1,106 @@
+"""The state of a run goes to a checkpoint and comes back whole."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from tests.conftest import pico_recipe
+from trainer.background import BackgroundWriter
+from trainer.loop import Trainer
+from trainer.reserve import Reserve
+from trainer.saving import save
+from trainer.state import RunState
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "model": {"num_loops": 2},
+    "optim": {"swa_start": 0.25, "swa_every": 2, "power_ema_sigmas": (0.05, 0.1), "power_ema_snapshots": 4},
+    "schedule": {"all_loops_at": 0.6, "seconds": 1e6},
+    "checkpoint": {"every_steps": 2, "metric": "final", "metric_tokens": 40, "max_in_flight": 0},
+}
+
+
+def whole(state: RunState) -> dict[str, Any]:
+    """Everything that a step changes, as values that can be compared; clocks of this process aside."""
+    averages = state.averages
+    assert averages.ema
+    assert averages.swa
+    assert averages.power_ema
+    tensors: dict[str, Tensor] = {
+        **{f"raw.{name}": tensor for name, tensor in state.model.state_dict().items()},
+        **{f"ema.{name}": tensor for name, tensor in averages.ema.shadow.items()},
+        **{f"swa.{name}": tensor for name, tensor in averages.swa.mean.items()},
+        **averages.power_ema.state(),
+        **state.optimizer.state(),
+    }
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
+        "graph": state.model.graph,
+        "swa_count": averages.swa.count,
+        "numbers": (state.step, state.train_seconds, state.snapshot_step, state.progress, state.reserve),
+        "ahead": sorted(state.phases.pending.keys() - {"init"}),  # which only step 0 reaches
+        "behind": state.periodic.passed,
+        "waits": state.waits.record(),
+        "training_seconds": round(state.phase_times.so_far()["train_plain"], 3),
+    }
+
+
+def advance(trainer: Trainer, num_steps: int) -> None:
+    """Take steps as the loop does, without what it writes."""
+    state = trainer.state
+    for _ in range(num_steps):
+        at = state.progress
+        state.update_graph(at)
+        state.phases.due(state.step, at)
+        state.periodic.due(state.step, state.train_seconds)
+        trainer.timed_step(at)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 9])  # before the running mean, in it, after all loops are on
+def test_a_state_comes_back_from_its_checkpoint_whole(tmp_path: Path, pico_data: DataFolder, num_steps: int) -> None:
+    trainer = Trainer(pico_recipe(pico_data, tmp_path, **EVERYTHING))
+    state = trainer.state
+    state.reserve = Reserve(3.0, 1.0, 1.0, 1.0, "measured")
+    state.phase_times.add("train_plain", 1234.5)
+    state.waits.scoring_seconds = 2.25
+    advance(trainer, num_steps)
+    with BackgroundWriter(0) as writer:
+        path = save(state, writer, "by_hand")
+    # The checkpoint stands before a step, where the loop asks for boundaries once more.
+    state.phases.due(state.step, state.progress)
+    state.periodic.due(state.step, state.train_seconds)
+
+    other = Trainer(pico_recipe(pico_data, tmp_path, **EVERYTHING, run={"name": "resumed"}))
+    before = whole(other.state)
+    other.resume(path)
+    ours, theirs = whole(state), whole(other.state)
+    saved = Checkpoint.open(path).meta["checkpoint_waits"]  # the write itself is waited for after meta.json is made
+    assert theirs.pop("waits") == saved
+    assert ours.pop("waits")["scoring_seconds"] == saved["scoring_seconds"] == 2.25
+    assert theirs["tensors"].keys() == ours["tensors"].keys()
+    for name, tensor in ours.pop("tensors").items():
+        assert torch.equal(theirs["tensors"][name], tensor), name
+    del theirs["tensors"]
+    assert theirs == ours
+    assert theirs["numbers"] != before["numbers"]
+
+    # What follows is bit for bit the same as well.
+    assert other.state.parents == [Checkpoint.open(path).view_id("raw")]
+    advance(trainer, 2)
+    advance(other, 2)
+    assert all(torch.equal(a, b) for a, b in zip(*(t.model.parameters() for t in (trainer, other)), strict=True))
+
+
+def test_a_new_field_of_the_state_is_thought_of_here() -> None:
+    fixed = {"recipe", "ranks", "data", "autocast"}
+    tensors = {"model", "optimizer", "averages"}
+    numbers = {"step", "train_seconds", "snapshot_step", "reserve", "phases", "periodic", "waits", "phase_times"}
+    of_the_process = {"clock", "earlier_wall_seconds", "provenance", "parent"}
+    assert {each.name for each in fields(RunState)} == fixed | tensors | numbers | of_the_process

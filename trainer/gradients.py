@@ -1,0 +1,82 @@
+"""Forward and backward of a step on this rank: micro-batches in, accumulated gradients and the mean loss out.
+
+How the loss is computed (autocast, fused kernels, torch.compile) is decided here once, from the recipe and the device;
+the loop, the warm-up and the measurement of the reserve all go through it, so what is warmed up and measured is what
+runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pgolf_post.errors import SettingsError
+from trainer.batches import to_device
+from trainer.compiled import compiled_loss, compiles, training_loss
+from trainer.config import Recipe, TrainingPrecision
+from trainer.distributed import TrainingRanks
+from trainer.kernels import fused_loss
+from trainer.model import GolfGPT
+
+
+def training_autocast(precision: TrainingPrecision, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype: bf16 where asked for or, for "auto", where the processor multiplies it natively."""
+    if precision in ("fp32", "fp64"):
+        return None
+    if precision == "bf16" or device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def micro_batch_tokens(recipe: Recipe, world_size: int) -> int:
+    """Return the tokens of one backward pass on one rank.
+
+    Raises SettingsError if ranks cannot share a step's batch equally.
+    """
+    data = recipe.data
+    tokens = data.micro_batch_tokens or data.batch_tokens // world_size
+    if tokens % data.seq_len or data.batch_tokens % (tokens * world_size):
+        raise SettingsError(
+            f"data.batch_tokens {data.batch_tokens} cannot be shared by {world_size} ranks in micro-batches of "
+            f"{tokens} tokens of whole sequences of {data.seq_len}",
+            hint="change data.micro_batch_tokens or the number of processes",
+        )
+    return tokens
+
+
+class GradientAccumulator:
+    """The loss of a micro-batch, and its gradients accumulated over the micro-batches of a step."""
+
+    def __init__(
+        self, recipe: Recipe, model: GolfGPT, ranks: TrainingRanks, autocast: torch.dtype | None, micro_tokens: int
+    ) -> None:
+        self.model, self.device, self.autocast = model, ranks.device, autocast
+        self.micro_tokens = micro_tokens  # of one backward pass on this rank
+        self.share = micro_tokens / recipe.data.batch_tokens  # of a step's loss
+        self.compiled = compiles(recipe.run.compile, self.device)
+        eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
+        self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
+
+    def loss(
+        self,
+        inputs: Tensor,  # (batch, seq_len) int64, on the CPU
+        targets: Tensor,  # (batch, seq_len) int64, on the CPU
+    ) -> Tensor:  # () mean nats per token
+        """Return the loss of one micro-batch, differentiable in the model's parameters."""
+        reach = self.model.reach(inputs)
+        inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
+        enabled = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with enabled:
+            return self.loss_function(self.model, inputs, targets, reach)
+
+    def accumulate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64
+        """Run backward over this rank's micro-batches of a step. Return their share of the step's mean loss."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for inputs, targets in batches:
+            loss = self.loss(inputs, targets) * self.share
+            loss.backward()
+            total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
+        return total

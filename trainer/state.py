@@ -1,0 +1,157 @@
+"""A run at one moment: everything that training changes and that a checkpoint must hold.
+
+`saving` takes it to disk, `resuming` puts it back, and a resumed run is bit for bit the run that was never stopped. So
+whatever a step changes is a field here, and the plain numbers among them leave by `facts` and come back by `take_up`,
+which stand side by side. Warming up and measuring take this state too, and leave it as they found it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from trainer.averages import Averages
+from trainer.background import Waits
+from trainer.config import Recipe
+from trainer.distributed import TrainingRanks
+from trainer.log import StepClock
+from trainer.model import GolfGPT
+from trainer.optim import Optimizer
+from trainer.phase_times import PhaseTimes
+from trainer.phases import Periodic, PhaseTracker
+from trainer.reserve import Reserve, resumed_reserve
+from trainer.schedule import active_loops_at, progress
+
+
+@dataclass
+class RunState:
+    """The state of a run. Fields of the first group stay what they are; all others change as the run goes on."""
+
+    recipe: Recipe
+    ranks: TrainingRanks
+    data: DataFolder
+    autocast: torch.dtype | None  # None = no autocast
+
+    model: GolfGPT  # its weights and its graph
+    optimizer: Optimizer  # its moments
+    averages: Averages
+    phases: PhaseTracker  # boundaries that are still ahead
+    periodic: Periodic  # periods that are behind
+    clock: StepClock
+    phase_times: PhaseTimes
+    provenance: dict[str, Any]  # facts for meta.json; the warm-up adds its own
+    waits: Waits = field(default_factory=Waits)
+    step: int = 0  # optimizer steps done
+    train_seconds: float = 0.0  # spent in them
+    earlier_wall_seconds: float = 0.0  # of the processes that this one resumes
+    snapshot_step: int = 0  # at which power-function averages were last snapshotted
+    reserve: Reserve | None = None  # under a cap, settled before the first step
+    parent: Checkpoint | None = None  # that this process resumed
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        ranks: TrainingRanks,
+        data: DataFolder,
+        model: GolfGPT,
+        autocast: torch.dtype | None,
+        phase_times: PhaseTimes,
+        provenance: dict[str, Any],
+    ) -> RunState:
+        """Return the state before the first step of a new run."""
+        return cls(
+            recipe=recipe,
+            ranks=ranks,
+            data=data,
+            autocast=autocast,
+            model=model,
+            optimizer=Optimizer(model, recipe.optim, ranks),
+            averages=Averages.begin(model, recipe.optim),
+            phases=PhaseTracker.from_recipe(recipe),
+            periodic=Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds),
+            clock=StepClock(recipe.data.batch_tokens, 0.0),
+            phase_times=phase_times,
+            provenance=provenance,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this rank computes on."""
+        return self.ranks.device
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.recipe.run.folder
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        reserve_seconds = self.reserve.seconds if self.reserve else 0.0
+        return progress(self.recipe.schedule, self.step, self.train_seconds, reserve_seconds)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the run began, those of the processes that this one resumes included."""
+        return round(self.earlier_wall_seconds + time.perf_counter() - self.phase_times.started, 3)
+
+    @property
+    def parents(self) -> list[str]:
+        """Id of the checkpoint that this process resumed, if it did, as meta.json lists it."""
+        return [self.parent.view_id("raw")] if self.parent else []
+
+    def update_graph(self, at: float) -> None:
+        """Activate as many loops as the schedule has at progress `at`."""
+        self.set_active_loops(active_loops_at(self.recipe.schedule, self.model.config.max_active_loops, at))
+
+    def set_active_loops(self, active_loops: int) -> None:
+        """Change the model's graph to this many active loops, where it has another number."""
+        if active_loops != self.model.graph.active_loops:
+            self.model.set_graph(self.model.graph.model_copy(update={"active_loops": active_loops}))
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json: what rebuilds the model as it is now, runtime graph state included."""
+        return {
+            "family": "golf_gpt",
+            "model": self.model.config.model_dump(mode="json"),
+            "graph": self.model.graph.model_dump(mode="json"),
+            "tokenizer": {"sha256": self.data.tokenizer_sha256, "vocab_size": self.data.vocab_size},
+            "data": {"manifest_sha256": self.data.manifest_sha256},
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return the plain numbers of meta.json: how far the run is, and what it spent its time on."""
+        return {
+            "step": self.step,
+            "progress": self.progress,
+            "tokens_seen": self.step * self.recipe.data.batch_tokens,
+            "train_seconds": self.train_seconds,
+            "wall_seconds": self.wall_seconds,
+            "ledger": self.phase_times.as_facts(self.recipe.schedule.seconds),
+            "reserve": asdict(self.reserve) if self.reserve else None,
+            "checkpoint_waits": self.waits.record(),
+            "swa_count": self.averages.swa.count if self.averages.swa else 0,
+        }
+
+    def take_up(self, checkpoint: Checkpoint) -> None:
+        """Go on from the plain numbers that `facts` gave a checkpoint; the averages take `swa_count` for themselves."""
+        facts = checkpoint.meta
+        self.parent = checkpoint
+        self.step = self.snapshot_step = int(facts["step"])
+        self.train_seconds = float(facts["train_seconds"])
+        self.earlier_wall_seconds = float(facts.get("wall_seconds", 0.0))
+        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
+        self.waits = Waits(**facts.get("checkpoint_waits", {}))
+        if "ledger" in facts:
+            self.phase_times.resume(facts["ledger"])
+        self.reserve = resumed_reserve(self.recipe.schedule, facts.get("reserve"))
+        # Boundaries and periods that the checkpoint has behind it do not fire again.
+        self.phases.skip_past(self.step, self.progress)
+        self.periodic.skip_past(self.step, self.train_seconds)
