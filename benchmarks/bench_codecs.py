@@ -24,7 +24,7 @@ from pgolf_post.cli.compress import show
 from pgolf_post.pack.artifact import read_artifact, unpack
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.compare import compare
-from pgolf_post.pack.report.predict import predict_bytes
+from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.gptq.trellis import Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 
@@ -109,7 +109,7 @@ def speed() -> None:
     header = ("codec", "bytes", "encode wall s", "encode cpu s", "× brotli", "decode wall s", "decode cpu s")
     print_table(f"{num_weights:,} random symbols of the record model's shapes", header, rows)
     started = time.process_time()
-    predicted = predict_bytes(model)
+    predicted = SizePredictor().predict_bytes(model)
     say(f"predicted {predicted:,} bytes for rans in {time.process_time() - started:.2f} processor seconds")
 
 

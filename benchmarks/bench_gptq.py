@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import print_table, progress_bar
-from pgolf_post.quantize.clip import sdclip_scales
+from pgolf_post.plan import RtnRule
+from pgolf_post.quantize.clip import grid_steps
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.factorize import FactorCache
 from pgolf_post.quantize.gptq.trellis import Trellis
@@ -26,6 +27,7 @@ from pgolf_post.quantize.gptq.trellis import Trellis
 REPEATS, DAMP, LARGEST = 3, 0.01, 31
 BLOCKS, WIDTH, VOCABULARY = 11, 512, 8192
 CLIPS = (10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
+SDCLIP = RtnRule(name="sdclip", bits=6)
 BLOCK_MATRICES = {  # name → (rows, columns, site)
     "q": (512, 512, "attn.in"), "k": (256, 512, "attn.in"), "v": (256, 512, "attn.in"), "o": (512, 512, "attn.out"),
     "fc": (2048, 512, "mlp.in"), "proj": (512, 2048, "mlp.mid"),
@@ -95,7 +97,7 @@ def engine(
     factors.fill([matrix.site for matrix in matrices], DAMP, True)
     jobs = []
     for matrix in matrices:
-        steps = sdclip_scales(matrix.name, matrix.weight, 6, clip)
+        steps = grid_steps(matrix.name, matrix.weight, SDCLIP, clip)
         factor = factors.get(matrix.site, DAMP, True)
         largest = None if trellis else LARGEST
         jobs.append(Job(matrix.name, matrix.weight, factor, steps / 2 if trellis else steps, largest, trellis))
@@ -112,7 +114,9 @@ def main() -> None:
     weights = sum(matrix.weight.numel() for matrix in matrices)
 
     def usual() -> list[Tensor]:
-        return [usual_loop(m.weight, hessians[m.site], sdclip_scales(m.name, m.weight, 6, CLIPS[0])) for m in matrices]
+        return [
+            usual_loop(m.weight, hessians[m.site], grid_steps(m.name, m.weight, SDCLIP, CLIPS[0])) for m in matrices
+        ]
 
     def fresh(trellis: Trellis | None = None) -> list[Tensor]:
         return engine(matrices, FactorCache(hessians.__getitem__), CLIPS[0], trellis)

@@ -33,8 +33,8 @@ from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.pack.artifact import unpack
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.plan import GridRule, Plan, read_plan
-from pgolf_post.quantize import model as run
-from pgolf_post.quantize.clip import grid_scales, to_stored
+from pgolf_post.quantize import rows
+from pgolf_post.quantize.clip import grid_steps, to_stored
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.bpb import Score
@@ -109,7 +109,7 @@ class Bench:
     def quantize(self, trial: Trial) -> tuple[QuantizedModel, bytes, float]:
         """(model, artifact, CPU seconds)."""
         started = time.process_time()
-        with mock.patch.object(run, "grid_scales", multiplied(trial.multiplier)):
+        with mock.patch.object(rows, "grid_steps", multiplied(trial.multiplier)):
             model, *_ = quantize_by_plan(self.view, self.stats, trial.read(), self.factors, self.calibration_text)
         data = pack(model, PackSettings())
         self.num_weights = sum(tensor.symbols.size for tensor in model.quantized.values())
@@ -141,13 +141,13 @@ class Bench:
 
 
 def multiplied(multiplier: float) -> Callable[..., Tensor]:
-    """`grid_scales` with every scale multiplied, rounded to fp16 again."""
+    """`grid_steps` with every step multiplied, rounded to fp16 again."""
 
-    def scales(name: str, weight: Tensor, rule: GridRule, *more: Any) -> Tensor:
-        found = grid_scales(name, weight, rule, *more)
-        return found if multiplier == 1 else to_stored(name, found.double() * multiplier, "unit")
+    def steps(name: str, weight: Tensor, rule: GridRule, *more: Any) -> Tensor:
+        plain = grid_steps(name, weight, rule, *more)
+        return plain if multiplier == 1 else to_stored(name, plain.double() * multiplier, "unit")
 
-    return scales
+    return steps
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -31,9 +31,10 @@ from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import get_family, load_module
-from pgolf_post.score.audit import Subject, audit
+from pgolf_post.score.audit.behaviour import audit
+from pgolf_post.score.audit.causality import Audited
 from pgolf_post.score.bpb import Score, documents_of
-from pgolf_post.score.compare.compare import paired_documents
+from pgolf_post.score.compare.documents import paired_documents
 from pgolf_post.score.compare.expected import chance_of, target_values
 from pgolf_post.score.compare.paired import t_interval
 from pgolf_post.score.compare.screen import EXCLUDED, ScreenSettings, screen
@@ -43,7 +44,7 @@ from pgolf_post.score.protocols import Protocol, folder_text, protocol_spans, sc
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol, sliding_spans
 from pgolf_post.score.spans import num_targets, places_of, stack
-from pgolf_post.score.ttt.settings import ttt_protocol
+from pgolf_post.score.ttt.methods import ttt_protocol
 
 REPEATS = 3
 SEQ_LEN = 512
@@ -340,11 +341,11 @@ def audits(artifact: Path, data: DataFolder) -> None:
     }
     rows = []
     for name, protocol in protocols.items():
-        subject = Subject.of(module, family, bool(config["model"].get("isolate_documents")), protocol)
-        for found in audit(subject, tokens, samples=2):
-            outcome = {True: "pass", False: "FAIL", None: "n/a"}[found.passed]
-            rows.append((name, found.test, outcome, found.evidence))
-            say(f"{name}: {found.test}: {outcome}: {found.evidence}")
+        audited = Audited.of(module, family, bool(config["model"].get("isolate_documents")), protocol)
+        for finding in audit(audited, tokens, samples=2):
+            outcome = {True: "pass", False: "FAIL", None: "n/a"}[finding.passed]
+            rows.append((name, finding.test, outcome, finding.evidence))
+            say(f"{name}: {finding.test}: {outcome}: {finding.evidence}")
     print_table(f"{len(tokens) - 1} targets", ("protocol", "test", "", "evidence"), rows)
 
 

@@ -29,7 +29,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage, is_leftover
 from pgolf_post.errors import SettingsError
-from pgolf_post.pack.artifact import ARTIFACT_FILE, Artifact, read_artifact, write_verified
+from pgolf_post.pack.artifact import ARTIFACT_FILE, DecodedArtifact, read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, count_units, pack
 from pgolf_post.plan import Plan
 from pgolf_post.quantize.distill import DistillReport, distill
@@ -50,7 +50,9 @@ class PackedArtifact:
     id: str
     meta: Mapping[str, Any]  # symbols_sha256, tensors: [facts], seconds
     cached: bool
-    verified: Artifact | None = field(default=None, compare=False, repr=False)  # decoded when the file was written
+    verified: DecodedArtifact | None = field(
+        default=None, compare=False, repr=False
+    )  # decoded when the file was written
 
     @property
     def path(self) -> Path:
@@ -60,7 +62,7 @@ class PackedArtifact:
     def symbols_sha256(self) -> str:
         return str(self.meta["symbols_sha256"])
 
-    def decoded(self) -> Artifact:
+    def decoded(self) -> DecodedArtifact:
         """Return what the file decodes to: as it was verified, else read now."""
         return self.verified or read_artifact(self.path)
 
@@ -126,7 +128,7 @@ def keep(
     Raises VerificationError if decoding the written file does not give back the symbols that were packed.
     """
     recorded = {**artifact_facts(model, key.view, stats, codec), **facts}
-    verified: list[Artifact] = []
+    verified: list[DecodedArtifact] = []
 
     def make(building: Path) -> Mapping[str, Any]:
         path = building / key.stage.payload
@@ -208,6 +210,13 @@ def plan_text(view: View, data: DataFolder, plan: Plan, calibration: Calibration
     if not plan.reads_text:
         return None
     return calibration_text(view, data, calibration, calibration.seq_len or view.train_seq_len)
+
+
+def plan_calibration(calibration: CalibrationSettings, *plans: Plan) -> CalibrationSettings:
+    """Return the calibration settings, with the backward half (fisher) where a plan reads it."""
+    if any(plan.reads_fisher for plan in plans):
+        return calibration.model_copy(update={"fisher": True})
+    return calibration
 
 
 def quantize_by_plan(

@@ -36,13 +36,13 @@ def compared(trials: Sequence[Trial]) -> list[bool]:
 
 def plan_row(entry: TensorPlan) -> tuple[str, ...]:
     """Return one tensor's line of the table that `--show-plan` prints."""
-    rule, named = entry.rule, (entry.name, entry.role, entry.rule.name, entry.method)
+    rule, named = entry.rule, (entry.name, entry.role, entry.rule.name)
     if not isinstance(rule, GridRule):
-        return *named, getattr(rule, "dtype", ""), "", "", entry.site or ""
+        return *named, entry.method, getattr(rule, "dtype", ""), "", "", entry.site or ""
     bits = str(rule.bits) if rule.bits else "unbounded"
     scale = f"{rule.scale} {entry.clip:g}" if rule.scale == "sdclip" else rule.scale
     per = f"{rule.per} of {rule.group_size}" if rule.group_size else rule.per
-    return *named, bits, scale, per, entry.site or entry.reason
+    return *named, entry.method_text, bits, scale, per, entry.site or entry.reason
 
 
 def show_plan(plan: Plan, entries: Sequence[TensorPlan]) -> None:

@@ -21,19 +21,46 @@ from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
 if TYPE_CHECKING:  # they load torch, which `requant --help` can do without
-    from pgolf_post.families import ModelFamily, Site
+    from pgolf_post.families import Fold, ModelFamily, Site
 
 DepthName = Literal["early", "loop", "mid", "late"]
-ScaleName = Literal["sdclip", "absmax", "percentile", "percentile-hessian"]
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """What a choice of quantization steps Δ reads. Its function has the same name in quantize/clip.py."""
+
+    source: str
+    reads: tuple[str, ...] = ()  # settings of a rule that act on this choice alone
+    needs_hessian: bool = False  # always reads the Hessian's diagonal
+    without_hessian: str = ""  # the clip rule used for a matrix that has none
+    unbounded: bool = False  # gives a step to unbounded symbols (bits = 0)
+
+
+CLIP_RULES: dict[str, ClipRule] = {  # the value of `scale` in a plan
+    "sdclip": ClipRule(
+        "PR #1394; Hessian-aware: PR #1412 (openai/parameter-golf)",
+        reads=("clip", "depth_clip", "hessian_lambda"),
+        unbounded=True,
+    ),
+    "absmax": ClipRule("the int8 baseline of openai/parameter-golf"),
+    "percentile": ClipRule("clip search by squared error, as in AWQ (arXiv 2306.00978)"),
+    "percentile-hessian": ClipRule(
+        "clip search by Hessian-weighted error", needs_hessian=True, without_hessian="percentile"
+    ),
+}
 
 
 class LqerSettings(Settings):
-    """Which correction, and for how many tensors."""
+    """Low-rank correction: its form, and how many tensors get one."""
 
-    rank: int = Field(4, ge=1, description="columns of A and rows of B")
-    top_k: int = Field(3, ge=0, description="tensors that are corrected: those with the largest error norm; 0 = none")
-    asymmetric: bool = Field(True, description="A int2 and B int4 as in PR #1855; else both in `bits` symmetric bits")
-    bits: int = Field(4, ge=2, le=8, description="bits of both factors where symmetric")
+    rank: int = Field(4, ge=1, description="Rank r: the correction is A·B with r columns of A and r rows of B.")
+    top_k: int = Field(3, ge=0, description="Number of tensors corrected, those with the largest ‖W - Ŵ‖; 0 is none.")
+    asymmetric: bool = Field(
+        True,
+        description="Store A in 2 and B in 4 asymmetric bits, as PR #1855 does; else both in `bits` symmetric bits.",
+    )
+    bits: int = Field(4, ge=2, le=8, description="Bits per value of A and B where asymmetric = false.")
 
     @model_validator(mode="after")
     def _bits_act(self) -> LqerSettings:
@@ -43,54 +70,85 @@ class LqerSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """How the remaining floats are tuned. All of it is part of the artifact's identity."""
+    """How the remaining floats are tuned after rounding. All of it is part of the artifact's identity."""
 
-    tokens: int = Field(32768, ge=2, description="calibration tokens, the held-out ones included; the text's first")
-    steps: int = Field(100, ge=1, description="optimizer steps")
-    learning_rate: float = Field(0.001, gt=0, le=1, description="AdamW's at the start; cosine to zero")
-    batch_tokens: int = Field(2048, ge=1, description="tokens per step; one window at least")
-    holdout: float = Field(0.125, gt=0, lt=1, description="share of the windows that decides whether it is kept")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    seed: int = Field(0, ge=0, description="which windows are held out, and the order of the others")
+    tokens: int = Field(
+        32768, ge=2, description="Calibration tokens read, from the start of the text, held-out windows included."
+    )
+    steps: int = Field(100, ge=1, description="Number of optimizer steps.")
+    learning_rate: float = Field(0.001, gt=0, le=1, description="AdamW's learning rate at the start; cosine to zero.")
+    batch_tokens: int = Field(2048, ge=1, description="Tokens per optimizer step; at least one window is taken.")
+    holdout: float = Field(
+        0.125, gt=0, lt=1, description="Share of the windows held out to decide whether the tuned values are kept."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    seed: int = Field(0, ge=0, description="Seed that draws the held-out windows and the order of the others.")
 
 
 class Rule(Settings):
     """Which tensors; subclasses say what happens to them. All conditions must hold; the first match wins."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="how --set and the table call the rule")
-    roles: tuple[str, ...] = Field((), description="roles of the model family, such as q or mlp_fc; empty = any")
-    tensors: str = Field("*", description="glob of tensor names, such as blocks.3.*")
-    layers: str = Field("", pattern=r"^(\d+(-\d+)?)?$", description="block range, such as 2-5 or 7; empty = any")
-    looped: bool | None = Field(None, description="only blocks that are (true) or are not (false) visited repeatedly")
-    max_values: int | None = Field(None, ge=1, description="only tensors of at most so many values")
-    optional: bool = Field(False, description="a model without such tensors is no error")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", description="Name by which --set, --show-plan and messages call the rule."
+    )
+    roles: tuple[str, ...] = Field(
+        (), description="Roles of the model family that the rule covers, such as q or mlp_fc; empty is any."
+    )
+    tensors: str = Field("*", description="Glob that a tensor's name must match, such as blocks.3.*.")
+    layers: str = Field(
+        "", pattern=r"^(\d+(-\d+)?)?$", description="Blocks that the rule covers, such as 2-5 or 7; empty is any."
+    )
+    looped: bool | None = Field(
+        None, description="Cover only blocks that are visited repeatedly (true), or only those that are not (false)."
+    )
+    max_values: int | None = Field(None, ge=1, description="Cover only tensors of at most this many values.")
+    optional: bool = Field(False, description="Accept a model without such tensors; else that is an error.")
     method: str
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide symbols and floats, as plain values."""
+        return self.model_dump(mode="json", exclude={"name", "optional"})
 
 
 class KeepRule(Rule):
-    """Stored as floats."""
+    """Store tensors as floats."""
 
     method: Literal["keep"] = "keep"
-    dtype: Literal["fp16", "bf16"] = "fp16"
+    dtype: Literal["fp16", "bf16"] = Field("fp16", description="Storage type of the values, 2 bytes each.")
 
 
 class GridRule(Rule):
-    """A grid of symbols with a scale per row, tensor or group of columns."""
+    """Round to a grid of symbols, with one step Δ per row, tensor or group of columns."""
 
-    bits: int = Field(6, ge=0, le=8, description="symbols within ±(2^(bits-1)-1); 0 = unbounded")
-    scale: ScaleName = Field("sdclip", description="how a row's scale is chosen")
-    clip: float = Field(12.85, gt=0, description="SDClip k: scale = k·std(row)/(2^(bits-1)-1)")
-    hessian_lambda: float = Field(0.0, ge=0, le=1, description="Hessian-aware SDClip: 0 = off (PR #1412)")
-    depth_clip: dict[DepthName, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="factors of clip by depth: early, loop, mid, late"
+    bits: int = Field(
+        6, ge=0, le=8, description="Bits per symbol: symbols stay within ±(2^(bits-1)-1); 0 is unbounded (16 bits)."
     )
-    per: Literal["row", "tensor", "group"] = Field("row", description="what shares a scale")
-    group_size: int = Field(0, ge=0, description="columns that share a scale, where per = group")
-    awq_alpha: float = Field(0.0, ge=0, le=1, description="AWQ: columns × (mean |input|)^α before rounding; 0 = off")
-    awq_fold: bool = Field(True, description="undo AWQ in the matrix before, where that is exact; else store 1/s")
+    scale: str = Field("sdclip", description=f"Clip rule that chooses the step Δ: {', '.join(CLIP_RULES)}.")
+    clip: float = Field(12.85, gt=0, description="SDClip's k: Δ = k·std(row)/(2^(bits-1)-1).")
+    hessian_lambda: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight λ of Hessian-aware SDClip, which widens the steps of important rows; 0 is off.",
+    )
+    depth_clip: dict[DepthName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Factors that multiply `clip` by depth: early, loop, mid, late."
+    )
+    per: Literal["row", "tensor", "group"] = Field("row", description="Weights that share a step.")
+    group_size: int = Field(0, ge=0, description="Number of columns that share a step, where per = group.")
+    awq_alpha: float = Field(
+        0.0, ge=0, le=1, description="AWQ's α: columns are multiplied by (mean |input|)^α before rounding; 0 is off."
+    )
+    awq_fold: bool = Field(
+        True, description="Undo AWQ in the matrix before, where that is exact; else store 1/s, 2 bytes a column."
+    )
 
-    prune: Literal["none", "magnitude", "wanda", "ones"] = Field("none", description="set weights to zero; see prune")
-    prune_share: float = Field(0.0, ge=0, le=1, description="share of the weights (of the ±1 symbols for ones) zeroed")
+    prune: Literal["none", "magnitude", "wanda", "ones"] = Field(
+        "none", description="Measure by which weights are set to zero; see pgolf-post prune."
+    )
+    prune_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the weights (of the ±1 symbols for ones) that is set to zero."
+    )
 
     @field_validator("bits")
     @classmethod
@@ -99,17 +157,35 @@ class GridRule(Rule):
             raise ValueError("1 bit leaves only the symbol 0; use 2 to 8, or 0 for unbounded symbols")
         return bits
 
+    @field_validator("scale")
+    @classmethod
+    def _known_scale(cls, scale: str) -> str:
+        if scale not in CLIP_RULES:
+            raise ValueError(f"no such clip rule; valid: {', '.join(CLIP_RULES)}")
+        return scale
+
     @model_validator(mode="after")
     def _consistent(self) -> GridRule:
         if (self.per == "group") != bool(self.group_size):
             raise ValueError(f"per = {self.per!r} with group_size = {self.group_size}: groups need a size, others none")
         if (self.prune == "none") != (self.prune_share == 0):
             raise ValueError(f"prune = {self.prune!r} with prune_share = {self.prune_share}: neither acts alone")
-        if self.hessian_lambda and self.scale != "sdclip":
-            raise ValueError(f"hessian_lambda acts on scale = 'sdclip' only, not on {self.scale!r}")
-        if not self.bits and self.scale != "sdclip":
+        if self.hessian_lambda and "hessian_lambda" not in CLIP_RULES[self.scale].reads:
+            reading = " or ".join(repr(name) for name, rule in CLIP_RULES.items() if "hessian_lambda" in rule.reads)
+            raise ValueError(f"hessian_lambda acts on scale = {reading} only, not on {self.scale!r}")
+        if not self.bits and not CLIP_RULES[self.scale].unbounded:
             raise ValueError(f"unbounded symbols (bits = 0) have no outermost symbol for scale = {self.scale!r}")
         return self
+
+    @property
+    def reads_hessian(self) -> bool:
+        """Whether preparing a tensor (not rounding it) reads the diagonal of its Hessian."""
+        return bool(CLIP_RULES[self.scale].needs_hessian or self.hessian_lambda or self.prune == "wanda")
+
+    def without_hessian(self) -> GridRule:
+        """Return the rule for a matrix that has no Hessian: steps come from the weights alone."""
+        plain = CLIP_RULES[self.scale].without_hessian or self.scale
+        return self.model_copy(update={"hessian_lambda": 0.0, "scale": plain})
 
 
 class RtnRule(GridRule):
@@ -119,24 +195,62 @@ class RtnRule(GridRule):
 
 
 class GptqRule(GridRule):
-    """GPTQ on the Hessian of the tensor's site."""
+    """Round by GPTQ on the Hessian of the tensor's site."""
 
     method: Literal["gptq"] = "gptq"
-    damp: float = Field(0.01, gt=0, le=1, description="damping of the Hessian, as a share of its mean diagonal")
-    act_order: bool = Field(True, description="quantize columns in order of falling Hessian diagonal")
-    block_size: int = Field(128, ge=1, description="columns between lazy updates of the rest")
+    damp: float = Field(0.01, gt=0, le=1, description="Damping of the Hessian, as a share of its mean diagonal.")
+    act_order: bool = Field(True, description="Quantize columns in order of falling Hessian diagonal.")
+    block_size: int = Field(128, ge=1, description="Columns between lazy updates of the rest; it changes speed alone.")
     without_site: Literal["error", "rtn"] = Field(
         "error",
-        description="a matrix that no site feeds (only looked up) has no Hessian: refuse it, or round to nearest",
+        description="A matrix that no site feeds (only looked up) has no Hessian: refuse it, or round to nearest.",
+    )
+    trellis_states: Literal[0, 4, 8, 16, 32, 64, 128, 256] = Field(
+        0, description="States of the trellis that each column runs through, on a grid of step Δ/2; 0 is a scalar grid."
+    )
+    lane_rows: int = Field(512, ge=1, description="Rows after which the trellis restarts.")
+    row_feedback: bool = Field(
+        False, description="Feed errors into later rows too, by the second moment of the output gradients (Fisher)."
     )
 
+    @model_validator(mode="after")
+    def _trellis_acts(self) -> GptqRule:
+        if not self.trellis_states and self.lane_rows != type(self).model_fields["lane_rows"].default:
+            raise ValueError("lane_rows acts on a trellis only; set trellis_states = 4, 8 .. 256 with it")
+        if self.trellis_states and self.prune != "none":
+            raise ValueError(f"prune = {self.prune!r} needs a scalar grid: a trellis has no zero in every state")
+        return self
 
-RULES: dict[str, type[Rule]] = {"keep": KeepRule, "rtn": RtnRule, "gptq": GptqRule}
+    def identity(self) -> dict[str, Any]:
+        """Return Rule.identity() without what is off, so that artifacts made before these settings are still found."""
+        off = set() if self.trellis_states else {"trellis_states", "lane_rows"}
+        off |= set() if self.row_feedback else {"row_feedback"}
+        return {key: value for key, value in super().identity().items() if key not in off}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a rule's `method` does. Methods that round have a function of the same name in quantize/rounding.py."""
+
+    rule: type[Rule]
+    source: str
+    reads: tuple[str, ...] = ()  # statistics that rounding itself reads
+
+
+METHODS: dict[str, Method] = {
+    "keep": Method(KeepRule, "control tensors stay floats, as in the baseline of openai/parameter-golf"),
+    "rtn": Method(RtnRule, "round to nearest"),
+    "gptq": Method(
+        GptqRule,
+        "arXiv 2210.17323; trellis: Marcellin & Fischer 1990; row_feedback: YAQA, arXiv 2505.22988",
+        reads=("Hessian", "second moment of output gradients, with row_feedback"),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor."""
+    """One tensor's entry of a plan: what happens to it."""
 
     name: str
     role: str
@@ -152,8 +266,16 @@ class TensorPlan:
         return self.rule.method
 
     @property
+    def method_text(self) -> str:
+        """The method with what it adds to the plain one, for tables."""
+        if self.method != "gptq" or not isinstance(self.rule, GptqRule):
+            return self.method
+        trellis = f", trellis {self.rule.trellis_states}" if self.rule.trellis_states else ""
+        return self.method + trellis + (", row feedback" if self.rule.row_feedback else "")
+
+    @property
     def reason(self) -> str:
-        """Why the method is not the rule's own, if it is not."""
+        """Why the method is not the rule's own; empty if it is."""
         return "no site feeds this matrix, so it has no Hessian" if self.method != self.rule.method else ""
 
     @property
@@ -167,12 +289,14 @@ class Plan(Settings):
     """A whole plan: its rules in order, and what acts on the whole model."""
 
     name: str = "plan"
-    rules: tuple[Any, ...] = Field(min_length=1, description="Rules, already parsed; in TOML a list of [[rules]]")
-    lqer: LqerSettings | None = Field(None, description="low-rank correction of the worst tensors")
-    sequential: bool = Field(
-        False, description="GPTQ block by block, each on Hessians collected under the quantized blocks before it"
+    rules: tuple[Any, ...] = Field(
+        min_length=1, description="Rules in order of precedence; in TOML a list of [[rules]]."
     )
-    distill: DistillSettings | None = Field(None, description="tune what is kept as floats after rounding")
+    lqer: LqerSettings | None = Field(None, description="Low-rank correction of the tensors with the largest error.")
+    sequential: bool = Field(
+        False, description="Quantize block by block, each on Hessians collected under the quantized blocks before it."
+    )
+    distill: DistillSettings | None = Field(None, description="Tune the parameters kept as floats after rounding.")
 
     @field_validator("rules")
     @classmethod
@@ -194,16 +318,20 @@ class Plan(Settings):
         """Whether statistics do not suffice: the calibration text itself is needed."""
         return self.sequential or self.distill is not None
 
+    @property
+    def reads_fisher(self) -> bool:
+        """Whether the statistics need their backward half (`calibrate --fisher`)."""
+        return any(isinstance(rule, GptqRule) and rule.row_feedback for rule in self.rules)
+
     def identity(self) -> dict[str, Any]:
-        """What decides the symbols and floats, for ids: everything but names, and what is off."""
+        """Return what decides the symbols and floats, for ids: all settings but names and what is off."""
         tree = {key: value for key, value in self.model_dump(mode="json").items() if key not in ("name", "rules")}
         tree = {key: value for key, value in tree.items() if value or key not in ("sequential", "distill")}
-        rules = [rule.model_dump(mode="json", exclude={"name", "optional"}) for rule in self.rules]
-        return {**tree, "rules": rules}
+        return {**tree, "rules": [rule.identity() for rule in self.rules]}
 
 
 def parse_plan(tree: Mapping[str, Any], source: str) -> Plan:
-    """A plan from nested plain values. Raises SettingsError naming the rule and key."""
+    """Return a plan from nested plain values. Raises SettingsError naming the rule and key."""
     tables = tree.get("rules")
     if not isinstance(tables, Sequence) or not all(isinstance(table, Mapping) for table in tables):
         raise SettingsError(f"{source}: a plan is a list of [[rules]] tables")
@@ -214,15 +342,18 @@ def parse_plan(tree: Mapping[str, Any], source: str) -> Plan:
 
 
 def parse_rule(table: Mapping[str, Any], source: str) -> Rule:
-    """One rule, as the class that its method names. Raises SettingsError."""
+    """Return one rule, as the class that its method names. Raises SettingsError."""
     method = table.get("method")
-    if method not in RULES:
-        raise SettingsError(f"{source}: method = {method!r}; valid methods: {', '.join(RULES)}")
-    return parse_settings(RULES[method], table, source)
+    if method not in METHODS:
+        raise SettingsError(f"{source}: method = {method!r}; valid methods: {', '.join(METHODS)}")
+    return parse_settings(METHODS[method].rule, table, source)
 
 
 def read_plan(source: str, overrides: Iterable[str] = ()) -> Plan:
-    """A preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides. Raises SettingsError, NotFoundError."""
+    """Return a preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides.
+
+    Raises SettingsError, NotFoundError.
+    """
     if source in preset_names():
         tree = read_toml(FOLDER / f"{source}.toml")
     elif source.endswith(".toml"):
@@ -256,9 +387,9 @@ def _override(tree: dict[str, Any], override: str, source: str) -> None:
 
 
 def _keys(table: Mapping[str, Any]) -> set[str]:
-    """The keys that a rule's method knows."""
-    cls = RULES.get(str(table.get("method")))
-    return set(cls.model_fields) if cls else set()
+    """Return the keys that a rule's method knows."""
+    method = METHODS.get(str(table.get("method")))
+    return set(method.rule.model_fields) if method else set()
 
 
 def make_plan(
@@ -268,11 +399,15 @@ def make_plan(
     plan: Plan,
     sites: Iterable[Site] | None = None,  # default: the family's
 ) -> list[TensorPlan]:
-    """One row per tensor. Raises SettingsError naming tensors without a rule or a site, and rules without a tensor."""
+    """Return one entry per tensor, in the tensors' order.
+
+    Raises SettingsError that lists every tensor without a rule, every rule without a tensor, and every entry whose
+    method cannot act.
+    """
     chosen = family.sites(module) if sites is None else sites
-    site_of = {tensor: site.name for site in chosen for tensor in site.tensors}
+    site_of = {tensor: site for site in chosen for tensor in site.tensors}
     looped = family.looped_layers(module)
-    rows, problems, used = [], [], set()
+    entries, problems, used = [], [], set()
     for name, tensor in shapes.items():
         role, layer = family.role(name), family.layer(name)
         rule = next((rule for rule in plan.rules if matches(rule, name, role, layer, looped, tensor.shape)), None)
@@ -280,16 +415,49 @@ def make_plan(
             problems.append(f"no rule covers {name} (role {role!r})")
             continue
         used.add(rule.name)
-        row = TensorPlan(name, role, rule, site_of.get(name), depth_name(layer, looped, family.num_layers(module)))
-        rows.append(row)
-        if row.method == "error":
-            problems.append(f"rule {rule.name!r}: no site feeds {name}, so GPTQ has no Hessian (without_site = 'rtn')")
+        site, depth = site_of.get(name), depth_name(layer, looped, family.num_layers(module))
+        entries.append(TensorPlan(name, role, rule, site.name if site else None, depth))
+        problems += _entry_problems(entries[-1], site)
+    problems += _fold_problems(entries, family.folds(module))
     problems += [
         f"rule {rule.name!r} matches no tensor" for rule in plan.rules if not (rule.optional or rule.name in used)
     ]
     if problems:
         raise SettingsError(f"plan {plan.name!r}: " + "; ".join(problems), hint="pgolf-post requant --show-plan")
-    return rows
+    return entries
+
+
+def _entry_problems(entry: TensorPlan, site: Site | None) -> Iterable[str]:
+    """Say what of a GPTQ entry cannot act."""
+    rule = entry.rule
+    if not isinstance(rule, GptqRule):
+        return
+    if entry.method == "error":
+        yield f"rule {rule.name!r}: no site feeds {entry.name}, so GPTQ has no Hessian (without_site = 'rtn')"
+    elif site is None and (rule.trellis_states or rule.row_feedback):
+        yield (
+            f"rule {rule.name!r}: no site feeds {entry.name}, so it is rounded to nearest, and neither trellis_states "
+            "nor row_feedback can act; give it a rule without them"
+        )
+    if site is not None and site.is_head and rule.row_feedback:
+        yield (
+            f"rule {rule.name!r}: row_feedback cannot act on {entry.name}: the second moment of the head's output "
+            "gradients (vocabulary × vocabulary) is not collected"
+        )
+
+
+def _fold_problems(entries: Iterable[TensorPlan], folds: Mapping[str, Fold]) -> Iterable[str]:
+    """Say where AWQ would rescale rows whose output gradients were collected unscaled."""
+    coupled = {entry.name for entry in entries if isinstance(entry.rule, GptqRule) and entry.rule.row_feedback}
+    for entry in entries:
+        fold, rule = folds.get(entry.name), entry.rule
+        if fold is None or fold.producer not in coupled or entry.site is None:
+            continue
+        if isinstance(rule, GridRule) and rule.awq_alpha and rule.awq_fold:
+            yield (
+                f"rule {rule.name!r}: AWQ of {entry.name} is undone in the rows of {fold.producer}, where row_feedback "
+                "does not know of it; set awq_fold = false"
+            )
 
 
 def matches(rule: Rule, name: str, role: str, layer: int | None, looped: frozenset[int], shape: Sequence[int]) -> bool:
@@ -307,13 +475,16 @@ def matches(rule: Rule, name: str, role: str, layer: int | None, looped: frozens
 
 
 def layer_range(text: str) -> range:
-    """`2-5` → 2, 3, 4, 5; `7` → 7."""
+    """Return the blocks that a range names: `2-5` → 2, 3, 4, 5; `7` → 7."""
     first, _, last = text.partition("-")
     return range(int(first), int(last or first) + 1)
 
 
 def depth_name(layer: int | None, looped: frozenset[int], num_layers: int) -> DepthName | None:
-    """Where a block lies: before the loop, in it, in the first or second half of what follows; thirds without loops."""
+    """Return where a block lies: before the loop, in it, in the first or second half of what follows it.
+
+    Without loops these are thirds: early, mid, late.
+    """
     if layer is None:
         return None
     if not looped:

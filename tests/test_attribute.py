@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pgolf_post import attribute as module
 from pgolf_post.artifacts import quantize_by_plan
-from pgolf_post.attribute import ALL, attribute, groups
+from pgolf_post.attribute import stage
+from pgolf_post.attribute.groups import ALL, groups
+from pgolf_post.attribute.measure import GroupMeasurer
+from pgolf_post.attribute.stage import Attribution, attribute
 from pgolf_post.cache import list_entries
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
@@ -29,7 +32,7 @@ def coarse(*overrides: str) -> Plan:
     return read_plan("record-1855", [*COARSE, *overrides])
 
 
-def run(view: View, stats: Stats, data: DataFolder, plan: Plan, **settings: Any) -> module.Attribution:
+def run(view: View, stats: Stats, data: DataFolder, plan: Plan, **settings: Any) -> Attribution:
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=400)
     return attribute(view, stats, plan, data, protocol, **settings)
 
@@ -92,7 +95,7 @@ def test_bytes_of_a_group_are_what_the_artifact_loses_without_it(
     assert result.control["artifact_bytes"] == whole
     name = result.rows[0]["group"]
     rest = {key: tensor for key, tensor in model.quantized.items() if key != name}
-    smaller = module.replace(model, quantized=rest)
+    smaller = replace(model, quantized=rest)
     assert result.rows[0]["group_bytes"] == whole - len(pack(smaller, PackSettings()))
 
 
@@ -115,7 +118,7 @@ def test_a_group_that_float_does_not_change_is_marked_no_op(
         name = "blocks.0.attn.q.weight"
         return model, {**floats, name: torch.from_numpy(model.quantized[name].dequantize())}, report
 
-    monkeypatch.setattr(module, "quantize_by_plan", exact)
+    monkeypatch.setattr(stage, "quantize_by_plan", exact)
     rows = {row["group"]: row for row in run(view, stats, pico_data, coarse("lqer.top_k=0"), by="tensor").rows}
     assert [name for name, row in rows.items() if row["no_op"]] == ["blocks.0.attn.q.weight"]
     assert rows["blocks.0.attn.q.weight"]["gain_bpb"] == 0
@@ -125,7 +128,7 @@ def test_interrupted_work_goes_on_after_the_last_row_and_then_is_cached(
     view: View, stats: Stats, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[str] = []
-    usual = module._Work._score
+    usual = GroupMeasurer._score
 
     def score(self: Any, name: str, tensors: Any) -> Any:
         if len(scored) == 3:
@@ -133,7 +136,7 @@ def test_interrupted_work_goes_on_after_the_last_row_and_then_is_cached(
         scored.append(name)
         return usual(self, name, tensors)
 
-    monkeypatch.setattr(module._Work, "_score", score)
+    monkeypatch.setattr(GroupMeasurer, "_score", score)
     with pytest.raises(KeyboardInterrupt):
         run(view, stats, pico_data, coarse())
     assert len(scored) == 3
@@ -141,12 +144,12 @@ def test_interrupted_work_goes_on_after_the_last_row_and_then_is_cached(
     again = run(view, stats, pico_data, coarse())
     assert not set(scored_before) & set(scored)
     assert len(scored) - 4 + len(scored_before) == len(again.rows) + 1
-    monkeypatch.setattr(module._Work, "_score", usual)
+    monkeypatch.setattr(GroupMeasurer, "_score", usual)
     fresh = run(view, stats, pico_data, coarse(), fresh=True)
     assert (again.rows, again.control) == (fresh.rows, fresh.control)
     assert run(view, stats, pico_data, coarse()).cached
     assert not list(Path(again.folder).parent.glob("*.partial"))
-    [entry] = [entry for entry in list_entries(view.checkpoint.path.parents[1]) if entry.stage == module.STAGE]
+    [entry] = [entry for entry in list_entries(view.checkpoint.path.parents[1]) if entry.stage == stage.STAGE]
     assert entry.state == "complete"
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pgolf_post.average.members import member_shares, select_members
-from pgolf_post.average.settings import Selection
+from pgolf_post.average.settings import Selection, SwaSettings
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.storage import update_digest
 from pgolf_post.checkpoint import (
@@ -60,7 +60,7 @@ class Part:
         return self.checkpoint.path / VIEW_FILES[self.view]
 
     def facts(self) -> dict[str, Any]:
-        """What a blend's meta.json records of it."""
+        """Return the part's entry in a blend's meta.json."""
         folder = self.checkpoint.path
         place = {"run": folder.parent.name, "folder": folder.name, "view": self.view}
         return {"id": self.checkpoint.view_id(self.view), **place, "share": self.share}
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Blend:
-    """Blended tensors and what they came from. The last part gives the config."""
+    """Blended tensors and their parts. The last part gives the config."""
 
     tensors: Mapping[str, Tensor]
     parts: Sequence[Part]
@@ -81,7 +81,7 @@ class Blend:
 
 
 def linear_blend(parts: Sequence[Part], allow_different: Sequence[str] = ()) -> Blend:
-    """Σ share · tensor over the parts, float32 (float64 of float64). Shares must sum to 1; they may be negative.
+    """Return Σ share · tensor over the parts, float32 (float64 of float64). Shares must sum to 1; they may be negative.
 
     Raises SettingsError on shares that do not sum to 1, MismatchError on differing configs or tensors, DamagedFileError
     on a file that is not what was saved, NumericsError naming file, tensor and index of a NaN or infinity.
@@ -105,7 +105,7 @@ def linear_blend(parts: Sequence[Part], allow_different: Sequence[str] = ()) -> 
 
 
 def _blend_tensor(parts: Sequence[Part], name: str, digests: Sequence[Any]) -> Tensor:
-    """One tensor of the blend, its parts open one at a time and fed to their files' digests."""
+    """Return one tensor of the blend. Its parts are read one at a time, and update the digests of their files."""
     total, dtypes = None, [torch.float32]
     for part, digest in zip(parts, digests, strict=True):
         tensor = read_tensor(part.path, name)
@@ -126,7 +126,7 @@ def _equals(part: Part, name: str, blended: Tensor) -> bool:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a memory-mapped safetensors file. Raises DamagedFileError."""
+    """Return one tensor of a memory-mapped safetensors file. Raises DamagedFileError."""
     try:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
@@ -135,7 +135,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _common_names(parts: Sequence[Part]) -> list[str]:
-    """Tensor names in order. Raises MismatchError naming what does not fit the last part's config, NotFoundError."""
+    """Return tensor names in order. Raises MismatchError if a part does not fit the config, NotFoundError."""
     module = build_module(parts[-1].checkpoint.config)
     for part in parts:
         check_tensors(module, _stand_ins(part.path), str(part.path))
@@ -143,7 +143,7 @@ def _common_names(parts: Sequence[Part]) -> list[str]:
 
 
 def _stand_ins(path: Path) -> dict[str, Tensor]:
-    """A file's tensors without their values."""
+    """Return a file's tensors on the meta device, without values."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path}")
     try:
@@ -155,7 +155,7 @@ def _stand_ins(path: Path) -> dict[str, Tensor]:
 
 
 def allowed_differences(checkpoints: Sequence[Checkpoint], allow: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The config keys in which checkpoints differ, all of them allowed by name.
+    """Return the config keys in which checkpoints differ, all of them allowed by name.
 
     Raises MismatchError listing those that are not, SettingsError for a name that is no config key.
     """
@@ -181,7 +181,7 @@ def _values(values: Mapping[str, Any]) -> str:
 
 
 def swa_parts(final: Checkpoint, ema_share: float, selection: Selection = DEFAULT_SELECTION) -> list[Part]:
-    """The members' raw weights, interpolated with the final EMA by `ema_share` in [0, 1]."""
+    """Return the members' raw weights, interpolated with the final EMA by `ema_share` in [0, 1]."""
     if not 0 <= ema_share <= 1:
         raise SettingsError(f"--ema-share {ema_share} is outside 0..1")
     parts = []
@@ -201,10 +201,15 @@ def swa_blend(
     selection: Selection = DEFAULT_SELECTION,
     allow_different: Sequence[str] = (),
 ) -> tuple[Checkpoint, bool]:
-    """SWA of a run's checkpoints, interpolated with the final EMA, beside them; and whether it was there already."""
+    """Save SWA of a run's checkpoints, interpolated with the final EMA; return it and whether it was there already."""
     require_trained(final)
     blend = linear_blend(swa_parts(final, ema_share, selection), allow_different)
     return save_blend(blend, "swa", data, {"ema_share": ema_share})
+
+
+def swa(final: Checkpoint, settings: SwaSettings, data: DataFolder) -> tuple[Checkpoint, bool]:
+    """Make the average "swa" of the table of methods; see `swa_blend`."""
+    return swa_blend(final, settings.ema_share, data, settings.selection, settings.allow_different)
 
 
 def require_trained(final: Checkpoint) -> None:
@@ -218,7 +223,7 @@ def require_trained(final: Checkpoint) -> None:
 
 
 def save_blend(blend: Blend, kind: str, data: DataFolder, facts: Mapping[str, Any]) -> tuple[Checkpoint, bool]:
-    """Write a blend beside its last part, its metric measured on `data`; and whether it was there already.
+    """Write a blend beside its last part, its metric measured on `data`. Return it and whether it was there already.
 
     The folder's name holds its content id, so the same blend is found again and another never overwrites it.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run take part in an average.
+"""Members: the checkpoints of a run that take part in an average.
 
 SWA (Izmailov et al. 2018, arXiv 1803.05407) averages points along the end of training. Which points is a choice: those
 from the warm-down on (the default), the last n, those at named steps, or all from some phase on; each with the same
@@ -18,7 +18,7 @@ SAVE_MORE = 'train with checkpoint.phases including "warmdown_start", or checkpo
 
 
 def select_members(final: Checkpoint, selection: Selection) -> list[Checkpoint]:
-    """The members among the run's checkpoints up to `final`, in step order. Raises NotFoundError."""
+    """Return the members among the run's checkpoints up to `final`, in step order. Raises NotFoundError."""
     saved = [c for c in run_checkpoints(final) if int(c.meta["step"]) <= int(final.meta["step"])]
     if selection.steps is not None:
         return [_at_step(saved, step, final) for step in sorted(selection.steps)]
@@ -30,7 +30,7 @@ def select_members(final: Checkpoint, selection: Selection) -> list[Checkpoint]:
 
 
 def member_shares(members: Sequence[Checkpoint], selection: Selection) -> list[float]:
-    """Each member's share of their average; they sum to 1. Raises SettingsError if there are not as many as members."""
+    """Return each member's share of their average; they sum to 1. Raises SettingsError on a wrong number of shares."""
     if selection.shares is None:
         return [1 / len(members)] * len(members)
     if len(selection.shares) != len(members):
@@ -40,16 +40,16 @@ def member_shares(members: Sequence[Checkpoint], selection: Selection) -> list[f
 
 
 def _at_step(saved: Sequence[Checkpoint], step: int, final: Checkpoint) -> Checkpoint:
-    found = [c for c in saved if int(c.meta["step"]) == step]
-    if not found:
+    at_step = [c for c in saved if int(c.meta["step"]) == step]
+    if not at_step:
         raise NotFoundError(f"{_run(final, saved)}: none at step {step}")
-    if len({c.view_id("raw") for c in found}) > 1:
-        raise MismatchError(f"several different checkpoints at step {step}: {', '.join(c.path.name for c in found)}")
-    return found[0]
+    if len({c.view_id("raw") for c in at_step}) > 1:
+        raise MismatchError(f"several different checkpoints at step {step}: {', '.join(c.path.name for c in at_step)}")
+    return at_step[0]
 
 
 def _from_phase(final: Checkpoint, saved: Sequence[Checkpoint], phase: str) -> list[Checkpoint]:
-    """Members from a phase's start on: where the recipe's warm-down begins, else from the checkpoint named so."""
+    """Return the members from a phase on: from the recipe's warm-down, else from the checkpoint named so."""
     schedule = final.meta.get("recipe", {}).get("schedule", {})
     if phase == WARMDOWN and "warmdown" in schedule:
         start = 1.0 - float(schedule["warmdown"])

@@ -1,10 +1,10 @@
 """Post-hoc EMA: any length of moving average, ending at any step of a run, after the run (arXiv 2312.02696, section 3).
 
-The trainer's snapshots of power-function averages (`ema_snapshots.py`) are combined with the shares that bring their
-profiles nearest to the wanted one (`ema_profiles.py`). How near is the reconstruction error, ‖wanted - combined‖ /
-‖wanted‖ over the profiles; it is recorded, and above `max_error` the average is refused, because it would not be what
-it is called. An average ends sharply, so it is near only where snapshots end: at the evenly spaced ones and at every
-phase boundary's checkpoint. Snapshots are read one tensor at a time: the memory of one model, however many they are.
+The trainer's snapshots of power-function averages (`snapshots.py`) are combined with the shares that bring their
+profiles nearest to the wanted one (`profiles.py`). The reconstruction error, ‖wanted - combined‖ / ‖wanted‖ over the
+profiles, is recorded; above `max_error` the average is refused, because it would not have the length that it is named
+by. An average ends sharply, so the error is small only where snapshots end: at the evenly spaced ones and at every
+phase boundary's checkpoint. Snapshots are read one tensor at a time, in the memory of one model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.average.profiles import Combination, Length, PowerLength, combine
+from pgolf_post.average.profiles import Combination, ExponentialLength, Length, PowerLength, combine
+from pgolf_post.average.settings import MAX_ERROR, HalfLifeSettings, PowerSettings
 from pgolf_post.average.snapshots import FOLDER, Snapshot, list_snapshots, stream_tensors
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.storage import tensors_sha256
@@ -28,12 +29,11 @@ from pgolf_post.families import build_module, load_module
 from pgolf_post.score.metric import measure_module, recorded_protocol
 
 KIND = "ema-blend"
-MAX_ERROR = 0.05
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How an average is made: which snapshots, in which shares, and how near that comes."""
+    """The snapshots and shares that make an average, and how near they come to it."""
 
     length: Length
     end_step: int
@@ -48,22 +48,22 @@ class Synthesis:
 
 
 def run_snapshots(checkpoint: Checkpoint) -> list[Snapshot]:
-    """The snapshots of a checkpoint's run. Raises NotFoundError if it has none, MismatchError on a blend."""
+    """Return the snapshots of a checkpoint's run. Raises NotFoundError if it has none, MismatchError on a blend."""
     if checkpoint.meta["kind"] != "raw":
         raise MismatchError(
             f"{checkpoint.path} is a {checkpoint.meta['kind']!r} checkpoint; post-hoc EMA starts from a training run's"
         )
-    found = list_snapshots(checkpoint.path.parent)
-    if not found:
+    snapshots = list_snapshots(checkpoint.path.parent)
+    if not snapshots:
         raise NotFoundError(
             f"{checkpoint.path.parent} has no {FOLDER}/: its run kept no power-function averages",
             hint="train with optim.power_ema_sigmas = [0.05, 0.10]",
         )
-    return found
+    return snapshots
 
 
 def find_combination(snapshots: Sequence[Snapshot], length: Length, end_step: int, max_error: float) -> Synthesis:
-    """The shares for an average of `length` at `end_step`.
+    """Return the shares for an average of `length` at `end_step`.
 
     Raises SettingsError if the step is outside the snapshots' part of the run, or the error exceeds `max_error`.
     """
@@ -91,7 +91,7 @@ def _around(snapshots: Sequence[Snapshot], step: int) -> str:
 
 
 def synthesise(synthesis: Synthesis) -> dict[str, Tensor]:
-    """Σ share · snapshot, summed in float64, float32. Raises what `stream_tensors` raises."""
+    """Return Σ share · snapshot in float32, summed in float64. Raises what `stream_tensors` raises."""
     parts = synthesis.parts
     shares = [share for _, share in parts]
     blended = {}
@@ -106,7 +106,7 @@ def synthesise(synthesis: Synthesis) -> dict[str, Tensor]:
 
 
 def config_at(checkpoint: Checkpoint, snapshots: Sequence[Snapshot], end_step: int) -> dict[str, Any]:
-    """The checkpoint's config, its runtime graph as it was when `end_step` had been made."""
+    """Return the checkpoint's config, with its runtime graph as it was when `end_step` had been made."""
     if end_step == checkpoint.meta["step"]:
         return checkpoint.config
     at = next(snapshot for snapshot in snapshots if snapshot.step >= end_step)
@@ -120,16 +120,19 @@ def posthoc_ema(
     end_step: int | None = None,
     max_error: float = MAX_ERROR,
 ) -> tuple[Checkpoint, bool]:
-    """An average of `length` at `end_step` (default: the checkpoint's) as a checkpoint, and whether it was there.
+    """Return an average of `length` at `end_step` (default: the checkpoint's), saved, and whether it was there.
 
     The folder's name starts with its content id, so the same average is found again and another never overwrites it.
     """
+    # the shares, and the same average from earlier if it is there
     snapshots = run_snapshots(checkpoint)
     end_step = int(checkpoint.meta["step"]) if end_step is None else end_step
     synthesis = find_combination(snapshots, length, end_step, max_error)
     config, meta = config_at(checkpoint, snapshots, end_step), _meta(checkpoint, synthesis)
     if made := _already_made(checkpoint, config, meta):
         return made, True
+
+    # the weights, which may equal those of another folder or of a snapshot
     tensors = {**_buffers(checkpoint), **synthesise(synthesis)}
     path = checkpoint.path.parent / f"ema_{view_id(tensors, config)[:12]}"
     if (path / "meta.json").is_file():
@@ -138,13 +141,25 @@ def posthoc_ema(
     meta["no_op"] = tensors_sha256(tensors) in {snapshot.tensors_sha256 for snapshot in snapshots}
     if meta["no_op"]:
         say(f"NO-OP: {length} at step {end_step} is one of the run's snapshots")
+
+    # measured as the run's checkpoints were, then saved
     _, protocol = recorded_protocol(checkpoint, checkpoint.view_name(None))
     metric = measure_module(load_module(config, tensors, path.name), data, protocol)
     return save_checkpoint(path, config, {"raw": tensors}, meta, {"raw": metric}), False
 
 
+def power_ema(final: Checkpoint, settings: PowerSettings, data: DataFolder) -> tuple[Checkpoint, bool]:
+    """Make the average "power-ema" of the table of methods; see `posthoc_ema`."""
+    return posthoc_ema(final, PowerLength(settings.sigma), data, settings.end_step, settings.max_error)
+
+
+def half_life_ema(final: Checkpoint, settings: HalfLifeSettings, data: DataFolder) -> tuple[Checkpoint, bool]:
+    """Make the average "half-life-ema" of the table of methods; see `posthoc_ema`."""
+    return posthoc_ema(final, ExponentialLength(settings.half_life_steps), data, settings.end_step, settings.max_error)
+
+
 def _already_made(checkpoint: Checkpoint, config: dict[str, Any], meta: dict[str, Any]) -> Checkpoint | None:
-    """The folder of the same average, made of the same snapshots in the same shares, if there is one."""
+    """Return the folder of the same average, made of the same snapshots in the same shares, if there is one."""
     for path in sorted(checkpoint.path.parent.glob("ema_*/meta.json")):
         made = Checkpoint.open(path.parent)
         if made.config == config and all(made.meta.get(key) == meta[key] for key in ("parents", "ema")):
@@ -154,14 +169,14 @@ def _already_made(checkpoint: Checkpoint, config: dict[str, Any], meta: dict[str
 
 
 def _buffers(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What a model holds beside its parameters is not averaged; it is the checkpoint's. Most models hold nothing."""
+    """Return the checkpoint's buffers, which are not averaged. Most models have none."""
     names = [name for name, _ in build_module(checkpoint.config).named_buffers()]
     saved = checkpoint.load("raw").tensors if names else {}
     return {name: saved[name] for name in names if name in saved}
 
 
 def _meta(checkpoint: Checkpoint, synthesis: Synthesis) -> dict[str, Any]:
-    """Parents with their shares, what was asked for and how near it came."""
+    """Return meta.json's facts: parents with their shares, the length asked for and the reconstruction error."""
     length, combination = synthesis.length, synthesis.combination
     parents = [
         {"id": snapshot.tensors_sha256, "view": FOLDER, "folder": snapshot.path.name, "share": share}
@@ -184,6 +199,6 @@ def _meta(checkpoint: Checkpoint, synthesis: Synthesis) -> dict[str, Any]:
 
 
 def mean_age_steps(length: Length, end_step: int) -> float:
-    """How many steps before its end an average lies in the mean: what two kinds of average are compared by."""
+    """Return the mean age of the weights in an average, in steps before its end; it compares averages of two kinds."""
     ages = np.arange(end_step - 1, -1, -1, dtype=np.float64)
     return float(length.profile(end_step) @ ages)

@@ -1,4 +1,4 @@
-"""What an average of a run's weights is made of: its profile, the share that each step's weights have in it.
+"""Profiles: the share that each step's weights have in an average of a run.
 
 An exponential moving average of a given length, or a power-function one of a given relative width σ, is a fixed linear
 combination of the weights θ₁ … θ_T after each optimizer step. A trainer that keeps two power-function averages and
@@ -31,7 +31,7 @@ NARROWEST_SIGMA = 1e-4
 
 
 def gamma_of(sigma: float) -> float:
-    """The exponent γ ≥ 0 of the power function whose profile's standard deviation is `sigma` of the run.
+    """Return the exponent γ ≥ 0 of the power function whose profile's standard deviation is `sigma` of the run.
 
     The root of σ² (γ+2)² (γ+3) = γ+1 (the paper's appendix C). Raises SettingsError outside 0.0001 … 0.2886.
     """
@@ -44,13 +44,8 @@ def gamma_of(sigma: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
-def sigma_of(gamma: float) -> float:
-    """The standard deviation of the power function's profile as a share of the run (continuous time)."""
-    return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
-
-
 def power_beta(gamma: float, step: int) -> float:
-    """β(t): what is kept of the average when the weights after step `step` (counted from 1) enter it."""
+    """Return β(t), the share that the average keeps when the weights after step `step` (counted from 1) enter it."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
@@ -95,7 +90,7 @@ Length = PowerLength | ExponentialLength
 
 
 def stack_profiles(profiles: Sequence[np.ndarray]) -> np.ndarray:  # (n, longest) float64
-    """Profiles of different ends side by side: no step after its end has a share in an average."""
+    """Return profiles of different ends side by side; steps after a profile's end have no share."""
     longest = max(len(profile) for profile in profiles)
     return np.stack([np.pad(profile, (0, longest - len(profile))) for profile in profiles])
 
@@ -114,9 +109,9 @@ class Combination:
 
 
 def combine(profiles: Sequence[np.ndarray], wanted: np.ndarray) -> Combination:
-    """Least squares over the steps, under the condition that the shares sum to 1.
+    """Return the shares, summing to 1, that come nearest to the wanted profile by least squares over the steps.
 
-    The condition keeps what all weights have in common exactly as it is: averages of one constant are that constant.
+    Because they sum to 1, an average of equal weights is those weights.
     A wanted profile that is already among the given ones is taken as it is.
     """
     *given, goal = stack_profiles([*profiles, wanted])

@@ -38,7 +38,7 @@ ROUNDS = (0.125, 0.25, 0.5, 1.0)  # of the sample
 
 @dataclass
 class Candidate:
-    """A blend of the family and what is known of it so far."""
+    """A blend of the family, and its score on the windows drawn so far."""
 
     name: str
     ema_share: float
@@ -70,11 +70,11 @@ class Search:
         return sum(candidate.scored.tokens for candidate in self.candidates)
 
     def difference(self, candidate: Candidate) -> Difference:
-        """To the control, on the windows that both were scored on."""
+        """Return the difference to the control, on the windows that both were scored on."""
         return t_interval(pair(candidate.scored, self.control.scored), self.interval_level)
 
     def facts(self) -> dict[str, Any]:
-        """JSON facts."""
+        """Return the search as JSON facts."""
         rows = [
             {"name": c.name, "bpb": c.scored.bpb, "dropped": c.dropped, **self.difference(c).facts()}
             for c in self.candidates
@@ -84,19 +84,19 @@ class Search:
 
 
 def family(final: Checkpoint, selection: Selection = DEFAULT_SELECTION) -> list[Candidate]:
-    """SWA of the members at five EMA shares; SWA of the last n; the final raw weights, alone and with the EMA."""
+    """Return SWA of the members at five EMA shares, SWA of the last n, and the final raw weights with and without."""
     require_trained(final)
     has_ema = "ema" in final.meta["views"]
     members = select_members(final, selection)
     shares = EMA_SHARES if has_ema else (0.0,)
-    made = [
+    candidates = [
         Candidate(_name(share, f"SWA of {len(members)}"), share, swa_parts(final, share, selection)) for share in shares
     ]
     for last in range(len(members) - 1, 0, -1):
         for share in (0.5, 0.0) if has_ema and last == 1 else (0.0,):
             parts = swa_parts(final, share, Selection(last=last))
-            made.append(Candidate(_name(share, f"SWA of last {last}" if last > 1 else "raw"), share, parts))
-    return made
+            candidates.append(Candidate(_name(share, f"SWA of last {last}" if last > 1 else "raw"), share, parts))
+    return candidates
 
 
 def _name(ema_share: float, other: str) -> str:
@@ -157,7 +157,7 @@ def search_blends(
 
 
 def _add(candidate: Candidate, score: Score) -> None:
-    """Put newly scored windows to those scored before."""
+    """Append newly scored windows to those scored before."""
     if candidate.score is None:
         candidate.score = score
         return
@@ -167,7 +167,7 @@ def _add(candidate: Candidate, score: Score) -> None:
 
 
 def _drop(alive: Sequence[Candidate], level: float, tolerance: float, number: int) -> Candidate:
-    """Drop what is not better than the leader by more than the tolerance, however the dice fall. Returns the leader."""
+    """Drop candidates whose interval excludes being better than the leader by the tolerance. Return the leader."""
     leader = min(alive, key=lambda candidate: candidate.scored.bpb)
     for candidate in alive:
         if candidate is not leader:

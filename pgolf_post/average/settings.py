@@ -1,4 +1,4 @@
-"""What an average is made of, and how a search for the best one is run, as settings."""
+"""Settings of averages: which weights take part, in which shares, and how a search for the best one is run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 
+MAX_ERROR = 0.05  # of a profile, see posthoc.py
+
 
 class Selection(Settings):
-    """One way of naming members. Nothing given: from warm-down start on."""
+    """The members of an average, named in one way. Nothing given: from warm-down start on."""
 
     steps: tuple[int, ...] | None = Field(None, min_length=1, description="the checkpoints at these steps")
     last: int | None = Field(None, ge=1, description="the last so many checkpoints")
@@ -27,10 +29,45 @@ class Selection(Settings):
         return self
 
 
-class SearchSettings(Settings):
-    """How much to look at, and how sure to be."""
+class SwaSettings(Selection):
+    """A linear blend of the members' raw weights with the final EMA."""
 
-    max_tokens: int = Field(262144, ge=2, description="sample of the text that a candidate is scored on at most")
-    level: float = Field(0.95, gt=0, lt=1, description="confidence of the whole search")
-    tolerance: float = Field(0.0001, ge=0, description="a difference in bpb that is not worth telling apart")
-    seed: int = Field(0, ge=0, description="of the order in which windows are drawn")
+    ema_share: float = Field(0.0, description="share of the final EMA; the rest is the members'")
+    allow_different: tuple[str, ...] = Field((), description="config keys in which the members may differ")
+
+    @property
+    def selection(self) -> Selection:
+        """The members alone."""
+        return Selection(**self.model_dump(include=set(Selection.model_fields)))
+
+
+class ProfileSettings(Settings):
+    """Where a post-hoc average ends, and how near its profile must come."""
+
+    end_step: int | None = Field(None, description="the step at which the average ends; the checkpoint's by default")
+    max_error: float = Field(MAX_ERROR, description="largest accepted reconstruction error of the profile, as a share")
+
+
+class PowerSettings(ProfileSettings):
+    """A power-function average."""
+
+    sigma: float = Field(description="width of the profile, as a share of the run")
+
+
+class HalfLifeSettings(ProfileSettings):
+    """An exponential average."""
+
+    half_life_steps: float = Field(description="half-life, in steps")
+
+
+class SearchSettings(Settings):
+    """How much text a search for the best blend reads, and how certain its choice is."""
+
+    max_tokens: int = Field(
+        262144, ge=2, description="Score each candidate on at most this many tokens, drawn from the text"
+    )
+    level: float = Field(0.95, gt=0, lt=1, description="Confidence of the whole search, as a probability")
+    tolerance: float = Field(
+        0.0001, ge=0, description="Drop candidates that are better than the leader by no more than this, in bpb"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the order in which windows are drawn")

@@ -1,9 +1,9 @@
-"""Snapshots of a run's power-function averages: what post-hoc EMA (`posthoc_ema.py`) combines.
+"""Snapshots of a run's power-function averages, which post-hoc EMA (`posthoc.py`) combines.
 
     checkpoints/<run>/power_ema/step_000312-sigma_0.05.safetensors
 
-One file is one average at one step, appears by one atomic rename and is never changed. What it is stands in the file's
-own header: step, sigma, the run's progress, the model's runtime graph, and a sha256 of the tensors, checked by whoever
+One file is one average at one step, appears by one atomic rename and is never changed. The file's own header describes
+it: step, sigma, the run's progress, the model's runtime graph, and a sha256 of the tensors, checked by whoever
 reads them. Tensors are the model's parameters in float32: bfloat16 would halve the disk space, but its rounding is as
 large as what tells one average from another (docs/BENCHMARKS.md).
 """
@@ -50,7 +50,7 @@ class Snapshot:
 
 
 def snapshot_path(run: Path, step: int, sigma: float) -> Path:
-    """Where a snapshot of a run lives."""
+    """Return the path of a snapshot of a run."""
     return run / FOLDER / f"step_{step:06d}-sigma_{sigma:g}.safetensors"
 
 
@@ -76,7 +76,7 @@ def write_snapshot(
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """A snapshot's header. Raises DamagedFileError if it is not one."""
+    """Read a snapshot's header. Raises DamagedFileError if it is not one."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["power_ema"])
@@ -91,9 +91,9 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def list_snapshots(run: Path) -> list[Snapshot]:
-    """Every snapshot of a run, in step order, then by sigma. Raises DamagedFileError naming a damaged one."""
-    found = [read_snapshot(path) for path in run.glob(f"{FOLDER}/step_*.safetensors")]
-    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma))
+    """Return every snapshot of a run, in step order, then by sigma. Raises DamagedFileError naming a damaged one."""
+    snapshots = [read_snapshot(path) for path in run.glob(f"{FOLDER}/step_*.safetensors")]
+    return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.sigma))
 
 
 def drop_snapshots_after(run: Path, step: int) -> list[Path]:
@@ -117,7 +117,7 @@ def adopt_snapshots(source: Path, run: Path, until_step: int) -> int:
 
 
 def stream_tensors(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, that tensor of each snapshot), one name at a time: the memory of one tensor from each, not of one model.
+    """Yield (name, that tensor of each snapshot), one name at a time, so that no whole model is held.
 
     Raises MismatchError if their tensors differ in name or shape, NumericsError naming a NaN, and after the last tensor
     DamagedFileError if a file's bytes are not what was written.
@@ -145,7 +145,7 @@ def stream_tensors(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, list[Te
 
 def _require_same_tensors(snapshots: Sequence[Snapshot], files: Sequence[Any]) -> None:
     shapes = [{name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} for file in files]  # noqa: SIM118
-    for snapshot, found in zip(snapshots, shapes, strict=True):
-        differing = sorted(found.items() ^ shapes[0].items())
+    for snapshot, held in zip(snapshots, shapes, strict=True):
+        differing = sorted(held.items() ^ shapes[0].items())
         if differing:
             raise MismatchError(f"{snapshot.path} and {snapshots[0].path} hold different tensors: {differing[0]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -27,23 +27,27 @@ from pgolf_post.cli.common import (
 from pgolf_post.cli.packing import codec_option
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
 
-if TYPE_CHECKING:
-    from pgolf_post.attribute import Attribution
-
-HEADER = ("left in float", "tensors", "weights", "bytes", "bpb gained", "95 %, by document", "bpb per 100 KB", "")
-
 
 @click.command("attribute")
 @checkpoint_argument
 @weights_option
 @plan_options
 @click.option(
-    "--by", type=click.Choice(["role", "layer", "tensor"]), default="role", show_default=True, help="What is a group."
+    "--by",
+    type=click.Choice(["role", "layer", "tensor"]),
+    default="role",
+    show_default=True,
+    help="Group tensors by role, by layer, or not at all.",
 )
 @click.option(
-    "--tokens", "score_tokens", type=click.IntRange(min=2), help="Score only the first so many validation tokens."
+    "--tokens",
+    "score_tokens",
+    type=click.IntRange(min=2),
+    help="Score only this many validation tokens.",
 )
-@click.option("--expected", is_flag=True, help="Gains as the unquantized model expects them: less noise.")
+@click.option(
+    "--expected", is_flag=True, help="Average gains over the unquantized model's predictions: far less noise."
+)
 @codec_option
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
@@ -70,13 +74,14 @@ def command(
     pgolf-post attribute --by layer --clip 11.5
     pgolf-post attribute --by tensor --expected --tokens 32769
 
-    bpb gained: the quantized model's bpb less that with the group in float, with its interval paired by document.
-    With --expected it is the divergence gained: what the luck of the text's words adds to a difference is left out.
-    bytes: the artifact's less those of the artifact without the group. Ctrl-C keeps the rows that are done; the same
-    command goes on from there.
+    "bpb gained" is the quantized model's bpb less that with the group in float; its interval is paired by document.
+    With --expected it is averaged over the unquantized model's predicted distribution instead of the actual next
+    tokens, which removes most sampling noise. "bytes" are the artifact's less those of the artifact without the group.
+    Ctrl-C keeps the rows that are done; the same command goes on from there.
     """
-    from pgolf_post.artifacts import plan_text
-    from pgolf_post.attribute import attribute
+    from pgolf_post.artifacts import plan_calibration, plan_text
+    from pgolf_post.attribute.report import HEADER, attribution_rows, attribution_title
+    from pgolf_post.attribute.stage import attribute
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.families import train_seq_len
     from pgolf_post.score.plain import PlainProtocol
@@ -84,15 +89,16 @@ def command(
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "attribute")
     plan = chosen_plan(**options)
-    found = find_checkpoint(checkpoint)
-    view = load_view(found, weights)
-    data = find_data(found, data_dir)
+    calibration = plan_calibration(calibration, plan)
+    source = find_checkpoint(checkpoint)
+    view = load_view(source, weights)
+    data = find_data(source, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
     protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=score_tokens)
     result = attribute(
         view, stats, plan, data, protocol, by, codec, fresh, plan_text(view, data, plan, calibration), expected
     )
-    _show(result)
+    print_table(attribution_title(result), HEADER, attribution_rows(result))
     if as_json:
         named = {
             "plan": plan.name,
@@ -105,20 +111,3 @@ def command(
         where = {"attribution": str(result.folder), "stats_id": stats.id, "stale": stats.stale}
         rows = {"rows": list(result.rows), "cached": result.cached, "seconds": seconds}
         print_json({**dict(result.control), **named, **where, **rows})
-
-
-def _show(result: Attribution) -> None:
-    control = result.control
-    title = (
-        f"{result.folder}\nquantized: {control['bpb']:.5f} bpb of {control['tokens']:,} tokens, "
-        f"{control['artifact_bytes']:,} bytes"
-    )
-    print_table(title, HEADER, [_shown(row) for row in result.rows])
-
-
-def _shown(row: dict[str, Any]) -> tuple[str, ...]:
-    bounds = row["low_bpb"], row["high_bpb"]
-    interval = "one document" if None in bounds else f"{bounds[0]:+.5f} … {bounds[1]:+.5f}"
-    rate = "" if row["gain_per_100kb"] is None else f"{row['gain_per_100kb']:+.5f}"
-    counts = (f"{row[key]:,}" for key in ("tensors", "weights", "group_bytes"))
-    return row["group"], *counts, f"{row['gain_bpb']:+.5f}", interval, rate, "NO-OP" if row["no_op"] else ""

@@ -40,7 +40,7 @@ def verify_command(checkpoint: Path | None, data_dir: Path | None, as_json: bool
     print_table(f"{subject.path}: tensors match their ids", header, [_cells(check) for check in checks])
     passed = all(check.passed for check in checks)
     if as_json:
-        views = {c.view: {"recorded": c.recorded_bpb, "bpb": c.found_bpb, "passed": c.passed} for c in checks}
+        views = {c.view: {"recorded": c.recorded_bpb, "bpb": c.recomputed_bpb, "passed": c.passed} for c in checks}
         seconds = round(time.perf_counter() - started, 3)
         print_json({"checkpoint": str(subject.path), "passed": passed, "views": views, "seconds": seconds})
     if not passed:
@@ -51,7 +51,7 @@ def verify_command(checkpoint: Path | None, data_dir: Path | None, as_json: bool
 
 def _cells(check: Verification) -> tuple[str, ...]:
     """Return one view's row of the table."""
-    numbers = (f"{check.recorded_bpb:.7f}", f"{check.found_bpb:.7f}", f"{check.difference_nats:+.1e}")
+    numbers = (f"{check.recorded_bpb:.7f}", f"{check.recomputed_bpb:.7f}", f"{check.difference_nats:+.1e}")
     return check.view, *numbers, "ok" if check.passed else "FAILED"
 
 

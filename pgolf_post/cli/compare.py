@@ -13,14 +13,13 @@ from click.core import ParameterSource
 
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view
-from pgolf_post.cli.scoring import Opened, open_subject, parse_protocol, protocol_options
+from pgolf_post.cli.scoring import Opened, open_scored, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
 
 if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
     from pgolf_post.score.compare.expected import ExpectedWindows
-    from pgolf_post.score.compare.screen import Screening
-
+    from pgolf_post.score.pool import ModelPool
 
 IDLE = {  # way of comparing → options that it does not read
     "paired": ("bytes_per_token", "variant", "reference"),
@@ -34,20 +33,40 @@ IDLE = {  # way of comparing → options that it does not read
 @click.argument("control")
 @data_option
 @protocol_options
-@click.option("--record", is_flag=True, help="The challenge's rule over groups of seeds (comma-separated).")
-@click.option("--until-ci", type=click.FloatRange(min=0, min_open=True), help="Screen until known to ± so many bpb.")
-@click.option("--reference", metavar="CKPT", help="--until-ci: the difference that this checkpoint expects.")
 @click.option(
-    "--level", type=click.FloatRange(0.5, 1, True, True), default=0.95, show_default=True, help="Of the intervals."
+    "--record", is_flag=True, help="Apply the challenge's rule to groups of seeds, each a comma-separated list."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of bootstrap and sampling.")
-@click.option("--bytes-per-token", type=float, help="--record with numbers: bytes of text per token.")
-@click.option("--variant", type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]), help="… or a published one.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile one model for both (not for ttt).")
+@click.option(
+    "--until-ci",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Score random windows until the difference is known to ± this many bpb.",
+)
+@click.option(
+    "--reference",
+    metavar="CKPT",
+    help="With --until-ci, average over this checkpoint's predicted distribution instead of the actual next tokens.",
+)
+@click.option(
+    "--level",
+    type=click.FloatRange(0.5, 1, True, True),
+    default=0.95,
+    show_default=True,
+    help="Confidence level of the intervals.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstrap and of sampling."
+)
+@click.option("--bytes-per-token", type=float, help="Bytes of text per token, for --record with numbers.")
+@click.option(
+    "--variant",
+    type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]),
+    help="Take --bytes-per-token from a published tokenization of the validation text.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Compile one model for both with torch.compile; not for ttt.")
 @dollars_option
 @json_option
 def command(candidate: str, control: str, dollars_per_hour: float | None, as_json: bool, **options: Any) -> None:
-    """The difference in bits per byte of CANDIDATE (a checkpoint or an artifact) against CONTROL; negative is better.
+    """Measure the bits per byte of CANDIDATE less those of CONTROL; negative is better.
 
     \b
     pgolf-post compare ARTIFACT CKPT                                 paired by document: t, bootstrap, sign test
@@ -57,11 +76,12 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     pgolf-post compare --record 1.0791,1.0802,1.0799 1.0812,1.0810,1.0808 --variant sp8192
     pgolf-post compare --record A1,A2,A3 B1,B2,B3                    the same from checkpoints or artifacts
 
-    A checkpoint's weights are its EMA where it has one, else raw; :ema, :raw or :swa after its path names others.
-    Scores are read from the cache where they are there. --until-ci draws plain windows at random and stops when the
-    whole text's difference is known to so many bpb, or to be no zero; looking often is paid for in its interval. With
-    --reference that difference is not measured on the text's words but expected over all that CKPT thinks possible:
-    the same but for the luck of the words, where CKPT is a good model of the text, which is tested on the way.
+    Each is a checkpoint or an artifact. A checkpoint's weights are its EMA where it has one, else raw; :ema, :raw or
+    :swa after its path names others. Cached scores are read from the cache. --until-ci scores plain windows in random
+    order. It stops when the whole text's difference is known to that many bpb, or is known not to be zero; the interval
+    allows for the repeated looks. With --reference, the difference is averaged over CKPT's predicted distribution
+    instead of the actual next tokens, which removes most sampling noise. That is right as far as CKPT models the text
+    well; a test on the same windows says so if not.
     """
     from pgolf_post.ledger.comparison import comparison_row
     from pgolf_post.ledger.recording import record
@@ -84,6 +104,9 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
         print_json({"candidate": candidate, "control": control, **facts, "seconds": seconds})
 
 
+Compared = tuple[dict[str, Any], list[Path]]  # the answer, and the folders of the scores it is made of
+
+
 def _refuse_idle(way: str) -> None:
     """Raise UsageError for options that this way of comparing would pass over in silence."""
     context = click.get_current_context()
@@ -95,47 +118,42 @@ def _refuse_idle(way: str) -> None:
 
 
 def _open(text: str, options: dict[str, Any]) -> Opened:
+    from pgolf_post.score.phase_times import PhaseTimes
+
     path, view = split_view(text)
-    return open_subject(path, view, options["data_dir"])
+    return open_scored(path, view, options["data_dir"], PhaseTimes())
 
 
-Compared = tuple[dict[str, Any], list[Path]]  # the answer, and the folders of the scores it is made of
-
-
-def _score(opened: Opened, options: dict[str, Any], pool: Any) -> tuple[Score, Path]:
+def _score(opened: Opened, options: dict[str, Any], pool: ModelPool) -> tuple[Score, Path]:
     from pgolf_post.score.cached import load_score
     from pgolf_post.score.session import Session
 
     protocol = parse_protocol(options, opened.config, "compare")
-    found, _ = opened.score(protocol, False, Session(), pool)
-    return load_score(found), Path(found["folder"])
+    facts, _ = opened.score(protocol, False, Session(), pool)
+    return load_score(facts), Path(facts["folder"])
 
 
 def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], list[Path]]:
-    """Scores of several paths and their folders, with one model for all that share a config."""
+    """Return scores of several paths and their folders, with one model for all that share a config."""
     from pgolf_post.score.pool import ModelPool
 
     pool = ModelPool(options["compiled"])
-    found = [_score(_open(name, options), options, pool) for name in names]
-    return [score for score, _ in found], [folder for _, folder in found]
+    pairs = [_score(_open(name, options), options, pool) for name in names]
+    return [score for score, _ in pairs], [folder for _, folder in pairs]
 
 
 def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
-    from pgolf_post.score.compare.compare import paired_documents, sign_test
+    from pgolf_post.score.compare.documents import paired_documents, sign_test
     from pgolf_post.score.compare.paired import bootstrap_interval, t_interval
+    from pgolf_post.score.compare.report import HEADER, paired_rows
 
     (first, second), folders = _scores([candidate, control], options)
-    clusters = paired_documents(first, second)
-    by_t = t_interval(clusters, options["level"])
-    by_bootstrap = bootstrap_interval(clusters, options["level"], seed=options["seed"])
+    clusters, level = paired_documents(first, second), options["level"]
+    by_t = t_interval(clusters, level)
+    by_bootstrap = bootstrap_interval(clusters, level, seed=options["seed"])
     signs = sign_test(clusters)
-    percent = f"{100 * options['level']:g} %"
-    rows = [("candidate, bpb", f"{first.bpb:.6f}"), ("control, bpb", f"{second.bpb:.6f}")]
-    rows += [("difference", f"{by_t.bpb:+.6f}"), (f"t interval, {percent}", f"{by_t.low:+.6f} … {by_t.high:+.6f}")]
-    rows += [(f"bootstrap over documents, {percent}", f"{by_bootstrap.low:+.6f} … {by_bootstrap.high:+.6f}")]
-    rows += [("documents better / worse", f"{signs.better:,} / {signs.worse:,}"), ("sign test, p", f"{signs.p:.2g}")]
-    rows += [("documents (as many equal ones)", f"{by_t.clusters:,} ({by_t.effective_clusters:.0f})")]
-    print_table(f"{candidate} against {control}", ("", "value"), rows)
+    rows = paired_rows(first, second, by_t, by_bootstrap, signs, level)
+    print_table(f"{candidate} against {control}", HEADER, rows)
     resampled = {"bootstrap_low_bpb": by_bootstrap.low, "bootstrap_high_bpb": by_bootstrap.high}
     finite = {key: value for key, value in resampled.items() if np.isfinite(value)}
     sign = {"better": signs.better, "worse": signs.worse, "sign_p": signs.p}
@@ -143,7 +161,8 @@ def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
 
 
 def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:
-    from pgolf_post.score.compare.compare import RECORD_MARGIN_NATS, record_rule
+    from pgolf_post.score.compare.record import record_rule
+    from pgolf_post.score.compare.report import HEADER, record_rows
 
     first, first_ratio, folders = _group(candidate, options)
     second, second_ratio, more_folders = _group(control, options)
@@ -151,27 +170,13 @@ def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     if ratio is None:
         raise click.UsageError("0.005 nats per token are how many bpb? pass --variant or --bytes-per-token")
     verdict = record_rule(first, second, ratio)
-    zero, margin = verdict.against_zero, verdict.against_margin
-    rows = [
-        (f"{name}, mean of {len(g)}", f"{g.mean():.7f} ± {g.std(ddof=1):.7f}")
-        for name, g in (
-            ("candidate", first),
-            ("control", second),
-        )
-    ]
-    rows += [("difference, bpb", f"{zero.difference:+.7f}")]
-    rows += [("difference, nats per token", f"{zero.difference * np.log(2) * ratio:+.6f}")]
-    rows += [("Welch t, degrees of freedom", f"{zero.t:.2f}, {zero.degrees:.2f}"), ("p, one-sided", f"{zero.p:.4f}")]
-    rows += [(f"p that it is better by {RECORD_MARGIN_NATS} nats ({margin.margin:.5f} bpb)", f"{margin.p:.4f}")]
-    rows += [("three seeds each", "yes" if verdict.enough_seeds else "no")]
-    rows += [("a record by the rule", "yes" if verdict.is_record else "no")]
-    print_table(f"{candidate} against {control}", ("", "value"), rows)
+    print_table(f"{candidate} against {control}", HEADER, record_rows(first, second, verdict))
     answer = {"candidate_bpb": first.tolist(), "control_bpb": second.tolist(), **verdict.facts()}
     return answer, [*folders, *more_folders]
 
 
 def _bytes_per_token(options: dict[str, Any]) -> float | None:
-    from pgolf_post.score.compare.compare import BYTES_PER_TOKEN
+    from pgolf_post.score.compare.record import BYTES_PER_TOKEN
 
     if options["variant"]:
         return BYTES_PER_TOKEN[options["variant"]]
@@ -184,7 +189,7 @@ def _bytes_per_token(options: dict[str, Any]) -> float | None:
 def _group(
     text: str, options: dict[str, Any]
 ) -> tuple[np.ndarray, float | None, list[Path]]:  # bpb of seeds, bytes per token, folders of their scores
-    """A comma-separated group of numbers, or of paths that are scored."""
+    """Read a comma-separated group of numbers, or of paths that are scored."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         values = [float(part) for part in parts]
@@ -200,69 +205,50 @@ def _group(
 def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.families import load_module
     from pgolf_post.score.compare.expected import ExpectedWindows
-    from pgolf_post.score.compare.screen import ScreenSettings, bytes_of_windows, screen, window_scorer
+    from pgolf_post.score.compare.report import HEADER, screening_rows
+    from pgolf_post.score.compare.screen import ScreenSettings, screen
+    from pgolf_post.score.compare.windows import bytes_of_windows, window_scorer
     from pgolf_post.score.protocols import folder_text, protocol_spans
     from pgolf_post.score.spans import num_targets
     from pgolf_post.settings import parse_settings
 
+    # candidate, control and perhaps a reference on one text, by a protocol that does not learn
     names = [name for name in (candidate, control, options["reference"]) if name]
     opened = [_open(name, options) for name in names]
     protocol = parse_protocol(options, opened[0].config, "compare")
     if protocol.protocol == "ttt":
         raise click.UsageError("--until-ci samples windows; test-time training needs the whole text")
-    if len({some.data.manifest_sha256 for some in opened}) > 1:
+    if len({one.data.manifest_sha256 for one in opened}) > 1:
         raise MismatchError(f"{' and '.join(names)} belong to different data", hint="pass --data FOLDER")
     tokens, token_bytes = folder_text(opened[0].data, protocol)
-    first, second, *reference = (load_module(some.config, some.tensors(), some.name) for some in opened)
+    first, second, *reference = (load_module(one.config, one.tensors, one.name) for one in opened)
     targets = num_targets(len(tokens), protocol.seq_len, protocol.tail)
-    spans = protocol_spans(protocol, targets)
+    text = (tokens, token_bytes, protocol_spans(protocol, targets))
+
+    # windows in random order until the difference is known
     wanted = {"half_width_bpb": options["until_ci"], "level": options["level"], "seed": options["seed"]}
     settings = parse_settings(ScreenSettings, wanted, "compare")
-    text = (tokens, token_bytes, spans)
     expected = ExpectedWindows(reference[0], first, second, *text) if reference else None
-    all_bytes = bytes_of_windows(spans, token_bytes)
-    found = screen(expected or window_scorer(first, second, *text), all_bytes, targets, settings)
+    all_bytes = bytes_of_windows(text[2], token_bytes)
+    screening = screen(expected or window_scorer(first, second, *text), all_bytes, targets, settings)
+
     facts = _expected_facts(expected, all_bytes, options) if expected else {}
-    _show_screening(f"{candidate} against {control}", found, settings.level, facts)
-    return {**found.facts(), **facts}, []
-
-
-def _show_screening(title: str, found: Screening, level: float, facts: dict[str, Any]) -> None:
-    """The table; `facts` are what goes with an expected difference, empty for a measured one."""
-    last, kind = found.last, "expected difference" if facts else "difference"
-    rows = [(f"{kind}, bpb", f"{last.bpb:+.6f}")]
-    rows += [(f"interval, {100 * level:g} %", f"{found.low:+.6f} … {found.high:+.6f}")]
-    rows += _expected_rows(facts) if facts else []
-    share = f"{100 * last.tokens / found.total_tokens:.1f} %"
-    rows += [("tokens", f"{last.tokens:,} of {found.total_tokens:,} ({share})")]
-    rows += [("windows, looks", f"{last.windows:,}, {len(found.looks):,}")]
-    print_table(title, ("", "value"), [*rows, ("stopped because", found.reason)])
+    print_table(f"{candidate} against {control}", HEADER, screening_rows(screening, settings.level, facts))
     if facts and abs(facts["surprise_bpb"]) > facts["surprise_half_bpb"]:
         say(
-            f"what was measured differs from what {facts['reference']} expects by more than chance: "
-            "its expectation misleads here; compare without --reference"
+            f"the measured difference is further from the one that {facts['reference']} expects than chance allows: "
+            "the expectation misleads here; compare without --reference"
         )
+    return {**screening.facts(), **facts}, []
 
 
 def _expected_facts(expected: ExpectedWindows, all_bytes: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
-    """What goes with an expected difference: divergences, what was measured, and how far that is from it."""
+    """Return what goes with an expected difference: divergences, the measured difference, and its surprise."""
     level = options["level"]
     candidate, control = expected.divergences(all_bytes, level)
-    found = {"candidate_divergence": candidate, "control_divergence": control}
-    found |= {"measured": expected.measured(all_bytes, level), "surprise": expected.surprise(all_bytes, level)}
+    intervals = {"candidate_divergence": candidate, "control_divergence": control}
+    intervals |= {"measured": expected.measured(all_bytes, level), "surprise": expected.surprise(all_bytes, level)}
     facts: dict[str, Any] = {"reference": options["reference"]}
-    for name, interval in found.items():
+    for name, interval in intervals.items():
         facts |= {f"{name}_bpb": interval.bpb, f"{name}_half_bpb": interval.half}
     return facts
-
-
-def _expected_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    def shown(name: str, sign: str = "+") -> str:
-        return f"{facts[f'{name}_bpb']:{sign}.6f} ± {facts[f'{name}_half_bpb']:.6f}"
-
-    return [
-        ("candidate's divergence from the reference, bpb", shown("candidate_divergence", "")),
-        ("control's", shown("control_divergence", "")),
-        ("measured on the same windows", shown("measured")),
-        ("measured less expected; by chance up to", shown("surprise")),
-    ]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pgolf_post.base.progress import print_json, print_table, say
+from pgolf_post.average.settings import MAX_ERROR
+from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ class Numbers(click.ParamType):
 
 @click.command("ema-blend")
 @checkpoint_argument
-@click.option("--sigma", "sigmas", type=Numbers(), help="Power-function widths as shares of the run: 0.05,0.10,0.15.")
-@click.option("--half-life-steps", "half_lives", type=Numbers(), help="Exponential half-lives in steps: 50,100.")
-@click.option("--end-step", type=int, help="The step at which the averages end.  [default: CHECKPOINT's]")
+@click.option("--sigma", "sigmas", type=Numbers(), help="Power-function widths, as shares of the run: 0.05,0.10,0.15.")
+@click.option("--half-life-steps", "half_lives", type=Numbers(), help="Exponential half-lives, in steps: 50,100.")
+@click.option("--end-step", type=int, help="End the averages at this step.  [default: CHECKPOINT's]")
 @click.option(
-    "--max-error", type=float, help="Largest accepted reconstruction error of a profile, as a share.  [default: 0.05]"
+    "--max-error",
+    type=float,
+    default=MAX_ERROR,
+    show_default=True,
+    help="Refuse averages whose profile has a larger reconstruction error, as a share of its norm.",
 )
 @data_option
 @json_option
@@ -43,7 +48,7 @@ def command(
     sigmas: tuple[float, ...] | None,
     half_lives: tuple[float, ...] | None,
     end_step: int | None,
-    max_error: float | None,
+    max_error: float,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -52,8 +57,9 @@ def command(
     Each length becomes a checkpoint folder beside the run's own, with the snapshots' shares and the reconstruction
     error recorded, and its bpb measured as the run's checkpoints were.
     """
-    from pgolf_post.average.posthoc import MAX_ERROR, posthoc_ema
+    from pgolf_post.average.posthoc import posthoc_ema
     from pgolf_post.average.profiles import ExponentialLength, PowerLength
+    from pgolf_post.average.report import show_lengths
     from pgolf_post.ledger.recording import record
 
     lengths: list[Length] = [*map(PowerLength, sigmas or ()), *map(ExponentialLength, half_lives or ())]
@@ -61,34 +67,17 @@ def command(
         raise click.UsageError("say which lengths: --sigma 0.05,0.10 or --half-life-steps 50,100")
     started = time.perf_counter()
     final = find_checkpoint(checkpoint)
-    data, limit = find_data(final, data_dir), MAX_ERROR if max_error is None else max_error
-    made = [(str(length), *posthoc_ema(final, length, data, end_step, limit)) for length in lengths]
-    show(final, made)
+    data = find_data(final, data_dir)
+    made = [(str(length), *posthoc_ema(final, length, data, end_step, max_error)) for length in lengths]
+    show_lengths(final, [(label, average) for label, average, _ in made])
     seconds = round(time.perf_counter() - started, 3)
     record(*(blend.path for _, blend, _ in made), seconds=seconds)
     if as_json:
         print_json({"averages": [facts(*one) for one in made], "seconds": seconds})
 
 
-def show(final: Checkpoint, made: list[tuple[str, Checkpoint, bool]]) -> None:
-    """The averages as a table, and what they are to be compared with."""
-    header = ("average", "mean age, steps", "error of profile", "snapshots", "bpb", "folder")
-    rows = [
-        (
-            label, f"{blend.meta['ema']['mean_age_steps']:,.1f}", f"{blend.meta['reconstruction_error']:.3%}",
-            str(len(blend.meta["parents"])), f"{blend.meta['views']['raw']['metric']['bpb']:.5f}", blend.path.name,
-        )
-        for label, blend, _ in made
-    ]  # fmt: skip
-    print_table(f"averages of {final.path.parent} at step {made[0][1].meta['step']:,}", header, rows)
-    references = {name: view["metric"]["bpb"] for name, view in final.meta["views"].items() if view["metric"]}
-    say(f"{final.path.name}: " + ", ".join(f"{name} {bpb:.5f}" for name, bpb in references.items()))
-    best = min(made, key=lambda one: one[1].meta["views"]["raw"]["metric"]["bpb"])[1]
-    say(f"next: pgolf-post requant {best.path}")
-
-
 def facts(label: str, blend: Checkpoint, cached: bool) -> dict[str, Any]:
-    """One average for machines."""
+    """Return one average as JSON facts."""
     metric, meta = blend.meta["views"]["raw"]["metric"], blend.meta
     return {
         "average": label,

@@ -12,7 +12,7 @@ from pgolf_post.cli.common import json_option
 
 
 @click.command("export-decoder")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: stdout]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this file.  [default: stdout]")
 @json_option
 def command(out: Path | None, as_json: bool) -> None:
     """Write `decode(bytes) -> dict of float32 arrays` for your own script, and say what it costs.

@@ -8,13 +8,14 @@ import click
 
 from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import checkpoint_argument, find_checkpoint, json_option, load_view, weights_option
+from pgolf_post.importers import FORMATS
 
 
 @click.command("export")
 @checkpoint_argument
 @weights_option
-@click.option("--format", "form", required=True, type=click.Choice(["flat", "banked"]), help="The script's format.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .pt or .safetensors file to write.")
+@click.option("--format", "form", required=True, type=click.Choice(list(FORMATS)), help="The script's format.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write to this .pt or .safetensors file.")
 @json_option
 def command(checkpoint: Path | None, weights: str | None, form: str, out: Path, as_json: bool) -> None:
     """Write CHECKPOINT's weights as a bare state dict in a public script's names, every tensor identical."""

@@ -17,22 +17,33 @@ from pgolf_post.settings import apply_override, read_toml
 @click.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--data", "data_dir", required=True, type=click.Path(path_type=Path), help="Data folder of its tokenizer."
+    "--data",
+    "data_dir",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The data folder with the model's tokenizer.",
 )
-@click.option("--name", help="Folder under checkpoints/.  [default: FILE's name]")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file of hyperparameters.")
+@click.option("--name", help="Name of the folder under checkpoints/.  [default: FILE's name]")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="A TOML file of hyperparameters.")
 @click.option(
-    "--log", "log_path", type=click.Path(path_type=Path), help="The run's log, with its Hyperparameters: lines."
+    "--log", "log_path", type=click.Path(path_type=Path), help='The run\'s log, with its "Hyperparameters:" lines.'
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One hyperparameter; repeatable.")
-@click.option("--active-loops", type=click.IntRange(min=0), help="Runtime loops when it was saved.  [default: all]")
-@click.option("--phase", default="imported", show_default=True, help="Its moment of the run: warmdown_start, final …")
+@click.option(
+    "--active-loops", type=click.IntRange(min=0), help="Number of loops active when the file was saved.  [default: all]"
+)
+@click.option(
+    "--phase",
+    default="imported",
+    show_default=True,
+    help="The moment of the run at which it was saved: warmdown_start, final, …",
+)
 @click.option(
     "--metric-tokens",
     type=click.IntRange(min=2),
     default=65536,
     show_default=True,
-    help="Validation tokens of the recorded metric.",
+    help="Measure the recorded bpb on this many validation tokens.",
 )
 @json_option
 def command(

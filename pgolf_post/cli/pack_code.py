@@ -13,12 +13,14 @@ from pgolf_post.cli.common import json_option
 @click.command("pack-code")
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: SCRIPT's name with .packed.py]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write to this file.  [default: SCRIPT's name with .packed.py]"
+)
 @click.option(
     "--beside",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A file the script reads; repeatable. Runs both forms.",
+    help="Run both forms beside a copy of this file, and compare their output; repeatable.",
 )
 @json_option
 def command(

@@ -64,7 +64,7 @@ def command(
     wanda      in each row, the smallest weight × root mean square of its input
     ones       of the symbols ±1 under the plan, those whose zeroing costs least by the Hessian
     """
-    from pgolf_post.artifacts import plan_text
+    from pgolf_post.artifacts import plan_calibration, plan_text
     from pgolf_post.calibrate import calibrate
     from pgolf_post.ledger.recording import record
     from pgolf_post.prune import PruneSettings, compare, prune_checkpoint, show
@@ -72,6 +72,7 @@ def command(
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "prune")
     plan = chosen_plan(**options)
+    calibration = plan_calibration(calibration, plan)
     wanted = tuple(role.strip() for role in roles.split(",") if role.strip())
     settings = given_settings(PruneSettings, {"method": method, "share": share, "roles": wanted}, "prune")
     home = find_checkpoint(checkpoint)

@@ -14,8 +14,12 @@ from pgolf_post.pack.codecs import CHOICES
 
 @click.command("repack")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write the artifact here.  [default: only count it]")
-@click.option("--codec", default="best", show_default=True, help=f"One of {', '.join(CHOICES)}.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the artifact to this file.  [default: only count it]"
+)
+@click.option(
+    "--codec", type=click.Choice(CHOICES), default="best", show_default=True, help="The codec of the artifact."
+)
 @json_option
 def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
     """Read FILE, a compressed artifact of a public script, and pack the same weights as ours: bytes before and after.
@@ -30,10 +34,8 @@ def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
     """
     from pgolf_post.importers.repack import read_foreign_artifact, repack
     from pgolf_post.pack.artifact import write_artifact
-    from pgolf_post.pack.codecs import check_codec
 
     started = time.perf_counter()
-    check_codec(codec)
     foreign = read_foreign_artifact(file)
     with progress_bar("repacking", 1) as advance:
         data = repack(foreign, codec)

@@ -82,7 +82,7 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget (of
     several trials: when the smallest is).
     """
-    from pgolf_post.artifacts import plan_text, requant
+    from pgolf_post.artifacts import plan_calibration, plan_text, requant
     from pgolf_post.artifacts_report import Trial, compared, facts_of, plan_row, show_plan, show_trial, show_trials
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.pack.report.size import count
@@ -97,6 +97,7 @@ def command(
     refuse_idle_eval_tokens(evaluate, eval_tokens)
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
     plans = chosen_plans(**options)
+    calibration = plan_calibration(calibration, *(plan for _, plan in plans))
     home = find_checkpoint(checkpoint)
     view = load_view(home, weights)
     if with_plan:

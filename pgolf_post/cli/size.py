@@ -12,9 +12,9 @@ from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
 from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
 from pgolf_post.pack.report.picture import draw_size, require_plots
-from pgolf_post.pack.report.size import SizeReport, UnitBytes, count, unit_table
+from pgolf_post.pack.report.size import SizeReport, count, unit_table
+from pgolf_post.pack.report.size_tables import show_report, show_tensors, show_units
 from pgolf_post.pack.report.tensor_bytes import TensorBytes, role_table, tensor_table
-from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
 
 
 @click.command("size")
@@ -27,10 +27,10 @@ from pgolf_post.pack.script import MINIFIER_MISSING, has_minifier
     type=click.Choice(["strict", "convention"]),
     default="strict",
     show_default=True,
-    help="Real files as they lie on disk, or the code after minifying and wrapping.",
+    help="Count the real files (strict), or the code after minifying and wrapping (convention).",
 )
-@click.option("--tensors", "by_tensor", is_flag=True, help="Also the bytes of every tensor.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the bytes: an .svg, .png or .pdf file to write.")
+@click.option("--tensors", "by_tensor", is_flag=True, help="List the bytes of every tensor, too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the bytes into this .svg, .png or .pdf file.")
 @json_option
 def command(
     artifact: Path, code: tuple[Path, ...], budget: int, counted: str, by_tensor: bool, plot: Path | None, as_json: bool
@@ -41,7 +41,7 @@ def command(
     pgolf-post size artifact.pgolf --code train_gpt.py
     pgolf-post size artifact.pgolf --tensors --plot bytes.png     # what every tensor costs; needs the extra `plots`
 
-    A tensor's bytes are its units' real ones, shared out by what coding its values costs; they add up to the file.
+    The bytes of compressed units are attributed to tensors by the cost of coding their values; they add up to the file.
     """
     path = find_artifact(artifact)
     report = count(path, code, budget, counted == "convention")
@@ -63,49 +63,15 @@ def command(
     report.require_within_budget()
 
 
-def show_report(report: SizeReport) -> None:
-    """The byte table: artifact, each code file, total, budget, headroom."""
-    rows = [(f"artifact  {report.artifact.path}", f"{report.artifact_bytes:,}")]
-    rows += [(f"code  {file.path}", f"{file.num_bytes:,}") for file in report.code]
-    rows += [("total, strict", f"{report.strict_total_bytes:,}")]
-    rows += [("total, convention (code minified and wrapped)", f"{report.convention_total_bytes:,}")]
-    rows += [("budget", f"{report.budget_bytes:,}")]
-    rows += [("headroom", f"{report.headroom_bytes:,}")]
-    progress.print_table("Size", ("part", "bytes"), rows)
-    if report.code and not has_minifier():
-        progress.say(MINIFIER_MISSING)
-    if not report.code:
-        progress.say("code is counted as 0 bytes because no --code file was given")
-
-
 def _require_drawable(path: Path, plot: Path, ours: bool) -> None:
-    """Before anything is printed: raise what `draw_size` would."""
+    """Raise what `draw_size` would, before anything is printed."""
     require_plots(plot)
     if not ours:
         raise MismatchError(f"{path} is no artifact of ours: there are no tensors to draw", hint="pgolf-post repack")
 
 
-def show_units(rows: list[UnitBytes]) -> None:
-    """What was compressed together, and how well."""
-    progress.print_table(
-        "Artifact by unit",
-        ("unit", "codec", "weights", "bytes", "bits/weight"),
-        [(row.role, row.codec, f"{row.num_weights:,}", f"{row.stored_bytes:,}", _bits(row)) for row in rows],
-    )
-
-
-def show_tensors(title: str, rows: list[TensorBytes]) -> None:
-    """Where the artifact's bytes went, symbols, scales and row scales together."""
-    total = sum(row.stored_bytes for row in rows)
-    table = [
-        (row.name, f"{row.num_weights:,}", f"{row.stored_bytes:,}", f"{row.stored_bytes / total:.2%}", _bits(row))
-        for row in rows
-    ]
-    progress.print_table(title, ("tensor" if "tensor" in title else "role", "weights", "bytes", "share", "bits"), table)
-
-
 def table_json(rows: list[TensorBytes]) -> dict[str, list[dict[str, str | int]]]:
-    """The bytes by role and by tensor; nothing for files that are not ours."""
+    """Return the bytes by role and by tensor; nothing for files that are not ours."""
     tables = {"roles": role_table(rows), "tensors": rows} if rows else {}
     return {
         name: [{"name": row.name, "weights": row.num_weights, "bytes": row.stored_bytes} for row in table]
@@ -113,12 +79,8 @@ def table_json(rows: list[TensorBytes]) -> dict[str, list[dict[str, str | int]]]
     }
 
 
-def _bits(row: UnitBytes | TensorBytes) -> str:
-    return "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}"
-
-
 def report_json(report: SizeReport, facts: ArtifactFacts | None) -> dict[str, str | int]:
-    """The machine's answer; `symbols_sha256` is there for our own artifacts only."""
+    """Return the count as JSON; `symbols_sha256` is there for our own artifacts only."""
     answer: dict[str, str | int] = {
         "artifact": str(report.artifact.path),
         **report.facts(),

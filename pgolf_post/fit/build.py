@@ -20,11 +20,11 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.steps import UNION_GRID, RelativeSteps, relative_steps
+from pgolf_post.fit.steps import RelativeSteps, relative_steps
 from pgolf_post.plan import KeepRule, TensorPlan
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor
-from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.quantize.gptq.trellis import UNION_GRID, Trellis
 from pgolf_post.quantize.rows import as_matrix, entropy_bits, keep_tensor
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, scale_of, smallest_dtype
 

@@ -30,7 +30,6 @@ from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.pack.container import pack
-from pgolf_post.pack.report.predict import predict_bytes
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
 
@@ -66,7 +65,7 @@ def fine_tuned(
     """
     groups = groups_in_order(builder.view, list(builder.matrices))
     tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1))
-    unpredicted = len(solution.data) - predict_bytes(solution.model)  # bytes that the predictor does not see
+    unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 
     # What an interrupted attempt came to.
     before = partial.resume()
@@ -84,7 +83,8 @@ def fine_tuned(
 
         # The blocks that remain take what bytes are left.
         rest = [name for group in groups[number + 1 :] for name in group]
-        excess = predict_bytes(builder.model({**solution.model.quantized, **rounded})) + unpredicted - _aim(limit)
+        model = builder.model({**solution.model.quantized, **rounded})
+        excess = search.predictor.predict_bytes(model) + unpredicted - _aim(limit)
         constant = solution.constant * 2 ** _octaves(excess, builder, rest)
 
         # Tune them, unless that was done before.

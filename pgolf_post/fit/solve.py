@@ -18,7 +18,7 @@ from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.estimate import symbol_bits
 from pgolf_post.fit.steps import constant_for
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.report.predict import predict_bytes
+from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.tensor import QuantizedModel
 
 WINDOW_BYTES = 2000  # of headroom that may be left
@@ -52,6 +52,7 @@ class Search:
 
     def __init__(self, builder: Builder, kappa: Mapping[str, float], codec: str = "rans") -> None:
         self.builder, self.kappa, self.packing = builder, kappa, PackSettings(codec=codec)
+        self.predictor = SizePredictor()
 
     def solve(self, limit: int, on_build: Callable[[Build], object] = lambda build: None) -> Solution:
         """Return the best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
@@ -106,7 +107,7 @@ class Search:
     ) -> tuple[bytes | None, Build]:
         """Predict the bytes while far from the aim; pack from the first prediction on that comes close."""
         if not any(build.packed for build in before):
-            predicted = predict_bytes(model)
+            predicted = self.predictor.predict_bytes(model)
             if abs(predicted / aim - 1) > PREDICTED_TO and len(before) < MOST_BUILDS // 2:
                 return None, Build(constant, predicted, False)
         data = pack(model, self.packing)

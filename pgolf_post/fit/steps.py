@@ -26,7 +26,6 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.quantize.tensor import ScaleFactor
 
 FP16_RANGE = 6.2e-5, 65504.0  # normal numbers
-UNION_GRID = 0.5  # a trellis of the same bits has a grid twice as fine
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,55 @@
-"""Foreign checkpoints → native folders, and back. One file per format, one row per file.
+"""Foreign checkpoints → native folders, and back. One file per format, one row of `FORMATS`.
 
-A format knows how to recognise its state dict, turn it into canonical tensors (one per matrix) and turn those back,
-tensor by tensor identical. What the model is built from is in no state dict: see `foreign_config.py`.
+A format recognises its state dict, turns it into canonical tensors (one per matrix) and turns those back, tensor by
+tensor identical. What a model is built from is in no state dict: see `foreign_config.py`. Compressed artifacts of the
+public scripts have a table of their own, `repack.ARTIFACT_FORMATS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
-from pgolf_post.errors import MismatchError
+from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.importers import banked, flat
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class Format(Protocol):
-    """What a format's module offers."""
 
-    def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether this state dict is of the format."""
+class Format(NamedTuple):
+    """One layout of a state dict."""
 
-    def to_canonical(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Canonical tensors. Raises MismatchError listing tensors the format does not have."""
-
-    def from_canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The foreign state dict again, every tensor identical."""
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    to_canonical: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # MismatchError lists tensors it does not have
+    from_canonical: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # every tensor identical
+    source: str
 
 
 FORMATS: dict[str, Format] = {
-    "flat": flat,  # the official baseline and most records to mid-April
-    "banked": banked,  # from the parallel-Muon line on
-}
+    # name: Format(recognises, to canonical, from canonical, source)
+    "flat": Format(
+        flat.recognises, flat.to_canonical, flat.from_canonical,
+        "openai/parameter-golf: the official baseline, most records to mid-April",
+    ),
+    "banked": Format(
+        banked.recognises, banked.to_canonical, banked.from_canonical,
+        "openai/parameter-golf: from the parallel-Muon line on, PR #1855 among them",
+    ),
+}  # fmt: skip
+
+
+def get_format(name: str) -> Format:
+    """Return a format by name. Raises SettingsError listing the names."""
+    if name not in FORMATS:
+        raise SettingsError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def recognise(state: Mapping[str, Tensor], source: str) -> str:
-    """The name of the format of a state dict. Raises MismatchError for an architecture that is not known."""
-    for name, module in FORMATS.items():
-        if module.recognises(state):
+    """Return the name of a state dict's format. Raises MismatchError for an architecture that is not known."""
+    for name, form in FORMATS.items():
+        if form.recognises(state):
             return name
     shown = ", ".join(sorted(state)[:8])
     raise MismatchError(

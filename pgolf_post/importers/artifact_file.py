@@ -1,6 +1,6 @@
 """Compressed artifacts of the public scripts: a codec, perhaps a byte shuffle, a torch-saved dictionary inside.
 
-Nothing in such a file is believed. Streams are inflated up to a limit; the zip inside must hold its tensors as they
+Nothing in such a file is trusted. Streams are inflated up to a limit; the zip inside must hold its tensors as they
 are, because a compressed one could grow once more; `weights_only=True` builds tensors and plain containers and nothing
 else; and a tensor counts with all its elements, however few its storage has.
 
@@ -24,7 +24,7 @@ import zstandard
 from torch import Tensor
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
-from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor
+from pgolf_post.quantize.tensor import Axis, QuantizedTensor, ScaleFactor
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold
 MAX_PICKLE_BYTES = 1 << 22  # of its names and shapes
@@ -33,7 +33,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def read_dictionary(path: Path) -> Mapping[str, Any]:
-    """What a compressed artifact holds. Raises NotFoundError, DamagedFileError, MismatchError, naming the file."""
+    """Return the dictionary in a compressed artifact. Raises NotFoundError, DamagedFileError, MismatchError."""
     if not path.is_file():
         raise NotFoundError(f"no such artifact file: {path}")
     if path.stat().st_size > MAX_INFLATED_BYTES:
@@ -51,7 +51,7 @@ def read_dictionary(path: Path) -> Mapping[str, Any]:
 
 
 def inflate(content: bytes, path: Path) -> bytes:
-    """Undo the codec, which the first bytes tell; brotli has no mark of its own. Raises DamagedFileError."""
+    """Undo the codec, which the first bytes name; brotli has no mark of its own. Raises DamagedFileError."""
     name = next((name for name, (mark, _) in CODECS.items() if content.startswith(mark)), "brotli")
     try:
         inflated, finished = CODECS[name][1](content) if name in CODECS else _brotli(content)
@@ -124,7 +124,7 @@ def unshuffle(content: bytes, path: Path) -> bytes:
 
 
 def load_dictionary(content: bytes, path: Path) -> Mapping[str, Any]:
-    """A torch-saved dictionary of tensors and plain containers. Raises DamagedFileError, MismatchError."""
+    """Return a torch-saved dictionary of tensors and plain containers. Raises DamagedFileError, MismatchError."""
     unreadable = f"{path} cannot be read as tensors and plain containers"
     try:
         _check_zip(content)
@@ -150,32 +150,32 @@ def _check_zip(content: bytes) -> None:
 
 
 def tensors_of(stored: Mapping[str, Any], key: str, path: Path) -> dict[str, Tensor]:
-    """The tensors by name under one key. Raises MismatchError for anything else, DamagedFileError over the limit."""
-    found = stored.get(key)
-    if not isinstance(found, Mapping):
-        raise MismatchError(f"{path}: {key!r} is a {type(found).__name__}, expected a dictionary of tensors")
-    for name, tensor in found.items():
+    """Return the tensors under one key. Raises MismatchError for anything else, DamagedFileError over the limit."""
+    tensors = stored.get(key)
+    if not isinstance(tensors, Mapping):
+        raise MismatchError(f"{path}: {key!r} is a {type(tensors).__name__}, expected a dictionary of tensors")
+    for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not plain:
             raise MismatchError(f"{path}: {key}[{name!r}] is a {type(tensor).__name__}, expected a plain tensor")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if size > MAX_INFLATED_BYTES:
         raise DamagedFileError(f"{path}: {key!r} declares {size:,} bytes; the limit is {MAX_INFLATED_BYTES:,}")
-    return dict(found)
+    return dict(tensors)
 
 
 # tensors → the nouns of our own artifacts
 
 
 def kept(name: str, tensor: Tensor, path: Path) -> np.ndarray:
-    """A passed-through tensor in its own precision, bfloat16 as its bits. Raises MismatchError for other types."""
+    """Return a passed-through tensor in its own precision, bfloat16 as bits. Raises MismatchError for other types."""
     _require(tensor.dtype in FLOATS, path, name, f"is {tensor.dtype}, expected float16, bfloat16 or float32")
     plain = tensor.detach().contiguous()
     return (plain.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else plain.numpy()).copy()
 
 
 def matrix(name: str, symbols: Tensor, scale: Tensor, path: Path) -> QuantizedTensor:
-    """Integers times one scale, or one per row: what the scripts compute as `q.float() * scale.float()`.
+    """Return integers times one scale, or one per row: what the scripts compute as `q.float() * scale.float()`.
 
     Raises MismatchError if they do not belong together.
     """
@@ -191,14 +191,14 @@ def matrix(name: str, symbols: Tensor, scale: Tensor, path: Path) -> QuantizedTe
 
 
 def integers(name: str, symbols: Tensor, rows: int, path: Path) -> np.ndarray:  # → (rows, columns)
-    """Symbols as a matrix. Raises MismatchError for types other than int8 and int16."""
+    """Return symbols as a matrix. Raises MismatchError for types other than int8 and int16."""
     _require(symbols.dtype in (torch.int8, torch.int16), path, name, f"is {symbols.dtype}, expected int8 or int16")
     columns = symbols.numel() // rows if rows else int(np.prod(symbols.shape[1:]))
     return symbols.detach().reshape(rows, columns).contiguous().numpy().copy()
 
 
-def factor(name: str, axis: Any, scale: Tensor, path: Path, group_size: int = 0) -> ScaleFactor:
-    """Scales in float16 or float32, which holds every bfloat16. Raises MismatchError for other types."""
+def factor(name: str, axis: Axis, scale: Tensor, path: Path, group_size: int = 0) -> ScaleFactor:
+    """Return scales in float16 or float32, which holds every bfloat16. Raises MismatchError for other types."""
     _require(scale.dtype in FLOATS, path, f"{name}'s scale", f"is {scale.dtype}, expected float16 or float32")
     values = scale.detach().reshape(-1)
     return ScaleFactor(axis, (values if values.dtype == torch.float16 else values.float()).numpy().copy(), group_size)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.importers.names import (
@@ -25,6 +23,9 @@ from pgolf_post.importers.names import (
     reversed_names,
     spread_layer_scales,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
     "qo_bank": ("attn.q", "attn.proj"),
@@ -37,12 +38,12 @@ KEPT = re.compile(rf"{PARTS}|recur_(alpha|beta)|parallel_(post|resid)_lambdas")
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """A banked state dict has the query-output bank."""
+    """Return whether there is a query-output bank."""
     return "qo_bank" in state
 
 
 def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical tensors. Raises MismatchError listing missing banks and tensors that this format does not have."""
+    """Return canonical tensors. Raises MismatchError listing missing banks and unknown tensors."""
     problems = [f"missing {bank}" for bank in BANKS if bank not in state]
     problems += [f"unknown {name}" for name in sorted(state) if name not in BANKS and not KEPT.fullmatch(name)]
     if problems:
@@ -55,7 +56,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_bank(bank: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A bank's matrices by canonical name. Raises MismatchError if the matrices do not divide into layers."""
+    """Return a bank's matrices by canonical name. Raises MismatchError if the matrices do not divide into layers."""
     parts = BANKS[bank]
     num_layers, rest = divmod(tensor.size(0), len(parts))
     if tensor.ndim != 3 or rest:
@@ -69,7 +70,9 @@ def _bank_names(bank: str, num_layers: int) -> list[str]:
 
 
 def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The banked state dict. Raises MismatchError for tensors that the format cannot hold."""
+    """Return the banked state dict. Raises MismatchError for tensors that the format cannot hold."""
+    import torch  # here, so that naming the formats does not load it
+
     num_layers = sum(name.endswith(".attn.q.weight") for name in tensors)
     names = {bank: _bank_names(bank, num_layers) for bank in BANKS}
     state = {bank: torch.stack([tensors[name] for name in names[bank]]) for bank in BANKS}

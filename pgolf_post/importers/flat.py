@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.importers.names import (
@@ -20,6 +19,9 @@ from pgolf_post.importers.names import (
     reversed_names,
     spread_layer_scales,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RENAMES = {  # foreign suffix: canonical suffix
     ".attn.c_q.weight": ".attn.q.weight",
@@ -32,12 +34,12 @@ KNOWN = re.compile(rf"{PARTS}|blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight|bloc
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """A flat state dict has a separate query matrix for block 0."""
+    """Return whether there is a separate query matrix of block 0."""
     return "blocks.0.attn.c_q.weight" in state
 
 
 def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical tensors. Raises MismatchError listing tensors that this format does not have."""
+    """Return canonical tensors. Raises MismatchError listing tensors that this format does not have."""
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"tensors that are not part of the flat format: {', '.join(unknown)}")
@@ -45,7 +47,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The flat state dict. Raises MismatchError for tensors that the format cannot hold."""
+    """Return the flat state dict. Raises MismatchError for tensors that the format cannot hold."""
     back = reversed_names(RENAMES)
     state = {rename(name, back): tensor for name, tensor in spread_layer_scales(tensors).items()}
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))

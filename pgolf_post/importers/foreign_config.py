@@ -1,8 +1,8 @@
-"""What a foreign model is built from: inferred from shapes, read from the trainer's own words, or asked for by name.
+"""The settings of a foreign model: inferred from shapes, read from a log or config, or asked for by name.
 
-A state dict says how wide and deep a model is, not which activation it used or where its loops are. Shapes are believed
-first; the rest comes from the public scripts' hyperparameter names (a TOML file, `key=value` flags, or the
-"Hyperparameters:" lines of a training log); what none of them says is an error that lists the missing keys.
+A state dict says how wide and deep a model is, not which activation it used or where its loops are. Shapes count first.
+The rest comes under the public scripts' hyperparameter names from a TOML file, `key=value` flags, or the
+"Hyperparameters:" lines of a training log. What is still missing is an error that lists the keys.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ LOG_LINE = re.compile(r"^\s+([a-z][a-z0-9_]*):\s+(.*?)\s*$")
 
 @dataclass(frozen=True)
 class Inferred:
-    """A model's settings and how they came about."""
+    """A model's settings and how they were determined."""
 
     model: Mapping[str, Any]  # complete settings of family golf_gpt
-    assumed: Mapping[str, Any]  # keys that nobody gave and no shape determines, and the defaults taken for them
+    assumed: Mapping[str, Any]  # keys that were not given and that no shape determines, with the defaults taken
     unused: Sequence[str]  # given, but about a part that the model does not have
 
 
 @cache
 def our_keys() -> frozenset[str]:
-    """The model settings of the family, as config.json has them."""
+    """Return the names of the family's model settings, as config.json has them."""
     return frozenset(get_family(FAMILY).complete({"vocab_size": 2, "train_seq_len": 2}))
 
 
 def known_keys() -> frozenset[str]:
-    """Every name that a setting may be given by: ours, and the public scripts'."""
+    """Return every name that a setting may be given by: ours, and the public scripts'."""
     return our_keys() | OTHER_NAME.keys() | OTHER_SWITCH.keys()
 
 
@@ -97,24 +97,29 @@ def require_known(given: Mapping[str, Any]) -> None:
 
 
 def split_log(logged: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a log says of the model, and the names of its other hyperparameters (optimizer, paths and so on)."""
+    """Split a log into settings of the model and the names of all others (optimizer, paths and so on)."""
     other = [name for name in logged if name not in known_keys()]
     return {name: value for name, value in logged.items() if name in known_keys()}, other
 
 
 def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Inferred:
-    """Settings for canonical tensors. `given` is in our names or the public scripts'.
+    """Return settings for canonical tensors. `given` is in our names or the public scripts'.
 
     Raises SettingsError for names of neither and for keys that no shape determines and nobody gave, MismatchError where
     a given value contradicts the shapes.
     """
+    # what the shapes say, and what was given
     shapes, stated = settings_from_shapes(tensors), translate(given)
     if stated.get("embedding_dim") == shapes["model_dim"]:
         stated["embedding_dim"] = None  # our word for "as wide as the model"
     known = {**stated, **shapes}
+
+    # details of parts that the model lacks are reported, and dropped
     idle = {detail for part in DETAILS if known.get(part) in (0, "none") for detail in DETAILS[part]}
     unused = sorted(idle & stated.keys())
     stated, known = ({key: value for key, value in tree.items() if key not in idle} for tree in (stated, known))
+
+    # what is given must not contradict the shapes, and nothing may be missing
     contradictions = [
         f"{key}: shapes say {shapes[key]!r}, given {value!r}"
         for key, value in stated.items()
@@ -130,13 +135,15 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
             f"no shape determines these settings and nobody gave them: {', '.join(missing)}",
             hint="give them with --set key=value, --config FILE.toml, or --log train.log of the run",
         )
+
+    # the family fills in the rest
     complete = get_family(FAMILY).complete(known)
     assumed = {key: value for key, value in complete.items() if (key not in known and key not in idle) or key in taken}
     return Inferred(complete, assumed, unused)
 
 
 def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> list[str]:
-    """Keys that must be stated, given what the tensors hold."""
+    """Return the keys that must be given for these tensors."""
     required = ["activation", "logit_softcap", "rope_base", "rope_dims", "rope_ntk", "xsa_last_n", "ln_scale"]
     required += ["num_loops", "train_seq_len"]
     if known.get("num_loops"):
@@ -153,7 +160,7 @@ def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
 
 
 def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of canonical tensors determine. Raises MismatchError if the basic matrices are not there."""
+    """Return the settings that the shapes determine. Raises MismatchError if the basic matrices are not there."""
     basic = ("tok_emb.weight", "blocks.0.attn.k.weight", "blocks.0.attn.q_gain", "blocks.0.mlp.fc.weight")
     absent = [name for name in basic if name not in tensors]
     if absent:
@@ -192,17 +199,17 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _settings_of_tables(tensors: Mapping[str, Tensor], embedding_dim: int) -> dict[str, Any]:
-    """What the n-gram and value-embedding tables say; 0 rows or columns where there is none."""
+    """Return the settings of n-gram and value-embedding tables; 0 rows or columns where there is none."""
     bigram, values = tensors.get("bigram.embed.weight"), tensors.get("value_embed.embed.weight")
-    found: dict[str, Any] = {"bigram_buckets": 0, "value_embed_dim": 0 if values is None else values.size(1)}
+    settings: dict[str, Any] = {"bigram_buckets": 0, "value_embed_dim": 0 if values is None else values.size(1)}
     if bigram is not None:
-        found["bigram_buckets"], width = bigram.shape
-        found["bigram_dim"] = width if width != embedding_dim else None
-    return found
+        settings["bigram_buckets"], width = bigram.shape
+        settings["bigram_dim"] = width if width != embedding_dim else None
+    return settings
 
 
 def translate(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in the public scripts' names and values → ours. Raises SettingsError for names of neither."""
+    """Translate the public scripts' names and values into ours. Raises SettingsError for names of neither."""
     require_known(given)
     translated: dict[str, Any] = {}
     for name, value in given.items():
@@ -216,14 +223,14 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _our_value(key: str, value: Any) -> Any:
-    """A public script's way of writing a value → ours; lists and tables have no other way."""
+    """Translate a value as the public scripts write it; lists and tables stay."""
     if key == "value_embed_layers" and isinstance(value, str | int):
         return [layer.strip() for layer in str(value).split(",") if layer.strip()]
     return value if isinstance(value, list | dict) else OTHER_VALUE.get((key, value), value)
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """The "  name: value" lines that a public script prints under "Hyperparameters:".
+    """Return the "  name: value" lines that a public script prints under "Hyperparameters:".
 
     Raises NotFoundError, or MismatchError if the log has no such lines.
     """
@@ -233,17 +240,17 @@ def read_log(path: Path) -> dict[str, Any]:
     start = next((i for i, line in enumerate(lines) if line.strip().startswith("Hyperparameters:")), None)
     if start is None:
         raise MismatchError(f"{path} has no 'Hyperparameters:' line", hint="give the settings with --set or --config")
-    found: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
     for line in lines[start + 1 :]:
         match = LOG_LINE.match(line)
         if not match:
             break
-        found[match[1]] = _value(match[2])
-    return found
+        logged[match[1]] = _value(match[2])
+    return logged
 
 
 def _value(text: str) -> Any:
-    """A log's value: Python's True/False/None, else as TOML, else the bare text."""
+    """Read a log's value: Python's True/False/None, else as TOML, else the bare text."""
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]
     try:

@@ -27,7 +27,7 @@ KNOWN_KEYS = {"step", "model_state_dict", "ema_state", "optimizer_states"}
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """What a file held, tensors in the foreign names."""
+    """The contents of a file, tensors in the foreign names."""
 
     views: Mapping[ViewName, Mapping[str, Tensor]]
     step: int | None
@@ -49,7 +49,7 @@ def read_foreign(path: Path) -> ForeignFile:
 
 
 def _training_dictionary(loaded: Mapping[str, Any], path: Path) -> ForeignFile:
-    """The {step, model_state_dict, optimizer_states, ema_state} form; optimizer moments are not taken over."""
+    """Read the {step, model_state_dict, optimizer_states, ema_state} form; optimizer moments are left out."""
     unknown = sorted(set(loaded) - KNOWN_KEYS)
     if "model_state_dict" not in loaded or unknown:
         raise MismatchError(
@@ -80,6 +80,6 @@ def _load(content: bytes, path: Path) -> Any:
 
 
 def _dequantized(path: Path) -> dict[str, Tensor]:
-    """The float32 tensors that a compressed artifact stands for."""
+    """Return the float32 tensors that a compressed artifact decodes to."""
     model = read_foreign_artifact(path).model
     return {name: torch.from_numpy(array) for name, array in model.tensors().items()}

@@ -16,7 +16,7 @@ from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, View, ViewName, s
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import load_module, train_seq_len
-from pgolf_post.importers import FORMATS, recognise
+from pgolf_post.importers import FORMATS, get_format, recognise
 from pgolf_post.importers.foreign_config import FAMILY, infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
 from pgolf_post.score.metric import measure_module
@@ -25,7 +25,7 @@ from pgolf_post.score.plain import PlainProtocol
 
 @dataclass(frozen=True)
 class Imported:
-    """The new folder and what was taken for granted."""
+    """An imported checkpoint, and what was assumed about it."""
 
     checkpoint: Checkpoint
     format: str
@@ -49,6 +49,7 @@ def import_file(
     `active_loops` is runtime graph state, which no foreign file records; all configured loops by default, as at the end
     of a run. Raises SettingsError for settings that are missing, MismatchError for tensors that do not fit.
     """
+    # tensors in canonical names, and the model that they fit
     foreign = read_foreign(path)
     form, views = canonical_views(foreign, str(path))
     inferred = infer_model(views["raw"], given)
@@ -56,6 +57,8 @@ def import_file(
         raise MismatchError(
             f"{path} has a vocabulary of {inferred.model['vocab_size']}, {data.path} of {data.vocab_size}"
         )
+
+    # the config, with runtime graph state
     assumed = dict(inferred.assumed)
     if active_loops is None:
         active_loops = 1 if inferred.model.get("visits") else int(inferred.model["num_loops"])
@@ -67,6 +70,8 @@ def import_file(
         "tokenizer": {"sha256": data.tokenizer_sha256, "vocab_size": data.vocab_size},
         "data": {"manifest_sha256": data.manifest_sha256},
     }
+
+    # measured as a training run measures its checkpoints, then saved
     metrics = _measure(config, views, data, metric_tokens)
     source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed}
     step = foreign.step or 0
@@ -77,7 +82,7 @@ def import_file(
 
 
 def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:
-    """The format's name and each view's canonical tensors; views of different formats are refused."""
+    """Return the format's name and each view's canonical tensors. Raises MismatchError if the formats differ."""
     forms = {name: recognise(state, f"{source} ({name})") for name, state in foreign.views.items()}
     if len(set(forms.values())) != 1:
         raise MismatchError(f"{source}: its weights and EMA are of different formats: {forms}")
@@ -97,9 +102,7 @@ def _measure(
 
 def export_view(view: View, form: str, out: Path) -> None:
     """Write a view's weights as a foreign state dict, .pt or .safetensors by `out`'s ending, in one atomic step."""
-    if form not in FORMATS:
-        raise SettingsError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
-    state = FORMATS[form].from_canonical(view.tensors)
+    state = get_format(form).from_canonical(view.tensors)
     with atomic_file(out) as temporary:
         if out.suffix == ".safetensors":
             write_tensors(temporary, state)

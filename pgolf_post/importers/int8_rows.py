@@ -1,9 +1,11 @@
 """The baseline's `final_model.int8.ptz`: zlib of int8 rows with a scale each, and everything small as it was.
 
-__quant_format__           "int8_clean_per_row_v1"
-quantized, scales          name → int8 tensor; its float16 scales, one per row, or one float32 scale in all
-passthrough                name → float16, or float32 for control tensors
-dtypes, passthrough_orig_dtypes   what the script casts each to after it has multiplied; qmeta restates the scales
+__quant_format__    "int8_clean_per_row_v1"
+quantized, scales   name → int8 tensor; its float16 scales, one per row, or one float32 scale in all
+passthrough         name → float16, or float32 for control tensors
+dtypes, passthrough_orig_dtypes
+                    name → type that the script casts to after it has multiplied
+qmeta               restates the scales
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ OPTIONAL = {"__quant_format__", "qmeta", "passthrough_orig_dtypes"}
 
 
 def recognises(stored: Mapping[str, Any]) -> bool:
-    """Whether a dictionary says that it is of this kind."""
+    """Return whether a dictionary names a quantization format."""
     return "__quant_format__" in stored
 
 
 def to_quantized(stored: Mapping[str, Any], path: Path) -> QuantizedModel:
-    """Symbols, scales and kept tensors, and in the lineage what is cast to other types than float32.
+    """Return symbols, scales and kept tensors; the lineage says what is cast to other types than float32.
 
     Raises MismatchError for other versions and for parts that do not belong together.
     """
@@ -50,7 +52,7 @@ def to_quantized(stored: Mapping[str, Any], path: Path) -> QuantizedModel:
 
 
 def _casts(dtypes: Mapping[Any, Any]) -> dict[str, list[str]]:
-    """Type → tensors, where it is not float32: what a script does last, and what our decoder leaves to it."""
+    """Return type → tensors that the script casts to it last, float32 left out; our decoder leaves this to it."""
     casts: dict[str, list[str]] = {}
     for name, dtype in sorted((str(name), str(dtype).removeprefix("torch.")) for name, dtype in dtypes.items()):
         if dtype != "float32":

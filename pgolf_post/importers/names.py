@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pgolf_post.errors import MismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART_RENAMES = {  # foreign suffix: canonical suffix
     ".attn.attn_gate_w": ".attn.gate",
@@ -39,7 +40,7 @@ LAYER_SCALES = "value_embed.layer_scales"
 
 
 def rename(name: str, suffixes: Mapping[str, str]) -> str:
-    """`name` with the first matching suffix replaced; unchanged if none matches."""
+    """Return `name` with the first matching suffix replaced; unchanged if none matches."""
     for old, new in suffixes.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
@@ -47,15 +48,17 @@ def rename(name: str, suffixes: Mapping[str, str]) -> str:
 
 
 def reversed_names(suffixes: Mapping[str, str]) -> dict[str, str]:
-    """Canonical suffix → foreign suffix."""
+    """Return canonical suffix → foreign suffix."""
     return {canonical: foreign for foreign, canonical in suffixes.items()}
 
 
 def gather_layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`ve_layer_scales.0`, `.1`, … of one element each → one canonical vector; everything else as it is.
+    """Join `ve_layer_scales.0`, `.1`, … of one element each to one canonical vector; everything else stays.
 
     Raises MismatchError if one of them is missing or has more than one element.
     """
+    import torch  # here, so that naming the formats does not load it
+
     scales = {int(match[1]): tensor for name, tensor in state.items() if (match := LAYER_SCALE.fullmatch(name))}
     rest = {name: tensor for name, tensor in state.items() if not LAYER_SCALE.fullmatch(name)}
     if not scales:
@@ -68,7 +71,7 @@ def gather_layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def spread_layer_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The foreign vectors of one element again."""
+    """Undo `gather_layer_scales`: the canonical vector → foreign vectors of one element."""
     rest = {name: tensor for name, tensor in tensors.items() if name != LAYER_SCALES}
-    scales = tensors.get(LAYER_SCALES, torch.zeros(0))
+    scales = tensors.get(LAYER_SCALES, ())
     return {**rest, **{f"ve_layer_scales.{i}": scale.reshape(1).clone() for i, scale in enumerate(scales)}}

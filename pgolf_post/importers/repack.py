@@ -1,15 +1,15 @@
-"""A foreign artifact's very weights in our container: what its bytes would be with these codecs, nothing else changed.
+"""Repack: the weights of a foreign artifact in our container, to see what other codecs make of the same symbols.
 
-One file per format, one row in `FORMATS`. Symbols, scales and kept tensors come over as they are, so the float32
-weights are bit for bit those that the script multiplies out, before it casts them to the types of its own modules.
+One file per format, one row of `ARTIFACT_FORMATS`. Symbols, scales and kept tensors come over as they are, so the
+float32 weights are bit for bit those that the script multiplies out, before it casts them to its modules' types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from pgolf_post.base.storage import sha256_file
 from pgolf_post.errors import MismatchError, VerificationError
@@ -20,25 +20,29 @@ from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.quantize.tensor import QuantizedModel
 
 
-class ArtifactFormat(Protocol):
-    """What a format's module offers."""
+class ArtifactFormat(NamedTuple):
+    """One layout of the dictionary in a compressed artifact."""
 
-    def recognises(self, stored: Mapping[str, Any]) -> bool:
-        """Whether this dictionary is of the format."""
-
-    def to_quantized(self, stored: Mapping[str, Any], path: Path) -> QuantizedModel:
-        """The model. Raises MismatchError for parts that do not belong together."""
+    recognises: Callable[[Mapping[str, Any]], bool]
+    to_quantized: Callable[[Mapping[str, Any], Path], QuantizedModel]  # MismatchError for parts that do not fit
+    source: str
 
 
-FORMATS: dict[str, ArtifactFormat] = {
-    "int8": int8_rows,  # the official baseline
-    "w+m": weights_and_meta,  # int6 and its kin, flat and banked lines
-}
+ARTIFACT_FORMATS: dict[str, ArtifactFormat] = {
+    # name: ArtifactFormat(recognises, to quantized, source)
+    "int8": ArtifactFormat(
+        int8_rows.recognises, int8_rows.to_quantized, "openai/parameter-golf: the baseline's final_model.int8.ptz"
+    ),
+    "w+m": ArtifactFormat(
+        weights_and_meta.recognises, weights_and_meta.to_quantized,
+        "openai/parameter-golf: final_model.int6.ptz and its kin, flat and banked lines",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ForeignArtifact:
-    """A foreign file as symbols and factors."""
+    """A foreign artifact file as symbols and factors."""
 
     format: str
     file_bytes: int
@@ -48,17 +52,17 @@ class ForeignArtifact:
 def read_foreign_artifact(path: Path) -> ForeignArtifact:
     """Read a compressed artifact of a public script. Raises NotFoundError, DamagedFileError, MismatchError."""
     stored = read_dictionary(path)
-    for name, module in FORMATS.items():
-        if module.recognises(stored):
-            model = module.to_quantized(stored, path)
+    for name, form in ARTIFACT_FORMATS.items():
+        if form.recognises(stored):
+            model = form.to_quantized(stored, path)
             lineage = {**model.lineage, "source": {"format": name, "sha256": sha256_file(path)[:16]}}
             return ForeignArtifact(name, path.stat().st_size, replace(model, lineage=lineage))
     keys = ", ".join(sorted(map(str, stored))[:8])
-    raise MismatchError(f"{path}: an unknown kind of artifact; its keys: {keys}. Known: {', '.join(FORMATS)}")
+    raise MismatchError(f"{path}: an unknown kind of artifact; its keys: {keys}. Known: {', '.join(ARTIFACT_FORMATS)}")
 
 
 def repack(foreign: ForeignArtifact, codec: str = "rans") -> bytes:
-    """The bytes of our artifact, decoded again and compared with the weights of the foreign one.
+    """Return the bytes of our artifact, decoded again and compared with the weights of the foreign one.
 
     Raises SettingsError for an unknown codec, VerificationError if a weight differs, and what `pack` raises.
     """

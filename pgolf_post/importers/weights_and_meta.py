@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.importers.artifact_file import factor, integers, kept, matrix, tensors_of
-from pgolf_post.quantize.tensor import LOW_RANK, QuantizedModel, QuantizedTensor
+from pgolf_post.quantize.tensor import LOW_RANK, Axis, QuantizedModel, QuantizedTensor, ScaleFactor
 
 SYMMETRIC = (".lqA", ".lqAs", ".lqB", ".lqBs")
 ASYMMETRIC = (".lqA_a", ".lqAs_a", ".lqB_a", ".lqBs_a")
@@ -30,12 +30,12 @@ GROUP = 64
 
 
 def recognises(stored: Mapping[str, Any]) -> bool:
-    """Whether a dictionary has tensors under "w" and words about them under "m"."""
+    """Return whether a dictionary has tensors under "w" and words about them under "m"."""
     return set(stored) == {"w", "m"}
 
 
 def to_quantized(stored: Mapping[str, Any], path: Path) -> QuantizedModel:
-    """Symbols, scales, corrections and kept tensors; every tensor of the file is used, once.
+    """Return symbols, scales, corrections and kept tensors; every tensor of the file is used, once.
 
     Raises MismatchError listing tensors that "m" does not explain, or that do not belong together.
     """
@@ -55,35 +55,37 @@ def to_quantized(stored: Mapping[str, Any], path: Path) -> QuantizedModel:
             for factors in _correction(name, [parts[suffix] for suffix in lqer], bool(lqer == ASYMMETRIC), path):
                 quantized[factors.name] = factors
         else:
-            found = ", ".join(f"{name}{suffix}" for suffix in parts) or "nothing"
-            raise MismatchError(f"{path}: {name} is said to be {str(how)[:60]!r}, but there is {found}")
+            held = ", ".join(f"{name}{suffix}" for suffix in parts) or "nothing"
+            raise MismatchError(f"{path}: {name} is said to be {str(how)[:60]!r}, but there is {held}")
     if tensors:
         raise MismatchError(f"{path}: tensors that 'm' does not explain: {', '.join(sorted(tensors)[:8])}")
     return QuantizedModel({}, {}, quantized, rest)
 
 
 def _correction(name: str, parts: list[Tensor], asymmetric: bool, path: Path) -> list[QuantizedTensor]:
-    """A (out, rank) and B (rank, in) as two quantized tensors."""
+    """Return A (out, rank) and B (rank, in) as two quantized tensors; nothing without parts."""
     if not parts:
         return []
     a, a_scale, b, b_scale = parts
     sides = ((a, a_scale, ""), (b, b_scale, "group" if asymmetric else ""))
-    made = []
+    factors = []
     for suffix, (symbols, scale, axis) in zip(LOW_RANK, sides, strict=True):
         if symbols.ndim != 2:
             raise MismatchError(f"{path}: {name}{suffix} is {tuple(symbols.shape)}, expected a matrix")
         grid = _grid(f"{name}{suffix}", symbols, scale, axis, path)
         rows = integers(name + suffix, symbols, symbols.shape[0], path)
-        made.append(QuantizedTensor(name + suffix, rows, (grid,), tuple(symbols.shape)))
-    return made
+        factors.append(QuantizedTensor(name + suffix, rows, (grid,), tuple(symbols.shape)))
+    return factors
 
 
-def _grid(name: str, symbols: Tensor, scale: Tensor, axis: str, path: Path) -> Any:
-    """A correction's scales: their number says what each is for."""
+def _grid(name: str, symbols: Tensor, scale: Tensor, axis: str, path: Path) -> ScaleFactor:
+    """Return a correction's scales; their number says which axis they belong to."""
     num_scales, (rows, columns) = scale.numel(), symbols.shape
     if axis == "group" and num_scales == -(-symbols.numel() // GROUP) > 1:
         return factor(name, "group", scale, path, GROUP)
-    axes = {1: "tensor", rows: "row"} if axis == "group" else {1: "tensor", columns: "column", rows: "row"}
+    axes: dict[int, Axis] = (
+        {1: "tensor", rows: "row"} if axis == "group" else {1: "tensor", columns: "column", rows: "row"}
+    )
     if num_scales not in axes:
         raise MismatchError(f"{path}: {name} has {num_scales} scales for {rows} × {columns} symbols")
     return factor(name, axes[num_scales], scale, path)

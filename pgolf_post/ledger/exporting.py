@@ -49,9 +49,9 @@ def _cell(value: Any) -> Any:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """A table of the main columns that any row has; pipes and line breaks inside a cell are escaped."""
-    found = [{key: value_of(row, key) for key in MAIN_COLUMNS} for row in rows]
-    columns = [key for key in MAIN_COLUMNS if any(cells[key] not in (MISSING, None, "") for cells in found)]
-    lines = [columns, ["---"] * len(columns), *([_markdown_cell(cells[key]) for key in columns] for cells in found)]
+    told = [{key: value_of(row, key) for key in MAIN_COLUMNS} for row in rows]
+    columns = [key for key in MAIN_COLUMNS if any(cells[key] not in (MISSING, None, "") for cells in told)]
+    lines = [columns, ["---"] * len(columns), *([_markdown_cell(cells[key]) for key in columns] for cells in told)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if columns else ""
 
 

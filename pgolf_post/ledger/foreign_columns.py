@@ -1,4 +1,4 @@
-"""What the columns of somebody's experiment log mean: by their names, said aloud, and overruled by `--map`.
+"""The meaning of the columns of a foreign experiment log: recognised by name, printed, and overruled by `--map`.
 
 A field has names that mean it always and names that mean it where nothing better is there. Each field takes one column
 and each column at most one field; what is left stays in settings under its own name.
@@ -87,26 +87,26 @@ def field_of(name: str) -> Field | None:
 def recognise(header: Sequence[str], mapping: Mapping[str, str]) -> dict[Field, str]:
     """Field → column. `mapping` (field → column name, or empty for none) comes first, and only where the column is."""
     columns = {normal(name): name for name in reversed(header)}
-    found: dict[Field, str] = {}
+    taken: dict[Field, str] = {}
     for field in FIELDS:
         if field in mapping and normal(mapping[field]) in columns:
-            found[field] = columns[normal(mapping[field])]
+            taken[field] = columns[normal(mapping[field])]
     closed = set(mapping)
     for names in (ALWAYS, OTHERWISE):
         for field in FIELDS:
-            if field in found or field in closed:
+            if field in taken or field in closed:
                 continue
             free = [columns[name] for name in names.get(field, ()) if name in columns]
-            free = [column for column in free if column not in found.values()]
+            free = [column for column in free if column not in taken.values()]
             if free:
-                found[field] = free[0]
-    if "bpb" in found and "delta_bpb" not in found and "delta_bpb" not in closed:
-        deltas = [name for name in header if DELTA.match(normal(name)) and name not in found.values()]
-        found |= {"delta_bpb": deltas[0]} if deltas else {}
-    if "name" not in found and "name" not in closed and header:
-        free = [name for name in header if name not in found.values()]
-        found |= {"name": free[0]} if free else {}
-    return found
+                taken[field] = free[0]
+    if "bpb" in taken and "delta_bpb" not in taken and "delta_bpb" not in closed:
+        deltas = [name for name in header if DELTA.match(normal(name)) and name not in taken.values()]
+        taken |= {"delta_bpb": deltas[0]} if deltas else {}
+    if "name" not in taken and "name" not in closed and header:
+        free = [name for name in header if name not in taken.values()]
+        taken |= {"name": free[0]} if free else {}
+    return taken
 
 
 def delta_base(column: str) -> str | None:

@@ -191,15 +191,15 @@ def _settings(
 
 
 def _result(text: Mapping[Field, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key in NUMBERS:
         read: Callable[[str], float | None] = parse_bytes if key.endswith("_bytes") else parse_number
         value = read(text[key]) if key in text else None
         if value is not None:
-            found[key] = value
+            result[key] = value
     if is_failure(text.get("result", "")):
-        found["error"] = text["result"]
-    return found
+        result["error"] = text["result"]
+    return result
 
 
 def _date(cell: str) -> str | None:

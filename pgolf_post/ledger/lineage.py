@@ -1,4 +1,4 @@
-"""Who came from whom, and what it changed: the ledger as trees, each node with its difference to what it came from.
+"""Lineage: the ledger as trees, each node with its difference to its ancestor.
 
 A difference in bpb is shown only against a number of the same kind: a score against an ancestor's score with the same
 settings (protocol, text), any other number against the nearest ancestor's where tokens and bytes of text agree or are
@@ -57,7 +57,7 @@ class Node:
 
 
 def trees(rows: Sequence[Row]) -> list[Node]:
-    """All rows but notes as trees, each row once, under the first of its parents that is there (else the first named).
+    """Return all rows but notes as trees, each once, under the first parent that is there (else the first named).
 
     Rows whose parents form a circle hang under the one of them that was created first.
     """
@@ -86,7 +86,7 @@ def trees(rows: Sequence[Row]) -> list[Node]:
 
 
 def tree_of(rows: Sequence[Row], row: Row) -> Node | None:
-    """The tree of one row: the line of its ancestors, and all that came from it. None for a note."""
+    """Return the tree of one row: the line of its ancestors, and all that came from it. None for a note."""
     every = (node for root in trees(rows) for _, node in root.walk())
     at = next(
         (node for node in every if node.row is not None and (node.row.kind, node.row.id) == (row.kind, row.id)), None
@@ -145,15 +145,15 @@ def _ancestors(node: Node) -> list[Node]:
 
 
 def _delta_bpb(row: Row, line: list[Node]) -> float | None:
-    """Against the nearest comparable number above; else what an imported table says itself."""
+    """Return the difference to the nearest comparable ancestor; else the one that an imported table states."""
     if row.kind == "comparison":
         return row.result.get("difference_bpb")
     own, told = bpb_of(row), row.result.get("delta_bpb")
     for ancestor in line if own is not None else []:
         for other in _numbers_of(ancestor):
-            found = bpb_of(other)
-            if own is not None and found is not None and other is not row and comparable(row, other):
-                return own - found
+            theirs = bpb_of(other)
+            if own is not None and theirs is not None and other is not row and comparable(row, other):
+                return own - theirs
     return float(told) if isinstance(told, int | float) else None
 
 
@@ -177,10 +177,10 @@ def comparable(first: Row, second: Row) -> bool:
 def _delta_bytes(row: Row, line: list[Node]) -> int | None:
     own = counted_bytes(row)
     for ancestor in line:
-        found = counted_bytes(ancestor.row) if ancestor.row is not None else None
+        theirs = counted_bytes(ancestor.row) if ancestor.row is not None else None
         is_itself = ancestor.row is not None and (row.kind, ancestor.row.kind) == ("score", "artifact")
-        if own is not None and found is not None and not is_itself:
-            return own - found
+        if own is not None and theirs is not None and not is_itself:
+            return own - theirs
     return None
 
 
@@ -206,9 +206,9 @@ def describe(node: Node) -> str:
 
 
 def _difference(row: Row) -> str:
-    """What a comparison found, with its interval where it has one."""
-    found = [row.result.get(key) for key in ("difference_bpb", "low_bpb", "high_bpb")]
-    bpb, low, high = (f"{value:+.5f}" if isinstance(value, float) else "" for value in found)
+    """Return a comparison's difference in bpb, with its interval where it has one."""
+    interval = [row.result.get(key) for key in ("difference_bpb", "low_bpb", "high_bpb")]
+    bpb, low, high = (f"{value:+.5f}" if isinstance(value, float) else "" for value in interval)
     return f"difference {bpb}" + (f" [{low} … {high}]" if low and high else "")
 
 

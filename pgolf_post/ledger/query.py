@@ -1,4 +1,4 @@
-"""Which rows are wanted, in what order: the filters and the sorting of `ledger table`, as functions on rows."""
+"""Filters and sorting of `ledger table`, as functions on rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MISSING = object()
 
 
 def value_of(row: Row, key: str) -> Any:
-    """A column, else a key of `result`, else of `settings` (dots lead into tables); MISSING where there is none.
+    """Return a column, else a key of `result`, else of `settings` (dots lead into tables), else MISSING.
 
-    A key that holds a dot itself is found whole first.
+    A key that holds a dot itself is looked up whole first.
     """
     if key in vars(row):
         return getattr(row, key)
     for place in (row.result, row.settings, {"result": row.result, "settings": row.settings}):
-        found = _dotted(place, key)
-        if found is not MISSING:
-            return found
+        value = _dotted(place, key)
+        if value is not MISSING:
+            return value
     return MISSING
 
 
@@ -37,25 +37,25 @@ def _dotted(tree: Any, key: str) -> Any:
 
 
 def matches(row: Row, where: Mapping[str, Any]) -> bool:
-    """Whether every key has the wanted value. Text is compared with numbers and switches as they are written."""
+    """Return whether every key has the wanted value. Text is compared with numbers and switches as they are written."""
     return all(_equal(value_of(row, key), wanted) for key, wanted in where.items())
 
 
-def _equal(found: Any, wanted: Any) -> bool:
-    if found is MISSING or not isinstance(wanted, str) or isinstance(found, str):
-        return bool(found == wanted)
-    if isinstance(found, bool) or found is None:
-        return wanted.lower() == {True: "true", False: "false", None: "none"}[found]
-    if isinstance(found, int | float):
+def _equal(value: Any, wanted: Any) -> bool:
+    if value is MISSING or not isinstance(wanted, str) or isinstance(value, str):
+        return bool(value == wanted)
+    if isinstance(value, bool) or value is None:
+        return wanted.lower() == {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, int | float):
         try:
-            return float(wanted) == found
+            return float(wanted) == value
         except ValueError:
             return False
-    return str(found) == wanted
+    return str(value) == wanted
 
 
 def parse_where(conditions: Iterable[str]) -> dict[str, str]:
-    """`key=value` texts as a mapping. Raises SettingsError naming one without `=`."""
+    """Parse `key=value` texts into a mapping. Raises SettingsError naming one without `=`."""
     wanted = {}
     for condition in conditions:
         key, equals, value = condition.partition("=")
@@ -66,7 +66,7 @@ def parse_where(conditions: Iterable[str]) -> dict[str, str]:
 
 
 def sorted_rows(rows: Sequence[Row], key: str) -> list[Row]:
-    """Rows in ascending order of a key (descending with `-key`); numbers before texts, rows without it last.
+    """Return rows in ascending order of a key (descending with `-key`); numbers before texts, rows without it last.
 
     Raises SettingsError if no row has the key.
     """
@@ -85,7 +85,7 @@ def _order(value: Any) -> tuple[int, Any]:
 
 
 def counted_bytes(row: Row) -> int | None:
-    """What a row counts against the budget: total_bytes, else artifact_bytes (+ code_bytes)."""
+    """Return what a row counts against the budget: total_bytes, else artifact_bytes (+ code_bytes)."""
     result = row.result
     if isinstance(result.get("total_bytes"), int):
         return int(result["total_bytes"])
@@ -95,13 +95,13 @@ def counted_bytes(row: Row) -> int | None:
 
 
 def bpb_of(row: Row) -> float | None:
-    """A row's bits per byte, where it has one."""
+    """Return a row's bits per byte, or None."""
     bpb = row.result.get("bpb")
     return float(bpb) if isinstance(bpb, int | float) and not isinstance(bpb, bool) else None
 
 
 def best_rows(rows: Sequence[Row], budget_bytes: int | None) -> list[Row]:
-    """Rows with a bpb, lowest first; under a budget, only those that are known to count at most so many bytes."""
+    """Return rows with a bpb, lowest first; with a budget, only those known to count at most that many bytes."""
     scored = [(bpb, row) for row in rows if (bpb := bpb_of(row)) is not None and row.kind not in ("note", "comparison")]
     sizes = {id(row): counted_bytes(row) for _, row in scored}
     if budget_bytes is not None:
@@ -110,7 +110,7 @@ def best_rows(rows: Sequence[Row], budget_bytes: int | None) -> list[Row]:
 
 
 def text_of(row: Row) -> str:
-    """Which text a row's bpb is of, and by which protocol, as far as the row says."""
+    """Return the protocol and the text that a row's bpb is of, as far as the row says."""
     protocol = value_of(row, "protocol")
     name = protocol.get("protocol") if isinstance(protocol, Mapping) else protocol
     tokens = row.result.get("tokens")
@@ -118,5 +118,5 @@ def text_of(row: Row) -> str:
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
-    """The different texts and protocols of rows, in order of appearance."""
+    """Return the different texts and protocols of rows, in order of appearance."""
     return list(dict.fromkeys(text_of(row) for row in rows))

@@ -1,6 +1,6 @@
-"""The one line by which a command writes into the ledger what it just did.
+"""Recording: the one call by which a command writes into the ledger what it just did.
 
-Recording comes last and is never in the way: the result is on disk and on the screen already, so whatever keeps the
+Recording comes last and never fails a command: the result is on disk and on the screen already. Whatever keeps the
 ledger from being written (a read-only folder, a damaged file, a full disk) is a warning that says how to catch up.
 """
 
@@ -37,12 +37,12 @@ def record(
     try:
         places = [folder.absolute() for folder in folders]
         where = root or root_of(places[0] if places else None)
-        found = {(row.kind, row.id): row for place in places for row in rows_at(place)}
+        by_id = {(row.kind, row.id): row for place in places for row in rows_at(place)}
         if facts:
             first = rows_at(places[0])[-1]
-            found[first.kind, first.id] = replace(first, result={**first.result, **facts})
+            by_id[first.kind, first.id] = replace(first, result={**first.result, **facts})
         since = iso_utc(time.time() - seconds - 1.0)
-        every = [*found.values(), *(rows() if rows else ())]
+        every = [*by_id.values(), *(rows() if rows else ())]
         signed = [_signed(row) if row.created >= since else row for row in every]
         with Ledger.open(where) as ledger:
             ledger.complete_all([priced(row, dollars_per_hour) for row in signed])
@@ -54,5 +54,5 @@ def record(
 
 
 def _signed(row: Row) -> Row:
-    """A row made just now, with the commit and the device of this process where the row does not name them."""
+    """Return a row made just now, with the commit and the device of this process where the row does not name them."""
     return replace(row, commit=row.commit or code_commit(), device=row.device or accelerator_name())

@@ -3,6 +3,8 @@
 Every write is one transaction that takes the write lock before it reads (`BEGIN IMMEDIATE`), so that two writers wait
 for each other instead of overwriting each other, and a killed one leaves nothing. Readers never wait. Where the folder
 cannot be written, an existing ledger is still read.
+
+A file of an older version is migrated when it is opened for writing (migration.py), and read as it is otherwise.
 """
 
 from __future__ import annotations
@@ -12,43 +14,36 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
+from pgolf_post.ledger.migration import file_version, latest_version, migrate
 from pgolf_post.ledger.query import matches
-from pgolf_post.ledger.schema import Row, Verdict
+from pgolf_post.ledger.schema import Column, Row, Verdict, columns_of
 
 LEDGER_FILE = "ledger.sqlite"
-SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0  # a writer waits so long for the others
-JSON_COLUMNS = ("parents", "settings", "result")
-COLUMNS = tuple(column.name for column in fields(Row))
-QUOTED = ", ".join(f'"{column}"' for column in COLUMNS)  # one of them, commit, is a word of SQL
-NUMERIC_COLUMNS = ("seconds", "cost_dollars")
-CREATE = f"""
-CREATE TABLE IF NOT EXISTS rows (
-    {", ".join(f'"{column}" {"REAL" if column in NUMERIC_COLUMNS else "TEXT"}' for column in COLUMNS)},
-    PRIMARY KEY (kind, id)
-)
-"""
-UPSERT = f"INSERT OR REPLACE INTO rows ({QUOTED}) VALUES ({', '.join('?' for _ in COLUMNS)})"
+LIST_ROWS = "pgolf-post ledger table"
 
 
 class Ledger:
     """An open ledger. One connection, for one thread of one process: a forked or spawned worker opens its own."""
 
+    row_type: ClassVar[type[Row]] = Row
+
     def __init__(self, path: Path, connection: sqlite3.Connection, read_only: bool) -> None:
         self.path, self.read_only = path, read_only
         self._connection = connection
+        self._columns = columns_of(self.row_type)  # those that the file has
 
     @classmethod
     def open(cls, root: Path, read_only: bool = False) -> Self:
-        """The ledger of a checkpoint root, created if missing (with `read_only`, NotFoundError instead).
+        """Open the ledger of a checkpoint root, created if missing (with `read_only`, NotFoundError instead).
 
-        Raises DamagedFileError if the file is no ledger or of another version, PgolfError if it cannot be written.
+        Raises DamagedFileError if the file is no ledger or of a later version, PgolfError if it cannot be written.
         """
         path = root / LEDGER_FILE
         with _explained(path):
@@ -58,7 +53,7 @@ class Ledger:
                 root.mkdir(parents=True, exist_ok=True)
                 ledger = cls(path, sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None), False)
             try:
-                ledger._check_version()
+                ledger._meet_version()
             except BaseException:
                 ledger.close()
                 raise
@@ -75,24 +70,21 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _check_version(self) -> None:
-        if not self.read_only and self._version() == 0:
-            self._create()
-        if self._version() != SCHEMA_VERSION:
+    def _meet_version(self) -> None:
+        """Bring an older file to the present version; of a read-only one, take the columns that it has."""
+        latest, version = latest_version(self._columns), file_version(self._connection)
+        if not self.read_only and version < latest:
+            if version == 0:
+                _set_wal(self._connection)
+            with self._transaction():
+                migrate(self._connection, self._columns)  # reads the version again: another process may have been first
+            version = file_version(self._connection)
+        if not 0 < version <= latest:
             raise DamagedFileError(
-                f"{self.path} has ledger version {self._version()}, this program reads {SCHEMA_VERSION}",
+                f"{self.path} has ledger version {version}, this program reads {latest}",
                 hint="use the program that wrote it: pgolf-post ledger export --format jsonl, then import here",
             )
-
-    def _version(self) -> int:
-        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-
-    def _create(self) -> None:
-        _set_wal(self._connection)
-        with self._transaction():
-            if self._version() == 0:  # else another process came first
-                self._connection.execute(CREATE)
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._columns = tuple(column for column in self._columns if column.since <= version)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -108,7 +100,7 @@ class Ledger:
                 raise
 
     def add(self, row: Row, replace: bool = False) -> bool:
-        """Keep a row; False if it is there already with the same content (or was replaced).
+        """Keep a row; return False if it is there already with the same content (or was replaced).
 
         Raises MismatchError if `(kind, id)` is there with other content, unless `replace`. What `note` said of a row
         outlives its replacement.
@@ -122,7 +114,7 @@ class Ledger:
             return sum(self._add(row, replace) for row in rows)
 
     def complete(self, row: Row) -> bool:
-        """Keep a row, or give the one that is there what it did not know. True if it was new.
+        """Keep a row, or fill in what the row that is there lacks. Return True if it was new.
 
         Its result gains and renews keys, its seconds are renewed; commit, device and cost stay where known, and name,
         parents, settings and conclusion as they are. For facts read from disk, of which one command sees more than
@@ -159,23 +151,27 @@ class Ledger:
         return False
 
     def _write(self, row: Row) -> None:
-        values = [getattr(row, column) for column in COLUMNS]
-        packed = [json.dumps(v) if column in JSON_COLUMNS else v for column, v in zip(COLUMNS, values, strict=True)]
-        self._connection.execute(UPSERT, packed)
+        values = [_stored(column, getattr(row, column.name)) for column in self._columns]
+        places = ", ".join("?" for _ in values)
+        self._connection.execute(f"INSERT OR REPLACE INTO rows ({self._names}) VALUES ({places})", values)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(f'"{column.name}"' for column in self._columns)
 
     def get(self, kind: str, id: str) -> Row | None:
-        """The row of exactly this kind and id."""
+        """Return the row of exactly this kind and id, or None."""
         with _explained(self.path):
             return self._get(kind, id)
 
     def _get(self, kind: str, id: str) -> Row | None:
-        found = self._select("WHERE kind = ? AND id = ?", (kind, id))
-        return found[0] if found else None
+        rows = self._select("WHERE kind = ? AND id = ?", (kind, id))
+        return rows[0] if rows else None
 
     def rows(
         self, kind: str | None = None, *, run: str | None = None, where: Mapping[str, Any] | None = None
     ) -> list[Row]:
-        """Rows in the order they were created; `where` maps columns or (dotted) keys of settings and result to values.
+        """Return rows in the order they were created; `where`: column or (dotted) key of settings or result → value.
 
         See `pgolf_post.ledger.query.matches`.
         """
@@ -183,24 +179,24 @@ class Ledger:
         given = {column: value for column, value in wanted.items() if value is not None}
         clause = " AND ".join(f"{column} = ?" for column in given)
         with _explained(self.path):
-            found = self._select(f"WHERE {clause}" if clause else "", tuple(given.values()))
-        return [row for row in found if matches(row, where or {})]
+            rows = self._select(f"WHERE {clause}" if clause else "", tuple(given.values()))
+        return [row for row in rows if matches(row, where or {})]
 
     def find(self, prefix: str, kind: str | None = None) -> Row:
-        """The one row (of a kind) whose id, or else whose name, is or else begins with `prefix`.
+        """Return the one row (of a kind) whose id, or else whose name, is or else begins with `prefix`.
 
         Raises NotFoundError if there is none, MismatchError listing them if there are several.
         """
         rows = [row for row in self.rows(kind) if row.kind != "note"] if prefix else []
-        found = [row for row in rows if row.id == prefix] or [row for row in rows if row.id.startswith(prefix)]
-        found = found or [r for r in rows if r.name == prefix] or [r for r in rows if r.name.startswith(prefix)]
-        if not found:
+        fitting = [row for row in rows if row.id == prefix] or [row for row in rows if row.id.startswith(prefix)]
+        fitting = fitting or [r for r in rows if r.name == prefix] or [r for r in rows if r.name.startswith(prefix)]
+        if not fitting:
             raise NotFoundError(f"{self.path} has no row whose id or name begins with {prefix!r}", hint=LIST_ROWS)
-        if len(found) > 1:
-            listed = "; ".join(f"{row.kind} {row.id[:16]} {row.name}" for row in found[:20])
-            more = f" and {len(found) - 20} more" if len(found) > 20 else ""
-            raise MismatchError(f"{prefix!r} is the beginning of {len(found)} rows: {listed}{more}", hint=LIST_ROWS)
-        return found[0]
+        if len(fitting) > 1:
+            listed = "; ".join(f"{row.kind} {row.id[:16]} {row.name}" for row in fitting[:20])
+            more = f" and {len(fitting) - 20} more" if len(fitting) > 20 else ""
+            raise MismatchError(f"{prefix!r} is the beginning of {len(fitting)} rows: {listed}{more}", hint=LIST_ROWS)
+        return fitting[0]
 
     def note(self, id: str, conclusion: str, verdict: Verdict | None = None, kind: str | None = None) -> None:
         """Write a conclusion on the row with this id (see `find`), and keep it as a row of its own.
@@ -217,16 +213,21 @@ class Ledger:
             self._write(replace(row, **said))
 
     def _select(self, clause: str, values: tuple[Any, ...]) -> list[Row]:
-        query = f"SELECT {QUOTED} FROM rows {clause} ORDER BY created, rowid"
-        return [_row(found) for found in self._connection.execute(query, values).fetchall()]
+        query = f"SELECT {self._names} FROM rows {clause} ORDER BY created, rowid"
+        return [self._row(stored) for stored in self._connection.execute(query, values).fetchall()]
+
+    def _row(self, stored: tuple[Any, ...]) -> Row:
+        """Return a row as it was written; a NULL is the column's default."""
+        named = {
+            column.name: json.loads(value) if column.is_json else value
+            for column, value in zip(self._columns, stored, strict=True)
+            if value is not None or not column.has_default
+        }
+        return self.row_type(**named)
 
 
-LIST_ROWS = "pgolf-post ledger table"
-
-
-def _row(values: tuple[Any, ...]) -> Row:
-    named = dict(zip(COLUMNS, values, strict=True))
-    return Row(**named | {column: json.loads(named[column]) for column in JSON_COLUMNS})
+def _stored(column: Column, value: Any) -> Any:
+    return json.dumps(value) if column.is_json else value
 
 
 def _replaced(known: Row, new: Row) -> Row:

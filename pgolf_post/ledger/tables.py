@@ -77,15 +77,15 @@ def read_tables(path: Path) -> list[Table]:
 def find_tables(text: str) -> list[Table]:
     """The tables in a text that is not one sheet, in order."""
     lines = text.split("\n")
-    found, at = [], 0
+    tables, at = [], 0
     while at < len(lines):
         table, end = _markdown(lines, at) or _tabs(lines, at) or _rendered(lines, at) or (None, at + 1)
-        found += [] if table is None else [table]
+        tables += [] if table is None else [table]
         at = end
-    return found
+    return tables
 
 
-Found = tuple[Table, int] | None  # and the line after the table
+Found = tuple[Table, int] | None  # a table and the line after it
 
 
 def _markdown(lines: Sequence[str], at: int) -> Found:
@@ -202,12 +202,12 @@ def _is_section(row: Sequence[str], form: Form) -> bool:
 
 
 def _distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Column names, an empty or repeated one made its own."""
-    found: list[str] = []
+    """Return column names that differ: an empty or repeated one has its column's number added."""
+    distinct: list[str] = []
     for number, name in enumerate(names, start=1):
         plain = name or f"column {number}"
-        found.append(plain if plain not in found else f"{plain} (column {number})")
-    return tuple(found)
+        distinct.append(plain if plain not in distinct else f"{plain} (column {number})")
+    return tuple(distinct)
 
 
 def _distinct_titles(tables: Sequence[Table]) -> Iterator[Table]:

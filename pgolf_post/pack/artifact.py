@@ -1,6 +1,6 @@
-"""Artifacts on disk: written in one rename, and read back by nothing but the decoder that ships.
+"""Artifacts on disk: written in one rename, and read back by the shipped decoder alone.
 
-The format is container.py's. Whoever reads a file verifies all of it: checksums, sizes, the sha256 of the symbols.
+The format is that of container.py. Reading verifies the whole file: checksums, sizes, the sha256 of the symbols.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFac
 
 ARTIFACT_FILE = "artifact.pgolf"
 SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
-CODER_NAMES = ("lane states", "context classes", "frequency tables", "row scales")
+CODER_NAMES = ("lane states", "context classes", "frequency tables", "row shifts")
 PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32"}
 
 
 @dataclass(frozen=True)
 class UnitFacts:
-    """What one unit of an artifact costs. Header and frames are included: units add up to the file."""
+    """The cost of one unit of an artifact. Header and frames are included: units add up to the file."""
 
     kind: str  # manifest, factors, passthrough, coder or symbols
     label: str  # role of a symbols unit, axis of factors …; empty for the manifest
     codec: str
     stored_bytes: int
     raw_bytes: int
-    num_values: int  # weights, factors or passthrough values; 0 for the manifest and the coder's own
+    num_values: int  # weights, factors or passthrough values; 0 for the manifest and the coder's own units
 
 
 @dataclass(frozen=True)
 class ArtifactFacts:
-    """What a verified artifact says about itself."""
+    """The manifest of a verified artifact and the cost of its units."""
 
     manifest: Mapping[str, Any]  # config, lineage, symbols_sha256 and the tensor table
     units: tuple[UnitFacts, ...]  # in file order
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """A decoded file."""
+class DecodedArtifact:
+    """An artifact file as the shipped decoder reads it."""
 
     manifest: Mapping[str, Any]
     model: QuantizedModel  # as packed, its tensors' facts empty
-    tensors: Mapping[str, np.ndarray]  # float32, as the decoder that ships made them
+    tensors: Mapping[str, np.ndarray]  # float32, the model's weights
 
     @property
     def symbols(self) -> dict[str, np.ndarray]:
-        """Symbols of the quantized tensors, (rows, columns) each."""
+        """The symbols of each quantized tensor, (rows, columns)."""
         return {name: tensor.symbols for name, tensor in self.model.quantized.items()}
 
 
@@ -65,67 +65,82 @@ def write_artifact(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_verified(path: Path, data: bytes, packed_sha256: str) -> Artifact:
-    """Write an artifact and read it back: nothing is reported that was not decoded from disk.
+def write_verified(path: Path, data: bytes, packed_sha256: str) -> DecodedArtifact:
+    """Write an artifact and read it back, so that only what was decoded from disk is reported.
 
-    Raises PgolfError, and VerificationError if its symbols are not those whose sha256 was packed.
+    Raises PgolfError, and VerificationError if the symbols read are not those whose sha256 was packed.
     """
     write_artifact(path, data)
-    read = read_artifact(path)
-    decoded = symbols_sha256(read.symbols)
-    if decoded != packed_sha256:
-        raise VerificationError(f"decoded symbols {decoded[:12]} are not the packed {packed_sha256[:12]}")
-    return read
+    decoded = read_artifact(path)
+    decoded_sha256 = symbols_sha256(decoded.symbols)
+    if decoded_sha256 != packed_sha256:
+        raise VerificationError(f"decoded symbols {decoded_sha256[:12]} are not the packed {packed_sha256[:12]}")
+    return decoded
 
 
 def find_artifact(path: Path) -> Path:
-    """`path` if it is a file, or the artifact inside it if it is a derived artifact folder. Raises NotFoundError."""
-    found = path / ARTIFACT_FILE if path.is_dir() else path
-    if not found.is_file():
-        raise NotFoundError(f"no such artifact: {found}", hint="pgolf-post requant writes one")
-    return found
+    """Return `path` if it is a file, or the artifact in it if it is a derived artifact folder. Raises NotFoundError."""
+    file = path / ARTIFACT_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise NotFoundError(f"no such artifact: {file}", hint="pgolf-post requant writes one")
+    return file
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a file is, or by its suffix claims to be, one of our artifacts. Raises OSError."""
+    """Return whether a file is, or by its suffix claims to be, one of our artifacts. Raises OSError."""
     with path.open("rb") as file:
         return path.suffix == ".pgolf" or file.read(4) == decode.MAGIC[:4]
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Decode and verify a file with the decoder that ships. Raises NotFoundError, DamagedFileError naming the file."""
+def read_artifact(path: Path) -> DecodedArtifact:
+    """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file."""
     return _decode_file(path, _read_bytes(path))
 
 
-def unpack(data: bytes) -> Artifact:
+def unpack(data: bytes) -> DecodedArtifact:
     """Decode an artifact's bytes. Raises decode.ArtifactError."""
     manifest, tensors, packed = decode.decode(data)
     passthrough = {name: array for name, (array, *more) in packed.items() if not more}
     quantized = {name: _tensor(name, symbols, *more) for name, (symbols, *more) in packed.items() if more}
-    return Artifact(manifest, QuantizedModel(manifest["config"], manifest["lineage"], quantized, passthrough), tensors)
+    return DecodedArtifact(
+        manifest, QuantizedModel(manifest["config"], manifest["lineage"], quantized, passthrough), tensors
+    )
 
 
 def _tensor(
-    name: str, symbols: np.ndarray, stored: list[int], _: int, factors: list[Any], scales: Any, shape: list[int]
+    name: str,
+    symbols: np.ndarray,
+    stored: list[int],
+    _table: int,
+    factors: list[Any],
+    _row_shifts: Any,
+    shape: list[int],
 ) -> QuantizedTensor:
+    """Return a tensor from the parts that `decode.lay_out` keeps of it."""
     trellis = None
     if stored:
         states = {tuple(h >> 1 for h in both): states for states, both in POLYNOMIALS.items()}
         trellis = Trellis(states[tuple(stored[1:])], stored[0])
-    made = [ScaleFactor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, (values,) in factors]
-    return QuantizedTensor(name, symbols, tuple(made), tuple(shape), trellis)
+    stored_factors = [
+        ScaleFactor(AXES[axis], values, repeat if axis == 3 else 0) for axis, repeat, (values,) in factors
+    ]
+    return QuantizedTensor(name, symbols, tuple(stored_factors), tuple(shape), trellis)
 
 
 def read_facts(path: Path) -> ArtifactFacts:
-    """The manifest and the cost of every unit; the whole file is verified. Raises NotFoundError, DamagedFileError."""
+    """Return a verified file's manifest and the cost of every unit. Raises NotFoundError, DamagedFileError."""
     data = _read_bytes(path)
     manifest = _decode_file(path, data).manifest
+
+    # the manifest, with the file's head
     first, *units = decode.read_units(memoryview(data))
     frame = decode.FRAME.size
     raw = len(decode.inflate(first[0], first[1], decode.MAX_MANIFEST))
     head = len(first[1]) + frame + len(decode.MAGIC)
     facts = [UnitFacts("manifest", "", codecs.codec_name(first[0]), head, raw, 0)]
-    roles = {row[1]: split_role(row[0])[0] for row in manifest["tensors"] if len(row) > 5}
+
+    # the other units, in the order of their keys
+    roles = {entry[1]: split_role(entry[0])[0] for entry in manifest["tensors"] if len(entry) > 5}
     for (key, parts), (codec_id, stored) in zip(sorted(decode.lay_out(manifest)[0].items()), units, strict=True):
         values = sum(int(np.prod(part[0], dtype=np.int64)) for part in parts)
         raw_bytes, num_values = values * decode.DTYPES[key[2]].itemsize, 0 if key[0] == CODER else values
@@ -136,7 +151,7 @@ def read_facts(path: Path) -> ArtifactFacts:
 
 
 def label_of(key: Key, roles: Mapping[int, str]) -> str:
-    """What a unit holds, for people."""
+    """Return what a unit holds, in words for a table."""
     section, label, dtype = key
     if section == FACTORS:
         return f"{AXES[label]} factors, {decode.DTYPES[dtype].name}"
@@ -152,7 +167,7 @@ def _read_bytes(path: Path) -> bytes:
         raise NotFoundError(f"no such artifact: {path}", hint="pgolf-post requant writes one") from None
 
 
-def _decode_file(path: Path, data: bytes) -> Artifact:
+def _decode_file(path: Path, data: bytes) -> DecodedArtifact:
     try:
         return unpack(data)
     except decode.ArtifactError as error:

@@ -56,7 +56,7 @@ def build(first, *units):
             arrays = rans(data, dtype, parts, layout, codec)
         else:
             raw = np.frombuffer(inflate(codec, data, sum(sizes) * dtype.itemsize), "u1")
-            flat = raw.reshape(-1, dtype.itemsize, order="FC"[codec > 3]).tobytes()
+            flat = raw.reshape(-1, dtype.itemsize, order="FC"[codec == 6]).tobytes()
             arrays = np.split(np.frombuffer(flat, dtype), np.cumsum(sizes)[:-1])
         for part, array in zip(parts, arrays):
             part[0] = array.reshape(part[0])

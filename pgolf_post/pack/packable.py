@@ -1,4 +1,4 @@
-"""What an artifact can hold: every offender of a model is named before anything is compressed."""
+"""Checks of what an artifact can hold: every offender of a model is named before anything is compressed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_packable(model: QuantizedModel) -> None:
 
 
 def check_limits(model: QuantizedModel) -> None:
-    """Raise PgolfError for a model that is larger than a decoder accepts: 2 or 4 bytes for a number, 256 for a row."""
+    """Raise PgolfError for a model larger than the decoder accepts: 2 or 4 bytes a number, 256 a row."""
     arrays = [f.values for t in model.quantized.values() for f in t.factors] + list(model.passthrough.values())
     matrices = [tensor.symbols for tensor in model.quantized.values()]
     size = sum(max(2, array.itemsize) * array.size for array in arrays + matrices) + sum(
@@ -79,8 +79,8 @@ def _factor_problems(name: str, factor: ScaleFactor, rows: int, columns: int) ->
     lengths = {"tensor": 1, "row": rows, "column": columns, "group": -(-rows * columns // max(1, factor.group_size))}
     expected = (lengths[factor.axis],)
     if factor.values.shape != expected or not is_kind(factor.values, "i1", "i2", "f2", "f4"):
-        found = f"{factor.values.dtype} {factor.values.shape}"
-        yield f"{name}: {factor.axis} factor is {found}, expected float16, float32, int8 or int16 {expected}"
+        actual = f"{factor.values.dtype} {factor.values.shape}"
+        yield f"{name}: {factor.axis} factor is {actual}, expected float16, float32, int8 or int16 {expected}"
 
 
 def _low_rank_problems(model: QuantizedModel) -> Iterable[str]:
@@ -99,12 +99,12 @@ def _low_rank_problems(model: QuantizedModel) -> Iterable[str]:
 
 
 def is_kind(array: np.ndarray, *kinds: str) -> bool:
-    """Whether an array is of one of these kinds, such as "i1", whatever its byte order."""
+    """Return whether an array is of one of these kinds, such as "i1", whatever its byte order."""
     return f"{array.dtype.kind}{array.dtype.itemsize}" in kinds
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; uint16 holds bfloat16."""
+    """Return whether no value is NaN or infinite; uint16 holds bfloat16."""
     if array.dtype.kind == "u":
         return not bool(((array & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(array).all())

@@ -40,7 +40,7 @@ class PackedScript:
 
 
 def has_minifier() -> bool:
-    """Whether python-minifier can be imported."""
+    """Return whether python-minifier can be imported."""
     try:
         import python_minifier  # noqa: F401
     except ImportError:
@@ -66,7 +66,7 @@ def pack_source(source: str, keep_names: Sequence[str] = ()) -> PackedScript:
 
 
 def minify(source: str, keep_names: Sequence[str] = ()) -> str:
-    """The same program in fewer bytes: no comments, docstrings or annotations, short names."""
+    """Return the same program in fewer bytes: no comments, docstrings or annotations, short names."""
     import python_minifier
 
     keep = list(keep_names)
@@ -77,7 +77,7 @@ def minify(source: str, keep_names: Sequence[str] = ()) -> str:
 
 
 def read_script(path: Path) -> str:
-    """A script's text. Raises NotFoundError, SettingsError for anything that is not UTF-8."""
+    """Return a script's text. Raises NotFoundError, SettingsError for anything that is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
@@ -87,23 +87,23 @@ def read_script(path: Path) -> str:
 
 
 def local_imports(script: Path) -> list[Path]:
-    """Files that a script imports, directly or not, from its own folder: they are part of the submission.
+    """Return the files that a script imports, directly or not, from its own folder: they are part of the submission.
 
-    Only import statements are followed; what a script imports by name at run time is not found.
+    Only import statements are followed; modules that a script imports by name at run time are missed.
     """
-    folder, found, todo = script.parent, {script}, [script]
+    folder, imported, todo = script.parent, {script}, [script]
     while todo:
         for name in _imported(read_script(todo.pop())):
             path = folder.joinpath(*name.split("."))
             for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-                if candidate.is_file() and candidate not in found:
-                    found.add(candidate)
+                if candidate.is_file() and candidate not in imported:
+                    imported.add(candidate)
                     todo.append(candidate)
-    return sorted(found - {script})
+    return sorted(imported - {script})
 
 
 def _imported(source: str) -> Iterable[str]:
-    """Dotted names of modules that a source imports, each with its parents."""
+    """Yield the dotted names of modules that a source imports, each with its parents."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:

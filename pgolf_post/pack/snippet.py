@@ -1,8 +1,8 @@
 """The decoder as a snippet for a contestant's own single-file script: `decode(bytes)` → float32 arrays by name.
 
-Made from `decode.py` by leaving out what protects against damaged and hostile files, which a contestant's own artifact
-is not: sizes, checksums, limits on what is inflated, and error messages. The sha256 over all symbols is still compared:
-no wrong array can pass.
+The snippet is `decode.py` without its guards against damaged and hostile files: sizes, checksums, limits on what is
+inflated, and error messages. A contestant's own artifact needs none of them. The sha256 of all symbols is still
+compared, so that no wrong array can pass.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ import ast
 from pathlib import Path
 
 from pgolf_post.pack import decode
+from pgolf_post.pack.codecs import CODECS, WORDS_ID
 
 GUARDS = ("need", "check")
-# `inflate` without limits
-INFLATE = """
-def inflate(codec, data):
-    return [bytes, brotli.decompress, lzma.decompress, lambda data: zlib.decompress(data, -15)][codec & 3](bytes(data))
-"""
 HEADER = "# Decoder of pgolf-post artifacts: decode(bytes) -> float32 arrays by tensor name. Needs numpy and brotli.\n"
 
 
 def decoder_snippet() -> str:
-    """Source of the snippet."""
+    """Return the source of the snippet."""
     tree = _Strip().visit(ast.parse(Path(decode.__file__).read_text("utf-8")))
     return HEADER + ast.unparse(ast.fix_missing_locations(tree)) + "\n"
 
 
+def unguarded_inflate() -> str:
+    """Return the source of `inflate` without limits, from the decompressors named in `CODECS`."""
+    calls = {codec.id: codec.decode for codec in CODECS.values()}
+    if sorted(calls) == [0, 1, 2, 3]:  # a list is shorter; 6, lzma of words, is 2 like any lzma
+        chosen = f"[{', '.join(calls[codec_id] for codec_id in sorted(calls))}][codec & 3]"
+    else:
+        calls[WORDS_ID] = CODECS["lzma"].decode
+        chosen = f"{{{', '.join(f'{codec_id}: {call}' for codec_id, call in sorted(calls.items()))}}}[codec]"
+    return f"def inflate(codec, data):\n    return {chosen}(bytes(data))\n"
+
+
 class _Strip(ast.NodeTransformer):
-    """Drops guards and docstrings; `decode` returns the tensors alone."""
+    """Drop guards and docstrings; `decode` returns the tensors alone."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         call = node.value
@@ -40,7 +47,7 @@ class _Strip(ast.NodeTransformer):
         if node.name in GUARDS:
             return None
         if node.name == "inflate":
-            return ast.parse(INFLATE).body[0]
+            return ast.parse(unguarded_inflate()).body[0]
         self.generic_visit(node)
         if node.name == "build":
             node.body[-1] = ast.Return(ast.Name("tensors", ast.Load()))

@@ -26,7 +26,7 @@ FLOOR = 1e-4  # of the largest mean |x|: a column that hardly ever acts is not s
 
 
 def column_scales(mean_abs: Tensor, alpha: float) -> Tensor:  # (in,) → (in,) float32, 1/s exact in float16
-    """s_j = (mean |x_j|)^α over its geometric mean; all ones where no input was ever seen."""
+    """Return s_j = (mean |x_j|)^α over its geometric mean; all ones where no input was ever seen."""
     values = mean_abs.double()
     largest = float(values.max()) if len(values) else 0.0
     if alpha == 0 or largest <= 0:
@@ -46,39 +46,40 @@ class Stretched:
     folded: dict[str, str] = field(default_factory=dict)  # stretched matrix → the matrix that undoes it
 
     def decoded(self) -> dict[str, Tensor]:
-        """Every tensor as the decoder should give it: where 1/s is stored, it has been applied."""
+        """Return every tensor as the decoder should give it: where 1/s is stored, it has been applied."""
         undone = {name: self.tensors[name] / self.scales[name] for name in self.stored}
         return {**self.tensors, **undone}
 
 
 def stretch(
-    tensors: Mapping[str, Tensor], rows: Sequence[TensorPlan], stats: Stats, folds: Mapping[str, Fold]
+    tensors: Mapping[str, Tensor], entries: Sequence[TensorPlan], stats: Stats, folds: Mapping[str, Fold]
 ) -> Stretched:
     """Stretch the columns of every matrix whose rule says so; inputs are untouched. A matrix without a site stays."""
     result = Stretched(dict(tensors))
-    for row in rows:
-        if not (isinstance(row.rule, GridRule) and row.rule.awq_alpha and row.site):
+    for entry in entries:
+        if not (isinstance(entry.rule, GridRule) and entry.rule.awq_alpha and entry.site):
             continue
-        scales = column_scales(stats.mean_abs(row.site), row.rule.awq_alpha)
-        result.scales[row.name] = scales
-        result.tensors[row.name] = result.tensors[row.name].float() * scales
-        fold = folds.get(row.name)
-        if fold is None or not row.rule.awq_fold:
-            result.stored.add(row.name)
+        scales = column_scales(stats.mean_abs(entry.site), entry.rule.awq_alpha)
+        result.scales[entry.name] = scales
+        result.tensors[entry.name] = result.tensors[entry.name].float() * scales
+        # Undone in the matrix before where that is exact, else stored beside this one.
+        fold = folds.get(entry.name)
+        if fold is None or not entry.rule.awq_fold:
+            result.stored.add(entry.name)
             continue
         producer = result.tensors[fold.producer].float()
         result.tensors[fold.producer] = producer * scales.pow(-1 / fold.power)[:, None]
-        result.folded[row.name] = fold.producer
+        result.folded[entry.name] = fold.producer
     return result
 
 
 def stretched_hessian(hessian: Tensor, scales: Tensor) -> Tensor:  # (in, in), (in,) → (in, in)
-    """The Hessian of inputs divided by s."""
+    """Return the Hessian of inputs divided by s."""
     inverse = 1 / scales.to(hessian)
     return hessian * inverse[:, None] * inverse[None, :]
 
 
 def stored_factor(scales: Tensor) -> np.ndarray:  # (in,) float16
-    """1/s as the artifact keeps it."""
+    """Return 1/s as the artifact keeps it."""
     kept: np.ndarray = (1 / scales).to(torch.float16).numpy()
     return kept

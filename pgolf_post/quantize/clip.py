@@ -1,27 +1,47 @@
-"""Clip rules: the scale of a row (or of a tensor, or of a group of columns) before anything is rounded.
+"""Clip rules: the step Δ of a row (or of a tensor, or of a group of columns), chosen before anything is rounded.
 
-*sdclip*      scale = k · std · adj / (2^(bits-1) - 1). k far above the usual 3-4 makes the grid coarse relative to the
-              row: symbols have low entropy, and the entropy coder, not the bit width, decides the bytes (PR #1394,
+*sdclip*      Δ = k · std · adj / (2^(bits-1) - 1). k far above the usual 3-4 makes the grid coarse relative to the row:
+              symbols have low entropy, and the entropy coder, not the bit width, decides the bytes (PR #1394,
               openai/parameter-golf). Hessian-aware (PR #1412): rows that carry more of Σ_j |W_ij|·H_jj get wider steps,
               adj_i = 1 + λ(r_i - 1), r normalised to mean 1.
 *absmax*      the largest weight sits on the outermost symbol.
 *percentile*  the share of the largest weight, out of a fixed list, that leaves the least squared error after rounding;
               *percentile-hessian* weighs each column's error by the Hessian's diagonal.
+
+A new rule is a function here with a line in STEPS_BY_RULE, and a row of plan.CLIP_RULES that says what it reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from pgolf_post.errors import NumericsError
+from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.plan import GridRule
 
-SHARES = tuple(1.0 - 0.02 * step for step in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
+SHARES = tuple(1.0 - 0.02 * place for place in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
+
+
+class Units(NamedTuple):
+    """The weights of a matrix, grouped by what shares a step."""
+
+    weights: Tensor  # (units, values) float64
+    diagonal: Tensor | None  # of the Hessian, float64, broadcasts to `weights`; None if it is not read
+    largest: int  # symbols stay within ±largest
+    clip: float  # SDClip's k at the tensor's depth
+    rule: GridRule
+
+    @property
+    def outermost(self) -> Tensor:  # (units,)
+        """The step that puts the largest weight on the outermost symbol."""
+        return self.weights.abs().amax(dim=1) / self.largest
 
 
 def max_symbol(bits: int) -> int:
-    """The largest symbol of a symmetric grid: 2^(bits-1) - 1; 0 bits are unbounded, limited only by 16-bit storage."""
+    """Return the largest symbol of a symmetric grid: 2^(bits-1) - 1; 0 bits are limited only by 16-bit storage."""
     return 2 ** (bits - 1) - 1 if bits else 32767
 
 
@@ -29,51 +49,36 @@ def row_importance(
     weight: Tensor,  # (out, in)
     hessian_diagonal: Tensor,  # (in,)
 ) -> Tensor:  # (out,) mean 1
-    """r_i = mean_j |W_ij|·H_jj, divided by its mean over rows (all ones where the mean is zero)."""
+    """Return r_i = mean_j |W_ij|·H_jj divided by its mean over rows; all ones where the mean is zero."""
     raw = (weight.abs().double() * hessian_diagonal.double()).mean(dim=1)
     mean = raw.mean()
     return raw / mean if mean > 0 else torch.ones_like(raw)
 
 
-def sdclip_scales(
-    name: str,
-    weight: Tensor,  # (rows, values) float32
-    bits: int,
-    clip: float,
-    hessian_lambda: float = 0.0,
-    hessian_diagonal: Tensor | None = None,  # (values,), needed where hessian_lambda > 0
-) -> Tensor:  # (rows,) float32, each exactly representable in float16
-    """SDClip row scales. A constant row puts its value on the outermost symbol; an all-zero row takes scale 1.
-
-    Unbounded symbols (bits = 0) have the step that 6 bits would have. Raises NumericsError outside fp16's range.
-    """
-    units = weight.double()
-    scales = _sdclip(units, bits or 6, clip, hessian_lambda, hessian_diagonal)
-    return to_stored(name, _of_zeros(units, scales), "row")
-
-
-def grid_scales(
+def grid_steps(
     name: str,
     weight: Tensor,  # (out, in) float32
     rule: GridRule,
-    clip: float,
+    clip: float,  # k at the tensor's depth
     hessian_diagonal: Tensor | None = None,  # (in,), where the rule asks for it
 ) -> Tensor:  # (out,), (1,) or (out·in/group_size,) float32, each exactly representable in float16
-    """The scales that a rule gives a matrix: per row, for the whole tensor, or per group of columns in row order."""
-    units, diagonal = _units(name, weight, rule, hessian_diagonal)
-    if rule.scale == "sdclip":
-        scales = _sdclip(units, rule.bits or 6, clip, rule.hessian_lambda, diagonal)
-    elif rule.scale == "absmax":
-        scales = units.abs().amax(dim=1) / max_symbol(rule.bits)
-    else:
-        scales = _percentile(units, max_symbol(rule.bits), diagonal if rule.scale == "percentile-hessian" else None)
-    return to_stored(name, _of_zeros(units, scales), rule.per)
+    """Return the steps that a rule gives a matrix: per row, for the whole tensor, or per group in row-major order.
+
+    An all-zero unit takes step 1: any would do. Raises SettingsError for a clip rule that has no function,
+    NumericsError naming the tensor for a step outside fp16's range, or for groups that do not divide the columns.
+    """
+    if rule.scale not in STEPS_BY_RULE:
+        raise SettingsError(f"{name}: no such clip rule {rule.scale!r}; valid: {', '.join(STEPS_BY_RULE)}")
+    weights, diagonal = _units(name, weight, rule, hessian_diagonal)
+    steps = STEPS_BY_RULE[rule.scale](Units(weights, diagonal, max_symbol(rule.bits), clip, rule))
+    steps = torch.where(weights.abs().amax(dim=1) == 0, torch.ones_like(steps), steps)
+    return to_stored(name, steps, rule.per)
 
 
 def _units(
     name: str, weight: Tensor, rule: GridRule, hessian_diagonal: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:  # (units, values per unit) float64, the same shape or one that broadcasts
-    """The values that share a scale, one unit a row, and the Hessian diagonal beside them."""
+    """Return the values that share a step, one unit a row, and the Hessian's diagonal beside them."""
     rows, columns = weight.shape
     diagonal = None if hessian_diagonal is None else hessian_diagonal.double()[None, :]
     if rule.per == "row":
@@ -91,44 +96,63 @@ def _units(
     return groups, beside
 
 
-def _sdclip(units: Tensor, bits: int, clip: float, hessian_lambda: float, diagonal: Tensor | None) -> Tensor:
-    spread = units.std(dim=1, correction=1 if units.size(1) > 1 else 0)
-    if hessian_lambda > 0:
-        assert diagonal is not None
-        spread = spread * (1 + hessian_lambda * (row_importance(units, diagonal) - 1))
-    outermost = units.abs().amax(dim=1) / max_symbol(bits)
-    return torch.where(spread == 0, outermost, clip * spread / max_symbol(bits))
+def _sdclip(units: Units) -> Tensor:  # (units,)
+    """A constant row puts its value on the outermost symbol. Unbounded symbols have the step of 6 bits."""
+    weights, rule = units.weights, units.rule
+    largest = max_symbol(rule.bits or 6)
+    spread = weights.std(dim=1, correction=1 if weights.size(1) > 1 else 0)
+    if rule.hessian_lambda > 0:
+        assert units.diagonal is not None
+        spread = spread * (1 + rule.hessian_lambda * (row_importance(weights, units.diagonal) - 1))
+    outermost = weights.abs().amax(dim=1) / largest
+    return torch.where(spread == 0, outermost, units.clip * spread / largest)
 
 
-def _percentile(units: Tensor, largest: int, weights: Tensor | None) -> Tensor:  # (units,)
-    """Of the scales share · max|w| / largest, each row's with the least Σ_j h_j (w_j - ŵ_j)²."""
-    ceiling = units.abs().amax(dim=1)
+def _absmax(units: Units) -> Tensor:  # (units,)
+    return units.outermost
+
+
+def _percentile(units: Units) -> Tensor:  # (units,)
+    return _least_error(units, None)
+
+
+def _percentile_hessian(units: Units) -> Tensor:  # (units,)
+    return _least_error(units, units.diagonal)
+
+
+def _least_error(units: Units, importance: Tensor | None) -> Tensor:  # (units,)
+    """Of the steps share · max|w| / largest, return each unit's with the least Σ_j h_j (w_j - ŵ_j)²."""
+    weights, largest = units.weights, units.largest
+    ceiling = weights.abs().amax(dim=1)
     best = torch.full_like(ceiling, torch.inf)
     chosen = ceiling / largest
     for share in SHARES:
-        scales = (share * ceiling / largest).to(torch.float16).double()
-        safe = torch.where(scales > 0, scales, 1.0)[:, None]
-        rounded = (units / safe).round().clamp(-largest, largest) * safe
-        squared = (units - rounded).square()
-        cost = (squared if weights is None else squared * weights).sum(dim=1)
+        steps = (share * ceiling / largest).to(torch.float16).double()
+        safe = torch.where(steps > 0, steps, 1.0)[:, None]
+        rounded = (weights / safe).round().clamp(-largest, largest) * safe
+        squared = (weights - rounded).square()
+        cost = (squared if importance is None else squared * importance).sum(dim=1)
         better = cost < best
-        best, chosen = torch.where(better, cost, best), torch.where(better, scales, chosen)
+        best, chosen = torch.where(better, cost, best), torch.where(better, steps, chosen)
     return chosen
 
 
-def _of_zeros(units: Tensor, scales: Tensor) -> Tensor:
-    """An all-zero unit takes the scale 1: any would do."""
-    return torch.where(units.abs().amax(dim=1) == 0, torch.ones_like(scales), scales)
+STEPS_BY_RULE: dict[str, Callable[[Units], Tensor]] = {  # keys as in plan.CLIP_RULES
+    "sdclip": _sdclip,
+    "absmax": _absmax,
+    "percentile": _percentile,
+    "percentile-hessian": _percentile_hessian,
+}
 
 
-def to_stored(name: str, scales: Tensor, unit: str) -> Tensor:  # (units,) float64 → float32, exact in float16
-    """Scales as the artifact stores them. Raises NumericsError naming tensor and unit outside fp16's range."""
-    stored = scales.to(torch.float16).float()
+def to_stored(name: str, steps: Tensor, unit: str) -> Tensor:  # (units,) float64 → float32, exact in float16
+    """Return steps as the artifact stores them. Raises NumericsError naming tensor and unit outside fp16's range."""
+    stored = steps.to(torch.float16).float()
     bad = ~(torch.isfinite(stored) & (stored > 0))
     if bad.any():
         at = int(bad.nonzero()[0])
         raise NumericsError(
-            f"{name}: the scale of {unit} {at} is {float(scales[at]):.3g}, outside fp16's range 6e-8 .. 65504",
+            f"{name}: the step of {unit} {at} is {float(steps[at]):.3g}, outside fp16's range 6e-8 .. 65504",
             hint="the weights there are extreme; look at them with pgolf-post show, or keep the tensor in fp16",
         )
     return stored

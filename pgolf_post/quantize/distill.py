@@ -1,12 +1,13 @@
-"""Distillation after rounding: the parameters that stay floats learn to live with the matrices that did not.
+"""Distillation after rounding: tune the parameters that stay floats to make up for the rounded matrices.
 
 Symbols and scales are frozen. What the plan keeps as floats (gains, mixes, gates, skip weights) is tuned by AdamW
-with a cosine schedule to bring the quantized model's distribution back to the unquantized one's: the mean over tokens
-of KL(teacher ‖ student), on calibration text, never on validation text. It costs no bytes: the same numbers, others.
+with a cosine schedule to bring the quantized model's distribution back to that of the reference, the unquantized model.
+The loss is the mean over tokens of KL(reference ‖ quantized), on calibration text, never on validation text. It costs
+no bytes: values change, their number and type do not.
 
 Part of the windows is held out. The tuned values are rounded as the artifact stores them, and kept only if on the
-held-out windows both the KL and the nats of the text itself are lower than before; otherwise the model stays as it was,
-and the report says so. The forward pass is the model's own; norms and gates of a quantized network are what BRECQ
+held-out windows both the KL and the nats of the text itself fall. Otherwise the model stays as it was, and the report
+says so. The forward pass is the model's own; norms and gates of a quantized network are what BRECQ
 (arXiv 2102.05426) and Norm Tweaking (arXiv 2309.02784) tune, layer by layer; here all of them see the final loss.
 """
 
@@ -43,7 +44,7 @@ BETAS = (0.9, 0.99)
 class Losses:
     """Means per token over the held-out windows."""
 
-    kl: float  # KL(teacher ‖ student), nats
+    kl: float  # KL(reference ‖ quantized), nats
     nats: float  # of the text's own next tokens
 
 
@@ -62,7 +63,7 @@ class DistillReport:
     seconds: float
 
     def facts(self) -> dict[str, Any]:
-        """JSON facts."""
+        """Return JSON facts."""
         losses = {
             f"{name}_{when}": getattr(losses, name)
             for when, losses in (("before", self.before), ("after", self.after))
@@ -75,25 +76,27 @@ class DistillReport:
 def distill(
     model: QuantizedModel, view: View, text: CalibrationSet, settings: DistillSettings
 ) -> tuple[QuantizedModel, DistillReport]:
-    """The model with its passed-through floats tuned, or the model as it was; symbols and scales are the same objects.
+    """Return the model with its passed-through floats tuned, or the model as it was.
 
-    `text` is a calibration set, which validation text cannot be made into. The same inputs give the same values on a
-    CPU; on a GPU sums add in another order. Raises SettingsError where the text has too few windows, MismatchError for
-    a model of another view or one that keeps no parameter, NumericsError for values outside fp16's range.
+    Symbols and scale factors are the same objects. `text` is a calibration set, never validation text. The same inputs
+    give the same values on a CPU; on a GPU sums add in another order. Raises SettingsError where the text has too few
+    windows, MismatchError for a model of another view or one that keeps no parameter, NumericsError for values outside
+    fp16's range.
     """
     started = time.perf_counter()
     if model.lineage.get("checkpoint_id") not in (None, view.id[:12]):
-        raise MismatchError(f"the model was quantized from {model.lineage['checkpoint_id']}, the teacher is {view}")
-    trained, held_out = split_windows(text.tokens, settings)
+        raise MismatchError(f"the model was quantized from {model.lineage['checkpoint_id']}, the reference is {view}")
+    windows = split_windows(text.tokens, settings)
     work = _Work(model, view, settings)
-    with progress_bar("the teacher's hidden states", len(trained) + len(held_out)) as advance:
-        lesson, exam = (work.taught(windows, advance) for windows in (trained, held_out))
-    first = work.losses(exam)
+    with progress_bar("the reference's hidden states", sum(map(len, windows))) as advance:
+        tune_text, held_out = (work.with_reference(part, advance) for part in windows)
+    # Tune, round as stored, and compare on held-out text.
+    first = work.losses(held_out)
     with progress_bar("distilling", settings.steps) as advance:
-        work.tune(lesson, advance)
+        work.tune(tune_text, advance)
     tuned = work.stored()
     work.load(tuned)
-    last = work.losses(exam)
+    last = work.losses(held_out)
     kept = last.kl < first.kl and last.nats < first.nats
     worse = " and ".join(name for name in ("kl", "nats") if getattr(last, name) >= getattr(first, name))
     reason = "" if kept else f"held-out {worse} did not fall: the values are as they were"
@@ -102,8 +105,8 @@ def distill(
         reason,
         settings.steps,
         sum(array.size for array in tuned.values()),
-        trained.size,
-        held_out.size,
+        windows[0].size,
+        windows[1].size,
         first,
         last,
         round(time.perf_counter() - started, 3),
@@ -116,12 +119,12 @@ def distill(
 
 
 def distill_id(view: View, text: CalibrationSet, settings: DistillSettings) -> str:
-    """The id of a distillation: teacher, text and settings."""
+    """Return the id of a distillation, from reference, text and settings."""
     return derived_id("distill", STAGE_VERSION, [view.id, text.sha256], settings.model_dump(mode="json"))
 
 
 def split_windows(tokens: np.ndarray, settings: DistillSettings) -> tuple[np.ndarray, np.ndarray]:
-    """(windows, seq_len) int64 → those that are trained on, and those held out. Raises SettingsError below two."""
+    """Split (windows, seq_len) int64 into windows for tuning and windows held out. Raises SettingsError below two."""
     windows = tokens[: max(1, settings.tokens // tokens.shape[1])]
     if len(windows) < 2 or tokens.shape[1] < 2:
         raise SettingsError(
@@ -135,18 +138,18 @@ def split_windows(tokens: np.ndarray, settings: DistillSettings) -> tuple[np.nda
 
 
 def tunable(model: QuantizedModel) -> list[str]:
-    """The passed-through tensors that the model's family has as parameters it would train, in the model's order."""
+    """Return the names of passed-through trainable parameters, in the model's order. Raises MismatchError if none."""
     module = build_module(model.config)
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    found = [name for name in names if name in model.passthrough]
-    if not found:
+    kept = [name for name in names if name in model.passthrough]
+    if not kept:
         raise MismatchError("the plan keeps no trainable parameter as floats: distillation has nothing to tune")
-    return found
+    return kept
 
 
 @dataclass(frozen=True)
-class Taught:
-    """Windows, and the teacher's hidden states there: of its forward pass only the head is run again."""
+class ReferenceText:
+    """Windows of text with the reference's hidden states, so that only its head is run again."""
 
     tokens: Tensor  # (windows, seq_len) int64
     hidden: Tensor  # (windows, seq_len, dim), on the CPU
@@ -156,29 +159,29 @@ class Taught:
 
 
 class _Work:
-    """Teacher and student, built once."""
+    """The reference and the quantized model, built once."""
 
     def __init__(self, model: QuantizedModel, view: View, settings: DistillSettings) -> None:
         self.model, self.settings, self.device = model, settings, ALONE.device
         decoded = {name: torch.from_numpy(array) for name, array in model.tensors().items()}
-        student = load_module(model.config, decoded, "quantized").to(self.device)
-        self.student: Any = student  # LanguageModels
-        self.teacher: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
-        self.parameters = {name: student.get_parameter(name) for name in tunable(model)}
+        quantized = load_module(model.config, decoded, "quantized").to(self.device)
+        self.quantized: Any = quantized  # LanguageModels
+        self.reference: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
+        self.parameters = {name: quantized.get_parameter(name) for name in tunable(model)}
 
     @torch.no_grad()
-    def taught(self, windows: np.ndarray, advance: Callable[..., None]) -> Taught:
-        """Run the teacher once."""
-        tokens, found = torch.from_numpy(windows), []
+    def with_reference(self, windows: np.ndarray, advance: Callable[..., None]) -> ReferenceText:
+        """Run the reference once over (windows, seq_len) int64."""
+        tokens, hidden = torch.from_numpy(windows), []
         for batch in tokens.split(self._batch_windows(windows.shape[1])):
-            found.append(self.teacher.hidden(batch.to(self.device)).cpu())
+            hidden.append(self.reference.hidden(batch.to(self.device)).cpu())
             advance(len(batch))
-        return Taught(tokens, torch.cat(found))
+        return ReferenceText(tokens, torch.cat(hidden))
 
     def _batch_windows(self, seq_len: int) -> int:
         return max(1, self.settings.batch_tokens // seq_len)
 
-    def tune(self, lesson: Taught, advance: Callable[..., None]) -> None:
+    def tune(self, tune_text: ReferenceText, advance: Callable[..., None]) -> None:
         """Run the steps; parameters that the forward pass does not reach stay as they are."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -186,13 +189,13 @@ class _Work:
         optimizer = torch.optim.AdamW(
             list(self.parameters.values()), settings.learning_rate, BETAS, weight_decay=settings.weight_decay
         )
-        size = min(len(lesson), self._batch_windows(lesson.tokens.size(1)))
-        batches = epochs(len(lesson), size, settings.seed, "distillation")
+        size = min(len(tune_text), self._batch_windows(tune_text.tokens.size(1)))
+        batches = epochs(len(tune_text), size, settings.seed, "distillation")
         with torch.enable_grad():
             for step in range(settings.steps):
                 rate = 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
                 optimizer.param_groups[0]["lr"] = rate
-                kl, _ = self._loss(lesson, torch.from_numpy(next(batches)))
+                kl, _ = self._loss(tune_text, torch.from_numpy(next(batches)))
                 optimizer.zero_grad(set_to_none=True)
                 kl.backward()
                 optimizer.step()
@@ -200,28 +203,28 @@ class _Work:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
-    def _loss(self, taught: Taught, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
-        """Mean KL over all positions, and mean nats of the next tokens."""
-        tokens = taught.tokens[chosen].to(self.device)
+    def _loss(self, text: ReferenceText, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
+        """Return the mean KL over all positions, and the mean nats of the next tokens."""
+        tokens = text.tokens[chosen].to(self.device)
         with torch.no_grad():
-            target = F.log_softmax(self.teacher.logits(taught.hidden[chosen].to(self.device)).float(), -1)
-        found = F.log_softmax(self.student.logits(self.student.hidden(tokens)).float(), -1)
-        kl = divergences_of(target, found).mean()
-        nats = F.nll_loss(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            target = F.log_softmax(self.reference.logits(text.hidden[chosen].to(self.device)).float(), -1)
+        log_probs = F.log_softmax(self.quantized.logits(self.quantized.hidden(tokens)).float(), -1)
+        kl = divergences_of(target, log_probs).mean()
+        nats = F.nll_loss(log_probs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return kl, nats
 
     @torch.no_grad()
-    def losses(self, exam: Taught) -> Losses:
-        """Losses of the student as it is, summed in float64. Raises NumericsError if they are not finite."""
+    def losses(self, held_out: ReferenceText) -> Losses:
+        """Return the quantized model's losses, summed in float64. Raises NumericsError if they are not finite."""
         sums = np.zeros(2)
-        for batch in torch.arange(len(exam)).split(self._batch_windows(exam.tokens.size(1))):
-            sums += [float(loss) * len(batch) for loss in self._loss(exam, batch)]
+        for batch in torch.arange(len(held_out)).split(self._batch_windows(held_out.tokens.size(1))):
+            sums += [float(loss) * len(batch) for loss in self._loss(held_out, batch)]
         if not np.isfinite(sums).all():
             raise NumericsError("the held-out loss is not finite", hint="--set distill.learning_rate=…, a lower one")
-        return Losses(*(sums / len(exam)).tolist())
+        return Losses(*(sums / len(held_out)).tolist())
 
     def stored(self) -> dict[str, np.ndarray]:
-        """The tuned values in the types that the model stores."""
+        """Return the tuned values in the types that the model stores."""
         return {
             name: to_stored(name, parameter.detach().cpu(), self.model.passthrough[name])
             for name, parameter in self.parameters.items()
@@ -229,13 +232,16 @@ class _Work:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, np.ndarray]) -> None:
-        """Put stored values into the student."""
+        """Put stored values into the quantized model."""
         for name, array in values.items():
             self.parameters[name].copy_(torch.from_numpy(widen(array)))
 
 
 def to_stored(name: str, values: Tensor, like: np.ndarray) -> np.ndarray:
-    """Values as `like` is stored: float16, or bfloat16's bits. Raises NumericsError for NaN, infinity and overflow."""
+    """Return values as `like` is stored: float16, or bfloat16's bits.
+
+    Raises NumericsError for NaN, infinity and overflow.
+    """
     kind = torch.bfloat16 if like.dtype == np.uint16 else torch.float16
     rounded = values.to(kind)
     if not torch.isfinite(rounded).all():

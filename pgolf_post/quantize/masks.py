@@ -21,7 +21,7 @@ PruneMethod = Literal["magnitude", "wanda", "ones"]
 
 
 def magnitude_mask(weight: Tensor, share: float) -> Tensor:  # (out, in) → bool
-    """The ⌊share · size⌋ smallest |w|; of equal ones, those that come first."""
+    """Mark the ⌊share · size⌋ smallest |w|; of equal ones, those that come first."""
     return _smallest(weight.abs().reshape(1, -1), share).view_as(weight)
 
 
@@ -30,7 +30,7 @@ def wanda_mask(
     mean_square: Tensor,  # (in,) mean x_j², the diagonal of the mean Hessian
     share: float,
 ) -> Tensor:  # (out, in) bool
-    """In each row the ⌊share · in⌋ smallest |w_ij|·√(mean x_j²)."""
+    """Mark in each row the ⌊share · in⌋ smallest |w_ij|·√(mean x_j²)."""
     return _smallest(weight.double().abs() * mean_square.double().clamp(min=0).sqrt(), share)
 
 
@@ -41,7 +41,10 @@ def ones_mask(
     hessian: Tensor | None,  # (in, in); None = identity
     share: float,  # of the ±1 symbols
 ) -> Tensor:  # (out, in) bool
-    """The ⌊share · count⌋ symbols ±1 whose zeroing adds least to Σ e H eᵀ: 2δ(eH)_j + δ²H_jj with δ = symbol · step."""
+    """Mark the ⌊share · count⌋ symbols ±1 whose zeroing adds least to Σ e H eᵀ.
+
+    That is 2δ(eH)_j + δ²H_jj with δ = symbol · step.
+    """
     wide = error.double()
     moved = symbols.double() * steps.double()
     if hessian is None:

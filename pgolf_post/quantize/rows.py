@@ -1,14 +1,14 @@
 """Quantize some tensors of a view: each by its entry of the plan, with the evidence, and nothing changed in place.
 
-First everything that is rounded is prepared (stretched, pruned, given its scales). Then all GPTQ problems run side by
-side. Last, pruned symbols are zeroed and each result is described.
+First everything that is rounded is prepared (stretched, pruned, given its steps). Then each method rounds its tensors
+side by side (rounding.py). Last, pruned symbols are zeroed and each result is described.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,131 +19,99 @@ from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
+from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, TensorPlan
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch
-from pgolf_post.quantize.clip import grid_scales, max_symbol
-from pgolf_post.quantize.gptq.driver import Job, gptq_jobs, hessian_error
-from pgolf_post.quantize.gptq.stats_factors import StatsFactors, row_hessian
+from pgolf_post.quantize.clip import grid_steps, max_symbol, to_stored
+from pgolf_post.quantize.gptq.driver import hessian_error
+from pgolf_post.quantize.gptq.stats_factors import StatsFactors, entry_hessian
+from pgolf_post.quantize.gptq.trellis import UNION_GRID, grid_points
 from pgolf_post.quantize.masks import magnitude_mask, ones_mask, wanda_mask
-from pgolf_post.quantize.rtn import round_to_nearest
+from pgolf_post.quantize.rounding import Prepared, round_prepared, trellis_of
 from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor, smallest_dtype
 
 FP16_MAX = 65504.0
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """One tensor, ready to be rounded."""
-
-    row: TensorPlan
-    weight: Tensor  # (rows, columns) float32, stretched and pruned
-    scales: Tensor  # (units,) float32, exact in fp16
-    shape: tuple[int, ...]
-    seconds: float
-
-    @property
-    def rule(self) -> GridRule:
-        """The row's rule."""
-        assert isinstance(self.row.rule, GridRule)
-        return self.row.rule
-
-    @property
-    def steps(self) -> Tensor:  # (rows, 1) or (rows, columns)
-        """The scales in a shape that broadcasts to the weight."""
-        return spread_scales(self.scales, self.weight)
-
-
 def quantize_part(
-    view: View, rows: Sequence[TensorPlan], stats: Stats, factors: StatsFactors
+    view: View, entries: Sequence[TensorPlan], stats: Stats, factors: StatsFactors
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """The quantized tensors of some rows of a plan, and all tensors as they would be decoded without loss."""
-    folds = view.family.folds(view.module)
-    stretched = stretch(view.tensors, rows, stats, folds)
-    grid = [row for row in rows if isinstance(row.rule, GridRule)]
-    return quantize_rows(grid, stretched, stats, factors), stretched.decoded()
+    """Return the quantized tensors of some entries of a plan, and all tensors as they would be decoded without loss."""
+    folds = get_family(view.config["family"]).folds(build_module(view.config))
+    stretched = stretch(view.tensors, entries, stats, folds)
+    grid = [entry for entry in entries if isinstance(entry.rule, GridRule)]
+    return quantize_entries(grid, stretched, stats, factors), stretched.decoded()
 
 
-def quantize_rows(
-    rows: Sequence[TensorPlan], stretched: Stretched, stats: Stats, factors: StatsFactors
+def quantize_entries(
+    entries: Sequence[TensorPlan], stretched: Stretched, stats: Stats, factors: StatsFactors
 ) -> dict[str, QuantizedTensor]:
-    """Quantize the tensors of grid rows, in the plan's order."""
-    by_gptq = [row for row in rows if row.method == "gptq"]
-    factors.fill(by_gptq)
-    prepared = {row.name: prepare(row, stretched.tensors[row.name], stats) for row in rows}
-    total = sum(item.weight.numel() for item in prepared.values())
-    with progress_bar("quantizing", total) as advance:
-        symbols = _gptq_symbols([prepared[row.name] for row in by_gptq], factors, advance)
-        for item in prepared.values():
-            if item.row.name not in symbols:
-                rounded = round_to_nearest(item.weight, item.steps, max_symbol(item.rule.bits))
-                symbols[item.row.name] = rounded
-                advance(item.weight.numel())
-    made = {}
-    for name, item in prepared.items():
-        damping = _damping(item.row, factors)
-        tensor = finish(item, symbols[name], row_hessian(item.row, stats), damping)
-        made[name] = _with_stored_scales(tensor, stretched.scales[name]) if name in stretched.stored else tensor
-    return made
+    """Quantize the tensors of entries with grid rules, in the plan's order."""
+    factors.fill(entry for entry in entries if entry.method == "gptq")
+    prepared = [prepare(entry, stretched.tensors[entry.name], stats) for entry in entries]
+    with progress_bar("quantizing", sum(item.weight.numel() for item in prepared)) as advance:
+        symbols = round_prepared(prepared, factors, advance)
+    quantized = {}
+    for item in prepared:
+        name = item.entry.name
+        tensor = finish(item, symbols[name], entry_hessian(item.entry, stats), _damping(item.entry, factors))
+        quantized[name] = _with_stored_scales(tensor, stretched.scales[name]) if name in stretched.stored else tensor
+    return quantized
 
 
-def prepare(row: TensorPlan, tensor: Tensor, stats: Stats) -> Prepared:
-    """A tensor as a matrix with the scales that its rule gives it."""
-    started, rule = time.perf_counter(), row.rule
+def prepare(entry: TensorPlan, tensor: Tensor, stats: Stats) -> Prepared:
+    """Return a tensor as a matrix with the steps that its rule gives it."""
+    started, rule = time.perf_counter(), entry.rule
     assert isinstance(rule, GridRule)
-    reads_hessian = rule.hessian_lambda or rule.scale == "percentile-hessian" or rule.prune == "wanda"
-    hessian = row_hessian(row, stats) if reads_hessian else None
+    hessian = entry_hessian(entry, stats) if rule.reads_hessian else None
     diagonal = None if hessian is None else hessian.diagonal()
     weight = _pruned(as_matrix(tensor.float()), rule, diagonal)
-    scales = grid_scales(row.name, weight, rule if row.site else _without_hessian(rule), row.clip, diagonal)
-    return Prepared(row, weight, scales, tuple(tensor.shape), time.perf_counter() - started)
+    steps = grid_steps(entry.name, weight, rule if entry.site else rule.without_hessian(), entry.clip, diagonal)
+    if trellis_of(entry, len(weight)):
+        steps = to_stored(entry.name, steps.double() * UNION_GRID, rule.per)
+    return Prepared(entry, weight, steps, tuple(tensor.shape), time.perf_counter() - started)
 
 
-def _gptq_symbols(items: Sequence[Prepared], factors: StatsFactors, advance: Any) -> dict[str, Tensor]:
-    """All GPTQ problems of equal block size side by side: name → (rows, columns) symbols."""
-    found: dict[str, Tensor] = {}
-    sizes = {item.rule.block_size for item in items if isinstance(item.rule, GptqRule)}
-    for size in sorted(sizes):
-        same = [item for item in items if isinstance(item.rule, GptqRule) and item.rule.block_size == size]
-        jobs = [
-            Job(item.row.name, item.weight, factors.get(item.row), item.steps, max_symbol(item.rule.bits))
-            for item in same
-        ]
-        found.update(zip((item.row.name for item in same), gptq_jobs(jobs, size, advance=advance), strict=True))
-    return found
-
-
-def _damping(row: TensorPlan, factors: StatsFactors) -> dict[str, Any]:
-    """What factorizing a GPTQ row's Hessian took."""
-    if row.method != "gptq":
+def _damping(entry: TensorPlan, factors: StatsFactors) -> dict[str, Any]:
+    """Return what factorizing a GPTQ entry's moments took."""
+    if entry.method != "gptq":
         return {}
-    factor = factors.get(row)
-    return {"damp_used": factor.damp, "dead_columns": factor.dead_columns}
+    factor = factors.get(entry)
+    facts: dict[str, Any] = {"damp_used": factor.damp, "dead_columns": factor.dead_columns}
+    if isinstance(entry.rule, GptqRule) and entry.rule.row_feedback:
+        rows = factors.get_rows(entry)
+        facts |= {"row_damp_used": rows.damp, "dead_rows": rows.dead_columns}
+    return facts
 
 
 def finish(item: Prepared, symbols: Tensor, hessian: Tensor | None, damping: dict[str, Any]) -> QuantizedTensor:
-    """The quantized tensor with its evidence."""
-    started, rule, row = time.perf_counter(), item.rule, item.row
+    """Return the quantized tensor with its evidence."""
+    started, rule, entry = time.perf_counter(), item.rule, item.entry
     symbols = symbols.int()
     if rule.prune == "ones":
         error = item.weight - symbols * item.steps
         symbols = symbols.masked_fill(ones_mask(symbols, item.steps, error, hessian, rule.prune_share), 0)
     array = smallest_dtype(symbols.numpy())
-    facts: dict[str, Any] = {"method": row.method, "rule": rule.name, "role": row.role, "bits": rule.bits}
-    facts |= {"clip": row.clip, **damping, "entropy_bits": entropy_bits(array)}
+    # What was done, and what it did to the tensor.
+    facts: dict[str, Any] = {"method": entry.method, "rule": rule.name, "role": entry.role, "bits": rule.bits}
+    facts |= {"clip": entry.clip, **damping, "entropy_bits": entropy_bits(array)}
+    if item.trellis:
+        facts["trellis_states"] = item.trellis.states
     if hessian is not None:
-        facts["error"] = hessian_error(item.weight, symbols * item.steps, hessian.float())
+        points = torch.from_numpy(grid_points(array, item.trellis)) if item.trellis else symbols
+        facts["error"] = hessian_error(item.weight, points * item.steps, hessian.float())
     facts["clipped"] = float((symbols.abs() == max_symbol(rule.bits)).double().mean()) if symbols.numel() else 0.0
     if rule.prune != "none":
         facts["zeros"] = float((symbols == 0).double().mean()) if symbols.numel() else 0.0
-    if row.reason:
-        facts["reason"] = row.reason
+    if entry.reason:
+        facts["reason"] = entry.reason
     facts["seconds"] = round(item.seconds + time.perf_counter() - started, 4)
-    grid = ScaleFactor(rule.per, item.scales.to(torch.float16).numpy(), rule.group_size)
-    return QuantizedTensor(row.name, array, (grid,), item.shape, facts=facts)
+    factor = ScaleFactor(rule.per, item.unit_steps.to(torch.float16).numpy(), rule.group_size)
+    return QuantizedTensor(entry.name, array, (factor,), item.shape, item.trellis, facts)
 
 
 def entropy_bits(symbols: np.ndarray) -> float:
-    """Order-0 empirical entropy, bits per symbol."""
+    """Return the order-0 empirical entropy, bits per symbol."""
     if symbols.size == 0:
         return 0.0
     counts = np.bincount(symbols.ravel().astype(np.int32) - int(symbols.min()))
@@ -152,20 +120,12 @@ def entropy_bits(symbols: np.ndarray) -> float:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:  # any shape → (rows, columns)
-    """A vector as one row; of more dimensions, all but the first as columns."""
+    """Return a vector as one row; of more dimensions, all but the first as columns."""
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
 
 
-def spread_scales(scales: Tensor, weight: Tensor) -> Tensor:  # (units,) → (out, 1) or (out, in)
-    """Scales in a shape that broadcasts to the weight (out, in)."""
-    rows, columns = weight.shape
-    if len(scales) in (1, rows):
-        return scales[:, None].expand(rows, 1)
-    return scales.repeat_interleave(rows * columns // len(scales)).reshape(rows, columns)
-
-
 def _pruned(weight: Tensor, rule: GridRule, diagonal: Tensor | None) -> Tensor:  # (out, in) → the same
-    """The weight after the pruning that comes before rounding; wanda without a Hessian takes all inputs as equal."""
+    """Return the weight after the pruning that precedes rounding; wanda without a Hessian takes all inputs as equal."""
     if rule.prune == "magnitude":
         return weight.masked_fill(magnitude_mask(weight, rule.prune_share), 0)
     if rule.prune == "wanda":
@@ -174,28 +134,22 @@ def _pruned(weight: Tensor, rule: GridRule, diagonal: Tensor | None) -> Tensor: 
     return weight
 
 
-def _without_hessian(rule: GridRule) -> GridRule:
-    """The rule for a matrix that has no Hessian: scales come from the weights alone."""
-    plain = "percentile" if rule.scale == "percentile-hessian" else rule.scale
-    return rule.model_copy(update={"hessian_lambda": 0.0, "scale": plain})
-
-
-def keep_tensor(row: TensorPlan, tensor: Tensor) -> np.ndarray:  # float16, or uint16 bits of bfloat16
-    """A tensor stored as floats. Raises NumericsError if a value overflows fp16."""
-    assert isinstance(row.rule, KeepRule)
-    if row.rule.dtype == "bf16":
+def keep_tensor(entry: TensorPlan, tensor: Tensor) -> np.ndarray:  # float16, or uint16 bits of bfloat16
+    """Return a tensor as it is stored in 16-bit floats. Raises NumericsError if a value overflows fp16."""
+    assert isinstance(entry.rule, KeepRule)
+    if entry.rule.dtype == "bf16":
         bits: np.ndarray = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
         return bits
     largest = float(tensor.abs().max()) if tensor.numel() else 0.0
     if largest > FP16_MAX:
         raise NumericsError(
-            f"{row.name}: |value| {largest:.4g} does not fit in fp16 (largest {FP16_MAX:g})",
-            hint=f'--set {row.rule.name}.dtype="bf16"',
+            f"{entry.name}: |value| {largest:.4g} does not fit in fp16 (largest {FP16_MAX:g})",
+            hint=f'--set {entry.rule.name}.dtype="bf16"',
         )
     kept: np.ndarray = tensor.to(torch.float16).numpy()
     return kept
 
 
 def _with_stored_scales(tensor: QuantizedTensor, scales: Tensor) -> QuantizedTensor:
-    """The tensor with AWQ's 1/s as a column factor."""
+    """Return the tensor with AWQ's 1/s as a column factor."""
     return replace(tensor, factors=(*tensor.factors, ScaleFactor("column", stored_factor(scales))))

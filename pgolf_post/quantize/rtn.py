@@ -7,9 +7,9 @@ from torch import Tensor
 
 def round_to_nearest(
     weight: Tensor,  # (out, in) float32
-    scales: Tensor,  # (out,), or broadcasts to (out, in); float32
+    steps: Tensor,  # (out,), or broadcasts to (out, in); float32
     largest: int,  # symbols are clipped to ±largest
 ) -> Tensor:  # (out, in) int32
-    """The symbols of `weight`."""
-    steps = scales[:, None] if scales.ndim == 1 else scales
-    return (weight / steps).round().clamp(-largest, largest).int()
+    """Return the symbols of `weight`."""
+    spread = steps[:, None] if steps.ndim == 1 else steps
+    return (weight / spread).round().clamp(-largest, largest).int()

@@ -15,6 +15,7 @@ What exactly runs:
   passes: a tied embedding is both the first matrix and the last. Low-rank corrections are chosen among all matrices at
   the end, so no pass sees them.
 * AWQ takes its Σ|x| from the same passes as the Hessians.
+* Row feedback takes the second moments of output gradients from the statistics at hand: those of the float model.
 
 Cost: one forward pass over the text per block but the first. Weights and statistics are left as they are.
 """
@@ -49,12 +50,12 @@ PROBE_TOKENS = 8
 
 def quantize_in_order(
     view: View,
-    rows: Sequence[TensorPlan],
+    entries: Sequence[TensorPlan],
     stats: Stats,
     factors: StatsFactors,  # of `stats`
-    text: CalibrationSet | None,  # that `stats` were collected on
+    text: CalibrationSet | None,  # on which `stats` were collected
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """As `quantize_part`, block by block.
+    """Like rows.quantize_part, block by block.
 
     Raises SettingsError without a text, MismatchError where the text is not as long as that of the statistics.
     """
@@ -62,9 +63,10 @@ def quantize_in_order(
     family = view.family
     module = load_module(view.config, view.tensors, str(view), copy=True).to(ALONE.device)
     blocks = blocks_in_order(module, family)
-    members = _members(blocks, rows, family)
+    members = _members(blocks, entries, family)
     inside = {name for names in members for name in names}
-    made, floats = quantize_part(view, [row for row in rows if row.name not in inside], stats, factors)
+    # Matrices outside the blocks keep the statistics at hand.
+    quantized, floats = quantize_part(view, [one for one in entries if one.name not in inside], stats, factors)
     for number, ((layer, sites), names) in enumerate(zip(blocks, members, strict=True)):
         own_stats, own_factors = stats, factors
         if number:
@@ -72,12 +74,14 @@ def quantize_in_order(
             sums = collect(Observed(module, sites, autocast=autocast_dtype("auto", ALONE.device)), tokens)
             own_stats = _of_block(stats, sites, sums.tensors, tokens.size)
             own_factors = StatsFactors(own_stats)
-        found, lossless = quantize_part(view, [row for row in rows if row.name in names], own_stats, own_factors)
-        made.update(found)
+        chosen = [entry for entry in entries if entry.name in names]
+        block, lossless = quantize_part(view, chosen, own_stats, own_factors)
+        quantized.update(block)
         floats.update({name: lossless[name] for name in names})
-        swap_weights(module, {name: torch.from_numpy(tensor.dequantize()) for name, tensor in found.items()})
-    in_plan = [row.name for row in rows if row.name in made]
-    return {name: made[name] for name in in_plan}, floats
+        # Later blocks see this one decoded from its symbols.
+        swap_weights(module, {name: torch.from_numpy(tensor.dequantize()) for name, tensor in block.items()})
+    in_plan = [entry.name for entry in entries if entry.name in quantized]
+    return {name: quantized[name] for name in in_plan}, floats
 
 
 def _require_text(stats: Stats, text: CalibrationSet | None) -> CalibrationSet:
@@ -92,10 +96,10 @@ def _require_text(stats: Stats, text: CalibrationSet | None) -> CalibrationSet:
 
 
 def blocks_in_order(module: Any, family: ModelFamily) -> list[tuple[int, list[Site]]]:
-    """(layer, its sites) in the order in which one forward pass first comes to them.
+    """Return (layer, its sites) in the order in which one forward pass first visits them.
 
-    A layer that is come to again for new matrices is there twice. What has no layer (embedding, head, projections) is
-    in no block.
+    A layer that is visited again for new matrices is listed twice. Tensors without a layer (embedding, head,
+    projections) are in no block.
     """
     inside = {site.name: site for site in family.sites(module) if family.layer(site.tensors[0]) is not None}
     seen: dict[str, int] = {}
@@ -113,19 +117,19 @@ def blocks_in_order(module: Any, family: ModelFamily) -> list[tuple[int, list[Si
 
 
 def _members(
-    blocks: Sequence[tuple[int, list[Site]]], rows: Sequence[TensorPlan], family: ModelFamily
+    blocks: Sequence[tuple[int, list[Site]]], entries: Sequence[TensorPlan], family: ModelFamily
 ) -> list[set[str]]:
-    """The tensors of each block: what its sites feed and, where its layer comes first, the layer's others."""
+    """Return the tensors of each block: those its sites feed and, at a layer's first block, the layer's others."""
     fed = {name for _, sites in blocks for site in sites for name in site.tensors}
     others: dict[int | None, set[str]] = {}
-    for row in rows:
-        if row.name not in fed:
-            others.setdefault(family.layer(row.name), set()).add(row.name)
+    for entry in entries:
+        if entry.name not in fed:
+            others.setdefault(family.layer(entry.name), set()).add(entry.name)
     return [{name for site in sites for name in site.tensors} | others.pop(layer, set()) for layer, sites in blocks]
 
 
 def _of_block(stats: Stats, sites: Sequence[Site], sums: Mapping[str, Tensor], num_tokens: int) -> Stats:
-    """Statistics of a block's sites alone, rounded as stored ones are."""
+    """Return statistics of a block's sites alone, rounded as stored ones are."""
 
     def kind(name: str) -> dict[str, Tensor]:
         return {site.name: sums[f"{name}.{site.name}"].cpu() for site in sites}
@@ -137,6 +141,5 @@ def _of_block(stats: Stats, sites: Sequence[Site], sums: Mapping[str, Tensor], n
         abs_sums=kind("abs"),
         abs_maxima=kind("max"),
         pass_traces=kind("trace"),
-        fisher=None,
         num_tokens=num_tokens,
     )

@@ -27,7 +27,7 @@ ROOTS = (2.0 ** (np.arange(8) / 8)).astype(np.float32)  # 2^(k/8), the mantissas
 
 @dataclass(frozen=True)
 class ScaleFactor:
-    """One scale for the tensor, each row, each column, or each group of `group_size` weights in row-major order."""
+    """One stored number per tensor, row, column, or group of `group_size` weights in row-major order."""
 
     axis: Axis
     values: np.ndarray  # float16, or int8 / int16 eighths of an octave: tensor (1,), row (rows,), column (columns,)
@@ -39,7 +39,7 @@ class ScaleFactor:
         return self.values.dtype.kind == "i"
 
     def spread(self, rows: int, columns: int) -> np.ndarray:
-        """The values, in their own dtype, in a shape that broadcasts to (rows, columns)."""
+        """Return the values, in their own dtype, in a shape that broadcasts to (rows, columns)."""
         if self.axis == "row":
             return self.values[:, None]
         if self.axis == "group":
@@ -48,14 +48,14 @@ class ScaleFactor:
 
 
 def power_of_eighths(exponents: np.ndarray) -> np.ndarray:  # int, any shape → float32
-    """2^(v/8), from eight mantissas and a shift of the exponent: the same bits everywhere."""
+    """Return 2^(v/8), from eight mantissas and a shift of the exponent: the same bits everywhere."""
     wide = exponents.astype(np.int32)
     scaled: np.ndarray = np.ldexp(ROOTS[wide & 7], wide >> 3)
     return scaled
 
 
 def scale_of(factors: tuple[ScaleFactor, ...], rows: int, columns: int) -> np.ndarray:  # float32, broadcasts to both
-    """The product of all factors."""
+    """Return the product of all factors: the step Δ of each weight."""
     scale = np.ones((1, 1), np.float32)
     exponents = np.zeros((1, 1), np.int32)
     for factor in factors:
@@ -78,7 +78,7 @@ class QuantizedTensor:
     facts: Mapping[str, Any] = field(default_factory=dict)  # method, bits, entropy_bits, damp_used, error …
 
     def dequantize(self) -> np.ndarray:  # `shape` float32
-        """The weights the decoder will produce, bit for bit, low-rank corrections aside."""
+        """Return the weights that the decoder will produce, bit for bit, low-rank corrections aside."""
         points = grid_points(self.symbols, self.trellis) if self.trellis else self.symbols
         restored: np.ndarray = points.astype(np.float32) * scale_of(self.factors, *self.symbols.shape)
         return restored.reshape(self.shape)
@@ -94,11 +94,11 @@ class QuantizedModel:
     passthrough: Mapping[str, np.ndarray]  # float16, or uint16 holding the bits of bfloat16; any shape
 
     def symbols_sha256(self) -> str:
-        """Hex sha256 over the symbols of all quantized tensors in name order: what a NO-OP is judged by."""
+        """Return the hex sha256 of the symbols of all quantized tensors in name order; equal hashes mark a NO-OP."""
         return symbols_sha256({name: tensor.symbols for name, tensor in self.quantized.items()})
 
     def content_sha256(self) -> str:
-        """Hex sha256 of everything that decoding gives back: symbols, factors, trellises and floats."""
+        """Return the hex sha256 of all that decoding gives back: symbols, factors, trellises and floats."""
         digest = hashlib.sha256(self.symbols_sha256().encode())
         for name in sorted(self.quantized):
             tensor = self.quantized[name]
@@ -112,14 +112,14 @@ class QuantizedModel:
         return digest.hexdigest()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Every tensor of the model as float32, as a decoder must reproduce it."""
+        """Return every tensor of the model as float32, as a decoder must reproduce it."""
         restored = {name: widen(array) for name, array in self.passthrough.items()}
         restored.update({name: tensor.dequantize() for name, tensor in self.quantized.items()})
         return add_low_rank(restored)
 
 
 def widen(array: np.ndarray) -> np.ndarray:  # float16, or uint16 bits of bfloat16 → float32
-    """A passed-through tensor's values."""
+    """Return a passed-through tensor's values."""
     if array.dtype == np.uint16:
         return (array.astype("<u4") << 16).view("<f4")
     return array.astype(np.float32)
@@ -134,7 +134,7 @@ def add_low_rank(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def smallest_dtype(symbols: np.ndarray) -> np.ndarray:
-    """The same integers as int8 if they fit, else int16. Raises OverflowError beyond ±32,767."""
+    """Return the same integers as int8 if they fit, else as int16. Raises OverflowError beyond ±32,767."""
     largest = int(np.abs(symbols.astype(np.int64)).max()) if symbols.size else 0
     if largest > 32767:
         raise OverflowError(f"symbol ±{largest} does not fit in 16 bits")
@@ -142,7 +142,7 @@ def smallest_dtype(symbols: np.ndarray) -> np.ndarray:
 
 
 def symbols_sha256(symbols: Mapping[str, np.ndarray]) -> str:
-    """Hex sha256 of symbol arrays in name order as little-endian int16, names and shapes included."""
+    """Return the hex sha256 of symbol arrays in name order as little-endian int16, names and shapes included."""
     digest = hashlib.sha256()
     for name in sorted(symbols):
         array = np.ascontiguousarray(symbols[name], dtype="<i2")

@@ -61,7 +61,7 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
     def sums(self) -> dict[str, Any]:
-        """The JSON facts of a score."""
+        """Return bpb and the sums it is made of, as JSON facts."""
         return {"bpb": self.bpb, "nats": self.nats, "tokens": self.tokens, "bytes": self.bytes}
 
     def save(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class Score:
 
 
 def documents_of(tokens: np.ndarray) -> np.ndarray:  # (n,) → (n,) int64
-    """The document in which each token stands: BOS opens one, and belongs to it; the first has one or not."""
+    """Return the document in which each token stands: BOS opens one, and belongs to it; the first has one or not."""
     starts = np.asarray(tokens == BOS_ID)
     starts[:1] = False
     return np.cumsum(starts)

@@ -37,13 +37,13 @@ class _Counts:
 
 
 def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """values at the positions where sorted `keys` equals `wanted`, 0 where it does not occur."""
+    """Return values at the positions where sorted `keys` equals `wanted`, 0 where it does not occur."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)
 
 
 def _codes(text: np.ndarray, order: int) -> np.ndarray:  # (n,) uint8 → (n,) int64
-    """Each byte with its `order` predecessors as one integer; a missing predecessor is 256, so it equals no byte."""
+    """Return each byte with its `order` predecessors as one integer; a missing one is 256, which equals no byte."""
     padded = np.concatenate([np.full(order, 256, dtype=np.int64), text.astype(np.int64)])
     code = np.zeros(len(text), dtype=np.int64)
     for back in range(order, 0, -1):
@@ -60,7 +60,7 @@ class ByteNgram:
         self.counts = [_Counts.of(np.concatenate([_codes(text, k) for text in texts])) for k in range(order + 1)]
 
     def nats(self, document: bytes) -> float:
-        """-log p of one document."""
+        """Return -log p of one document."""
         text = np.frombuffer(document, dtype=np.uint8)
         probability = np.full(len(text), 1 / 256)
         for k, counts in enumerate(self.counts):
@@ -74,7 +74,7 @@ class ByteNgram:
 
 
 def decode_documents(data: DataFolder, tokens: np.ndarray) -> list[bytes]:  # tokens: (n,), BOS before each document
-    """The documents of a token stream as UTF-8 text."""
+    """Return the documents of a token stream as UTF-8 text."""
     starts = np.flatnonzero(tokens == BOS_ID)
     bounds = [*starts.tolist(), len(tokens)]
     pieces: Sequence[list[int]] = [tokens[a + 1 : b].tolist() for a, b in pairwise(bounds)]
@@ -82,7 +82,7 @@ def decode_documents(data: DataFolder, tokens: np.ndarray) -> list[bytes]:  # to
 
 
 def byte_ngram_bpb(data: DataFolder, max_train_tokens: int | None = None, max_tokens: int | None = None) -> float:
-    """bpb on validation (its first max_tokens tokens) of an order-3 byte model fitted on the training split."""
+    """Return bpb on validation (its first max_tokens tokens) of an order-3 byte model fitted on the training split."""
     model = ByteNgram(decode_documents(data, data.tokens("train", max_train_tokens)))
     documents = decode_documents(data, data.tokens("val", max_tokens))
     nats = math.fsum(model.nats(document) for document in documents)

@@ -6,7 +6,7 @@ An artifact's score is that of the tensors which the shipped decoder gives back,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
-from pgolf_post.pack.artifact import Artifact, read_artifact
+from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
@@ -29,6 +29,16 @@ SCORE = Stage("score", 2, "documents.safetensors")
 CachedScore = tuple[dict[str, Any], bool]  # {bpb, nats, tokens, bytes, documents, …}, whether it was cached
 
 
+@dataclass(frozen=True)
+class ScoredModel:
+    """The identity of what is scored: a checkpoint's view or an artifact's decoded weights."""
+
+    id: str  # of the view's tensors, or sha256 of the artifact's file
+    config: Mapping[str, Any]
+    name: str  # for people
+    root: Path  # folder that keeps its scores
+
+
 def score_view(
     view: View,
     data: DataFolder,
@@ -37,10 +47,10 @@ def score_view(
     session: Session | None = None,
     pool: ModelPool | None = None,
 ) -> CachedScore:
-    """The score of a view's own weights."""
+    """Return the score of a view's own weights. Raises MismatchError for data of another tokenizer."""
     require_tokenizer(view.config, data, str(view))
-    subject = Subject(view.id, view.config, str(view), view.checkpoint.path / "derived")
-    return score_subject(subject, lambda: view.tensors, data, protocol, fresh, session, pool)
+    model = ScoredModel(view.id, view.config, str(view), view.checkpoint.path / "derived")
+    return score_model(model, lambda: view.tensors, data, protocol, fresh, session, pool)
 
 
 def score_artifact(
@@ -50,75 +60,79 @@ def score_artifact(
     fresh: bool = False,
     session: Session | None = None,
     pool: ModelPool | None = None,
-    decoded: Artifact | None = None,  # what this very file was decoded to, where that is in memory already
+    decoded: DecodedArtifact | None = None,  # what this very file was decoded to, where that is in memory already
 ) -> CachedScore:
-    """The score of what an artifact decodes to, kept in the checkpoint folder that holds it, else beside the file."""
+    """Return the score of an artifact's decoded weights, kept in its checkpoint folder or else beside the file.
+
+    Raises DamagedFileError for a file that does not decode, MismatchError for data of another tokenizer.
+    """
     session = session or Session()
     if decoded is None:
         with session.clock.phase("decompress"):
             decoded = read_artifact(path)
     config = decoded.manifest["config"]
     require_tokenizer(config, data, str(path))
-    folder = path.parent.parent
-    root = folder.parent if (folder.name, folder.parent.name) == ("artifact", "derived") else path.parent / "derived"
-    subject = Subject(sha256_file(path), config, str(path), root)
-
+    model = ScoredModel(sha256_file(path), config, str(path), scores_root(path))
     tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
-    return score_subject(subject, lambda: tensors, data, protocol, fresh, session, pool)
+    return score_model(model, lambda: tensors, data, protocol, fresh, session, pool)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is scored: its id, config, name for people, and the folder that keeps its scores."""
-
-    id: str
-    config: Mapping[str, Any]
-    name: str
-    root: Path
+def scores_root(path: Path) -> Path:
+    """Return the folder that keeps an artifact's scores: its checkpoint's derived/ folder, else one beside the file."""
+    folder = path.parent.parent
+    in_checkpoint = (folder.name, folder.parent.name) == ("artifact", "derived")
+    return folder.parent if in_checkpoint else path.parent / "derived"
 
 
-def score_subject(
-    subject: Subject,
-    tensors: Callable[[], Mapping[str, torch.Tensor]],
+def score_model(
+    model: ScoredModel,
+    tensors: Callable[[], Mapping[str, torch.Tensor]],  # called where nothing is cached
     data: DataFolder,
     protocol: Protocol,
     fresh: bool = False,
     session: Session | None = None,
     pool: ModelPool | None = None,
 ) -> CachedScore:
-    """Look a score up by subject, text and protocol, or run it and keep its sums."""
-    session, pool = session or Session(), pool or ModelPool()
+    """Look a score up by model, text and protocol, or run it and keep its sums.
+
+    The session's clock counts the seconds; its `partial` and `identity` are not read and stay as they are.
+    """
+    pool = pool or ModelPool()
     identity = {**protocol.model_dump(mode="json"), "data_manifest_sha256": data.manifest_sha256}
-    whole_id = SCORE.id([subject.id], identity)
-    folder = SCORE.folder(subject.root, whole_id)
-    session.identity, session.partial = whole_id, folder.with_name(f"{folder.name}.partial.safetensors")
+    whole_id = SCORE.id([model.id], identity)
+    folder = SCORE.folder(model.root, whole_id)
+    partial = folder.with_name(f"{folder.name}.partial.safetensors")
+    own_session = replace(session or Session(), identity=whole_id, partial=partial)
+    ranks, clock = own_session.ranks, own_session.clock
 
     def run() -> tuple[Score, dict[str, Any]]:
-        with session.clock.phase("load"):
+        with clock.phase("load"):
             text = folder_text(data, protocol)
-            module = pool.load(subject.config, tensors(), subject.name, session.ranks.device)
-        pool.warm_up(module, protocol, len(text[0]), session.clock)
-        return score_text(module, get_family(subject.config["family"]), *text, protocol, session)
+            module = pool.load(model.config, tensors(), model.name, ranks.device)
+        pool.warm_up(module, protocol, len(text[0]), clock)
+        return score_text(module, get_family(model.config["family"]), *text, protocol, own_session)
 
-    def keep(building: Path, found: tuple[Score, dict[str, Any]]) -> Mapping[str, Any]:
-        score, facts = found
+    def keep(building: Path, result: tuple[Score, dict[str, Any]]) -> Mapping[str, Any]:
+        score, facts = result
         score.save(building / SCORE.payload)
-        return {**score.sums(), "documents": len(score.document_nats), "subject_id": subject.id, **facts}
+        return {**score.sums(), "documents": len(score.document_nats), "subject_id": model.id, **facts}
 
-    if session.ranks.world_size == 1:
-        found, cached = SCORE.load_or_make(folder, identity, lambda building: keep(building, run()), fresh)
-        return {**found, "folder": str(folder)}, cached
-    if session.ranks.main_says(not fresh and _is_intact(folder)):
+    if ranks.world_size == 1:
+        meta, cached = SCORE.load_or_make(folder, identity, lambda building: keep(building, run()), fresh)
+        return {**meta, "folder": str(folder)}, cached
+
+    # rank 0 says whether the score is there; all score together, rank 0 keeps it
+    if ranks.main_says(not fresh and _is_intact(folder)):
         return {**read_json(folder / "meta.json"), "folder": str(folder)}, True
     result = run()
-    if session.ranks.is_main:
+    if ranks.is_main:
         SCORE.store(folder, identity, lambda building: keep(building, result))
-    session.ranks.wait()
+    ranks.wait()
     return {**read_json(folder / "meta.json"), "folder": str(folder)}, False
 
 
 def load_score(facts: Mapping[str, Any]) -> Score:
-    """The sums, by unit, of what `score_view` and `score_artifact` returned."""
+    """Return the sums, by unit, of what `score_view` or `score_artifact` returned."""
     return Score.load(Path(facts["folder"]) / SCORE.payload)
 
 

@@ -1,11 +1,11 @@
 """Score-first as a data structure: what has been scored, once, and what may therefore be trained on.
 
 Test-time training is legal only where a token's nats are final before any step has seen it. Here that is no convention:
-every protocol commits its nats to a ledger, which takes each target once, and a training loop gets its tokens from the
-ledger alone, which hands out only ranges that are committed. A loop that trains first does not run.
+every protocol commits its nats to a log, which takes each target once, and a training loop gets its tokens from the
+log alone, which hands out only ranges that are committed. A loop that trains first does not run.
 
-Ranks each have a ledger of what they have scored themselves. `merge` makes them one: only from then on does a rank hand
-out what another has scored, and clocks go on from the latest, so that turns prove the order across ranks too.
+Ranks each have a log of what they have scored themselves. `merge` makes them one: only from then on does a rank hand
+out what another has scored, and turns go on from the latest, so that they prove the order across ranks too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class CommitError(VerificationError):
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A range of tokens handed out for training, and how many commits there had been."""
+class HandedOut:
+    """A range of tokens handed out for training, and how many commits there had been by then."""
 
     turn: int
     start: int
@@ -42,7 +42,7 @@ class CommitLog:
         self.nats = np.zeros(len(tokens))  # float64
         self.turn = np.full(len(tokens), -1, dtype=np.int64)  # the commit that scored each target; -1 = none yet
         self.turns = 0
-        self.lessons: list[Lesson] = []
+        self.handed_out: list[HandedOut] = []
         self._merged = np.zeros(len(tokens), dtype=bool)  # targets that every rank knows
 
     @property
@@ -54,7 +54,7 @@ class CommitLog:
         places: np.ndarray,  # (k,) int64, places of targets in the text
         nats: np.ndarray,  # (k,)
     ) -> None:
-        """Enter the nats of targets, for good. Raises CommitError for a second time, NumericsError for NaN."""
+        """Record the nats of targets, for good. Raises CommitError for a second time, NumericsError for NaN."""
         outside = places[(places < 1) | (places > self.num_targets)]
         if len(outside):
             raise CommitError(f"place {int(outside[0])} is no target; targets are 1..{self.num_targets}")
@@ -68,7 +68,7 @@ class CommitLog:
         self.turns += 1
 
     def hand_out(self, start: int, stop: int) -> np.ndarray:  # (stop - start,) int64
-        """Tokens [start, stop) for training. Raises CommitError unless every one of them has been scored.
+        """Return tokens [start, stop) for training. Raises CommitError unless every one of them has been scored.
 
         The text's first token is never a target and free to use.
         """
@@ -78,7 +78,7 @@ class CommitLog:
             raise CommitError(
                 f"tokens {start}..{stop - 1} were asked for training, but token {place} has not been scored yet"
             )
-        self.lessons.append(Lesson(self.turns, start, stop))
+        self.handed_out.append(HandedOut(self.turns, start, stop))
         return self.tokens[start:stop].astype(np.int64)
 
     def require_complete(self) -> None:
@@ -94,41 +94,47 @@ class CommitLog:
         """
         if ranks.world_size == 1:
             return
+
+        # what this rank alone knows of the places, as tensors that can be summed
         part = slice(start, stop)
         own = torch.from_numpy(self.scored[part] & ~self._merged[part]).to(ranks.device)
         times = own.long()
         nats, turn = (torch.from_numpy(x[part]).to(ranks.device) for x in (self.nats, self.turn))
         nats, turn = nats * own, torch.where(own, turn, -1)
-        clock = torch.tensor([self.turns], device=ranks.device)
+        last_turn = torch.tensor([self.turns], device=ranks.device)
+
+        # no target may have been scored by two ranks
         ranks.sum_(times)
         if int(times.max()) > 1:
             place = start + int(times.argmax())
             raise CommitError(f"target {place} was scored by {int(times.max())} ranks")
+
+        # every rank takes over what the others have scored
         ranks.sum_(nats)
         ranks.maximum_(turn)
-        ranks.maximum_(clock)
-        found = (times > 0).cpu().numpy()
-        self.nats[part][found], self.turn[part][found] = nats.cpu().numpy()[found], turn.cpu().numpy()[found]
-        self._merged[part] |= found
-        self.turns = int(clock)
+        ranks.maximum_(last_turn)
+        new = (times > 0).cpu().numpy()
+        self.nats[part][new], self.turn[part][new] = nats.cpu().numpy()[new], turn.cpu().numpy()[new]
+        self._merged[part] |= new
+        self.turns = int(last_turn)
 
     def close(self, ranks: Ranks) -> None:
-        """Merge everything, lessons too; one that several ranks took together counts once."""
+        """Merge everything, ranges handed out too; one that several ranks took together counts once."""
         self.merge(ranks)
         if ranks.world_size > 1:
-            rows = ranks.gather(torch.from_numpy(self._lesson_rows()).to(ranks.device))
-            self.lessons = [Lesson(*row) for row in sorted(set(map(tuple, rows.tolist())))]
+            rows = ranks.gather(torch.from_numpy(self._handed_out_rows()).to(ranks.device))
+            self.handed_out = [HandedOut(*row) for row in sorted(set(map(tuple, rows.tolist())))]
 
-    def _lesson_rows(self) -> np.ndarray:  # (lessons, 3) int64
-        return np.array([(x.turn, x.start, x.stop) for x in self.lessons], dtype=np.int64).reshape(-1, 3)
+    def _handed_out_rows(self) -> np.ndarray:  # (ranges, 3) int64
+        return np.array([(x.turn, x.start, x.stop) for x in self.handed_out], dtype=np.int64).reshape(-1, 3)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything but the text, to go on from later."""
-        counts = {"turns": np.array([self.turns]), "lessons": self._lesson_rows()}
+        """Return everything but the text, to go on from later, under the names that kept passes have on disk."""
+        counts = {"turns": np.array([self.turns]), "lessons": self._handed_out_rows()}
         return {"nats": self.nats, "turn": self.turn, **counts}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` returned."""
+        """Load what `state` returned."""
         self.nats, self.turn = state["nats"].copy(), state["turn"].copy()
         self.turns = int(state["turns"][0])
-        self.lessons = [Lesson(*map(int, row)) for row in state["lessons"]]
+        self.handed_out = [HandedOut(*map(int, row)) for row in state["lessons"]]

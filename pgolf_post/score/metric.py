@@ -30,7 +30,7 @@ def measure_module(module: nn.Module, data: DataFolder, protocol: PlainProtocol)
 
 
 def recorded_protocol(checkpoint: Checkpoint, view: str) -> tuple[dict[str, Any], PlainProtocol]:
-    """A view's recorded metric and its protocol. Raises NotFoundError if none was recorded."""
+    """Return a view's recorded metric and its protocol. Raises NotFoundError if none was recorded."""
     metric = checkpoint.meta["views"][view].get("metric")
     if not metric:
         raise NotFoundError(f"{checkpoint.path} records no metric for its {view!r} weights")
@@ -50,7 +50,7 @@ class Verification:
 
     view: str
     recorded_bpb: float
-    found_bpb: float
+    recomputed_bpb: float
     difference_nats: float  # per token
 
     @property
@@ -70,12 +70,14 @@ def verify_metric(view: View, data: DataFolder) -> Verification:
             f"(manifest {data.manifest_sha256[:12]}, recorded {metric['data_manifest_sha256'][:12]})",
             hint="pass the right folder with --data",
         )
-    found = measure_module(load_module(view.config, view.tensors, str(view)), data, protocol)
+    recomputed = measure_module(load_module(view.config, view.tensors, str(view)), data, protocol)
     for count in ("tokens", "bytes"):
-        if found[count] != metric[count]:
+        if recomputed[count] != metric[count]:
             raise VerificationError(
-                f"{view.checkpoint.path}: {view.name} records {metric[count]:,} {count}, found {found[count]:,}"
+                f"{view.checkpoint.path}: {view.name} records {metric[count]:,} {count}, found {recomputed[count]:,}"
             )
-    by_nats = found["nats"] - metric["nats"]
-    by_bpb = (found["bpb"] - metric["bpb"]) * math.log(2) * found["bytes"]
-    return Verification(view.name, metric["bpb"], found["bpb"], max(by_nats, by_bpb, key=abs) / found["tokens"])
+    by_nats = recomputed["nats"] - metric["nats"]
+    by_bpb = (recomputed["bpb"] - metric["bpb"]) * math.log(2) * recomputed["bytes"]
+    return Verification(
+        view.name, metric["bpb"], recomputed["bpb"], max(by_nats, by_bpb, key=abs) / recomputed["tokens"]
+    )

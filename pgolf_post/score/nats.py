@@ -1,4 +1,4 @@
-"""From hidden states to nats, and who else may look.
+"""Nats of targets from hidden states, and an observer of whole distributions.
 
 A family's module gives logits; their softmax is the distribution that is scored. A module that mixes distributions of
 its own (an n-gram expert, a cache) may define `log_probs(hidden)` instead, (…, dim) → (…, vocab_size): then that is
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Observer:
-    """Keeps the whole distribution at chosen targets, for the audit."""
+    """A keeper of the whole distribution at chosen targets, for the audit."""
 
     def __init__(self, watched: np.ndarray) -> None:  # (k,) places of targets
         self.watched = {int(place) for place in watched}
@@ -34,17 +34,17 @@ def target_nats(
     hidden: Tensor,  # (k, dim)
     targets: Tensor,  # (k,) int64
 ) -> Tensor:  # (k,)
-    """-log p of each target."""
+    """Return -log p of each target."""
     if hasattr(module, "log_probs"):
         return -module.log_probs(hidden).gather(-1, targets[:, None])[:, 0]
     return F.cross_entropy(module.logits(hidden), targets, reduction="none")
 
 
 def distribution(module: Any, hidden: Tensor) -> Tensor:  # (k, dim) → (k, vocab_size)
-    """The log-probabilities that `target_nats` picks from."""
+    """Return the log-probabilities that `target_nats` picks from."""
     if hasattr(module, "log_probs"):
-        found: Tensor = module.log_probs(hidden)
-        return found
+        log_probs: Tensor = module.log_probs(hidden)
+        return log_probs
     return F.log_softmax(module.logits(hidden), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""The time ledger of an evaluation: seconds per phase, two sums, and a budget that is enforced.
+"""The seconds of an evaluation per phase, two sums, and a budget that is enforced.
 
 The challenge gives an evaluation 600 s. *Strict* counts every phase from the start of the command; *by convention* is
 what record logs report: scoring and adapting, without loading, decoding and compiling.
@@ -29,7 +29,7 @@ class PhaseTimes:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Count what happens inside towards a phase."""
+        """Add the seconds spent inside to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -45,7 +45,7 @@ class PhaseTimes:
         return sum(self.seconds.get(name, 0.0) for name in CONVENTION)
 
     def over_budget(self) -> bool:
-        """Whether the strict sum has reached the budget; says so once at 80 % of it."""
+        """Return whether the strict sum has reached the budget; says so once at 80 % of it."""
         if self.budget_seconds is None:
             return False
         if not self._warned and self.strict >= WARN_SHARE * self.budget_seconds:
@@ -54,7 +54,7 @@ class PhaseTimes:
         return self.strict >= self.budget_seconds
 
     def facts(self) -> dict[str, float]:
-        """JSON facts: seconds per phase and both sums."""
+        """Return seconds per phase and both sums, as JSON facts."""
         phases = {f"{name}_seconds": round(value, 3) for name, value in self.seconds.items()}
         return {**phases, "strict_seconds": round(self.strict, 3), "convention_seconds": round(self.by_convention, 3)}
 

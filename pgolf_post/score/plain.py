@@ -25,7 +25,7 @@ BATCH_TOKENS = 16384
 
 
 class PlainProtocol(Settings):
-    """What exactly was scored; part of every score's identity."""
+    """Plain scoring: what exactly was scored. Part of a score's identity."""
 
     protocol: Literal["plain"] = "plain"
     split: Literal["train", "val"] = "val"
@@ -35,7 +35,7 @@ class PlainProtocol(Settings):
 
 
 def windows(num_tokens: int, seq_len: int, tail: str) -> list[tuple[int, int]]:  # [(start, length)]
-    """Input windows of a text of `num_tokens` tokens."""
+    """Return input windows of a text of `num_tokens` tokens."""
     full = (num_tokens - 1) // seq_len
     spans = [(i * seq_len, seq_len) for i in range(full)]
     rest = num_tokens - 1 - full * seq_len
@@ -55,7 +55,7 @@ def score_plain(
 
 
 def protocol_windows(tokens: np.ndarray, protocol: PlainProtocol) -> list[tuple[int, int]]:
-    """A text's windows under a protocol. Raises MismatchError if it is shorter than one."""
+    """Return a text's windows under a protocol. Raises MismatchError if it is shorter than one."""
     spans = windows(len(tokens), protocol.seq_len, protocol.tail)
     if not spans:
         raise MismatchError(f"{len(tokens)} tokens are fewer than one window of {protocol.seq_len} + 1")

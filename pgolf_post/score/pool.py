@@ -36,7 +36,7 @@ class CompiledModel:
 
 
 class ModelPool:
-    """Keeps the last module; weights of the same config go into it in place."""
+    """A pool of one: the last module, into which weights of the same config go in place."""
 
     def __init__(self, compiled: bool = False, backend: str = "inductor") -> None:
         self.compiled, self.backend = compiled, backend
@@ -48,7 +48,7 @@ class ModelPool:
     def load(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, device: torch.device
     ) -> Any:  # a LanguageModel
-        """A model that holds `tensors`. Raises MismatchError if they do not fit the config."""
+        """Return a model that holds `tensors`. Raises MismatchError if they do not fit the config."""
         key = canonical_json({"family": config["family"], "model": config["model"], "graph": config["graph"]})
         if self._module is not None and key == self._key:
             check_tensors(self._module, tensors, source)

@@ -1,8 +1,8 @@
 """One scoring pass as a list of steps: timed, stopped where it is safe, kept, and continued where it stopped.
 
-Ctrl-C and an exhausted time budget are the same event: at the next step boundary the ledger and whatever the pass has
-learned go to a file, and the same command goes on from there and ends with the same number. A second Ctrl-C stops at
-once. Under torchrun nothing is kept: the launcher kills its processes.
+Ctrl-C and an exhausted time budget are the same event: at the next step boundary the log of commits and whatever the
+pass has learned go to a file, and the same command goes on from there and ends with the same number. A second Ctrl-C
+stops at once. Under torchrun nothing is kept: the launcher kills its processes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pgolf_post.score.phase_times import PhaseTimes
 
 ESTIMATE_AFTER = 3  # timed steps
 ESTIMATE_WORTH_SECONDS = 10.0
+LOG, WORK = "ledger.", "work."  # in a kept pass: prefix of what was committed, and of what was learned
 
 
 class StoppedError(PgolfError):
@@ -38,27 +39,27 @@ class StoppedError(PgolfError):
 
 
 class Pass(Protocol):
-    """What a protocol does, cut into steps."""
+    """A protocol's work on one text, cut into steps."""
 
     costs: np.ndarray  # (steps,) relative
-    ledger: CommitLog
+    log: CommitLog
 
     def step(self, index: int) -> None:
         """Score, or train on, the next part of the text."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """What was learned so far, beside the ledger."""
+        """Return what was learned so far, beside the log."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Load what `state` returned."""
 
     def facts(self) -> dict[str, Any]:
-        """JSON facts: evidence of what was learned."""
+        """Return evidence of what was learned, as JSON facts."""
 
 
 @dataclass
 class Session:
-    """What a pass runs in."""
+    """The circumstances of a pass: clock, ranks, where it is kept when stopped, who looks on."""
 
     clock: PhaseTimes = field(default_factory=PhaseTimes)
     ranks: Ranks = ALONE
@@ -69,7 +70,7 @@ class Session:
     quiet: bool = False  # part of other work that reports for it
 
     def run(self, work: Pass) -> None:
-        """All steps of a pass. Raises StoppedError with the partial result kept."""
+        """Run all steps of a pass. Raises StoppedError with the partial result kept."""
         first = self._restore(work)
         total = float(work.costs.sum())
         with interruptible() as interrupted, self._progress(len(work.costs)) as advance:
@@ -99,11 +100,11 @@ class Session:
             say(f"{self.description}: about {whole:.0f} s{against}")
 
     def _stop(self, work: Pass, index: int, by_hand: bool) -> None:
-        done = int(work.ledger.scored.sum())
+        done = int(work.log.scored.sum())
         what = "interrupted" if by_hand else f"the time budget of {self.clock.budget_seconds:.0f} s is spent"
-        message = f"{what} with {done:,} of {work.ledger.num_targets:,} targets scored"
+        message = f"{what} with {done:,} of {work.log.num_targets:,} targets scored"
         if done:
-            message += f" ({work.ledger.nats.sum() / done:.6f} nats per token so far)"
+            message += f" ({work.log.nats.sum() / done:.6f} nats per token so far)"
         hint = None
         if self.partial is not None and self.ranks.world_size == 1:
             self._keep(work, index)
@@ -114,19 +115,19 @@ class Session:
         raise error
 
     def _keep(self, work: Pass, index: int) -> None:
-        """Write the ledger, what was learned, and where to go on."""
+        """Write the log, what was learned, and where to go on."""
         from safetensors.torch import save_file
 
         assert self.partial is not None
-        arrays = {f"ledger.{key}": torch.from_numpy(np.ascontiguousarray(x)) for key, x in work.ledger.state().items()}
-        tensors = {f"work.{key}": value.detach().cpu().contiguous().clone() for key, value in work.state().items()}
+        arrays = {f"{LOG}{key}": torch.from_numpy(np.ascontiguousarray(x)) for key, x in work.log.state().items()}
+        tensors = {f"{WORK}{key}": value.detach().cpu().contiguous().clone() for key, value in work.state().items()}
         what = f"{self.identity} in {len(work.costs)} steps"
         note = {"identity": what, "step": str(index), "seconds": json.dumps(self.clock.seconds)}
         with atomic_file(self.partial) as path:
             save_file({**arrays, **tensors}, path, note)
 
     def _restore(self, work: Pass) -> int:
-        """The step to begin with: 0, or where a kept pass of the same identity stopped."""
+        """Return the step to begin with: 0, or where a kept pass of the same identity stopped."""
         if self.partial is None or not self.partial.is_file() or self.ranks.world_size > 1:
             return 0
         from safetensors import SafetensorError, safe_open
@@ -140,11 +141,10 @@ class Session:
             raise DamagedFileError(f"{self.partial} is not a kept pass: {error}", hint=f"rm {self.partial}") from None
         if note["identity"] != f"{self.identity} in {len(work.costs)} steps":
             return 0
-        ledger = {key.removeprefix("ledger."): x.numpy() for key, x in tensors.items() if key.startswith("ledger.")}
-        work.ledger.load_state(ledger)
-        work.load_state({key.removeprefix("work."): x for key, x in tensors.items() if key.startswith("work.")})
+        work.log.load_state({key.removeprefix(LOG): x.numpy() for key, x in tensors.items() if key.startswith(LOG)})
+        work.load_state({key.removeprefix(WORK): x for key, x in tensors.items() if key.startswith(WORK)})
         self.clock.load(seconds)
-        say(f"{self.description}: going on from {self.partial}, {int(work.ledger.scored.sum()):,} targets scored")
+        say(f"{self.description}: going on from {self.partial}, {int(work.log.scored.sum()):,} targets scored")
         return index
 
 

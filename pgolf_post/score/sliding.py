@@ -18,7 +18,7 @@ from pgolf_post.settings import Settings
 
 
 class SlidingProtocol(Settings):
-    """What exactly was scored; part of every score's identity."""
+    """Sliding-window scoring: what exactly was scored. Part of a score's identity."""
 
     protocol: Literal["sliding"] = "sliding"
     split: Literal["train", "val"] = "val"
@@ -29,7 +29,7 @@ class SlidingProtocol(Settings):
 
 
 def sliding_spans(targets: int, seq_len: int, stride: int) -> list[Span]:
-    """Spans that score targets 1 … `targets` once each. Raises MismatchError for a stride beyond the window."""
+    """Return spans that score targets 1 … `targets` once each. Raises MismatchError for a stride beyond the window."""
     if not 1 <= stride <= seq_len:
         raise MismatchError(f"stride {stride} is not in 1..{seq_len}, the window's length")
     first = min(seq_len, targets)
@@ -37,7 +37,7 @@ def sliding_spans(targets: int, seq_len: int, stride: int) -> list[Span]:
 
 
 def later_spans(first: int, stop: int, seq_len: int, stride: int) -> list[Span]:
-    """Spans that score targets [first, stop), `stride` at a time, each moved on by a stride from a full window.
+    """Return spans that score targets [first, stop), `stride` at a time, each moved on by a stride from a full window.
 
     A last one that scores fewer begins where a full one would, and is shorter.
     """

@@ -39,27 +39,27 @@ class Span(NamedTuple):
 
 
 def places_of(spans: list[Span]) -> np.ndarray:  # (Σ scored,) int64
-    """The scored targets of spans, in their order."""
+    """Return the scored targets of spans, in their order."""
     return np.concatenate([np.arange(*span.targets) for span in spans])
 
 
 def batches_of(spans: list[Span], batch_tokens: int) -> list[list[Span]]:
-    """Neighbouring spans of equal shape, `batch_tokens` input tokens at most (or one span)."""
-    found = []
+    """Return batches of neighbouring spans of equal shape, `batch_tokens` input tokens at most (or one span)."""
+    batches = []
     for (length, _), same in groupby(spans, key=lambda span: (span.length, span.scored)):
         rows, size = list(same), max(1, batch_tokens // length)
-        found += [rows[i : i + size] for i in range(0, len(rows), size)]
-    return found
+        batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return batches
 
 
 def fitting(batch_tokens: int, module: Any) -> int:
-    """Input tokens of one batch: fewer on a CPU, in whose caches they should stay, than on a GPU to be filled."""
+    """Return the input tokens of one batch: fewer on a CPU, whose caches should hold them, than on a GPU."""
     on_cpu = next(module.parameters()).device.type == "cpu"
     return min(batch_tokens, CPU_BATCH_TOKENS) if on_cpu else batch_tokens
 
 
 def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
-    """Inputs (batch, length) and scored targets (batch, scored), int64."""
+    """Return inputs (batch, length) and scored targets (batch, scored), int64."""
     rows = np.stack([tokens[s.start : s.start + s.length + 1] for s in batch]).astype(np.int64)
     whole = torch.from_numpy(rows)
     return whole[:, :-1], whole[:, -batch[0].scored :]
@@ -67,7 +67,10 @@ def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
-    """(batch · scored,) float64 nats of the targets of spans of one shape. Halves the batch where memory runs out."""
+    """Return float64 nats (batch · scored,) of the targets of spans of one shape.
+
+    Halves the batch where memory runs out.
+    """
 
     def work(part: list[Span]) -> np.ndarray:
         hidden, targets = scored_hidden(module, tokens, part)
@@ -81,7 +84,7 @@ def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Sess
 def scored_hidden(
     module: Any, tokens: np.ndarray, batch: list[Span]
 ) -> tuple[Tensor, Tensor]:  # (batch · scored, dim), (batch · scored,) int64
-    """Hidden states at the scored positions of spans of one shape, and their targets, on the module's device."""
+    """Return hidden states at the scored positions of spans of one shape, and their targets, on the module's device."""
     device = next(module.parameters()).device
     inputs, targets = stack(tokens, batch)
     hidden = module.hidden(inputs.to(device))[:, -batch[0].scored :].flatten(0, 1)
@@ -89,7 +92,10 @@ def scored_hidden(
 
 
 def halving(work: Callable[[list[Span]], np.ndarray], batch: list[Span]) -> np.ndarray:
-    """work(batch), in halves where memory runs out; what it gives is joined along the last axis. Raises PgolfError."""
+    """Return work(batch); where memory runs out, that of its halves joined along the last axis.
+
+    Raises PgolfError if even one window does not fit.
+    """
     try:
         return work(batch)
     except RuntimeError as error:
@@ -107,16 +113,16 @@ def halving(work: Callable[[list[Span]], np.ndarray], batch: list[Span]) -> np.n
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the CPU (whose allocator has no exception of its own)."""
+    """Return whether torch ran out of memory, on a GPU or on the CPU (whose allocator has no exception of its own)."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
 class SpanPass:
-    """Scoring without learning: every step is a batch of spans; ranks take turns."""
+    """A pass without learning: every step is a batch of spans; ranks take turns."""
 
-    def __init__(self, module: Any, ledger: CommitLog, spans: list[Span], batch_tokens: int, session: Session) -> None:
-        self.module, self.ledger, self.session = module, ledger, session
+    def __init__(self, module: Any, log: CommitLog, spans: list[Span], batch_tokens: int, session: Session) -> None:
+        self.module, self.log, self.session = module, log, session
         batches = batches_of(spans, batch_tokens)
         self.batches = [batches[i] for i in session.ranks.share(range(len(batches)))]
         self.costs = np.array([float(len(b) * b[0].length) for b in self.batches])
@@ -124,7 +130,7 @@ class SpanPass:
     def step(self, index: int) -> None:
         batch = self.batches[index]
         with self.session.clock.phase("score"):
-            self.ledger.commit(places_of(batch), batch_nats(self.module, self.ledger.tokens, batch, self.session))
+            self.log.commit(places_of(batch), batch_nats(self.module, self.log.tokens, batch, self.session))
 
     def state(self) -> Mapping[str, Tensor]:
         return {}
@@ -137,7 +143,7 @@ class SpanPass:
 
 
 def num_targets(num_tokens: int, seq_len: int, tail: str) -> int:
-    """How many targets of a text are scored: all but its first token, or whole windows of them.
+    """Return how many targets of a text are scored: all but its first token, or whole windows of them.
 
     Raises MismatchError if there is none.
     """

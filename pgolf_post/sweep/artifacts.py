@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pgolf_post.artifacts import ArtifactKey, PackedArtifact, find, keep
 from pgolf_post.base.progress import hushed
-from pgolf_post.pack.report.predict import predict_bytes
-from pgolf_post.score.cached import Subject
+from pgolf_post.pack.report.predict import SizePredictor
+from pgolf_post.score.cached import ScoredModel
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.quantizers import Quantizer, Request
@@ -31,6 +31,7 @@ class Artifacts:
 
     def __init__(self, places: Places, spending: Spending, quantizers: Mapping[str, Quantizer]) -> None:
         self.places, self.spending, self.quantizers = places, spending, quantizers
+        self._predictor = SizePredictor()
         self._models = Recent[TrialModel](KEPT_SMALL)
         self._decoded = Recent[Mapping[str, Tensor]](1)  # sha256 of a file → its tensors
 
@@ -63,7 +64,7 @@ class Artifacts:
         if artifact.verified is not None:
             self._decoded.keep(sha256, _as_tensors(artifact.verified.tensors))
         view, closed = request.view, artifact.forgotten()
-        subject = Subject(sha256, view.config, str(artifact.path), view.checkpoint.path / "derived")
+        subject = ScoredModel(sha256, view.config, str(artifact.path), view.checkpoint.path / "derived")
         return TrialModel(subject, lambda: self._tensors(closed), facts, str(artifact.meta["content_sha256"]))
 
     def _prediction(self, artifact: PackedArtifact) -> Callable[[], int]:
@@ -75,7 +76,7 @@ class Artifacts:
             with self.spending.timed("predict"):
                 decoded = artifact.decoded()
                 self._decoded.keep(str(artifact.meta["payload_sha256"]), _as_tensors(decoded.tensors))
-                return predict_bytes(decoded.model)
+                return self._predictor.predict_bytes(decoded.model)
 
         return predict
 
@@ -88,7 +89,7 @@ class Artifacts:
 
         def predict() -> int:
             with self.spending.timed("predict"):
-                facts["predicted_bytes"] = predict_bytes(made.model)
+                facts["predicted_bytes"] = self._predictor.predict_bytes(made.model)
             return int(facts["predicted_bytes"])
 
         if before_packing:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pgolf_post.artifacts import plan_calibration
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.score.cached import require_tokenizer
+from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.recent import Recent
@@ -21,9 +23,10 @@ from pgolf_post.sweep.spending import Spending
 
 
 def calibration_of(settings: TrialSettings) -> CalibrationSettings:
-    """Return a trial's calibration settings: a fit reads the backward half of the statistics too."""
-    fisher = settings.method == "fit"
-    return settings.calibration.model_copy(update={"fisher": True}) if fisher else settings.calibration
+    """Return a trial's calibration settings, with the backward half of the statistics where a fit or a plan reads it."""
+    if settings.method == "fit":
+        return settings.calibration.model_copy(update={"fisher": True})
+    return plan_calibration(settings.calibration, trial_plan(settings))
 
 
 class Calibration:

@@ -29,9 +29,10 @@ from pgolf_post.families import load_module
 from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.ledger import Row
 from pgolf_post.plan import GridRule, Plan, TensorPlan
-from pgolf_post.quantize.clip import grid_scales
+from pgolf_post.quantize.clip import grid_steps
 from pgolf_post.quantize.model import plan_view
-from pgolf_post.quantize.rows import as_matrix, spread_scales
+from pgolf_post.quantize.rounding import spread_steps
+from pgolf_post.quantize.rows import as_matrix
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.expand import Trial
@@ -178,15 +179,13 @@ def gaussian_bytes(view: View, plan: Plan) -> int:
 def _tensor_bytes(entry: TensorPlan, weight: torch.Tensor) -> float:
     rule = entry.rule
     assert isinstance(rule, GridRule)
-    plain = "percentile" if rule.scale == "percentile-hessian" else rule.scale
-    rule = rule.model_copy(update={"hessian_lambda": 0.0, "scale": plain})
-    scales = grid_scales(entry.name, weight, rule, entry.clip, None)
-    steps = spread_scales(scales, weight)
+    unit_steps = grid_steps(entry.name, weight, rule.without_hessian(), entry.clip, None)
+    steps = spread_steps(unit_steps, weight)
     deviation = weight.std(dim=1, keepdim=True, correction=0)
     ratio = (deviation / steps).double().square() + 1 / 12
     bits = (0.5 * torch.log2(2 * np.pi * np.e * ratio)).clamp(min=0.05).expand_as(weight).sum()
     kept = 1 - (rule.prune_share if rule.prune != "none" else 0.0)
-    return float(bits) / 8 * kept + 2 * len(scales)
+    return float(bits) / 8 * kept + 2 * len(unit_steps)
 
 
 # ---- seconds and memory ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pgolf_post.ledger import Row, Verdict
 from pgolf_post.ledger.schema import priced
 from pgolf_post.pack.report.size import count
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare.compare import paired_documents
+from pgolf_post.score.compare.documents import paired_documents
 from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.calibration import calibration_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,9 +15,14 @@ from pgolf_post.average.profiles import (
     combine,
     gamma_of,
     power_beta,
-    sigma_of,
 )
 from pgolf_post.errors import SettingsError
+
+
+def sigma_of(gamma: float) -> float:
+    """The standard deviation of the power function's profile as a share of the run, in continuous time."""
+    return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
+
 
 SIGMAS = st.floats(0.005, 0.28)
 LENGTHS = st.one_of(st.builds(PowerLength, SIGMAS), st.builds(ExponentialLength, st.floats(0.5, 200)))

@@ -53,6 +53,18 @@ def test_each_length_is_a_checkpoint_and_a_row(tracks: Any) -> None:
     assert [row["checkpoint_id"] for row in again.json["averages"]] == [row["checkpoint_id"] for row in averages]
 
 
+def test_an_average_by_name_is_that_of_its_own_command(tracks: Any) -> None:
+    answer = tracks("swa-blend", "--method", "power-ema", "--set", "sigma=0.075", "--json")
+    assert answer.code == 0, answer.err
+    own = tracks("ema-blend", "--sigma", "0.075", "--json").json["averages"][0]
+    assert (answer.json["checkpoint_id"], own["cached"]) == (own["checkpoint_id"], True)
+    unknown = tracks("swa-blend", "--method", "mean")
+    assert unknown.code == 2
+    assert "known: swa, power-ema, half-life-ema" in unknown.err
+    assert tracks("swa-blend", "--method", "swa", "--last", 2).code == 2
+    assert tracks("swa-blend", "--set", "last=2").code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

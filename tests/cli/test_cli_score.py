@@ -37,10 +37,10 @@ def test_eval_by_every_protocol(pgolf: Call) -> None:
         (("--ttt", "lora"), "belong to --protocol ttt"),
         (("--stride", 4), "--stride belongs to"),
         (("--protocol", "ttt"), "needs --ttt"),
-        (("--protocol", "ttt", "--ttt", "lara"), "there are: sgd-1493, record-1855"),
+        (("--protocol", "ttt", "--ttt", "lara"), "'lara' is not one of 'sgd-1493', 'record-1855'"),
         (
             ("--protocol", "ttt", "--ttt", "lora", "--set", "chunk_tokens=8", "--set", "epochs=2"),
-            "does not read epochs",
+            "unknown key 'epochs'",
         ),
         (("--protocol", "ttt", "--ttt", "lora", "--compile", "--set", "chunk_tokens=8"), "--compile is for"),
     ],
@@ -90,10 +90,10 @@ def test_compare_two_checkpoints(pgolf: Call) -> None:
     earlier = sorted(str(path) for path in Path("checkpoints/pico").iterdir() if path.is_dir())[1]
     answer = pgolf("compare", CKPT, earlier, "--seq-len", 16, "--json")
     assert answer.code == 0, answer.err
-    found = answer.json
-    assert found["difference_bpb"] == pytest.approx(found["bpb"] - found["control_bpb"], abs=1e-9)
-    assert found["low_bpb"] <= found["difference_bpb"] <= found["high_bpb"]
-    assert found["better"] + found["worse"] == found["clusters"]
+    facts = answer.json
+    assert facts["difference_bpb"] == pytest.approx(facts["bpb"] - facts["control_bpb"], abs=1e-9)
+    assert facts["low_bpb"] <= facts["difference_bpb"] <= facts["high_bpb"]
+    assert facts["better"] + facts["worse"] == facts["clusters"]
     same = pgolf("compare", CKPT, CKPT, "--json").json
     assert (same["difference_bpb"], same["sign_p"]) == (0.0, 1.0)
     screened = pgolf("compare", CKPT, earlier, "--until-ci", 0.0003, "--json").json
@@ -101,18 +101,18 @@ def test_compare_two_checkpoints(pgolf: Call) -> None:
     assert "stopped" in screened
     expected = pgolf("compare", CKPT, earlier, "--until-ci", 0.0003, "--reference", CKPT, "--json")
     assert expected.code == 0, expected.err
-    found = expected.json
-    assert found["candidate_divergence_bpb"] == pytest.approx(0, abs=1e-7)
-    assert found["difference_bpb"] == pytest.approx(-found["control_divergence_bpb"], abs=1e-6)
-    assert found["surprise_bpb"] == pytest.approx(found["measured_bpb"] - found["difference_bpb"], rel=0.1)
+    facts = expected.json
+    assert facts["candidate_divergence_bpb"] == pytest.approx(0, abs=1e-7)
+    assert facts["difference_bpb"] == pytest.approx(-facts["control_divergence_bpb"], abs=1e-6)
+    assert facts["surprise_bpb"] == pytest.approx(facts["measured_bpb"] - facts["difference_bpb"], rel=0.1)
     assert "measured less expected" in expected.err
 
 
 def test_compare_two_views_of_one_checkpoint(pgolf: Call) -> None:
     bpb = {view: pgolf("eval", CKPT, "--weights", view, "--json").json["bpb"] for view in ("raw", "ema")}
     assert bpb["raw"] != bpb["ema"]
-    found = pgolf("compare", f"{CKPT}:raw", f"{CKPT}:ema", "--json").json
-    assert (found["bpb"], found["control_bpb"]) == (bpb["raw"], bpb["ema"])
+    facts = pgolf("compare", f"{CKPT}:raw", f"{CKPT}:ema", "--json").json
+    assert (facts["bpb"], facts["control_bpb"]) == (bpb["raw"], bpb["ema"])
     assert pgolf("compare", CKPT, f"{CKPT}:ema", "--json").json["difference_bpb"] == 0.0
     missing = pgolf("compare", f"{CKPT}:swa", CKPT)
     assert missing.code == 1
@@ -121,11 +121,11 @@ def test_compare_two_views_of_one_checkpoint(pgolf: Call) -> None:
 
 def test_the_record_rule_from_numbers(pgolf: Call) -> None:
     new, old = "1.1150812,1.11437394,1.11475014", "1.11922988,1.12002032,1.11888882"
-    found = pgolf("compare", "--record", new, old, "--variant", "sp1024", "--json").json
-    assert round(found["t"], 2) == -11.83
-    assert round(found["degrees"], 2) == 3.31
-    assert round(found["p"], 4) == 0.0004
-    assert found["record"]
+    verdict = pgolf("compare", "--record", new, old, "--variant", "sp1024", "--json").json
+    assert round(verdict["t"], 2) == -11.83
+    assert round(verdict["degrees"], 2) == 3.31
+    assert round(verdict["p"], 4) == 0.0004
+    assert verdict["record"]
     without = pgolf("compare", "--record", new, old)
     assert without.code == 2
     assert "--variant" in without.err

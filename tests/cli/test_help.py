@@ -12,8 +12,8 @@ import pytest
 from pgolf_post.cli import COMMANDS, cli
 from pgolf_post.cli.common import SettingsChoice, SettingsOption
 
-# Begins with a capital, a symbol of ours or a quoted literal; ends with a full stop, but for what is in brackets.
-SENTENCE = re.compile(r"""^(?P<text>[A-ZΣ"'`].*\.)(?P<default>\s+\[(default|required).*\])?$""", re.DOTALL)
+# Begins with a capital, a symbol or a quoted literal; ends with a full stop (or … after examples) before any brackets.
+SENTENCE = re.compile(r"""^[A-ZΣ"'`].*[.…](\s+\[(default|required).*\])?$""", re.DOTALL)
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:

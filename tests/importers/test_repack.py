@@ -20,11 +20,12 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from pgolf_post.cli.repack import command
-from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError
 from pgolf_post.importers import artifact_file
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.repack import read_foreign_artifact, repack
 from pgolf_post.pack.artifact import read_artifact, unpack
+from pgolf_post.pack.codecs import CHOICES
 from tests.importers.test_import import fixture_state
 
 
@@ -261,4 +262,6 @@ def test_repack_prints_bytes_before_and_after_and_writes_when_asked(tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert read_artifact(out).manifest["symbols_sha256"] == answer["symbols_sha256"]
     assert set(read_artifact(out).tensors) == set(base)
-    assert isinstance(CliRunner().invoke(command, [str(path), "--codec", "arj"]).exception, SettingsError)
+    refused = CliRunner().invoke(command, [str(path), "--codec", "arj"])
+    assert refused.exit_code == 2
+    assert all(name in refused.output for name in CHOICES)

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
 from pgolf_post.pack import artifact, codecs, container, decode
-from pgolf_post.pack.artifact import Artifact, unpack
+from pgolf_post.pack.artifact import DecodedArtifact, unpack
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.quantize.gptq.trellis import POLYNOMIALS, Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, symbols_sha256
@@ -122,7 +122,7 @@ def models(draw: st.DrawFn) -> QuantizedModel:
     return QuantizedModel({"family": "golf_gpt"}, lineage, quantized, passthrough)
 
 
-def assert_same(artifact: Artifact, model: QuantizedModel) -> None:
+def assert_same(artifact: DecodedArtifact, model: QuantizedModel) -> None:
     """Every array bit for bit, with its dtype, every shape and trellis, and the float32 weights."""
     assert artifact.manifest["symbols_sha256"] == model.symbols_sha256() == artifact.model.symbols_sha256()
     assert (artifact.manifest["config"], artifact.manifest["lineage"]) == (model.config, model.lineage)

@@ -9,7 +9,7 @@ import pytest
 
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.report import predict
-from pgolf_post.pack.report.predict import forget, predict_bytes
+from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.gptq.trellis import Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, ScaleFactor
 from tests.pack.samples import sample_model
@@ -43,7 +43,7 @@ def stepped(model: QuantizedModel, eighths: int) -> QuantizedModel:
 def test_prediction_is_within_a_third_of_a_percent(spread: float, eighths: int | None) -> None:
     model = gaussian_model(spread, spread, blocks=4)
     model = floating(model) if eighths is None else stepped(model, eighths)
-    assert predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
+    assert SizePredictor().predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
 
 
 def test_what_has_no_table_entry_is_predicted_as_escaped() -> None:
@@ -52,43 +52,49 @@ def test_what_has_no_table_entry_is_predicted_as_escaped() -> None:
     model = gaussian_model(0, 0)
     name = "blocks.0.mlp.fc.weight"
     wide = replace(model, quantized={**model.quantized, name: replace(model.quantized[name], symbols=symbols)})
-    assert predict_bytes(floating(wide)) == pytest.approx(len(pack(floating(wide))), rel=0.01)
+    assert SizePredictor().predict_bytes(floating(wide)) == pytest.approx(len(pack(floating(wide))), rel=0.01)
 
 
 def test_a_small_model_with_everything_is_predicted() -> None:
-    assert predict_bytes(sample_model()) == pytest.approx(len(pack(sample_model())), rel=0.25)
+    assert SizePredictor().predict_bytes(sample_model()) == pytest.approx(len(pack(sample_model())), rel=0.25)
 
 
 def test_remembering_changes_nothing_but_the_time() -> None:
     model, other = gaussian_model(0, 0.2), gaussian_model(0, 0.2, seed=1)
     mixed = replace(model, quantized=model.quantized | dict(list(other.quantized.items())[:2]))
-    forget()
-    first = [predict_bytes(m) for m in (model, other, mixed)]
-    assert [predict_bytes(m) for m in (mixed, model, other)] == [first[2], first[0], first[1]]
-    for m, expected in zip((mixed, other, model), (first[2], first[1], first[0]), strict=True):
-        forget()
-        assert predict_bytes(m) == expected
+    predictor = SizePredictor()
+    first = [predictor.predict_bytes(m) for m in (model, other, mixed)]
+    assert [predictor.predict_bytes(m) for m in (mixed, model, other)] == [first[2], first[0], first[1]]
+    assert [SizePredictor().predict_bytes(m) for m in (mixed, other, model)] == [first[2], first[1], first[0]]
 
 
 def test_only_what_changed_is_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counted = gaussian_model(0, 0.2), list[int]()
     count = predict._count
     monkeypatch.setattr(predict, "_count", lambda tensors: counted.append(len(tensors)) or count(tensors))
-    forget()
-    before = predict_bytes(model)
+    predictor = SizePredictor()
+    before = predictor.predict_bytes(model)
     assert sum(counted) == len(model.quantized)
     name = "blocks.1.attn.q.weight"
     symbols = 2 * model.quantized[name].symbols + np.random.default_rng(0).integers(0, 2, (256, 256))
     wider = replace(model.quantized[name], symbols=symbols.astype(np.int8))
     counted.clear()
-    after = predict_bytes(replace(model, quantized={**model.quantized, name: wider}))
+    after = predictor.predict_bytes(replace(model, quantized={**model.quantized, name: wider}))
     assert counted == [1]
     assert after == pytest.approx(before + wider.symbols.size / 8, rel=0.005)
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "REMEMBERED", 5)
-    forget()
-    predicted = predict_bytes(gaussian_model(0, 0.2))
-    assert len(predict._memory) == 5
-    assert predict_bytes(gaussian_model(0, 0.2)) == predicted
+def test_nothing_is_remembered_outside_the_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted = gaussian_model(0, 0.2), list[int]()
+    count = predict._count
+    monkeypatch.setattr(predict, "_count", lambda tensors: counted.append(len(tensors)) or count(tensors))
+    for _ in range(2):
+        SizePredictor().predict_bytes(model)
+    assert sum(counted) == 2 * len(model.quantized)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    predictor = SizePredictor(remembered=5)
+    predicted = predictor.predict_bytes(gaussian_model(0, 0.2))
+    assert len(predictor._memory) == 5
+    assert predictor.predict_bytes(gaussian_model(0, 0.2)) == predicted

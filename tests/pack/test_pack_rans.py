@@ -16,8 +16,7 @@ from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.pack import codecs
 from pgolf_post.pack.artifact import unpack, write_artifact
 from pgolf_post.pack.codecs import lrzip, zstd
-from pgolf_post.pack.coder import contexts, frequency_tables, rans
-from pgolf_post.pack.coder import row_shifts as row_scales
+from pgolf_post.pack.coder import contexts, frequency_tables, rans, row_shifts
 from pgolf_post.pack.container import PackSettings, block_of, pack
 from pgolf_post.pack.decode import RANS
 from pgolf_post.pack.report import compare
@@ -60,16 +59,16 @@ def test_row_and_column_scales_are_worth_more_than_three_percent() -> None:
 def test_equal_rows_cost_no_side_information() -> None:
     model = gaussian_model(0, 0.2)
     blocks = [contexts.make_block([t.symbols], None) for t in model.quantized.values()]
-    scaled, _ = rans.fit([blocks])
-    assert len({int(scale) for block in scaled[0] for scale in block.scales.ravel()}) == 1
+    shifted, _ = rans.fit([blocks])
+    assert len({int(shift) for block in shifted[0] for shift in block.row_shifts.ravel()}) == 1
 
 
 def test_rows_that_nearly_repeat_are_coded_as_differences() -> None:
     rng = np.random.default_rng(0)
     symbols = rng.integers(-9, 10, (64, 256)).astype(np.int8)
     symbols[20:40] = symbols[19] + rng.integers(0, 2, (20, 256))
-    block = row_scales.with_residuals(contexts.make_block([symbols], None))
-    assert np.flatnonzero(block.scales[0] & contexts.DIFFERENCE).tolist() == list(range(20, 40))
+    block = row_shifts.with_residuals(contexts.make_block([symbols], None))
+    assert np.flatnonzero(block.row_shifts[0] & contexts.DIFFERENCE).tolist() == list(range(20, 40))
     model = QuantizedModel({}, {}, {"w": QuantizedTensor("w", symbols, (), symbols.shape)}, {})
     assert np.array_equal(unpack(pack(model)).symbols["w"], symbols)
 
@@ -85,7 +84,7 @@ def test_compiled_loops_give_the_same_bytes(states: int, kind: int, dtype: type)
     matrices[1][20:30] = matrices[1][19]  # differences
     steps = [rng.integers(-9, 10, (40, 17)).astype(np.int16) for _ in matrices]
     made = contexts.make_block(matrices, Trellis(states, 16) if states else None, steps)
-    block = replace(row_scales.with_scales([made])[0], kind=kind)
+    block = replace(row_shifts.with_row_shifts([made])[0], kind=kind)
     walks = [contexts.levels_of(block, compiled) for compiled in (False, True)]
     for ours, theirs in zip(*walks, strict=True):
         assert np.array_equal(ours, theirs)
@@ -112,19 +111,19 @@ def test_what_integer_factors_say_is_not_stored_again(axis: Literal["row", "colu
     for values in (eighths + common, rng.permutation(eighths) + common):
         tensor = QuantizedTensor("w", symbols, (ScaleFactor(axis, values.astype(np.int8)),), symbols.shape)
         coded = rans.encode([[block_of([tensor])]])
-        assert axis == "column" or (len(set(coded.scales[0].tolist())) == 1) == (not sizes)
+        assert axis == "column" or (len(set(coded.row_shifts[0].tolist())) == 1) == (not sizes)
         sizes.append(coded.unit_bits[0])
         assert np.array_equal(unpack(pack(QuantizedModel({}, {}, {"w": tensor}, {}))).symbols["w"], symbols)
     assert sizes[0] < sizes[1] - 400
 
 
 def test_scales_are_as_precise_as_they_pay() -> None:
-    """Of wide rows that differ by half an octave every scale is stored, of narrow ones hardly any."""
+    """Of wide rows that differ by half an octave every shift is stored, of narrow ones hardly any."""
     rng, kinds = np.random.default_rng(0), []
     for columns in (4, 1024):
         symbols = np.rint(rng.normal(0, 5, (128, columns)) * np.exp2(rng.integers(-1, 2, (128, 1)) / 2)).astype(np.int8)
-        scaled = row_scales.with_scales([contexts.make_block([symbols], None)])
-        kinds.append(frequency_tables.entropy(np.bincount(scaled[0].scales.ravel())))
+        shifted = row_shifts.with_row_shifts([contexts.make_block([symbols], None)])
+        kinds.append(frequency_tables.entropy(np.bincount(shifted[0].row_shifts.ravel())))
     assert kinds[0] < 0.6 < 1.4 < kinds[1]
 
 
@@ -181,7 +180,7 @@ def test_every_codec_has_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
         lrzip.compress(b"abc")
 
 
-@pytest.mark.skipif(not lrzip.is_installed(), reason="lrzip is a package of its own")
+@pytest.mark.skipif(bool(lrzip.missing()), reason="lrzip is a package of its own")
 def test_lrzip_there_and_back() -> None:
     raw = np.random.default_rng(0).integers(-5, 6, 5000).astype(np.int8).tobytes()
     assert lrzip.decompress(lrzip.compress(raw)) == raw
@@ -194,7 +193,7 @@ def test_zstd_there_and_back() -> None:
 
 
 def test_yardsticks_are_never_in_an_artifact() -> None:
-    for name in compare.YARDSTICKS:
+    for name in codecs.YARDSTICKS:
         assert name not in codecs.CHOICES
         with pytest.raises(ValueError, match="unknown codec"):
             PackSettings(codec=name)
@@ -205,7 +204,7 @@ def test_yardsticks_are_never_in_an_artifact() -> None:
 def test_similar_rows_are_neighbours() -> None:
     base = np.random.default_rng(0).integers(-50, 51, (2, 30))
     rows = np.array([base[0], base[1], base[0] + 1, base[1] + 1, base[0] + 2])
-    assert compare.similarity_order(rows).tolist() == [0, 2, 4, 3, 1]
+    assert lrzip.similarity_order(rows).tolist() == [0, 2, 4, 3, 1]
 
 
 def test_the_command_leaves_the_artifact_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from pgolf_post.cli.export_decoder import command as export_decoder
 from pgolf_post.cli.pack_code import command as pack_code
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError, VerificationError
-from pgolf_post.pack import script
+from pgolf_post.pack import decode, script
+from pgolf_post.pack.codecs import CODECS, Codec, compress_words
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.size import count
-from pgolf_post.pack.snippet import decoder_snippet
+from pgolf_post.pack.snippet import decoder_snippet, unguarded_inflate
 from pgolf_post.quantize.tensor import QuantizedModel
 from tests.pack.samples import sample_model
 
@@ -109,6 +111,18 @@ def test_the_exported_decoder_is_small_and_stands_alone(tmp_path: Path) -> None:
             run(tmp_path, "-c", code)
             with np.load(tmp_path / "t.npz") as found:
                 assert_tensors(dict(found), sample_model())
+
+
+def test_the_unguarded_decompressors_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a table with one more codec, whose ids no longer fit a list."""
+    raw = np.random.default_rng(0).integers(-5, 6, 5000).astype(np.int8).tobytes()
+    for more in ({}, {"reversed": Codec(99, lambda raw: raw[::-1], "lambda data: data[::-1]", "this test")}):
+        for name, codec in more.items():
+            monkeypatch.setitem(CODECS, name, codec)
+        scope: dict[str, Any] = {**vars(decode)}  # its imports are those that the snippet has
+        exec(unguarded_inflate(), scope)
+        assert all(scope["inflate"](codec.id, codec.compress(raw)) == raw for codec in CODECS.values())
+        assert scope["inflate"](*compress_words(raw, 2)) == raw
 
 
 def assert_tensors(found: dict[str, np.ndarray], model: QuantizedModel) -> None:

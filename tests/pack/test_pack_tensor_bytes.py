@@ -70,8 +70,8 @@ def test_costs_of_a_rans_unit_are_what_the_coder_spent(tmp_path: Path, trellis: 
     _, *units = decode.read_units(memoryview(data))
     streams = dict(zip(sorted(decode.lay_out(artifact.manifest)[0]), units, strict=True))
     parts = tensor_bytes.parts_of(artifact.manifest["tensors"], artifact.model)
-    raw = bytes(decode.inflate(*streams[tensor_bytes.ROW_SCALES], 1 << 20))
-    parts[tensor_bytes.ROW_SCALES] = tensor_bytes.row_scales(artifact.manifest["tensors"], raw)
+    raw = bytes(decode.inflate(*streams[tensor_bytes.ROW_SHIFTS], 1 << 20))
+    parts[tensor_bytes.ROW_SHIFTS] = tensor_bytes.row_shifts(artifact.manifest["tensors"], raw)
     (key,) = (key for key, (codec_id, _) in streams.items() if codec_id >= codecs.RANS_ID)
     costs = tensor_bytes.rans_costs(key, parts, artifact, streams)
     assert sum(costs) / 8 == pytest.approx(len(streams[key][1]), rel=0.002, abs=4 * 4)  # lanes keep a few bytes each

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf_post.errors import NumericsError
-from pgolf_post.plan import RtnRule
-from pgolf_post.quantize.clip import grid_scales, max_symbol, sdclip_scales
-from pgolf_post.quantize.rows import spread_scales
+from pgolf_post.errors import NumericsError, SettingsError
+from pgolf_post.plan import CLIP_RULES, GridRule, RtnRule
+from pgolf_post.quantize.clip import STEPS_BY_RULE, grid_steps, max_symbol, row_importance
+from pgolf_post.quantize.rounding import spread_steps
 from pgolf_post.quantize.rtn import round_to_nearest
 
 
@@ -17,22 +17,21 @@ def weight_of(seed: int = 0) -> Tensor:
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def sdclip(weight: Tensor, bits: int, clip: float, lam: float = 0.0, diagonal: Tensor | None = None) -> Tensor:
+    return grid_steps("w", weight, RtnRule(name="r", bits=bits, hessian_lambda=lam), clip, diagonal)
+
+
 def restored(weight: Tensor, diagonal: Tensor | None = None, **settings: object) -> Tensor:
     rule = RtnRule(name="r", **settings)
-    steps = spread_scales(grid_scales("w", weight, rule, rule.clip, diagonal), weight)
+    steps = spread_steps(grid_steps("w", weight, rule, rule.clip, diagonal), weight)
     return round_to_nearest(weight, steps, max_symbol(rule.bits)) * steps
-
-
-def test_a_row_rule_is_plain_sdclip() -> None:
-    rule = RtnRule(name="r", bits=6, clip=12.0)
-    assert torch.equal(grid_scales("w", weight_of(), rule, 12.0), sdclip_scales("w", weight_of(), 6, 12.0))
 
 
 def test_absmax_keeps_the_largest_weight_of_every_unit_on_the_outermost_symbol() -> None:
     weight = weight_of()
     for settings in ({"per": "row"}, {"per": "tensor"}, {"per": "group", "group_size": 4}):
         rule = RtnRule(name="r", bits=8, scale="absmax", **settings)
-        steps = spread_scales(grid_scales("w", weight, rule, 0.0), weight)
+        steps = spread_steps(grid_steps("w", weight, rule, 0.0), weight)
         assert int(round_to_nearest(weight, steps, 200).abs().max()) == 127
 
 
@@ -66,7 +65,7 @@ def test_percentile_is_never_worse_than_absmax_in_its_own_measure() -> None:
 
 def test_unbounded_symbols_have_the_step_of_six_bits() -> None:
     rule = RtnRule(name="r", bits=0, clip=12.0)
-    assert torch.equal(grid_scales("w", weight_of(), rule, 12.0), sdclip_scales("w", weight_of(), 6, 12.0))
+    assert torch.equal(grid_steps("w", weight_of(), rule, 12.0), sdclip(weight_of(), 6, 12.0))
     far = weight_of()
     far[0, 0] = 1e3
     assert int(round_to_nearest(far, torch.full((6, 1), 0.5), max_symbol(0))[0, 0]) == 2000
@@ -75,4 +74,60 @@ def test_unbounded_symbols_have_the_step_of_six_bits() -> None:
 def test_groups_that_do_not_divide_name_the_tensor_and_the_key() -> None:
     rule = RtnRule(name="r", per="group", group_size=3)
     with pytest.raises(NumericsError, match=r"mlp\.fc: its 8 columns do not divide into groups of 3"):
-        grid_scales("mlp.fc", weight_of(), rule, 12.0)
+        grid_steps("mlp.fc", weight_of(), rule, 12.0)
+
+
+def test_the_step_is_k_standard_deviations_over_the_largest_symbol() -> None:
+    weight = weight_of(7)
+    steps = sdclip(weight, 6, 12.85)
+    torch.testing.assert_close(steps, 12.85 * weight.std(dim=1) / 31, rtol=1e-3, atol=0)
+    assert torch.equal(steps, steps.half().float())
+
+
+def test_lambda_zero_is_plain_sdclip_and_lambda_leans_on_important_rows() -> None:
+    weight, diagonal = weight_of(8), torch.rand(8, generator=torch.Generator().manual_seed(8))
+    plain = sdclip(weight, 6, 12.85)
+    assert torch.equal(sdclip(weight, 6, 12.85, 0.0, diagonal), plain)
+    importance = row_importance(weight, diagonal)
+    assert float(importance.mean()) == pytest.approx(1.0)
+    leaning = sdclip(weight, 6, 12.85, 0.4, diagonal)
+    assert torch.equal(leaning > plain, importance > 1)
+
+
+def test_zero_and_constant_rows_have_usable_steps() -> None:
+    weight = torch.stack((torch.zeros(8), torch.full((8,), 0.5), torch.randn(8)))
+    steps = sdclip(weight, 6, 12.85)
+    symbols = round_to_nearest(weight, steps, 31)
+    assert symbols[0].tolist() == [0] * 8
+    assert symbols[1].tolist() == [31] * 8
+    assert float(symbols[1, 0] * steps[1]) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e7])
+def test_steps_outside_fp16_name_the_tensor_and_row(size: float) -> None:
+    weight = torch.randn(3, 8)
+    weight[1] *= size
+    with pytest.raises(NumericsError, match=r"tok_emb\.weight: the step of row 1"):
+        grid_steps("tok_emb.weight", weight, RtnRule(name="r", bits=6), 12.85)
+
+
+def test_every_clip_rule_has_a_function_and_every_function_a_row() -> None:
+    assert STEPS_BY_RULE.keys() == CLIP_RULES.keys()
+    assert all(rule.source for rule in CLIP_RULES.values())
+    assert all(set(rule.reads) <= GridRule.model_fields.keys() for rule in CLIP_RULES.values())
+
+
+@pytest.mark.parametrize("scale", CLIP_RULES)
+def test_a_rule_reads_of_the_hessian_what_its_row_says(scale: str) -> None:
+    """Without a Hessian, a rule that needs one is that which stands in for it; others do not look."""
+    weight, diagonal = weight_of(), torch.rand(8, generator=torch.Generator().manual_seed(1)) ** 4
+    weight[0, 0] *= 8
+    rule = RtnRule(name="r", bits=4, scale=scale)
+    with_it = grid_steps("w", weight, rule, 6.0, diagonal)
+    assert torch.equal(grid_steps("w", weight, rule.without_hessian(), 6.0), with_it) != CLIP_RULES[scale].needs_hessian
+
+
+def test_a_clip_rule_that_there_is_not_is_an_error_listing_those_there_are() -> None:
+    rule = RtnRule(name="r").model_copy(update={"scale": "percentil"})
+    with pytest.raises(SettingsError, match=r"w: no such clip rule 'percentil'; valid: sdclip, absmax, percentile"):
+        grid_steps("w", weight_of(), rule, 12.0)

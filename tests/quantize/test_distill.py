@@ -62,11 +62,11 @@ def test_the_reported_loss_is_that_of_the_model_handed_back(
     tokens = torch.from_numpy(held_out)
     decoded = {name: torch.from_numpy(array) for name, array in tuned.tensors().items()}
     with torch.no_grad():
-        teacher = load_module(view.config, view.tensors, "teacher")(tokens).double().log_softmax(-1)
-        student = load_module(view.config, decoded, "student")(tokens).double().log_softmax(-1)
-    kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        reference = load_module(view.config, view.tensors, "reference")(tokens).double().log_softmax(-1)
+        quantized = load_module(view.config, decoded, "quantized")(tokens).double().log_softmax(-1)
+    kl = (reference.exp() * (reference - quantized)).sum(-1).mean()
     assert report.after.kl == pytest.approx(float(kl), rel=1e-4)
-    nats = -student[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    nats = -quantized[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     assert report.after.nats == pytest.approx(float(nats), rel=1e-5)
 
 
@@ -145,7 +145,7 @@ def parse_calibration(**values: Any) -> CalibrationSettings:
 
 def test_a_model_of_other_weights_is_refused(model: QuantizedModel, view: View, text: CalibrationSet) -> None:
     raw = view.checkpoint.load("raw")
-    with pytest.raises(MismatchError, match="the teacher is"):
+    with pytest.raises(MismatchError, match="the reference is"):
         distill(model, raw, text, SETTINGS)
 
 

@@ -20,7 +20,7 @@ from pgolf_post.plan import KeepRule, Plan, TensorPlan, make_plan, read_plan
 from pgolf_post.quantize.awq import Stretched
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.model import quantize_view
-from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_rows
+from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_entries
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 
@@ -94,9 +94,9 @@ def test_an_uncovered_role_is_an_error_naming_the_tensor(view: View) -> None:
 def test_a_matrix_without_a_site_is_rounded_only_where_the_plan_allows_it(view: View, stats: Stats) -> None:
     family, module = get_family("golf_gpt"), build_module(view.config)
     sites = [site for site in family.sites(module) if site.name != "head.in"]
-    rows = {row.name: row for row in make_plan(view.tensors, family, module, SETTINGS, sites)}
-    assert rows["tok_emb.weight"].method == "rtn"
-    made = quantize_rows([rows["tok_emb.weight"]], Stretched(dict(view.tensors)), stats, StatsFactors(stats))
+    entries = {entry.name: entry for entry in make_plan(view.tensors, family, module, SETTINGS, sites)}
+    assert entries["tok_emb.weight"].method == "rtn"
+    made = quantize_entries([entries["tok_emb.weight"]], Stretched(dict(view.tensors)), stats, StatsFactors(stats))
     assert "no site" in made["tok_emb.weight"].facts["reason"]
     with pytest.raises(SettingsError, match=r"no site feeds tok_emb\.weight"):
         make_plan(view.tensors, family, module, plan_of("embedding.without_site=error"), sites)
@@ -109,9 +109,9 @@ def test_statistics_without_a_site_are_an_error(view: View, stats: Stats) -> Non
 
 
 def test_fp16_overflow_names_the_tensor() -> None:
-    row = TensorPlan("skip_weights", "control", KeepRule(name="control"), None, None)
+    entry = TensorPlan("skip_weights", "control", KeepRule(name="control"), None, None)
     with pytest.raises(NumericsError, match=r"skip_weights.*7e\+04"):
-        keep_tensor(row, torch.tensor([1.0, 7e4]))
+        keep_tensor(entry, torch.tensor([1.0, 7e4]))
 
 
 def test_entropy_of_known_distributions() -> None:

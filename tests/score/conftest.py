@@ -15,7 +15,8 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.protocols import Protocol, run_protocol, score_text
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.settings import TTTProtocol, ttt_protocol
+from pgolf_post.score.ttt.methods import ttt_protocol
+from pgolf_post.score.ttt.settings import TTTProtocol
 from tests.conftest import pico_documents
 
 RECORD = {
@@ -64,14 +65,14 @@ class Bench:
     def facts(self, protocol: Protocol) -> dict[str, Any]:
         return score_text(self.module, self.family, self.tokens, self.token_bytes, protocol)[1]
 
-    def ledger(self, protocol: Protocol, session: Session | None = None) -> CommitLog:
+    def log(self, protocol: Protocol, session: Session | None = None) -> CommitLog:
         return run_protocol(self.module, self.family, self.tokens, protocol, session or Session())[0]
 
 
 @pytest.fixture
 def bench(pico_data: DataFolder) -> Bench:
     """The record-like pico model on 500 tokens: the beginnings of documents, of 17 to 90 tokens each."""
-    documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(found.text)]) for found in pico_documents()]
+    documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(document.text)]) for document in pico_documents()]
     tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:500].astype(np.uint16)
     counts = pico_data.byte_table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens)
     return Bench(record_model(), get_family("golf_gpt"), tokens, counts)

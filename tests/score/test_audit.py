@@ -13,14 +13,17 @@ from torch import Tensor
 
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import VerificationError
-from pgolf_post.score.audit import Finding, Subject, audit, audit_text, earlier_than, require_passed
+from pgolf_post.score.audit.behaviour import audit
+from pgolf_post.score.audit.causality import Audited, earlier_than
+from pgolf_post.score.audit.findings import Finding, require_passed
+from pgolf_post.score.audit.text import audit_text
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import Protocol, folder_text
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
-from pgolf_post.score.ttt.sgd import ChunkPass
+from pgolf_post.score.ttt.chunks import ChunkPass
 from tests.score.conftest import Bench, record_model, ttt
 
 PLAIN = PlainProtocol(seq_len=32, tail="score")
@@ -33,8 +36,8 @@ PROTOCOLS: list[Any] = [
 
 def outcome(bench: Bench, protocol: Protocol, isolates: bool = False, **changes: Any) -> dict[str, Finding]:
     """Test → finding, on the bench's text."""
-    subject = replace(Subject.of(bench.module, bench.family, isolates, protocol), **changes)
-    return {finding.test: finding for finding in audit(subject, bench.tokens, samples=2, seed=1)}
+    audited = replace(Audited.of(bench.module, bench.family, isolates, protocol), **changes)
+    return {finding.test: finding for finding in audit(audited, bench.tokens, samples=2, seed=1)}
 
 
 def failures(findings: dict[str, Finding]) -> set[str]:
@@ -74,10 +77,10 @@ class Peeking(Wrapped):
     """Each position adds a little of the next token's embedding."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        found = self.module.hidden(tokens)
+        hidden = self.module.hidden(tokens)
         following = self.module.tok_emb(tokens.roll(-1, dims=1))
         following[:, -1] = 0
-        peeked: Tensor = found + 0.01 * following
+        peeked: Tensor = hidden + 0.01 * following
         return peeked
 
 
@@ -128,16 +131,16 @@ def test_a_loop_that_trains_before_scoring_is_caught(bench: Bench, monkeypatch: 
     assert findings["weights restored"].passed
 
 
-def test_a_loop_that_trains_before_scoring_behind_the_ledgers_back_is_caught(
+def test_a_loop_that_trains_before_scoring_behind_the_logs_back_is_caught(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = ChunkPass.step
 
     def takes_first(self: ChunkPass, index: int) -> None:
-        honest = self.ledger.hand_out
-        self.ledger.hand_out = lambda a, b: self.ledger.tokens[a:b].astype(np.int64)  # type: ignore[method-assign]
+        honest = self.log.hand_out
+        self.log.hand_out = lambda a, b: self.log.tokens[a:b].astype(np.int64)  # type: ignore[method-assign]
         self.learn(index)
-        self.ledger.hand_out = honest  # type: ignore[method-assign]
+        self.log.hand_out = honest  # type: ignore[method-assign]
         original(self, index)
 
     monkeypatch.setattr(ChunkPass, "step", takes_first)
@@ -174,44 +177,44 @@ def test_a_missing_bos_is_noticed(pico_data: DataFolder) -> None:
 
 
 def test_a_score_that_is_not_the_distributions_is_noticed(bench: Bench) -> None:
-    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+    honest = Audited.of(bench.module, bench.family, False, PLAIN).run
 
     def flattering(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
-        ledger = honest(tokens, observer)
-        ledger.nats *= 0.99
-        return ledger
+        log = honest(tokens, observer)
+        log.nats *= 0.99
+        return log
 
     assert failures(outcome(bench, PLAIN, run=flattering)) == {"sum to one"}
 
 
 def test_a_target_left_out_is_noticed(bench: Bench) -> None:
-    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+    honest = Audited.of(bench.module, bench.family, False, PLAIN).run
 
     def forgetful(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
-        ledger = honest(tokens, observer)
-        ledger.turn[100] = -1
-        return ledger
+        log = honest(tokens, observer)
+        log.turn[100] = -1
+        return log
 
     assert "score once" in failures(outcome(bench, PLAIN, run=forgetful))
 
 
 def test_weights_left_behind_are_noticed(bench: Bench) -> None:
-    honest = Subject.of(bench.module, bench.family, False, PLAIN).run
+    honest = Audited.of(bench.module, bench.family, False, PLAIN).run
 
     def messy(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
-        ledger = honest(tokens, observer)
+        log = honest(tokens, observer)
         with torch.no_grad():
             bench.module.skip_weights.add_(1e-7)
-        return ledger
+        return log
 
     assert "weights restored" in failures(outcome(bench, PLAIN, run=messy))
 
 
 def test_earlier_is_by_scoring_order(bench: Bench) -> None:
-    ledger = bench.ledger(ttt("lora"), Session())
-    place = int(np.flatnonzero(ledger.turn == 3)[0])
-    early = earlier_than(ledger, place)
-    assert set(np.flatnonzero((ledger.turn >= 0) & (ledger.turn < 3))) <= set(early.tolist())
+    log = bench.log(ttt("lora"), Session())
+    place = int(np.flatnonzero(log.turn == 3)[0])
+    early = earlier_than(log, place)
+    assert set(np.flatnonzero((log.turn >= 0) & (log.turn < 3))) <= set(early.tolist())
     assert (early > place).any()  # longer documents come first, wherever they stand
 
 

@@ -10,24 +10,12 @@ import pytest
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare.compare import (
-    BYTES_PER_TOKEN,
-    paired_documents,
-    record_rule,
-    sign_test,
-    welch,
-)
+from pgolf_post.score.compare.documents import paired_documents, sign_test
+from pgolf_post.score.compare.estimate import estimate
 from pgolf_post.score.compare.paired import Clusters, t_interval
-from pgolf_post.score.compare.screen import (
-    EXCLUDED,
-    Screening,
-    ScreenSettings,
-    bytes_of_windows,
-    estimate,
-    screen,
-    sequence_factor,
-    window_scorer,
-)
+from pgolf_post.score.compare.record import BYTES_PER_TOKEN, record_rule, welch
+from pgolf_post.score.compare.screen import EXCLUDED, Screening, ScreenSettings, screen, sequence_factor
+from pgolf_post.score.compare.windows import bytes_of_windows, window_scorer
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import protocol_spans
 from pgolf_post.score.sliding import SlidingProtocol
@@ -38,12 +26,12 @@ from tests.score.conftest import Bench, record_model, ttt
 def test_the_published_welch_numbers() -> None:
     new = np.array([1.1150812, 1.11437394, 1.11475014])
     old = np.array([1.11922988, 1.12002032, 1.11888882])
-    found = welch(new, old)
-    assert found.t == pytest.approx(-11.83, abs=0.005)
-    assert found.degrees == pytest.approx(3.31, abs=0.005)
-    assert round(found.p, 4) == 0.0004
-    found = welch(np.array([1.07928348, 1.07996676, 1.08024795]), np.array([1.08079, 1.08103, 1.08118]))
-    assert found.p == pytest.approx(
+    test = welch(new, old)
+    assert test.t == pytest.approx(-11.83, abs=0.005)
+    assert test.degrees == pytest.approx(3.31, abs=0.005)
+    assert round(test.p, 4) == 0.0004
+    test = welch(np.array([1.07928348, 1.07996676, 1.08024795]), np.array([1.08079, 1.08103, 1.08118]))
+    assert test.p == pytest.approx(
         0.0207, abs=4e-4
     )  # published from unrounded runs; these five digits allow .0201-.0207
 
@@ -128,10 +116,10 @@ def errors(runs: int, shift: float, half_width: float, seed: int) -> tuple[float
     wrong = missed = 0
     used = []
     for run in range(runs):
-        found = screened(Population(random, 600, shift), run, half_width_bpb=half_width)
-        wrong += found.reason == EXCLUDED or not found.low <= 0 <= found.high
-        missed += not found.low - 1e-12 <= shift <= found.high + 1e-12
-        used.append(found.last.windows / 600)
+        screening = screened(Population(random, 600, shift), run, half_width_bpb=half_width)
+        wrong += screening.reason == EXCLUDED or not screening.low <= 0 <= screening.high
+        missed += not screening.low - 1e-12 <= shift <= screening.high + 1e-12
+        used.append(screening.last.windows / 600)
     return wrong / runs, missed / runs, float(np.median(used))
 
 
@@ -160,22 +148,22 @@ def test_a_difference_is_found_early_and_covered() -> None:
     random = np.random.default_rng(5)
     shares = []
     for run in range(20):
-        found = screened(Population(random, 600, -0.002), run, half_width_bpb=1e-9)
-        assert found.reason == EXCLUDED
-        assert found.low <= -0.002 <= found.high < 0
-        shares.append(found.last.tokens / found.total_tokens)
+        screening = screened(Population(random, 600, -0.002), run, half_width_bpb=1e-9)
+        assert screening.reason == EXCLUDED
+        assert screening.low <= -0.002 <= screening.high < 0
+        shares.append(screening.last.tokens / screening.total_tokens)
     assert np.median(shares) < 0.5
 
 
 def test_it_stops_as_soon_as_the_difference_is_known_well_enough() -> None:
     population = Population(np.random.default_rng(6), 600, 0.0)
-    found = screened(population, 0, half_width_bpb=0.0004)
-    assert found.reason == "known to ±0.0004"
-    assert found.half == found.last.half <= 0.0004
-    assert all(some.half > 0.0004 for some in found.looks[:-1])
-    assert all(some.half == math.inf for some in found.looks if some.windows < 64)
+    screening = screened(population, 0, half_width_bpb=0.0004)
+    assert screening.reason == "known to ±0.0004"
+    assert screening.half == screening.last.half <= 0.0004
+    assert all(some.half > 0.0004 for some in screening.looks[:-1])
+    assert all(some.half == math.inf for some in screening.looks if some.windows < 64)
     wider = screened(population, 0, half_width_bpb=0.0008, stop_at_zero=False)
-    assert wider.last.windows < found.last.windows
+    assert wider.last.windows < screening.last.windows
     assert wider.last.half_always == math.inf
 
 
@@ -183,10 +171,10 @@ def test_the_sequence_is_wider_than_an_interval_and_ends_at_nothing() -> None:
     assert sequence_factor(100, 0.05, 100) == pytest.approx(2.9, abs=0.3)  # 1.96 would be valid for one look
     assert all(sequence_factor(t, 0.05, 100) > 2.5 for t in (10, 50, 100, 1000, 10_000))
     population = Population(np.random.default_rng(3), 200, 0.0)
-    found = screened(population, 0, half_width_bpb=1e-9, stop_at_zero=False)
-    assert found.half == 1e-9
-    assert found.reason == "all windows are scored"
-    assert found.last.bpb == pytest.approx(0.0, abs=1e-12)
+    screening = screened(population, 0, half_width_bpb=1e-9, stop_at_zero=False)
+    assert screening.half == 1e-9
+    assert screening.reason == "all windows are scored"
+    assert screening.last.bpb == pytest.approx(0.0, abs=1e-12)
     late = [some for some in screened(population, 1, half_width_bpb=1e-9).looks if 64 <= some.windows < 200]
     assert all(some.half_always > 1.3 * some.half for some in late)
 
@@ -196,16 +184,16 @@ def test_known_bytes_take_out_what_they_explain() -> None:
     size = random.integers(500, 1500, 400)
     bits = 0.003 * size - 2.0  # nothing but a line: a few windows tell all
     drawn = random.permutation(400)[:10]
-    found, error = estimate(bits[drawn], size[drawn], size)
-    assert found == pytest.approx(bits.sum() / size.sum(), rel=1e-9)
+    estimated, error = estimate(bits[drawn], size[drawn], size)
+    assert estimated == pytest.approx(bits.sum() / size.sum(), rel=1e-9)
     assert error < 1e-12
     noisy = bits + random.normal(0, 0.5, 400)
     truth = noisy.sum() / size.sum()
     off = []
     for _ in range(400):
         drawn = random.permutation(400)[:100]
-        found, error = estimate(noisy[drawn], size[drawn], size)
-        off.append((found - truth) / error)
+        estimated, error = estimate(noisy[drawn], size[drawn], size)
+        off.append((estimated - truth) / error)
     assert np.std(off) == pytest.approx(1.0, abs=0.12)  # the standard error is one
     assert estimate(noisy, size, size) == (pytest.approx(truth, abs=1e-15), 0.0)
     alike = np.full(400, 1000)
@@ -220,10 +208,10 @@ def test_screening_real_models(bench: Bench) -> None:
     all_bytes = bytes_of_windows(spans, bench.token_bytes)
     assert all_bytes.sum() == bench.token_bytes[1 : 4 * len(spans) + 1].sum()
     settings = ScreenSettings(half_width_bpb=1e-9, stop_at_zero=False, look_every=16)
-    found = screen(scorer, all_bytes, 4 * len(spans), settings)
+    screening = screen(scorer, all_bytes, 4 * len(spans), settings)
     control = bench.score(PlainProtocol(seq_len=4)).bpb
     bench.module = other
-    assert found.last.bpb == pytest.approx(bench.score(PlainProtocol(seq_len=4)).bpb - control, abs=1e-6)
-    assert found.facts()["share"] == 1.0
+    assert screening.last.bpb == pytest.approx(bench.score(PlainProtocol(seq_len=4)).bpb - control, abs=1e-6)
+    assert screening.facts()["share"] == 1.0
     few = screen(scorer, all_bytes[:2], 8, settings)
     assert few.reason == "all windows are scored"

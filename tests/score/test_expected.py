@@ -12,7 +12,8 @@ import torch
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.compare.expected import ExpectedWindows
-from pgolf_post.score.compare.screen import Screening, ScreenSettings, bytes_of_windows, screen
+from pgolf_post.score.compare.screen import Screening, ScreenSettings, screen
+from pgolf_post.score.compare.windows import bytes_of_windows
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import protocol_spans
 from pgolf_post.score.spans import Span, num_targets
@@ -92,9 +93,9 @@ def test_the_difference_is_that_of_losses_over_all_words(setting: Setting) -> No
 
 def test_it_leaves_out_the_luck_of_the_words(setting: Setting) -> None:
     scorer = setting.scorer()
-    found = setting.screen(scorer, 1e-9)
+    screening = setting.screen(scorer, 1e-9)
     exact = scorer.measured(setting.all_bytes, 0.95)
-    assert (exact.half, found.half) == (0.0, 1e-9)
+    assert (exact.half, screening.half) == (0.0, 1e-9)
     losses = [
         sum(
             float(torch.nn.functional.cross_entropy(module.logits(module.hidden(x))[0], y, reduction="sum"))
@@ -106,7 +107,7 @@ def test_it_leaves_out_the_luck_of_the_words(setting: Setting) -> None:
     assert exact.bpb == pytest.approx((losses[0] - losses[1]) / np.log(2) / total, abs=1e-5)
     expected = scorer.divergence_bits[0] - scorer.divergence_bits[1]
     assert expected.std() < 0.1 * scorer.measured_bits.std()
-    assert found.last.bpb == pytest.approx(expected.sum() / total, abs=1e-9)
+    assert screening.last.bpb == pytest.approx(expected.sum() / total, abs=1e-9)
 
 
 def windows(setting: Setting) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -164,8 +165,8 @@ def test_chance_is_called_chance_as_often_as_it_says(setting: Setting) -> None:
     called = 0
     for _ in range(400):  # the text again with other words: surprises of either sign, of these sizes
         scorer.measured_bits = expected + size * random.choice([-1, 1], WINDOWS)
-        found = scorer.surprise(setting.all_bytes, 0.9)
-        called += found.excludes_zero
+        surprise = scorer.surprise(setting.all_bytes, 0.9)
+        called += surprise.excludes_zero
     assert 0.05 <= called / 400 <= 0.15
     scorer.measured_bits = expected + np.abs(size)
     assert scorer.surprise(setting.all_bytes, 0.9).excludes_zero

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.artifacts import requant
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import get_family, load_module
-from pgolf_post.score.cached import load_score, score_view
+from pgolf_post.pack.artifact import read_artifact
+from pgolf_post.plan import read_plan
+from pgolf_post.score.cached import load_score, score_artifact, score_view
 from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -81,3 +87,31 @@ def test_cached_scores_come_back_with_their_sums(pico_checkpoint: Checkpoint, pi
     assert again == first
     assert load_score(again).nats == first["nats"]
     assert np.isfinite(load_score(again).unit_nats).all()
+
+
+def test_a_callers_session_stays_as_it_was(pico_checkpoint: Checkpoint, pico_data: DataFolder, tmp_path: Path) -> None:
+    own = tmp_path / "own.safetensors"
+    session = Session(partial=own, identity="mine")
+    view = pico_checkpoint.load()
+    for max_tokens in (100, 200):
+        score_view(view, pico_data, PlainProtocol(seq_len=16, max_tokens=max_tokens), session=session)
+        assert (session.partial, session.identity) == (own, "mine")
+    assert session.clock.seconds["score"] > 0
+
+
+def test_an_artifact_that_is_decoded_already_is_not_decoded_again(
+    view: View, stats: Stats, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = requant(view, stats, read_plan("record-1855", [])).path
+    decoded, protocol = read_artifact(path), PlainProtocol(seq_len=16, max_tokens=200)
+    monkeypatch.setattr("pgolf_post.score.cached.read_artifact", lambda path: pytest.fail("decoded again"))
+    first, cached = score_artifact(path, pico_data, protocol, decoded=decoded)
+    assert not cached
+    assert "decompress_seconds" not in first
+    monkeypatch.undo()
+    again, cached = score_artifact(path, pico_data, protocol)
+    assert cached
+    assert again == first
+    fresh, _ = score_artifact(path, pico_data, protocol, fresh=True)
+    assert fresh["nats"] == first["nats"]
+    assert fresh["decompress_seconds"] > 0

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from pgolf_post.errors import DamagedFileError
 from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.session import Session, StoppedError
 from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.spans import SpanPass
+from pgolf_post.score.ttt.chunks import ChunkPass
 from pgolf_post.score.ttt.lora import LoraPass
-from pgolf_post.score.ttt.sgd import ChunkPass
+from pgolf_post.score.ttt.phased import PhasedPass
 from pgolf_post.score.ttt.weights import weights_sha256
 from tests.score.conftest import Bench, ttt
 
@@ -26,7 +28,7 @@ PASSES: list[tuple[Any, type]] = [
     (ttt("sgd", "chunk_tokens=80"), ChunkPass),
     (ttt("sgd", "chunk_tokens=80", "optimizer=muon"), ChunkPass),
     (ttt("lora", "lanes=2", "batch_documents=2"), LoraPass),
-    (ttt("phased"), LoraPass),
+    (ttt("phased"), PhasedPass),
 ]
 
 
@@ -39,7 +41,7 @@ def test_an_interrupted_pass_ends_with_the_same_nats(
     bench: Bench, tmp_path: Path, protocol: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pgolf_post.score.protocols.BATCH_TOKENS", 256)
-    whole = bench.ledger(protocol)
+    whole = bench.log(protocol)
     before = weights_sha256(bench.module)
     original = kind.step
     calls = []
@@ -53,13 +55,13 @@ def test_an_interrupted_pass_ends_with_the_same_nats(
     monkeypatch.setattr(kind, "step", step)
     for _ in range(2):
         with pytest.raises(StoppedError, match=r"interrupted with .* targets scored") as caught:
-            bench.ledger(protocol, session_at(tmp_path))
+            bench.log(protocol, session_at(tmp_path))
         assert caught.value.exit_code == 130
         assert "run the same command again" in str(caught.value.hint)
         assert weights_sha256(bench.module) == before
-    again = bench.ledger(protocol, session_at(tmp_path))
+    again = bench.log(protocol, session_at(tmp_path))
     assert np.array_equal(again.nats, whole.nats)
-    assert again.lessons == whole.lessons
+    assert again.handed_out == whole.handed_out
     assert calls == list(range(len(calls)))  # nothing was done twice
     assert not (tmp_path / "some.partial.safetensors").exists()
 
@@ -69,7 +71,7 @@ def test_a_spent_budget_keeps_what_was_done(
 ) -> None:
     monkeypatch.setattr("pgolf_post.score.protocols.BATCH_TOKENS", 256)
     protocol = SlidingProtocol(seq_len=32, stride=8)
-    whole = bench.ledger(protocol)
+    whole = bench.log(protocol)
     clock = PhaseTimes(10.0)
     clock.seconds["load"] = 7.0
     original = SpanPass.step
@@ -80,29 +82,31 @@ def test_a_spent_budget_keeps_what_was_done(
 
     monkeypatch.setattr(SpanPass, "step", step)
     with pytest.raises(StoppedError, match=r"the time budget of 10 s is spent with [1-9]") as caught:
-        bench.ledger(protocol, session_at(tmp_path, clock=clock))
+        bench.log(protocol, session_at(tmp_path, clock=clock))
     assert caught.value.exit_code == 1
     assert "--time-budget" in str(caught.value.hint)
     assert "warning: 8 s of the budget's 10 s" in capsys.readouterr().err
     monkeypatch.setattr(SpanPass, "step", original)
     later = PhaseTimes(100.0)
-    assert np.array_equal(bench.ledger(protocol, session_at(tmp_path, clock=later)).nats, whole.nats)
+    assert np.array_equal(bench.log(protocol, session_at(tmp_path, clock=later)).nats, whole.nats)
     assert later.strict > 10.0  # the earlier part counts
 
 
 def test_partial_results_of_something_else_are_left_alone(bench: Bench, tmp_path: Path) -> None:
     protocol = SlidingProtocol(seq_len=32, stride=8)
-    whole = bench.ledger(protocol)
+    whole = bench.log(protocol)
     spent = PhaseTimes(1.0)
     spent.seconds["load"] = 2.0
     with pytest.raises(StoppedError):
-        bench.ledger(protocol, session_at(tmp_path, clock=spent))
+        bench.log(protocol, session_at(tmp_path, clock=spent))
+    with safe_open(tmp_path / "some.partial.safetensors", "pt") as file:  # under the names of files kept before
+        assert sorted(file.keys()) == ["ledger.lessons", "ledger.nats", "ledger.turn", "ledger.turns"]
     other = session_at(tmp_path)
     other.identity = "that"
-    assert np.array_equal(bench.ledger(protocol, other).nats, whole.nats)
+    assert np.array_equal(bench.log(protocol, other).nats, whole.nats)
     (tmp_path / "some.partial.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DamagedFileError, match="not a kept pass"):
-        bench.ledger(protocol, session_at(tmp_path))
+        bench.log(protocol, session_at(tmp_path))
 
 
 def test_the_clock_adds_up() -> None:

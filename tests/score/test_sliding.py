@@ -31,12 +31,12 @@ Tail = Literal["drop", "score"]
 @given(targets=st.integers(1, 300), seq_len=st.integers(1, 40), stride=st.integers(1, 40))
 def test_every_target_is_scored_once_with_the_promised_context(targets: int, seq_len: int, stride: int) -> None:
     stride = min(stride, seq_len)
-    found = sliding_spans(targets, seq_len, stride)
-    assert places_of(found).tolist() == list(range(1, targets + 1))
-    assert max(span.length for span in found) <= seq_len
-    for span in found[1:]:
+    spans = sliding_spans(targets, seq_len, stride)
+    assert places_of(spans).tolist() == list(range(1, targets + 1))
+    assert max(span.length for span in spans) <= seq_len
+    for span in spans[1:]:
         assert span.length - span.scored == seq_len - stride  # tokens of context before the first scored one's own
-    assert sorted(span for batch in batches_of(found, 64) for span in batch) == sorted(found)
+    assert sorted(span for batch in batches_of(spans, 64) for span in batch) == sorted(spans)
 
 
 @pytest.mark.parametrize("tail", ["drop", "score"])
@@ -55,13 +55,13 @@ def test_stride_seq_len_is_plain(bench: Bench, tail: Tail) -> None:
 
 def test_sliding_is_the_cross_entropy_of_its_windows(bench: Bench) -> None:
     seq_len, stride = 32, 8
-    ledger = bench.ledger(SlidingProtocol(seq_len=seq_len, stride=stride, tail="score"))
+    log = bench.log(SlidingProtocol(seq_len=seq_len, stride=stride, tail="score"))
     tokens = torch.from_numpy(bench.tokens.astype(np.int64))
     for target in (1, 31, 32, 33, 40, 41, 200, len(tokens) - 1):
         moved = -(-max(0, target - seq_len) // stride) * stride  # strides after the first window
         logits = bench.module(tokens[None, moved:target])[0, -1]
         expected = float(F.cross_entropy(logits[None].double(), tokens[target : target + 1]))
-        assert ledger.nats[target] == pytest.approx(expected, rel=1e-5)
+        assert log.nats[target] == pytest.approx(expected, rel=1e-5)
 
 
 def test_both_protocols_count_the_same_targets(bench: Bench) -> None:
@@ -96,8 +96,8 @@ class Greedy:
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         if len(tokens) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found: torch.Tensor = self.module.hidden(tokens)
-        return found
+        hidden: torch.Tensor = self.module.hidden(tokens)
+        return hidden
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

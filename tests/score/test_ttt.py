@@ -13,51 +13,53 @@ from torch import Tensor
 from pgolf_post.errors import MismatchError, NumericsError, PgolfError, SettingsError, VerificationError
 from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.plain import PlainProtocol
+from pgolf_post.score.protocols import make_pass
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.ttt import weights
 from pgolf_post.score.ttt.adapters import Adapters
-from pgolf_post.score.ttt.lora import LoraPass, batch_texts, find_texts
-from pgolf_post.score.ttt.settings import PRESETS, ttt_protocol
-from pgolf_post.score.ttt.sgd import ChunkPass
+from pgolf_post.score.ttt.chunks import ChunkPass
+from pgolf_post.score.ttt.documents import batch_by_length, find_documents
+from pgolf_post.score.ttt.lora import LoraPass
+from pgolf_post.score.ttt.methods import PRESETS, ttt_protocol
 from pgolf_post.score.ttt.weights import restored, weights_sha256
 from tests.score.conftest import Bench, record_model, ttt
 
 METHODS = ("sgd", "scales", "lora", "phased")
 
 
-def small_ledger() -> CommitLog:
+def small_log() -> CommitLog:
     return CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
 
 
 def test_a_target_is_scored_once() -> None:
-    ledger = small_ledger()
-    ledger.commit(np.array([1, 2]), np.array([0.5, 0.25]))
+    log = small_log()
+    log.commit(np.array([1, 2]), np.array([0.5, 0.25]))
     with pytest.raises(CommitError, match="target 2 would be scored twice"):
-        ledger.commit(np.array([2, 3]), np.ones(2))
+        log.commit(np.array([2, 3]), np.ones(2))
     with pytest.raises(CommitError, match="scored twice"):
-        ledger.commit(np.array([3, 3]), np.ones(2))
+        log.commit(np.array([3, 3]), np.ones(2))
     with pytest.raises(CommitError, match="no target"):
-        ledger.commit(np.array([6]), np.ones(1))
+        log.commit(np.array([6]), np.ones(1))
     with pytest.raises(NumericsError, match="target 4"):
-        ledger.commit(np.array([3, 4]), np.array([1.0, np.nan]))
-    assert ledger.nats.sum() == 0.75
+        log.commit(np.array([3, 4]), np.array([1.0, np.nan]))
+    assert log.nats.sum() == 0.75
     with pytest.raises(CommitError, match="3 of 5 targets were never scored"):
-        ledger.require_complete()
+        log.require_complete()
 
 
 def test_only_scored_tokens_are_handed_out() -> None:
-    ledger = small_ledger()
+    log = small_log()
     with pytest.raises(CommitError, match="token 1 has not been scored"):
-        ledger.hand_out(0, 3)
-    ledger.commit(np.array([1, 2]), np.ones(2))
-    assert ledger.hand_out(0, 3).tolist() == [1, 5, 6]
+        log.hand_out(0, 3)
+    log.commit(np.array([1, 2]), np.ones(2))
+    assert log.hand_out(0, 3).tolist() == [1, 5, 6]
     with pytest.raises(CommitError, match="token 3 has not been scored"):
-        ledger.hand_out(1, 4)
-    ledger.commit(np.array([3, 4, 5]), np.ones(3))
+        log.hand_out(1, 4)
+    log.commit(np.array([3, 4, 5]), np.ones(3))
     with pytest.raises(CommitError):
-        ledger.hand_out(2, 9)
-    assert [(lesson.turn, lesson.start, lesson.stop) for lesson in ledger.lessons] == [(1, 0, 3)]
+        log.hand_out(2, 9)
+    assert [(taken.turn, taken.start, taken.stop) for taken in log.handed_out] == [(1, 0, 3)]
 
 
 @pytest.mark.parametrize("method", ["sgd", "scales"])
@@ -72,16 +74,16 @@ def test_chunks_without_a_learning_rate_are_sliding(bench: Bench, method: str) -
 @pytest.mark.parametrize("method", ["lora", "phased"])
 def test_documents_without_a_learning_rate_are_scored_in_their_own_windows(bench: Bench, method: str) -> None:
     still = [f"{key}=0.0" for key in ("learning_rate", "global_lr")[: 1 + (method == "phased")]]
-    ledger = bench.ledger(ttt(method, *still))
+    log = bench.log(ttt(method, *still))
     tokens = torch.from_numpy(bench.tokens.astype(np.int64))
-    for text in find_texts(bench.tokens, ledger.num_targets)[:5]:
+    for text in find_documents(bench.tokens, log.num_targets)[:5]:
         for offset in range(1, text.targets + 1, 7):
             end = -(-offset // 16) * 16  # the chunk's end; its window begins 32 before
             begin = text.start + max(0, end - 32)
             logits = bench.module(tokens[None, begin : text.start + offset])[0, -1].double()
             place = text.start + offset
             expected = float(torch.logsumexp(logits, 0) - logits[int(tokens[place])])
-            assert ledger.nats[place] == pytest.approx(expected, rel=1e-4)
+            assert log.nats[place] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,11 +162,11 @@ def test_a_documents_adapter_touches_no_other_document(bench: Bench) -> None:
 
 def test_documents_of_a_batch_learn_alone(bench: Bench) -> None:
     protocol = ttt("lora", "batch_documents=40")
-    whole = bench.ledger(protocol)
-    text = find_texts(bench.tokens, whole.num_targets)[3]
+    whole = bench.log(protocol)
+    text = find_documents(bench.tokens, whole.num_targets)[3]
     bench.tokens = bench.tokens.copy()
     bench.tokens[text.start + 1 : text.stop] = 7
-    other = bench.ledger(protocol)
+    other = bench.log(protocol)
     outside = np.ones(len(bench.tokens), dtype=bool)
     outside[text.start + 1 : text.stop + 1] = False
     assert np.array_equal(other.nats[outside], whole.nats[outside])
@@ -173,14 +175,14 @@ def test_documents_of_a_batch_learn_alone(bench: Bench) -> None:
 
 def test_steps_never_run_ahead_of_scores(bench: Bench) -> None:
     for method in METHODS:
-        ledger = bench.ledger(ttt(method))
-        assert ledger.lessons
-        for lesson in ledger.lessons:
-            turns = ledger.turn[max(1, lesson.start) : lesson.stop]
+        log = bench.log(ttt(method))
+        assert log.handed_out
+        for taken in log.handed_out:
+            turns = log.turn[max(1, taken.start) : taken.stop]
             assert turns.min() >= 0
-            assert turns.max() < lesson.turn
-    last = bench.ledger(ttt("sgd"))
-    assert max(lesson.stop for lesson in last.lessons) <= 1 + (last.num_targets - 1) // 128 * 128  # the last is not
+            assert turns.max() < taken.turn
+    last = bench.log(ttt("sgd"))
+    assert max(taken.stop for taken in last.handed_out) <= 1 + (last.num_targets - 1) // 128 * 128  # the last is not
 
 
 def test_a_loop_that_trains_first_does_not_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +209,14 @@ def test_weights_that_do_not_come_back_are_noticed(bench: Bench, monkeypatch: py
 
 
 def test_length_sorted_batches_hold_every_document_once(bench: Bench) -> None:
-    texts = find_texts(bench.tokens, 440)
-    batches = batch_texts(texts, 4)
+    texts = find_documents(bench.tokens, 440)
+    batches = batch_by_length(texts, 4)
     assert sorted((t for b in batches for t in b), key=lambda t: t.start) == texts
     assert sum(t.targets for t in texts) == 440
     lengths = [t.targets for b in batches for t in b]
     assert lengths == sorted(lengths, reverse=True)
     with pytest.raises(MismatchError, match="no BOS"):
-        find_texts(np.full(50, 7), 40)
+        find_documents(np.full(50, 7), 40)
 
 
 def test_presets_are_the_published_settings() -> None:
@@ -236,10 +238,13 @@ def test_presets_are_the_published_settings() -> None:
 @pytest.mark.parametrize(
     ("method", "override", "message"),
     [
-        ("sgd", "rank=4", "method 'sgd' does not read rank"),
-        ("lora", "epochs=2", "method 'lora' does not read epochs"),
-        ("scales", "last_blocks=2", "does not read last_blocks"),
-        ("sgd", "rnak=4", "unknown key 'rnak' .*did you mean 'rank'"),
+        ("sgd", "rank=80", "--ttt sgd: unknown key 'rank'.*valid keys here: .*last_blocks"),
+        ("lora", "epochs=2", "unknown key 'epochs' .*valid keys here: adapt, alpha"),
+        ("scales", "last_blocks=2", "unknown key 'last_blocks'"),
+        ("lora", "rnak=4", "unknown key 'rnak' .*did you mean 'rank'"),
+        ("record-1855", "epochs=2", r"--ttt record-1855 \(phased\): unknown key 'epochs'"),
+        ("sgd", "method=adam", "no TTT method 'adam'; there are: sgd, scales, lora, phased"),
+        ("lora", "chunk_tokens=100", "chunk_tokens 100 exceeds"),
         ("phased", "phases=[5,3]", "ascending numbers"),
         ("sgd", "stride=1000", "stride 1000 exceeds"),
         ("sgd", "optimizer=lion", "optimizer = 'lion'"),
@@ -253,8 +258,8 @@ def test_settings_that_cannot_act_are_refused(method: str, override: str, messag
 
 def test_what_is_trained(bench: Bench) -> None:
     def trained(*overrides: str, method: str = "sgd") -> set[str]:
-        protocol = ttt(method, *overrides)
-        return set(ChunkPass(bench.module, bench.family, CommitLog(bench.tokens, 480), protocol, Session()).parameters)
+        work: Any = make_pass(bench.module, bench.family, bench.tokens, ttt(method, *overrides), Session())
+        return set(work.parameters)
 
     everything = trained()
     assert everything == {name for name, _ in bench.module.named_parameters()}
@@ -285,7 +290,7 @@ def test_out_of_memory_names_the_setting(bench: Bench, monkeypatch: pytest.Monke
     with pytest.raises(PgolfError, match="4 documents at once") as caught:
         bench.score(ttt("lora"))
     assert "batch_documents=2" in str(caught.value.hint)
-    monkeypatch.setattr("pgolf_post.score.ttt.sgd.target_nats", full)
+    monkeypatch.setattr("pgolf_post.score.ttt.gradients.target_nats", full)
     with pytest.raises(PgolfError, match="while training on") as caught:
         bench.score(ttt("sgd"))
     assert "train_batch_seqs" in str(caught.value.hint)
@@ -293,14 +298,14 @@ def test_out_of_memory_names_the_setting(bench: Bench, monkeypatch: pytest.Monke
 
 def test_the_first_chunk_of_a_document_is_scored_by_the_plain_model(bench: Bench) -> None:
     """B = 0 at the start of every document, even after batches that learned: nothing leaks from one to the next."""
-    ledger = bench.ledger(ttt("lora", "learning_rate=0.1"))
-    for batch in batch_texts(find_texts(bench.tokens, ledger.num_targets), 4):
+    log = bench.log(ttt("lora", "learning_rate=0.1"))
+    for batch in batch_by_length(find_documents(bench.tokens, log.num_targets), 4):
         for text in batch:
             tokens = torch.from_numpy(bench.tokens[text.start : text.stop + 1][:17].astype(np.int64))
             logits = bench.module(tokens[None, :-1])[0]
             expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").numpy()
-            found = ledger.nats[text.start + 1 : text.start + len(tokens)]
-            np.testing.assert_allclose(found, expected, rtol=1e-4)
+            nats = log.nats[text.start + 1 : text.start + len(tokens)]
+            np.testing.assert_allclose(nats, expected, rtol=1e-4)
 
 
 def test_lora_pass_counts_its_steps(bench: Bench) -> None:

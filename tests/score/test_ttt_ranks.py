@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from pgolf_post.base.ranks import Ranks
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, load_module
-from pgolf_post.score.audit import ledger_order, scored_once
+from pgolf_post.score.audit.commits import scored_before_update, scored_once
 from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.lora import deal
+from pgolf_post.score.ttt.documents import deal
 from tests.score.conftest import Bench, ttt
 from tests.trainer.test_distributed import torchrun
 
@@ -31,6 +32,7 @@ PROTOCOLS = {
 }
 
 SCRIPT = """
+import pickle
 import sys
 from pathlib import Path
 
@@ -42,22 +44,19 @@ from pgolf_post.families import get_family, load_module
 from pgolf_post.base.ranks import Ranks, end_process
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.settings import TTTProtocol
 
 ranks = Ranks.join()
 view, data = Checkpoint.open(Path(sys.argv[1])).load(), DataFolder.open(Path(sys.argv[2]))
-for line in open(sys.argv[3]):
-    name, _, settings = line.partition("\\t")
-    protocol = TTTProtocol.model_validate_json(settings)
+for name, protocol in pickle.loads(Path(sys.argv[3]).read_bytes()).items():
     module = load_module(view.config, view.tensors, "test")
     tokens = folder_text(data, protocol)[0]
     for run in range(2):  # twice: the number must come again
-        ledger, work = run_protocol(module, get_family("golf_gpt"), tokens, protocol, Session(ranks=ranks))
+        log, work = run_protocol(module, get_family("golf_gpt"), tokens, protocol, Session(ranks=ranks))
         steps = work.facts()["optimizer_steps"]
         if ranks.is_main:
-            lessons = [(x.turn, x.start, x.stop) for x in ledger.lessons]
+            lessons = [(x.turn, x.start, x.stop) for x in log.handed_out]
             out = f"{sys.argv[4]}/{name}.{run}.npz"
-            np.savez(out, nats=ledger.nats, turn=ledger.turn, lessons=lessons, steps=steps)
+            np.savez(out, nats=log.nats, turn=log.turn, lessons=lessons, steps=steps)
 ranks.leave()
 end_process(0)
 """
@@ -69,9 +68,8 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Pa
     folder = tmp_path_factory.mktemp("ranks")
     repository = str(Path(__file__).parents[2])
     (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {repository!r})\n{SCRIPT}")
-    lines = [f"{name}\t{protocol.model_dump_json()}\n" for name, protocol in PROTOCOLS.items()]
-    (folder / "protocols.tsv").write_text("".join(lines))
-    paths = [str(x) for x in (pico_run_original / "latest", pico_data.path, folder / "protocols.tsv", folder)]
+    (folder / "protocols.pickle").write_bytes(pickle.dumps(PROTOCOLS))
+    paths = [str(x) for x in (pico_run_original / "latest", pico_data.path, folder / "protocols.pickle", folder)]
     done = torchrun(2, str(folder / "script.py"), *paths)
     assert done.returncode == 0, done.stderr
     return folder
@@ -85,13 +83,13 @@ def text_bench(pico_run_original: Path, pico_data: DataFolder) -> Bench:
     return Bench(module, get_family("golf_gpt"), tokens, counts)
 
 
-def found(folder: Path, name: str, tokens: np.ndarray, run: int = 0) -> tuple[CommitLog, int]:
-    """The merged ledger of two ranks, as an audit would read it, and the steps they took together."""
+def merged(folder: Path, name: str, tokens: np.ndarray, run: int = 0) -> tuple[CommitLog, int]:
+    """The merged log of two ranks, as an audit would read it, and the steps they took together."""
     arrays = np.load(folder / f"{name}.{run}.npz")
-    ledger = CommitLog(tokens, len(tokens) - 1)
+    log = CommitLog(tokens, len(tokens) - 1)
     turns = np.array([int(arrays["turn"].max()) + 1])
-    ledger.load_state({"nats": arrays["nats"], "turn": arrays["turn"], "turns": turns, "lessons": arrays["lessons"]})
-    return ledger, int(arrays["steps"])
+    log.load_state({"nats": arrays["nats"], "turn": arrays["turn"], "turns": turns, "lessons": arrays["lessons"]})
+    return log, int(arrays["steps"])
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -99,8 +97,8 @@ def test_ranks_give_one_number(on_two_ranks: Path, text_bench: Bench, name: str)
     protocol = PROTOCOLS[name]
     tokens = text_bench.tokens[: protocol.max_tokens]
     alone, work = run_protocol(text_bench.module, text_bench.family, tokens, protocol, Session())
-    two, steps = found(on_two_ranks, name, tokens)
-    again, _ = found(on_two_ranks, name, tokens, run=1)
+    two, steps = merged(on_two_ranks, name, tokens)
+    again, _ = merged(on_two_ranks, name, tokens, run=1)
     assert np.array_equal(two.nats, again.nats)
     assert steps == work.facts()["optimizer_steps"] > 0
     if name in ("lora", "one lane"):
@@ -108,25 +106,25 @@ def test_ranks_give_one_number(on_two_ranks: Path, text_bench: Bench, name: str)
     else:
         np.testing.assert_allclose(two.nats, alone.nats, atol=0.01)  # AdamW without momentum turns rounding into steps
         assert two.nats.sum() == pytest.approx(alone.nats.sum(), rel=1e-5)
-    assert {(x.start, x.stop) for x in two.lessons} == {(x.start, x.stop) for x in alone.lessons}
+    assert {(x.start, x.stop) for x in two.handed_out} == {(x.start, x.stop) for x in alone.handed_out}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_the_merged_ledger_proves_the_order(on_two_ranks: Path, text_bench: Bench, name: str) -> None:
-    ledger, _ = found(on_two_ranks, name, text_bench.tokens[: PROTOCOLS[name].max_tokens])
-    ledger.require_complete()
-    assert scored_once(ledger).passed
-    assert ledger_order(ledger).passed, ledger_order(ledger).evidence
-    late = ledger.lessons[-1]
-    ledger.turn[late.stop - 1] = late.turn  # scored with the step, not before it
-    assert ledger_order(ledger).passed is False
+def test_the_merged_log_proves_the_order(on_two_ranks: Path, text_bench: Bench, name: str) -> None:
+    log, _ = merged(on_two_ranks, name, text_bench.tokens[: PROTOCOLS[name].max_tokens])
+    log.require_complete()
+    assert scored_once(log).passed
+    assert scored_before_update(log).passed, scored_before_update(log).evidence
+    late = log.handed_out[-1]
+    log.turn[late.stop - 1] = late.turn  # scored with the step, not before it
+    assert scored_before_update(log).passed is False
 
 
 def test_lanes_decide_the_number_and_ranks_do_not(bench: Bench) -> None:
-    carried = bench.ledger(ttt("lora", "lanes=1", "learning_rate=0.05"))
-    apart = bench.ledger(ttt("lora", "lanes=64", "learning_rate=0.05"))
+    carried = bench.log(ttt("lora", "lanes=1", "learning_rate=0.05"))
+    apart = bench.log(ttt("lora", "lanes=64", "learning_rate=0.05"))
     assert not np.array_equal(carried.nats, apart.nats)
-    backwards = bench.ledger(ttt("lora", "lanes=64", "learning_rate=0.05"))
+    backwards = bench.log(ttt("lora", "lanes=64", "learning_rate=0.05"))
     assert np.array_equal(apart.nats, backwards.nats)
 
 
@@ -140,7 +138,7 @@ def test_lanes_are_dealt_evenly() -> None:
 
 
 class Two(Ranks):
-    """Two ranks in one process: sums and maxima with what another ledger would send."""
+    """Two ranks in one process: sums and maxima with what another log would send."""
 
     def __init__(self, others: list[Any]) -> None:
         super().__init__(0, 2, 0)
@@ -154,24 +152,24 @@ class Two(Ranks):
 
 
 def test_what_another_rank_scored_is_handed_out_after_the_merge() -> None:
-    ledger = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
-    ledger.commit(np.array([1, 2]), np.array([0.5, 0.25]))
+    log = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
+    log.commit(np.array([1, 2]), np.array([0.5, 0.25]))
     with pytest.raises(CommitError, match="token 3 has not been scored"):
-        ledger.hand_out(1, 4)
+        log.hand_out(1, 4)
     theirs = torch.tensor([0, 0, 0, 1, 0, 0])
-    ledger.merge(Two([theirs, theirs * 2.0, theirs * 5 - 1, torch.tensor([6])]))
-    assert ledger.nats.tolist() == [0, 0.5, 0.25, 2.0, 0, 0]
-    assert ledger.hand_out(1, 4).tolist() == [5, 6, 7]
-    assert ledger.lessons[-1].turn == 6 > ledger.turn[3] == 4
+    log.merge(Two([theirs, theirs * 2.0, theirs * 5 - 1, torch.tensor([6])]))
+    assert log.nats.tolist() == [0, 0.5, 0.25, 2.0, 0, 0]
+    assert log.hand_out(1, 4).tolist() == [5, 6, 7]
+    assert log.handed_out[-1].turn == 6 > log.turn[3] == 4
     with pytest.raises(CommitError, match="target 3 would be scored twice"):
-        ledger.commit(np.array([3]), np.ones(1))
+        log.commit(np.array([3]), np.ones(1))
 
 
 def test_two_ranks_that_score_one_target_are_caught() -> None:
-    ledger = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
-    ledger.commit(np.array([2]), np.ones(1))
+    log = CommitLog(np.array([1, 5, 6, 7, 8, 9], dtype=np.uint16), 5)
+    log.commit(np.array([2]), np.ones(1))
     with pytest.raises(CommitError, match="target 2 was scored by 2 ranks"):
-        ledger.merge(Two([torch.tensor([0, 0, 1, 0, 0, 0])]))
+        log.merge(Two([torch.tensor([0, 0, 1, 0, 0, 0])]))
 
 
 def test_the_command_on_two_ranks_keeps_one_score(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:

@@ -1,6 +1,6 @@
 """Compiled inner loops of the entropy coder. Imported only where numba is installed.
 
-Each does what its numpy counterpart does (contexts.py, rans.py), integer by integer, and so gives the same bytes.
+Each computes the same integers as its numpy counterpart in contexts.py or rans.py, and so gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,39 +12,52 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @jit
-def walk(residuals, symbols, stored, steps, informed, shifts, half, log, shrink, means, table, lane_rows, levels, odds):  # type: ignore[no-untyped-def]
-    """Every symbol's level and trellis bit. `table` holds the next states; empty: there is no trellis."""
-    (tensors, rows), width = stored.shape, residuals.shape[1]
+def walk(  # type: ignore[no-untyped-def]
+    residuals, symbols, row_shifts, steps, informed,  # of the block, see contexts.Block
+    update_shifts, half,  # of the running means: right shift by row, rounding
+    log, shrink,  # tables: mean → eighths of an octave, context shift → multiplier
+    means,  # (width,) int32, changed in place
+    table, lane_rows,  # next states of the trellis, empty without one
+    levels, odds,  # (rows, width) uint8, written
+):  # fmt: skip
+    """Write the level and the trellis bit of every symbol."""
+    (tensors, rows), width = row_shifts.shape, residuals.shape[1]
     columns, state = width // tensors, np.zeros(width, np.uint8)
     for row in range(rows):
         if len(table) and row % lane_rows == 0:
             state[:] = 0
         for tensor in range(tensors):
-            own = np.int64(stored[tensor, row] & 127)
+            row_shift = np.int64(row_shifts[tensor, row] & 127)
             for column in range(tensor * columns, (tensor + 1) * columns):
-                scale = (own - steps[row, column]) & 127 if informed else own
+                # what the column's mean predicts
+                shift = (row_shift - steps[row, column]) & 127 if informed else row_shift
                 mean = np.int64(means[column])
-                levels[row, column] = log[mean] + scale
+                levels[row, column] = log[mean] + shift
                 size = 2 * np.int64(residuals[row, column])
+
+                # the trellis bit, and the state that the symbol leads to
                 if len(table):
                     odd = state[column] & 1
                     odds[row, column] = odd
                     size += odd
                     state[column] = table[2 * np.int64(state[column]) + (symbols[row, column] & 1)]
-                size = min(abs(size) * shrink[scale], np.int64(65535))
-                means[column] = mean + ((size - mean + half) >> shifts[row])
+
+                # the magnitude, less its shift, moves the mean
+                size = min(abs(size) * shrink[shift], np.int64(65535))
+                means[column] = mean + ((size - mean + half) >> update_shifts[row])
 
 
 @jit
 def encode(symbols, levels, odds, classes, freqs, starts, width, total, states, words, escaped):  # type: ignore[no-untyped-def]
     """Code a block backwards: words fill their buffer from its end, escapes from its start.
 
-    Returns where the words begin, and the number of escapes.
+    Returns the index of the first word, and the number of escapes.
     """
     rows, columns = symbols.shape
     lanes, at, wild = len(states), len(words), 0
     which = np.empty(columns, np.int64)
     for row in range(rows - 1, -1, -1):
+        # each symbol's place in its frequency table; what the table lacks is escaped
         for column in range(columns):
             context = (2 * np.int64(classes[levels[row, column]]) + odds[row, column]) * width
             entry = np.int64(symbols[row, column]) + width // 2
@@ -53,6 +66,8 @@ def encode(symbols, levels, odds, classes, freqs, starts, width, total, states, 
                 wild += 1
                 entry = 0
             which[column] = context + entry
+
+        # one lane per symbol, backwards; a state moves its low word out before it would overflow
         for column in range(columns - 1, -1, -1):
             freq, lane = freqs[which[column]], column % lanes
             state = states[lane]

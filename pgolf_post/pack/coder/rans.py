@@ -6,8 +6,8 @@ symbol of frequency f, starting at s in its table of 4,096, turns x into 4096Â·â
 and the decoder forwards. A row of a block is coded in vectors of at most `lanes` symbols, one per lane; states last
 over all units of an artifact, so that they are stored once, and cost 3 bytes a lane beyond their information.
 
-A unit is its words in the order read, then escaped symbols as int16, the first row's last. What a symbol's context is
-decide `contexts.py` and `frequency_tables.py`; the decoder is in `decode.py`.
+A unit is its words in the order read, then escaped symbols as int16, the first row's last. `contexts.py` and
+`frequency_tables.py` choose the context of each symbol; the decoder is in `decode.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pgolf_post.base.numba import use_compiled
 from pgolf_post.pack.coder import contexts
 from pgolf_post.pack.coder.contexts import Block
 from pgolf_post.pack.coder.frequency_tables import TOTAL, Model, entropy, fit_tables, frequencies
-from pgolf_post.pack.coder.row_shifts import with_scales
+from pgolf_post.pack.coder.row_shifts import with_row_shifts
 
 LOW = 1 << 16  # states stay in [LOW, 2^32)
 SYMBOLS_PER_LANE_LOG2 = 16  # 3 bytes per lane are then 0.01 % of 3.5 bits per symbol
@@ -30,57 +30,57 @@ MAX_LANES = 4096
 
 @dataclass(frozen=True)
 class Coded:
-    """Units of symbols as rANS stores them."""
+    """Units of symbols as rANS stores them, one per role."""
 
     streams: tuple[bytes, ...]  # one per role
     model: Model
     states: np.ndarray  # (lanes,) uint32, before the first symbol is read
-    scales: tuple[np.ndarray, ...]  # per role: (rows of all its tensors,) uint8
+    row_shifts: tuple[np.ndarray, ...]  # per role: (rows of all its tensors,) uint8
 
     @property
     def unit_bits(self) -> list[float]:
-        """Per role: expected bits of its symbols and row scales; shared tables and states are not counted."""
-        scale_bits = [len(scales) * entropy(np.bincount(scales)) for scales in self.scales]
-        return [bits + side for bits, side in zip(self.model.coded_bits, scale_bits, strict=True)]
+        """Expected bits of each role's symbols and row shifts; shared tables and states are not counted."""
+        shift_bits = [len(shifts) * entropy(np.bincount(shifts)) for shifts in self.row_shifts]
+        return [bits + side for bits, side in zip(self.model.coded_bits, shift_bits, strict=True)]
 
 
 def lane_count(num_symbols: int) -> int:
-    """A power of two, so that the states cost about 0.02 % of the symbols."""
+    """Return the number of lanes: a power of two for which the states cost about 0.02 % of the symbols."""
     wanted = round(np.log2(max(1, num_symbols) / (1 << SYMBOLS_PER_LANE_LOG2)))
     return int(min(max(2 ** max(wanted, 2), 4), MAX_LANES))
 
 
 def fit(roles: Sequence[Sequence[Block]]) -> tuple[list[list[Block]], Model]:
-    """Blocks with the scales that `encode` would use, its contexts and tables, and what symbols cost by them."""
-    scaled, _, model = _walk(roles)
-    return scaled, model
+    """Return blocks with the row shifts that `encode` would use, and its tables with what symbols cost by them."""
+    shifted, _, model = _walk(roles)
+    return shifted, model
 
 
 def _walk(
     roles: Sequence[Sequence[Block]],
 ) -> tuple[list[list[Block]], list[list[tuple[np.ndarray, np.ndarray]]], Model]:
-    """Blocks with their scales, every symbol's level and trellis bit, and the model fitted to them."""
-    scaled = [with_scales(blocks) for blocks in roles]
-    walked = [[contexts.levels_of(block) for block in blocks] for blocks in scaled]
-    histograms = [contexts.histogram_of(*both) for both in zip(scaled, walked, strict=True)]
-    return scaled, walked, fit_tables(histograms)
+    """Return blocks with their row shifts, every symbol's level and trellis bit, and the model fitted to them."""
+    shifted = [with_row_shifts(blocks) for blocks in roles]
+    walked = [[contexts.levels_of(block) for block in blocks] for blocks in shifted]
+    histograms = [contexts.histogram_of(*both) for both in zip(shifted, walked, strict=True)]
+    return shifted, walked, fit_tables(histograms)
 
 
 def encode(roles: Sequence[Sequence[Block]]) -> Coded:
-    """Choose scales, contexts and tables for all roles, then code them."""
-    scaled, walked, model = _walk(roles)
+    """Choose row shifts, contexts and tables for all roles, then code them from the last symbol to the first."""
+    shifted, walked, model = _walk(roles)
     states = np.full(lane_count(sum(block.num_symbols for blocks in roles for block in blocks)), LOW, np.int64)
     coder = Coder(frequencies(model.weights), states)
     streams = [
         coder.encode_role(blocks, walks, model.classes[group])
-        for blocks, walks, group in reversed(list(zip(scaled, walked, model.group_of, strict=True)))
+        for blocks, walks, group in reversed(list(zip(shifted, walked, model.group_of, strict=True)))
     ]
-    scales = tuple(np.concatenate([block.scales.ravel() for block in blocks]) for blocks in scaled)
-    return Coded(tuple(reversed(streams)), model, states.astype(np.uint32), scales)
+    row_shifts = tuple(np.concatenate([block.row_shifts.ravel() for block in blocks]) for blocks in shifted)
+    return Coded(tuple(reversed(streams)), model, states.astype(np.uint32), row_shifts)
 
 
 class Coder:
-    """The encoder's side of `decode.Rans`: roles, rows and vectors come in backwards."""
+    """The inverse of `decode.rans`: roles, rows and vectors come in backwards."""
 
     def __init__(self, freqs: np.ndarray, states: np.ndarray) -> None:
         self.width = freqs.shape[1]
@@ -94,7 +94,7 @@ class Coder:
         classes: np.ndarray,  # (LEVELS,)
         compiled: bool | None = None,
     ) -> bytes:
-        """One unit."""
+        """Return the unit of one role: words, then escaped symbols."""
         encode_block = self._encode_compiled if use_compiled(compiled) else self._encode_block
         words: list[np.ndarray] = []
         escaped: list[np.ndarray] = []
@@ -130,6 +130,7 @@ class Coder:
         words: list[np.ndarray],  # appended to, the last first
         escaped: list[np.ndarray],
     ) -> None:
+        """Code a block, the last row first."""
         for row in reversed(range(len(levels))):
             contexts_of_row = 2 * classes[levels[row]].astype(np.int64) + odds[row]
             self._encode_row(symbols[row], contexts_of_row, words, escaped)
@@ -137,16 +138,21 @@ class Coder:
     def _encode_row(
         self, symbols: np.ndarray, row_contexts: np.ndarray, words: list[np.ndarray], escaped: list[np.ndarray]
     ) -> None:
+        """Code one row in vectors of one symbol per lane, the last vector first."""
+        # each symbol's entry in its context's table; 0, the escape, for what lies outside the tables
         entries = symbols.astype(np.int64) + self.width // 2
         entries[(entries < 1) | (entries >= self.width)] = 0
         which = row_contexts * self.width + entries
+
+        # symbols whose own table lacks them are escaped, too; escaped ones follow the words as they are
         wild = self.freqs[which] == 0
         which[wild] = row_contexts[wild] * self.width
         wild |= entries == 0
-        freqs, starts = self.freqs[which], self.starts[which]
         if wild.any():
             escaped.append(symbols[wild])
-        lanes = len(self.states)
+
+        # push the row, one vector of lanes at a time
+        freqs, starts, lanes = self.freqs[which], self.starts[which], len(self.states)
         for at in reversed(range(0, len(symbols), lanes)):
             self._push(freqs[at : at + lanes], starts[at : at + lanes], words)
 

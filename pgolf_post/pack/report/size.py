@@ -31,7 +31,7 @@ class FileBytes:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """What was counted, file by file, and how it compares with the budget."""
+    """Counted bytes, file by file, compared with the budget."""
 
     artifact: FileBytes
     code: tuple[FileBytes, ...]
@@ -67,7 +67,7 @@ class SizeReport:
         return self.budget_bytes - self.total_bytes
 
     def facts(self) -> dict[str, int]:
-        """What `--json` and the ledger say of a count, all in bytes."""
+        """Return the count for `--json` and the ledger, all in bytes."""
         return {
             "artifact_bytes": self.artifact_bytes,
             "code_bytes": self.code_bytes,
@@ -91,16 +91,16 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class UnitBytes:
-    """One row of an artifact's byte table; the rows add up to the artifact's size."""
+    """Stored bytes of one unit of an artifact; the units add up to the artifact's size."""
 
     role: str
     codec: str
     stored_bytes: int
-    num_weights: int  # factors or passthrough values in rows of those; 0 for the manifest and the coder's own
+    num_weights: int  # factors or passthrough values in units of those; 0 for the manifest and the coder's own
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits per weight; None for a row without weights."""
+        """Stored bits per weight; None for a unit without weights."""
         return 8 * self.stored_bytes / self.num_weights if self.num_weights else None
 
 
@@ -128,12 +128,12 @@ def count(
 
 
 def count_code(code: Sequence[Path]) -> int:
-    """Bytes of the code alone, as `count` counts it."""
+    """Return the bytes of the code alone, as `count` counts it."""
     return sum(path.stat().st_size for path in {_identity(path): path for path in _code_files(code)}.values())
 
 
 def _wrap(file: FileBytes) -> FileBytes:
-    """A Python file as the convention counts it, if that is smaller; any other file as it is."""
+    """Return a Python file as the convention counts it, if that is smaller; any other file as it is."""
     if file.path.suffix != ".py" or file.num_bytes == 0:
         return file
     try:
@@ -144,7 +144,7 @@ def _wrap(file: FileBytes) -> FileBytes:
 
 
 def _identity(path: Path) -> str:
-    """Where a path leads without following links: a link beside its target is a second file of the submission."""
+    """Return where a path leads without following links: a link beside its target is a second file of a submission."""
     return os.path.abspath(path)  # noqa: PTH100 (Path.resolve follows links)
 
 
@@ -169,7 +169,7 @@ def _imports(path: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files of a folder in name order. Raises NotFoundError if there are none or one cannot be counted."""
+    """Return all files of a folder in name order. Raises NotFoundError if there are none or one cannot be counted."""
     files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
@@ -188,5 +188,5 @@ def _refuse(error: OSError) -> None:
 
 
 def unit_table(facts: ArtifactFacts) -> list[UnitBytes]:
-    """Stored bytes per unit of one of our artifacts (`artifact.read_facts`), in file order."""
+    """Return the stored bytes per unit of one of our artifacts (`artifact.read_facts`), in file order."""
     return [UnitBytes(unit.label or "manifest", unit.codec, unit.stored_bytes, unit.num_values) for unit in facts.units]

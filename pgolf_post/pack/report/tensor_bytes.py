@@ -1,9 +1,9 @@
-"""What every tensor of an artifact costs: the file's bytes, shared out to the last one.
+"""Bytes per tensor of an artifact: the file's size, attributed to its tensors to the last byte.
 
-Codecs compress many tensors as one unit, so a tensor's bytes are an attribution, by what coding its values costs: in a
+Codecs compress many tensors as one unit, so a tensor's bytes are an attribution by the cost of coding its values: in a
 unit coded by rANS, -log2 of every symbol's frequency in its own context, escapes included; in any other, -log2 of every
-byte's frequency in the whole unit. Symbols, scales and row scales of a tensor count together. What belongs to no
-tensor, the manifest and the coder's tables and states, is the *container*. The rows add up to the file.
+byte's frequency in the whole unit. Symbols, factors and row shifts of a tensor count together. The *container* is what
+belongs to no tensor: the manifest and the coder's tables and states. The table adds up to the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.pack import decode
-from pgolf_post.pack.artifact import read_artifact
+from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
 from pgolf_post.pack.coder import contexts
 from pgolf_post.pack.coder.contexts import Block
 from pgolf_post.pack.coder.frequency_tables import ESCAPE_BITS, TOTAL, frequencies
@@ -26,13 +26,13 @@ from pgolf_post.pack.container import CODER, FACTORS, INT8, PASSTHROUGH, SYMBOLS
 from pgolf_post.quantize.tensor import QuantizedModel
 
 CONTAINER = "container"
-ROW_SCALES: Key = (CODER, 3, INT8)
+ROW_SHIFTS: Key = (CODER, 3, INT8)
 Parts = dict[Key, list[tuple[str, np.ndarray]]]  # per unit: the tensors it serves, with their values, in stored order
 
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """One row: a tensor, all tensors of a role, or the container."""
+    """Bytes of a tensor, of all tensors of a role, or of the container."""
 
     name: str
     role: str
@@ -46,14 +46,17 @@ class TensorBytes:
 
 
 def tensor_table(path: Path) -> list[TensorBytes]:
-    """Every tensor of an artifact in name order, then the container. Raises NotFoundError, DamagedFileError."""
+    """Return every tensor of an artifact in name order, then the container. Raises NotFoundError, DamagedFileError."""
+    # the streams by key, and the tensors that each serves
     artifact = read_artifact(path)
     data = path.read_bytes()
     _, *units = decode.read_units(memoryview(data))
     streams = dict(zip(sorted(decode.lay_out(artifact.manifest)[0]), units, strict=True))
     parts = parts_of(artifact.manifest["tensors"], artifact.model)
-    if ROW_SCALES in streams:
-        parts[ROW_SCALES] = row_scales(artifact.manifest["tensors"], _raw(streams[ROW_SCALES], 1 << 27))
+    if ROW_SHIFTS in streams:
+        parts[ROW_SHIFTS] = row_shifts(artifact.manifest["tensors"], _raw(streams[ROW_SHIFTS], 1 << 27))
+
+    # share each unit's bytes out to its tensors
     owned = dict.fromkeys([*artifact.model.quantized, *artifact.model.passthrough], 0)
     for key, (codec_id, stream) in streams.items():
         if key in parts:
@@ -62,6 +65,8 @@ def tensor_table(path: Path) -> list[TensorBytes]:
             shares = share_out(len(stream) + decode.FRAME.size, costs)
             for (name, _), share in zip(parts[key], shares, strict=True):
                 owned[name] += share
+
+    # what no tensor owns is the container's
     sizes = {name: tensor.symbols.size for name, tensor in artifact.model.quantized.items()}
     sizes |= {name: array.size for name, array in artifact.model.passthrough.items()}
     rows = [TensorBytes(name, split_role(name)[0], sizes[name], owned[name]) for name in sorted(owned)]
@@ -69,7 +74,7 @@ def tensor_table(path: Path) -> list[TensorBytes]:
 
 
 def role_table(rows: Sequence[TensorBytes]) -> list[TensorBytes]:
-    """The rows of each role added up, the largest first."""
+    """Return the bytes of each role, the largest first."""
     roles: dict[str, tuple[int, int]] = {}
     for row in rows:
         weights, stored = roles.get(row.role, (0, 0))
@@ -78,7 +83,7 @@ def role_table(rows: Sequence[TensorBytes]) -> list[TensorBytes]:
 
 
 def share_out(total: int, costs: Sequence[float]) -> list[int]:
-    """Integers in proportion to the costs that add up to the total: floors, then the largest remainders."""
+    """Return integers in proportion to the costs that add up to the total: floors, then the largest remainders."""
     whole = sum(costs)
     exact = [total * cost / whole for cost in costs] if whole > 0 else [total / len(costs)] * len(costs)
     shares = [int(part) for part in exact]
@@ -89,7 +94,7 @@ def share_out(total: int, costs: Sequence[float]) -> list[int]:
 
 
 def parts_of(table: Sequence[Any], model: QuantizedModel) -> Parts:
-    """Every unit's tensors and values, by the artifact's tensor table."""
+    """Return every unit's tensors and values, by the artifact's tensor table."""
     parts: Parts = {}
     for name, role, _, _, dtype, *more in table:
         if not more:
@@ -102,8 +107,8 @@ def parts_of(table: Sequence[Any], model: QuantizedModel) -> Parts:
     return parts
 
 
-def row_scales(table: Sequence[Any], raw: bytes) -> list[tuple[str, np.ndarray]]:
-    """Every rANS-coded tensor with its rows' scales."""
+def row_shifts(table: Sequence[Any], raw: bytes) -> list[tuple[str, np.ndarray]]:
+    """Return every rANS-coded tensor with the shifts of its rows."""
     coded = [(name, more[0][0]) for name, _, group, _, _, *more in table if more and group]
     ends = np.cumsum([rows for _, rows in coded])[:-1]
     return [(name, part) for (name, _), part in zip(coded, np.split(np.frombuffer(raw, np.uint8), ends), strict=True)]
@@ -114,7 +119,7 @@ def _raw(unit: tuple[int, memoryview], limit: int) -> bytes:
 
 
 def byte_costs(parts: Sequence[tuple[str, np.ndarray]]) -> list[float]:
-    """Bits of every tensor's bytes by the frequencies of the whole unit, each byte of a number on its own."""
+    """Return the bits of every tensor's bytes by their frequencies in the whole unit, each byte of a number alone."""
     planes = [
         np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).reshape(-1, array.itemsize) for _, array in parts
     ]
@@ -126,33 +131,38 @@ def byte_costs(parts: Sequence[tuple[str, np.ndarray]]) -> list[float]:
     return [float(cost) for cost in bits]
 
 
-def rans_costs(key: Key, parts: Parts, artifact: Any, streams: dict[Key, tuple[int, memoryview]]) -> list[float]:
-    """Bits of every tensor's symbols by the tables that the artifact stores."""
+def rans_costs(
+    key: Key, parts: Parts, artifact: DecodedArtifact, streams: dict[Key, tuple[int, memoryview]]
+) -> list[float]:
+    """Return the bits of every tensor's symbols by the tables that the artifact stores."""
+    # the stored tables, as bits per entry
     shapes = artifact.manifest["rans"]
     classes, weights = (
         np.frombuffer(_raw(streams[CODER, label, INT8], 1 << 27), dtype).reshape(shapes[label])
         for label, dtype in ((1, np.int8), (2, np.uint8))
     )
     bits = -np.log2(np.maximum(frequencies(weights), 1e-9) / TOTAL)  # (contexts, width)
-    rows = {row[0]: row for row in artifact.manifest["tensors"]}
-    scales = dict(parts[ROW_SCALES])
+
+    # walk the tensors in the blocks that the coder made of them
+    entries = {entry[0]: entry for entry in artifact.manifest["tensors"]}
+    shifts = dict(parts[ROW_SHIFTS])
     costs: list[float] = []
 
     def kind_of(part: tuple[str, np.ndarray]) -> tuple[list[int], list[int], int]:
-        _, _, table, _, _, shape, trellis, *_ = rows[part[0]]
+        _, _, table, _, _, shape, trellis, *_ = entries[part[0]]
         return shape, trellis, table
 
     for (_, _, group), same in groupby(parts[key], key=kind_of):
         names = [name for name, _ in same]
         tensors = [artifact.model.quantized[name] for name in names]
-        stored = np.stack([scales[name] for name in names])
-        block = replace(block_of(tensors), scales=stored, kind=streams[key][0])
+        stored = np.stack([shifts[name] for name in names])
+        block = replace(block_of(tensors), row_shifts=stored, kind=streams[key][0])
         costs += _block_costs(with_stored_residuals(block), classes[group - 1], bits)
     return costs
 
 
 def _block_costs(block: Block, classes: np.ndarray, bits: np.ndarray) -> list[float]:
-    """Bits of every tensor of a block: its columns' symbols, escapes at 16 bits more."""
+    """Return the bits of every tensor of a block: its columns' symbols, escapes at 16 bits more."""
     levels, odds = contexts.levels_of(block)
     width = bits.shape[1]
     costs = np.zeros(block.symbols.shape[1])
@@ -163,4 +173,4 @@ def _block_costs(block: Block, classes: np.ndarray, bits: np.ndarray) -> list[fl
         known = inside & (bits[context, np.where(inside, entries, 0)] < ESCAPE_BITS)
         costs += np.where(known, bits[context, np.where(known, entries, 0)], 0)
         costs += np.where(known, 0, bits[context, 0] + ESCAPE_BITS)
-    return [float(part.sum()) for part in np.split(costs, len(block.scales))]
+    return [float(part.sum()) for part in np.split(costs, len(block.row_shifts))]

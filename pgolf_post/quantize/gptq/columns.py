@@ -1,7 +1,7 @@
 """Rounding one column after the other within a block: compiled, in torch, or with rows coupled. The rules are the same.
 
 Each rounds columns start .. stop-1 of a panel's buffers, corrected already for all columns before start, and leaves
-their errors there.
+their errors there. reference.py defines what they compute.
 """
 
 from __future__ import annotations
@@ -13,74 +13,66 @@ import torch
 from torch import Tensor
 
 from pgolf_post.quantize.gptq import coupled
+from pgolf_post.quantize.gptq.coupled import RowFeedback
 from pgolf_post.quantize.gptq.job import Job
-from pgolf_post.quantize.gptq.panels import Buffers, Panel
-from pgolf_post.quantize.gptq.viterbi import coset_bounds, predecessors, search
+from pgolf_post.quantize.gptq.panels import Buffers, Columns, Panel
+from pgolf_post.quantize.gptq.viterbi import Grid, coset_bounds, search
 
 Rounding = Callable[[int, int], None]  # round columns start .. stop-1
 
 
 def rounding(job: Job, panel: Panel, buffers: Buffers, feedback: Tensor, fast: bool) -> Rounding:
-    """The rule for a panel of a job."""
+    """Return the function that rounds a panel of a job."""
     if job.row_feedback is not None:
-        return (_compiled_coupled if fast else _numpy_coupled)(job, buffers, feedback, job.row_feedback)
-    return (_compiled if fast else _in_torch)(job, panel, buffers, feedback)
+        columns, row_feedback = buffers.columns(feedback), RowFeedback.of(job.row_feedback.numpy())
+        return (_compiled_coupled if fast else _numpy_coupled)(job, columns, row_feedback)
+    if fast:
+        return _compiled(job, panel, buffers.columns(feedback))
+    return _in_torch(job, panel, buffers, feedback)
 
 
-def _arrays(buffers: Buffers) -> tuple[np.ndarray, ...]:  # weights, steps, shrink, errors, symbols
-    """Of a panel of one chunk."""
-    tensors = (buffers.weights, buffers.steps, buffers.shrink, buffers.errors, buffers.symbols)
-    return tuple(tensor[:, 0].numpy() for tensor in tensors)
+def _compiled(job: Job, panel: Panel, columns: Columns) -> Rounding:
+    """Rows that do not depend on each other; a compiled panel is one chunk."""
+    from pgolf_post.quantize.gptq import kernels
+
+    if job.trellis is None:
+        return lambda start, stop: kernels.round_scalar(columns, np.float32(job.limit), start, stop)
+    grid = Grid.of(job.trellis.states, panel.lane_rows, job.limit)
+    return lambda start, stop: kernels.round_trellis(columns, grid, panel.lanes, start, stop)
 
 
-def _compiled_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback: Tensor) -> Rounding:
+def _compiled_coupled(job: Job, columns: Columns, row_feedback: RowFeedback) -> Rounding:
     from pgolf_post.quantize.gptq import coupled_kernels
 
-    weights, steps, _, errors, symbols = _arrays(buffers)
-    down = coupled.RowFeedback.of(row_feedback.numpy())
-    arrays = (weights, steps, errors, symbols, feedback.numpy(), down.numbers, down.scales)
     if job.trellis is None:
-        return lambda start, stop: coupled_kernels.round_coupled_scalar(*arrays, np.float32(job.limit), start, stop)
-    states = job.trellis.states
-    path = (predecessors(states), coset_bounds(job.limit), job.trellis.lane_rows, coupled.depth_of(states))
-    return lambda start, stop: coupled_kernels.round_coupled_trellis(*arrays, *path, start, stop)
+        largest = np.float32(job.limit)
+        return lambda start, stop: coupled_kernels.round_coupled_scalar(columns, row_feedback, largest, start, stop)
+    grid = Grid.of(job.trellis.states, job.trellis.lane_rows, job.limit)
+    depth = coupled.depth_of(job.trellis.states)
+    return lambda start, stop: coupled_kernels.round_coupled_trellis(columns, row_feedback, grid, depth, start, stop)
 
 
-def _numpy_coupled(job: Job, buffers: Buffers, feedback: Tensor, row_feedback: Tensor) -> Rounding:
-    weights, steps, _, errors, symbols = _arrays(buffers)
-    along, rows = feedback.numpy(), len(job.weight)
-    down = coupled.RowFeedback.of(row_feedback.numpy())
+def _numpy_coupled(job: Job, columns: Columns, row_feedback: RowFeedback) -> Rounding:
+    rows, errors = len(job.weight), columns.errors
+    grid = Grid.of(job.trellis.states, job.trellis.lane_rows, job.limit) if job.trellis else None
 
     def run(start: int, stop: int) -> None:
         for j in range(start, stop):
-            step = steps[j if len(steps) > 1 else 0, :rows]
-            column = (weights[j, :rows], errors[j, :rows], step, down)
-            if job.trellis is None:
-                found = coupled.round_scalar(*column, np.float32(job.limit))
+            step = columns.steps[j if len(columns.steps) > 1 else 0, :rows]
+            column = (columns.weights[j, :rows], errors[j, :rows], step, row_feedback)
+            if grid is None:
+                symbols, residuals = coupled.round_scalar(*column, np.float32(job.limit))
             else:
-                grid = coupled.Grid.of_trellis(job.trellis.states, job.trellis.lane_rows, job.limit)
-                found = coupled.round_trellis(*column, grid)
-            symbols[j, :rows], errors[j, :rows] = found
-            errors[j + 1 : stop] += along[j, j + 1 : stop, None] * errors[j]
+                symbols, residuals = coupled.round_trellis(*column, grid)
+            columns.symbols[j, :rows], errors[j, :rows] = symbols, residuals
+            errors[j + 1 : stop] += columns.feedback[j, j + 1 : stop, None] * errors[j]
 
     return run
 
 
-def _compiled(job: Job, panel: Panel, buffers: Buffers, feedback: Tensor) -> Rounding:
-    """The kernels' rule; a compiled panel is one chunk."""
-    from pgolf_post.quantize.gptq import kernels
-
-    arrays, largest = (*_arrays(buffers), feedback.numpy()), job.limit
-    if job.trellis is None:
-        return lambda start, stop: kernels.round_scalar(*arrays, np.float32(largest), start, stop)
-    path = (predecessors(job.trellis.states), coset_bounds(largest), panel.lane_rows, panel.lanes)
-    return lambda start, stop: kernels.round_trellis(*arrays, *path, start, stop)
-
-
 def _in_torch(job: Job, panel: Panel, buffers: Buffers, feedback: Tensor) -> Rounding:
-    """The same in torch, operation by operation."""
-    steps, shrink, errors = buffers.steps, buffers.shrink, buffers.errors
-    largest = job.limit
+    """Rows that do not depend on each other, in torch: the kernels' operations in the kernels' order."""
+    steps, errors, largest = buffers.steps, buffers.errors, job.limit
     bounds = torch.from_numpy(coset_bounds(largest)).to(errors.device)
     used = panel.lanes * panel.lane_rows
 
@@ -97,8 +89,8 @@ def _in_torch(job: Job, panel: Panel, buffers: Buffers, feedback: Tensor) -> Rou
 
     def run(start: int, stop: int) -> None:
         for j in range(start, stop):
-            step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
-            points, symbols = nearest((buffers.weights[j] + errors[j]) / step * factor)
+            step = steps[j if len(steps) > 1 else 0]
+            points, symbols = nearest((buffers.weights[j] + errors[j]) / step)
             buffers.symbols[j] = symbols.to(torch.int16)
             errors[j] = buffers.weights[j] - points * step
             errors[j + 1 : stop] += feedback[j, j + 1 : stop, None, None] * errors[j]

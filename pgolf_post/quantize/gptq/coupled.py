@@ -21,22 +21,21 @@ grid needs no search: its rows are rounded one after the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from pgolf_post.quantize.gptq.viterbi import coset_bounds, predecessors
+from pgolf_post.quantize.gptq.viterbi import Grid
 
 F = np.float32
 
 
 def depth_of(states: int) -> int:
-    """Rows after which survivors agree, nearly always: ten times the register's bits (five cost 1 %, two 6 %)."""
+    """Return after how many rows survivors nearly always agree: 10 × the register bits; five cost 1 %, two 6 %."""
     return max(1, 10 * (states - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class RowFeedback:
+class RowFeedback(NamedTuple):
     """F above its diagonal as integers: F_ki = numbers_ki · scales_k."""
 
     numbers: np.ndarray  # (rows, rows) int16
@@ -44,7 +43,7 @@ class RowFeedback:
 
     @classmethod
     def of(cls, feedback: np.ndarray) -> RowFeedback:  # (rows, rows) float32 F
-        """F, rounded."""
+        """Round F to 16-bit integers."""
         above = np.triu(feedback, 1)
         scales = np.maximum(np.abs(above).max(1, initial=0) / F(32767), np.finfo(F).tiny)
         return cls(np.rint(above / scales[:, None]).astype(np.int16), scales.astype(F))
@@ -54,20 +53,6 @@ class RowFeedback:
         shift[row + 1 :] += self.numbers[row, row + 1 :].astype(F) * (error * self.scales[row])
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What points a path may use."""
-
-    came_from: np.ndarray  # (states, 2) int64: where branch bit 0, and 1, came from
-    bounds: np.ndarray  # (4, 2) float32 of the cosets, as viterbi.coset_bounds
-    lane_rows: int  # rows after which the state restarts at 0
-
-    @classmethod
-    def of_trellis(cls, states: int, lane_rows: int, largest: int) -> Grid:
-        """The union grid's."""
-        return cls(predecessors(states), coset_bounds(largest), lane_rows)
-
-
 def round_scalar(
     weight: np.ndarray,  # (rows,) float32, as all of these
     correction: np.ndarray,  # (rows,) what errors of earlier columns ask for
@@ -75,7 +60,7 @@ def round_scalar(
     row_feedback: RowFeedback,
     largest: np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:  # (rows,) int16 symbols, (rows,) float32 R
-    """One column on a scalar grid."""
+    """Round one column to a scalar grid, row after row."""
     shift, symbols = np.zeros_like(weight), np.zeros(len(weight), np.int16)
     residual = np.empty_like(weight)
     for row in range(len(weight)):
@@ -94,18 +79,16 @@ def round_trellis(
     row_feedback: RowFeedback,
     grid: Grid,
 ) -> tuple[np.ndarray, np.ndarray]:  # (rows,) int16 symbols, (rows,) float32 R
-    """One column along the cheapest path that the survivors leave, lane after lane."""
+    """Round one column along the cheapest path that the survivors leave, lane after lane."""
     rows = len(weight)
     shift, symbols = np.zeros_like(weight), np.zeros(rows, np.int16)
     residual = np.empty_like(weight)
     for start in range(0, rows, grid.lane_rows):
         lane = slice(start, min(start + grid.lane_rows, rows))
-        points, found = _search_lane(weight, correction, shift, step, row_feedback, grid, lane)
-        symbols[lane] = found
+        points, symbols[lane] = _search_lane(weight, correction, shift, step, row_feedback, grid, lane)
         residual[lane] = weight[lane] - points * step[lane]
-        for row in range(
-            max(lane.start, lane.stop - depth_of(len(grid.came_from))), lane.stop
-        ):  # those not settled on the way
+        # The lane's last rows were not settled on the way.
+        for row in range(max(lane.start, lane.stop - depth_of(len(grid.came_from))), lane.stop):
             row_feedback.add(shift, row, residual[row])
     return symbols, residual + shift
 
@@ -119,29 +102,35 @@ def _search_lane(
     grid: Grid,
     lane: slice,
 ) -> tuple[np.ndarray, np.ndarray]:  # (lane rows,) float32 points, (lane rows,) int16 symbols
+    """Search one lane, all survivors of a row at once."""
     came_from, states = grid.came_from, len(grid.came_from)
     every, first = np.arange(states), (np.arange(states) & 1).astype(F)
     depth = depth_of(states)
+    # One path, in state 0, that asks nothing of the rows to come.
     cost = np.where(every == 0, F(0), F(np.inf)).astype(F)
     pending = np.zeros((states, depth + 1), F)  # what a survivor asks of the next rows; the last is always 0
     history = np.zeros((states, depth + 1), np.int64)  # the states it has been in
     decisions, points = [], []
     for row in range(lane.start, lane.stop):
+        # A row's target depends on the path: settled rows shift it for all, a path's own last rows for itself.
         inverse = F(1) / step[row]
         target = (weight[row] + correction[row] + shift[row] + pending[:, 0]) * inverse
         branches = [_nearest(target, cost, first + F(2 * bit), every & 1 | 2 * bit, grid.bounds) for bit in (0, 1)]
+        # Of the two branches that meet in a state the cheaper survives, of equal ones that of bit 0.
         one = branches[1][1][came_from[:, 1]] < branches[0][1][came_from[:, 0]]
         source = np.where(one, came_from[:, 1], came_from[:, 0])
         point = np.where(one, branches[1][0][source], branches[0][0][source])
         cost = np.where(one, branches[1][1][source], branches[0][1][source])
         decisions.append(one)
         points.append(point)
+        # What a survivor asks of the next rows: as before, one row on, and what this row's error adds.
         width = min(depth, len(weight) - row - 1)
         errors = (weight[row] - point * step[row]) * row_feedback.scales[row]
         ahead = row_feedback.numbers[row, row + 1 : row + 1 + width].astype(F) * errors[:, None]
         previous, pending = pending[source, 1 : width + 1], np.zeros_like(pending)
         pending[:, :width] = previous + ahead
         history = np.concatenate([history[source, 1:], every[:, None]], axis=1)
+        # `depth` rows up, the cheapest path decides: others that differ there are dropped, its error goes to all below.
         settled = row - depth
         if settled >= lane.start:
             state = history[cost.argmin(), 0]
@@ -158,6 +147,7 @@ def _nearest(
     coset: np.ndarray,  # (states,) int
     bounds: np.ndarray,  # (4, 2)
 ) -> tuple[np.ndarray, np.ndarray]:  # (states,) the coset's nearest point, (states,) cost with it
+    """Extend every survivor by its nearest point of one coset."""
     multiple = np.clip(np.rint((target - first) * F(0.25)), bounds[coset, 0], bounds[coset, 1])
     point = multiple * F(4) + first
     off = target - point
@@ -167,6 +157,7 @@ def _nearest(
 def _trace_back(
     state: int, decisions: list[np.ndarray], points: list[np.ndarray], came_from: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Read the path that ends in a state backwards: its points and symbols, (lane rows,) each."""
     rows = len(points)
     chosen, symbols = np.empty(rows, F), np.empty(rows, np.int16)
     for row in reversed(range(rows)):

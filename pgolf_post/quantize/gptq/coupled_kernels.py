@@ -5,22 +5,67 @@ As in kernels.py, each does the operations of its numpy counterpart in the same 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pgolf_post.quantize.gptq.kernels import F, feed, jit
 
 
+class Column(NamedTuple):
+    """One column while it is rounded, each (rows,) float32."""
+
+    weight: np.ndarray
+    correction: np.ndarray  # what the errors of earlier columns ask for
+    step: np.ndarray
+    shift: np.ndarray  # what settled rows above ask for; grows
+
+
+class Survivors(NamedTuple):
+    """The cheapest path into each state, twice: before a row and after it."""
+
+    cost: np.ndarray  # (2, states) float32
+    pending: np.ndarray  # (2, states, depth + 1) float32: what a path asks of the next rows; the last stays 0
+    history: np.ndarray  # (2, states, depth + 1) uint8: the states it has been in
+
+
+class Workspace(NamedTuple):
+    """What the search of a column works in."""
+
+    survivors: Survivors
+    target: np.ndarray  # (states,) float32
+    branch_cost: np.ndarray  # (2, states) float32, by branch bit and the state it leaves
+    branch_point: np.ndarray  # (2, states) float32
+    decisions: np.ndarray  # (rows, states) uint8: branch bit of the path that survives in a state
+    points: np.ndarray  # (rows, states) float32: its last point
+
+
 @jit
-def _feed_rows(shift, row_feedback, scales, row, error):  # type: ignore[no-untyped-def]
+def _workspace(rows, states, depth):  # type: ignore[no-untyped-def]
+    """Allocate a Workspace."""
+    pending, history = np.zeros((2, states, depth + 1), F), np.zeros((2, states, depth + 1), np.uint8)
+    return Workspace(
+        Survivors(np.empty((2, states), F), pending, history),
+        np.empty(states, F),
+        np.empty((2, states), F),
+        np.empty((2, states), F),
+        np.empty((rows, states), np.uint8),
+        np.empty((rows, states), F),
+    )
+
+
+@jit
+def _feed_rows(shift, row_feedback, row, error):  # type: ignore[no-untyped-def]
     """Add to the shifts of all later rows what a row's error asks for; see coupled.RowFeedback."""
-    along, later, scaled = row_feedback[row, row + 1 :], shift[row + 1 :], error * scales[row]
+    along, later = row_feedback.numbers[row, row + 1 :], shift[row + 1 :]
+    scaled = error * row_feedback.scales[row]
     for i in range(len(later)):  # from 0, or numba does not vectorize it
         later[i] += F(along[i]) * scaled
 
 
 @jit
 def _cheapest(cost):  # type: ignore[no-untyped-def]
-    """The first state of least cost."""
+    """Return the first state of least cost."""
     best = 0
     for state in range(1, len(cost)):
         if cost[state] < cost[best]:
@@ -29,60 +74,57 @@ def _cheapest(cost):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _branch(target, cost, bounds, branch_cost, branch_point):  # type: ignore[no-untyped-def]
-    """The nearest point of each state's two cosets, (2, states), and what a path costs with it."""
+def _branch(cost, bounds, work):  # type: ignore[no-untyped-def]
+    """Find the nearest point of each state's two cosets, and what a path costs with it."""
     for bit in range(2):
         for state in range(len(cost)):
             coset = (state & 1) + 2 * bit
             first = F(coset)
-            k = np.rint((target[state] - first) * F(0.25))
+            k = np.rint((work.target[state] - first) * F(0.25))
             k = bounds[coset, 0] if k < bounds[coset, 0] else k
             k = bounds[coset, 1] if k > bounds[coset, 1] else k
             point = k * F(4) + first
-            off = target[state] - point
-            branch_point[bit, state] = point
-            branch_cost[bit, state] = cost[state] + off * off
+            off = work.target[state] - point
+            work.branch_point[bit, state] = point
+            work.branch_cost[bit, state] = cost[state] + off * off
 
 
 @jit
-def _coupled_workspace(rows, states, depth):  # type: ignore[no-untyped-def]
-    pending, history = np.zeros((2, states, depth + 1), F), np.zeros((2, states, depth + 1), np.uint8)
-    branches = np.empty((2, 2, states), F)
-    paths = np.empty((rows, states), np.uint8), np.empty((rows, states), F)
-    return pending, history, np.empty((2, states), F), np.empty(states, F), branches, paths
-
-
-@jit
-def _coupled_lane(  # type: ignore[no-untyped-def]
-    weight, correction, step, row_feedback, scales, came_from, bounds, depth, shift, work, start, stop
-):
-    """Costs after the lane's last row; see coupled._search_lane."""
-    pendings, histories, costs, target, (branch_cost, branch_point), (decisions, points) = work
-    rows, states = len(weight), len(came_from)
-    pending, history, cost = pendings[0], histories[0], costs[0]
-    next_pending, next_history, next_cost = pendings[1], histories[1], costs[1]
+def _coupled_lane(column, row_feedback, grid, depth, work, start, stop):  # type: ignore[no-untyped-def]
+    """Search rows start .. stop-1; return the costs after the last one. See coupled._search_lane."""
+    rows, states = len(column.weight), len(grid.came_from)
+    decisions, points, target = work.decisions, work.points, work.target
+    cost, next_cost = work.survivors.cost[0], work.survivors.cost[1]
+    pending, next_pending = work.survivors.pending[0], work.survivors.pending[1]
+    history, next_history = work.survivors.history[0], work.survivors.history[1]
+    # One path, in state 0, that asks nothing of the rows to come.
     pending[:] = F(0)
     cost[:] = F(np.inf)
     cost[0] = F(0)
     for row in range(start, stop):
-        base, inverse = weight[row] + correction[row] + shift[row], F(1) / step[row]
+        # A row's target depends on the path: settled rows shift it for all, a path's own last rows for itself.
+        weight, step, scale = column.weight[row], column.step[row], row_feedback.scales[row]
+        base, inverse = weight + column.correction[row] + column.shift[row], F(1) / step
         for state in range(states):
             target[state] = (base + pending[state, 0]) * inverse
-        _branch(target, cost, bounds, branch_cost, branch_point)
-        width, along = min(depth, rows - row - 1), row_feedback[row, row + 1 :]
+        _branch(cost, grid.bounds, work)
+        width, along = min(depth, rows - row - 1), row_feedback.numbers[row, row + 1 :]
         for state in range(states):
-            from_zero, from_one = came_from[state, 0], came_from[state, 1]
-            bit = 1 if branch_cost[1, from_one] < branch_cost[0, from_zero] else 0
+            # Of the two branches that meet in a state the cheaper survives, of equal ones that of bit 0.
+            from_zero, from_one = grid.came_from[state, 0], grid.came_from[state, 1]
+            bit = 1 if work.branch_cost[1, from_one] < work.branch_cost[0, from_zero] else 0
             source = from_one if bit == 1 else from_zero
-            point = branch_point[bit, source]
+            point = work.branch_point[bit, source]
             decisions[row, state], points[row, state] = bit, point
-            next_cost[state] = branch_cost[bit, source]
-            error = (weight[row] - point * step[row]) * scales[row]
+            next_cost[state] = work.branch_cost[bit, source]
+            # What it asks of the next rows: as before, one row on, and what this row's error adds.
+            error = (weight - point * step) * scale
             old, new = pending[source], next_pending[state]
             for i in range(width):
                 new[i] = old[i + 1] + F(along[i]) * error
             for i in range(width, depth):
                 new[i] = F(0)
+            # The states it has been in, the oldest dropped.
             before, after = history[source], next_history[state]
             for i in range(depth):
                 after[i] = before[i + 1]
@@ -90,69 +132,61 @@ def _coupled_lane(  # type: ignore[no-untyped-def]
         pending, next_pending = next_pending, pending
         history, next_history = next_history, history
         cost, next_cost = next_cost, cost
+        # `depth` rows up, the cheapest path decides: others that differ there are dropped, its error goes to all below.
         settled = row - depth
         if settled >= start:
             kept = history[_cheapest(cost), 0]
             for state in range(states):
                 if history[state, 0] != kept:
                     cost[state] = F(np.inf)
-            off = weight[settled] - points[settled, kept] * step[settled]
-            _feed_rows(shift, row_feedback, scales, settled, off)
+            off = column.weight[settled] - points[settled, kept] * column.step[settled]
+            _feed_rows(column.shift, row_feedback, settled, off)
     return cost
 
 
 @jit
-def _coupled_column(  # type: ignore[no-untyped-def]
-    weight, error, step, row_feedback, scales, came_from, bounds, lane_rows, depth, shift, work, symbol
-):
-    """One column; `error` holds its correction before, its R after. See coupled.round_trellis."""
-    rows = len(weight)
-    decisions, points = work[-1]
-    correction = error.copy()
-    shift[:] = F(0)
-    for start in range(0, rows, lane_rows):
-        stop = min(start + lane_rows, rows)
-        cost = _coupled_lane(
-            weight, correction, step, row_feedback, scales, came_from, bounds, depth, shift, work, start, stop
-        )
-        state = _cheapest(cost)
+def _coupled_column(column, row_feedback, grid, depth, work, error, symbol):  # type: ignore[no-untyped-def]
+    """Round one column into `symbol`, with its R in `error`. See coupled.round_trellis."""
+    rows = len(column.weight)
+    column.shift[:] = F(0)
+    for start in range(0, rows, grid.lane_rows):
+        stop = min(start + grid.lane_rows, rows)
+        # The cheapest path of the lane, read from its end.
+        state = _cheapest(_coupled_lane(column, row_feedback, grid, depth, work, start, stop))
         for row in range(stop - 1, start - 1, -1):
-            point = points[row, state]
-            error[row] = weight[row] - point * step[row]
-            state = came_from[state, decisions[row, state]]
+            point = work.points[row, state]
+            error[row] = column.weight[row] - point * column.step[row]
+            state = grid.came_from[state, work.decisions[row, state]]
             symbol[row] = np.int16((point - F(state & 1)) * F(0.5))
+        # Its last rows were not settled on the way.
         for row in range(max(start, stop - depth), stop):
-            _feed_rows(shift, row_feedback, scales, row, error[row])
+            _feed_rows(column.shift, row_feedback, row, error[row])
     for row in range(rows):
-        error[row] = error[row] + shift[row]
+        error[row] = error[row] + column.shift[row]
 
 
 @jit
-def round_coupled_trellis(  # type: ignore[no-untyped-def]
-    weights, steps, errors, symbols, feedback, row_feedback, scales, came_from, bounds, lane_rows, depth, start, stop
-):
-    """Columns start .. stop-1 with feedback from both sides; the first entries of a column are its rows."""
-    rows = len(row_feedback)
-    shift, work = np.empty(rows, F), _coupled_workspace(rows, len(came_from), depth)
+def round_coupled_trellis(columns, row_feedback, grid, depth, start, stop):  # type: ignore[no-untyped-def]
+    """Round columns start .. stop-1 of a panel (panels.Columns), rows coupled, along trellis paths."""
+    rows = len(row_feedback.numbers)
+    shift, work = np.empty(rows, F), _workspace(rows, len(grid.came_from), depth)
     for j in range(start, stop):
-        feed(errors, feedback, start, j)
-        step = steps[j if len(steps) > 1 else 0, :rows]
-        _coupled_column(
-            weights[j, :rows], errors[j, :rows], step, row_feedback, scales, came_from, bounds, lane_rows, depth, shift,
-            work, symbols[j, :rows],
-        )  # fmt: skip
+        feed(columns.errors, columns.feedback, start, j)
+        error, symbol = columns.errors[j, :rows], columns.symbols[j, :rows]
+        step = columns.steps[j if len(columns.steps) > 1 else 0, :rows]
+        column = Column(columns.weights[j, :rows], error.copy(), step, shift)
+        _coupled_column(column, row_feedback, grid, depth, work, error, symbol)
 
 
 @jit
-def round_coupled_scalar(  # type: ignore[no-untyped-def]
-    weights, steps, errors, symbols, feedback, row_feedback, scales, largest, start, stop
-):
-    """The same on a scalar grid."""
-    rows = len(row_feedback)
+def round_coupled_scalar(columns, row_feedback, largest, start, stop):  # type: ignore[no-untyped-def]
+    """Round columns start .. stop-1 of a panel (panels.Columns), rows coupled, each to a scalar grid."""
+    rows = len(row_feedback.numbers)
     shift = np.empty(rows, F)
     for j in range(start, stop):
-        feed(errors, feedback, start, j)
-        weight, error, step, symbol = weights[j], errors[j], steps[j if len(steps) > 1 else 0], symbols[j]
+        feed(columns.errors, columns.feedback, start, j)
+        weight, error, symbol = columns.weights[j], columns.errors[j], columns.symbols[j]
+        step = columns.steps[j if len(columns.steps) > 1 else 0]
         shift[:] = F(0)
         for row in range(rows):
             nearest = np.rint((weight[row] + error[row] + shift[row]) / step[row])
@@ -160,6 +194,6 @@ def round_coupled_scalar(  # type: ignore[no-untyped-def]
             nearest = largest if nearest > largest else nearest
             symbol[row] = np.int16(nearest)
             error[row] = weight[row] - nearest * step[row]
-            _feed_rows(shift, row_feedback, scales, row, error[row])
+            _feed_rows(shift, row_feedback, row, error[row])
         for row in range(rows):
             error[row] = error[row] + shift[row]

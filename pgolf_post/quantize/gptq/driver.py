@@ -5,7 +5,7 @@ column j is rounded after adding Σ_k<j F_kj·e_k, which is how far the errors a
 is Frantar et al. 2022 (arXiv 2210.17323), there told with the factor of H⁻¹; this form is LDLQ (arXiv 2307.13304), and
 both are Babai's nearest-plane rounding in the lattice of H (arXiv 2507.18553).
 
-A 2×2 worked example: w = (0.6, 0.6), H = [[1, .9], [.9, 1]], scale 1. Round to nearest gives (1, 1), with error
+A 2×2 worked example: w = (0.6, 0.6), H = [[1, .9], [.9, 1]], step 1. Round to nearest gives (1, 1), with error
 e = (-.4, -.4) and cost .16 + .16 + 2·.9·.16 = 0.608. GPTQ rounds 0.6 → 1, then moves the second weight by the error it
 made: .6 - .4·.9 = 0.24 → 0, with e = (-.4, .6) and cost .16 + .36 - 2·.9·.24 = 0.088.
 
@@ -47,13 +47,12 @@ def gptq(
     block_size: int = 128,
     *,
     trellis: Trellis | None = None,
-    rate_pull: Tensor | float = 0.0,
     row_feedback: Tensor | None = None,
     name: str = "weight",
     compiled: bool | None = None,
 ) -> Tensor:  # (out, in) int8, or int16 if largest is None or above 127
-    """The symbols of `weight`. Inputs are left untouched; see Job for the arguments and errors."""
-    job = Job(name, weight, factor, steps, largest, trellis, rate_pull, row_feedback)
+    """Return the symbols of `weight`. Inputs are left untouched; see Job for the arguments and errors."""
+    job = Job(name, weight, factor, steps, largest, trellis, row_feedback)
     return gptq_jobs([job], block_size, compiled=compiled)[0]
 
 
@@ -64,7 +63,7 @@ def gptq_jobs(
     compiled: bool | None = None,  # None: where numba is installed and the weight is on the CPU
     advance: Callable[[int], object] = lambda weights: None,
 ) -> list[Tensor]:  # as gptq
-    """The symbols of many matrices, their chunks side by side on torch's threads. Calls advance(weights done)."""
+    """Return the symbols of many matrices, chunks side by side on torch's threads. Call advance(weights done)."""
     symbols = [torch.empty(job.weight.shape, dtype=torch.int16, device=job.weight.device) for job in jobs]
     fast = [use_compiled(compiled, job.weight) for job in jobs]
     panels = [(index, panel) for index, job in enumerate(jobs) for panel in panels_of(job, fast[index])]
@@ -77,11 +76,11 @@ def gptq_jobs(
 
     for weights in map_items(run, panels):
         advance(weights)
-    for job, found in zip(jobs, symbols, strict=True):
-        check_range(job.name, found, job.largest)
+    for job, rounded in zip(jobs, symbols, strict=True):
+        check_range(job.name, rounded, job.largest)
     return [
-        found.to(torch.int8) if job.largest is not None and job.largest < 128 else found
-        for job, found in zip(jobs, symbols, strict=True)
+        rounded.to(torch.int8) if job.largest is not None and job.largest < 128 else rounded
+        for job, rounded in zip(jobs, symbols, strict=True)
     ]
 
 
@@ -89,9 +88,10 @@ def _quantize(job: Job, panel: Panel, block_size: int, fast: bool, symbols: Tens
     """Quantize a panel's rows into `symbols` (out, in)."""
     feedback, order = (tensor.to(job.weight.device) for tensor in (job.factor.feedback, job.factor.order))
     weights = panel.load(job.weight.detach(), order, 0.0)
-    steps, shrink = (panel.load_broadcast(job, values, order) for values in (job.spread(job.steps), job.shrink))
-    buffers = Buffers(weights, steps, shrink, torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.int16))
+    steps = panel.load_broadcast(job, job.spread(job.steps), order)
+    buffers = Buffers(weights, steps, torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.int16))
     round_columns = rounding(job, panel, buffers, feedback, fast)
+    # Blocks of columns, and within them 32 at a time, are corrected by one matrix product each.
     for outer in range(0, len(weights), block_size):
         end = min(outer + block_size, len(weights))
         _feed_forward(buffers.errors, feedback, 0, outer, end)
@@ -116,7 +116,7 @@ def hessian_error(
     restored: Tensor,  # (out, in)
     hessian: Tensor,  # (in, in), in the precision that is wanted
 ) -> float:
-    """Σ e H eᵀ / Σ w H wᵀ: the share of the layer's output energy that quantization changed."""
+    """Return Σ e H eᵀ / Σ w H wᵀ: the share of the layer's output energy that quantization changed."""
     error, original = (weight - restored).to(hessian), weight.to(hessian)
     energy = float(((original @ hessian) * original).sum(dtype=torch.float64))
     return float(((error @ hessian) * error).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0

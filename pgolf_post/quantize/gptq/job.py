@@ -23,7 +23,6 @@ class Job:
     steps: Tensor  # (out,) per row, or whatever broadcasts to (out, in); of the union grid where there is a trellis
     largest: int | None  # symbols stay within ±largest; None: within what 16 bits hold
     trellis: Trellis | None = None
-    rate_pull: Tensor | float = 0.0  # μ ≥ 0, or as steps: round for the least (u - n)² + μ·n²
     row_feedback: Tensor | None = None  # (out, out) float32: upper triangular, ones on its diagonal; see coupled.py
 
     def __post_init__(self) -> None:
@@ -36,9 +35,7 @@ class Job:
             self._refuse("weight", self.weight, ~torch.isfinite(self.weight))
         if not is_finite(self.steps) or not (self.steps > 0).all():
             self._refuse("step", self.steps, ~(torch.isfinite(self.steps) & (self.steps > 0)))
-        shrink = self.shrink
-        if not is_finite(shrink) or not ((shrink > 0) & (shrink <= 1)).all():
-            self._refuse("1 / (1 + rate_pull)", shrink, ~((shrink > 0) & (shrink <= 1)))
+        self.spread(self.steps)
         if self.row_feedback is not None:
             self._require_couplable(self.row_feedback)
 
@@ -47,10 +44,8 @@ class Job:
             raise MismatchError(
                 f"{self.name}: a row feedback of shape {tuple(row_feedback.shape)} for {len(self.weight)} rows"
             )
-        if self.weight.device.type != "cpu" or bool((self.shrink != 1).any()):
-            raise MismatchError(
-                f"{self.name}: coupled rows are rounded on the CPU, without a rate_pull (here on {self.weight.device})"
-            )
+        if self.weight.device.type != "cpu":
+            raise MismatchError(f"{self.name}: coupled rows are rounded on the CPU, not on {self.weight.device}")
         if not is_finite(row_feedback):
             self._refuse("row feedback", row_feedback, ~torch.isfinite(row_feedback))
 
@@ -60,20 +55,14 @@ class Job:
         raise NumericsError(f"{self.name}: its {what} at {place} is {value:g}; {int(bad.sum())} such values")
 
     def spread(self, values: Tensor) -> Tensor:  # (out,), or broadcasts to (out, in) → (1 or out, 1 or in)
-        """Values in two dimensions. Raises MismatchError if they do not fit the weight."""
+        """Return values in two dimensions. Raises MismatchError if they do not fit the weight."""
         matrix = values[:, None] if values.dim() == 1 else values
         if matrix.dim() != 2 or any(a not in (1, b) for a, b in zip(matrix.shape, self.weight.shape, strict=True)):
             shapes = f"{tuple(values.shape)} for a weight of {tuple(self.weight.shape)}"
-            raise MismatchError(f"{self.name}: steps or rate_pull of shape {shapes}")
+            raise MismatchError(f"{self.name}: steps of shape {shapes}")
         return matrix
 
     @property
     def limit(self) -> int:
-        """What symbols stay within, either way."""
+        """The largest |symbol|, whether bounded by `largest` or by 16 bits."""
         return LARGEST if self.largest is None else self.largest
-
-    @property
-    def shrink(self) -> Tensor:  # as spread
-        """1 / (1 + μ): what a target is multiplied by before it is rounded."""
-        pull = self.rate_pull
-        return 1 / (1 + self.spread(pull if isinstance(pull, Tensor) else torch.full((1, 1), float(pull))))

@@ -6,6 +6,8 @@ reassociation, and so gives the same symbols. Literals are spelled float32: a fl
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
@@ -13,9 +15,34 @@ F = np.float32
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
+class Workspace(NamedTuple):
+    """What a search of `lanes` lanes side by side works in."""
+
+    points: np.ndarray  # (rows, 4, lanes) float32: each coset's point nearest to the target
+    cost: np.ndarray  # (states, lanes) float32, of the cheapest path into a state
+    next_cost: np.ndarray  # (states, lanes) float32
+    metric: np.ndarray  # (4, lanes) float32: squared distance of each coset's point
+    decisions: np.ndarray  # (rows, states, lanes) uint8: branch bit of the path that survives in a state
+    chosen: np.ndarray  # (rows, lanes) float32: points of the cheapest path
+
+
 @jit
-def _coset_points(targets, bounds, points, rows, lanes):  # type: ignore[no-untyped-def]
-    """The nearest point of each coset, (rows, 4, lanes)."""
+def _workspace(rows, lanes, states):  # type: ignore[no-untyped-def]
+    """Allocate a Workspace."""
+    return Workspace(
+        np.empty((rows, 4, lanes), F),
+        np.empty((states, lanes), F),
+        np.empty((states, lanes), F),
+        np.empty((4, lanes), F),
+        np.empty((rows, states, lanes), np.uint8),
+        np.empty((rows, lanes), F),
+    )
+
+
+@jit
+def _coset_points(targets, bounds, points):  # type: ignore[no-untyped-def]
+    """Write the nearest point of each coset into `points` (rows, 4, lanes)."""
+    rows, lanes = targets.shape
     for row in range(rows):
         for d in range(4):
             first, least, greatest = F(d), bounds[d, 0], bounds[d, 1]
@@ -27,18 +54,23 @@ def _coset_points(targets, bounds, points, rows, lanes):  # type: ignore[no-unty
 
 
 @jit
-def _forward(targets, points, came_from, cost, next_cost, metric, decisions):  # type: ignore[no-untyped-def]
-    """Costs of the cheapest path into every state after the last row; `decisions` hold its branch bits."""
+def _forward(targets, came_from, work):  # type: ignore[no-untyped-def]
+    """Return the costs of the cheapest path into every state after the last row; decisions stay in `work`."""
     rows, lanes = targets.shape
     states = len(came_from)
+    points, metric, decisions = work.points, work.metric, work.decisions
+    cost, next_cost = work.cost, work.next_cost
+    # Every lane starts in state 0.
     for state in range(states):
         for lane in range(lanes):
             cost[state, lane] = F(0) if state == 0 else F(np.inf)
     for row in range(rows):
+        # What a branch costs depends on its coset alone.
         for d in range(4):
             for lane in range(lanes):
                 error = targets[row, lane] - points[row, d, lane]
                 metric[d, lane] = error * error
+        # Two branches meet in a state; the cheaper survives, of equal ones that of bit 0.
         for state in range(states):
             from_zero, from_one = came_from[state, 0], came_from[state, 1]
             z0 = from_zero & 1
@@ -52,9 +84,10 @@ def _forward(targets, points, came_from, cost, next_cost, metric, decisions):  #
 
 
 @jit
-def _trace_back(cost, points, came_from, decisions, chosen, symbols):  # type: ignore[no-untyped-def]
-    """Follow each lane's cheapest path from its end to its start."""
+def _trace_back(cost, came_from, work, symbols):  # type: ignore[no-untyped-def]
+    """Follow each lane's cheapest path from its end to its start; of equally cheap ends take the lowest state."""
     rows, lanes = symbols.shape
+    points, decisions, chosen = work.points, work.decisions, work.chosen
     for lane in range(lanes):
         state = 0
         for other in range(1, len(came_from)):
@@ -70,30 +103,19 @@ def _trace_back(cost, points, came_from, decisions, chosen, symbols):  # type: i
 
 
 @jit
-def _search(targets, came_from, bounds, work, chosen, symbols):  # type: ignore[no-untyped-def]
-    points, cost, next_cost, metric, decisions = work
-    _coset_points(targets, bounds, points, targets.shape[0], targets.shape[1])
-    cost = _forward(targets, points, came_from, cost, next_cost, metric, decisions)
-    _trace_back(cost, points, came_from, decisions, chosen, symbols)
+def _search(targets, grid, work, symbols):  # type: ignore[no-untyped-def]
+    """Search all lanes of `targets` (rows, lanes): symbols into `symbols`, points into `work.chosen`."""
+    _coset_points(targets, grid.bounds, work.points)
+    cost = _forward(targets, grid.came_from, work)
+    _trace_back(cost, grid.came_from, work, symbols)
 
 
 @jit
-def _workspace(rows, lanes, states):  # type: ignore[no-untyped-def]
-    return (
-        np.empty((rows, 4, lanes), F),
-        np.empty((states, lanes), F),
-        np.empty((states, lanes), F),
-        np.empty((4, lanes), F),
-        np.empty((rows, states, lanes), np.uint8),
-    )
-
-
-@jit
-def search(targets, came_from, bounds):  # type: ignore[no-untyped-def]
-    """The symbols (rows, lanes) int16 of the cheapest paths; see viterbi.search."""
+def search(targets, grid):  # type: ignore[no-untyped-def]
+    """Return the symbols (rows, lanes) int16 of the cheapest paths; see viterbi.search."""
     rows, lanes = targets.shape
-    chosen, symbols = np.empty((rows, lanes), F), np.empty((rows, lanes), np.int16)
-    _search(targets, came_from, bounds, _workspace(rows, lanes, len(came_from)), chosen, symbols)
+    symbols = np.empty((rows, lanes), np.int16)
+    _search(targets, grid, _workspace(rows, lanes, len(grid.came_from)), symbols)
     return symbols
 
 
@@ -108,14 +130,14 @@ def feed(errors, feedback, start, j):  # type: ignore[no-untyped-def]
 
 
 @jit
-def round_scalar(weights, steps, shrink, errors, symbols, feedback, largest, start, stop):  # type: ignore[no-untyped-def]
-    """Round columns start .. stop-1 to their grids; see rounding.py."""
+def round_scalar(columns, largest, start, stop):  # type: ignore[no-untyped-def]
+    """Round columns start .. stop-1 of a panel (panels.Columns) to their grids; see columns.py."""
     for j in range(start, stop):
-        feed(errors, feedback, start, j)
-        weight, error, symbol = weights[j], errors[j], symbols[j]
-        step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
+        feed(columns.errors, columns.feedback, start, j)
+        weight, error, symbol = columns.weights[j], columns.errors[j], columns.symbols[j]
+        step = columns.steps[j if len(columns.steps) > 1 else 0]
         for row in range(len(weight)):
-            nearest = np.rint((weight[row] + error[row]) / step[row] * factor[row])
+            nearest = np.rint((weight[row] + error[row]) / step[row])
             nearest = -largest if nearest < -largest else nearest
             nearest = largest if nearest > largest else nearest
             symbol[row] = np.int16(nearest)
@@ -123,21 +145,21 @@ def round_scalar(weights, steps, shrink, errors, symbols, feedback, largest, sta
 
 
 @jit
-def round_trellis(  # type: ignore[no-untyped-def]
-    weights, steps, shrink, errors, symbols, feedback, came_from, bounds, rows, lanes, start, stop
-):
-    """The same with a trellis down the rows; the first rows·lanes entries of a column are (rows, lanes)."""
-    used = rows * lanes
-    targets, chosen = np.empty(used, F), np.empty((rows, lanes), F)
-    points = chosen.reshape(used)
-    work = _workspace(rows, lanes, len(came_from))
+def round_trellis(columns, grid, lanes, start, stop):  # type: ignore[no-untyped-def]
+    """Round columns start .. stop-1 along trellis paths; a column's first entries are (grid.lane_rows, lanes)."""
+    used = grid.lane_rows * lanes
+    targets = np.empty(used, F)
+    work = _workspace(grid.lane_rows, lanes, len(grid.came_from))
+    points = work.chosen.reshape(used)
     for j in range(start, stop):
-        feed(errors, feedback, start, j)
-        weight, error = weights[j], errors[j]
-        step, factor = steps[j if len(steps) > 1 else 0], shrink[j if len(shrink) > 1 else 0]
+        # What the column should become, in steps of the union grid.
+        feed(columns.errors, columns.feedback, start, j)
+        weight, error = columns.weights[j], columns.errors[j]
+        step = columns.steps[j if len(columns.steps) > 1 else 0]
         for row in range(used):
-            targets[row] = (weight[row] + error[row]) / step[row] * factor[row]
-        found = symbols[j, :used].reshape(rows, lanes)
-        _search(targets.reshape(rows, lanes), came_from, bounds, work, chosen, found)
+            targets[row] = (weight[row] + error[row]) / step[row]
+        # The cheapest path of each lane, and the error it leaves.
+        symbols = columns.symbols[j, :used].reshape(grid.lane_rows, lanes)
+        _search(targets.reshape(grid.lane_rows, lanes), grid, work, symbols)
         for row in range(used):
             error[row] = weight[row] - points[row] * step[row]

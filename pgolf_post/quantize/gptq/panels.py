@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,21 +30,22 @@ class Panel:
 
     @property
     def rows(self) -> int:
+        """Rows of the matrix, padding not counted."""
         return self.chunks * self.lanes * self.lane_rows
 
     @property
     def width(self) -> int:
-        """Of a chunk's buffer: padded with empty rows, so that one shape of matrix product serves all."""
+        """Rows of a chunk's buffer, padded with empty ones, so that one shape of matrix product serves all."""
         return -(-self.lanes * self.lane_rows // CHUNK_ROWS) * CHUNK_ROWS
 
     def load(self, matrix: Tensor, order: Tensor, pad: float) -> Tensor:  # (out, in) → (in, chunks, width)
-        """These rows transposed, columns in `order`; within a chunk, the lanes' first rows come first."""
+        """Return these rows transposed, columns in `order`; within a chunk, the lanes' first rows come first."""
         rows = torch.full((self.chunks, self.width, matrix.size(1)), pad, device=matrix.device)
         self._interleaved(rows).copy_(self._lanes(matrix))
         return rows.flatten(0, 1).T.contiguous()[order].view(-1, self.chunks, self.width)
 
     def load_broadcast(self, job: Job, values: Tensor, order: Tensor) -> Tensor:  # → (1 or in, chunks, width)
-        """The same of values that broadcast to a job's weight, once where all columns share them."""
+        """Like load(), for values that broadcast to a job's weight; one column suffices if all columns share them."""
         order = order if values.size(1) > 1 else torch.zeros_like(order[:1])
         return self.load(values.expand(len(job.weight), -1), order, 1.0)
 
@@ -83,12 +86,27 @@ def panels_of(job: Job, single: bool) -> Iterator[Panel]:
         yield Panel(full_lanes * lane_rows, 1, 1, rows - full_lanes * lane_rows)
 
 
+class Columns(NamedTuple):
+    """One chunk's columns as the compiled kernels take them."""
+
+    weights: np.ndarray  # (in, width) float32
+    steps: np.ndarray  # (in, width) float32; (1, width) where all columns share them
+    errors: np.ndarray  # (in, width) float32: corrections until a column is rounded, then its error
+    symbols: np.ndarray  # (in, width) int16
+    feedback: np.ndarray  # (in, in) float32 F
+
+
 @dataclass(frozen=True)
 class Buffers:
     """What a panel's rounding works on, each (in, chunks, width)."""
 
     weights: Tensor  # float32
     steps: Tensor  # float32, (1, …) where all columns share them
-    shrink: Tensor  # likewise
     errors: Tensor  # float32: corrections until a column is rounded, then its error
     symbols: Tensor  # int16
+
+    def columns(self, feedback: Tensor) -> Columns:
+        """Return views of a panel that is one chunk."""
+        tensors = (self.weights, self.steps, self.errors, self.symbols)
+        weights, steps, errors, symbols = (tensor[:, 0].numpy() for tensor in tensors)
+        return Columns(weights, steps, errors, symbols, feedback.numpy())

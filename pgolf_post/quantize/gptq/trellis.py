@@ -20,6 +20,7 @@ POLYNOMIALS = {  # states → (h0, h1), octal
     4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10),
     64: (0o103, 0o24), 128: (0o235, 0o126), 256: (0o515, 0o362),
 }  # fmt: skip
+UNION_GRID = 0.5  # step of the union grid, in steps of the scalar grid that has as many symbols
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Trellis:
 
 
 def next_states(states: int) -> np.ndarray:  # (states, 2) uint8: the state after branch bit 0 or 1
-    """The transition table of a trellis."""
+    """Return the transition table of a trellis."""
     h0, h1 = POLYNOMIALS[states]
     state = np.arange(states)[:, None]
     moved = (state >> 1) ^ ((h0 >> 1) * (state & 1)) ^ ((h1 >> 1) * np.arange(2)[None, :])
@@ -42,7 +43,7 @@ def first_bits(
     symbols: np.ndarray,  # (rows, columns) int
     trellis: Trellis,
 ) -> np.ndarray:  # (rows, columns) uint8
-    """z0 before each symbol: what the state machine, driven by the symbols alone, allows there."""
+    """Return z0 before each symbol: what the state machine, driven by the symbols alone, allows there."""
     table = next_states(trellis.states)
     bits = np.empty(symbols.shape, np.uint8)
     state = np.zeros(symbols.shape[1], np.uint8)
@@ -55,5 +56,5 @@ def first_bits(
 
 
 def grid_points(symbols: np.ndarray, trellis: Trellis) -> np.ndarray:  # (rows, columns) int → int32
-    """The points n = 2m + z0 of the union grid that the symbols m mean."""
+    """Return the points n = 2m + z0 of the union grid that the symbols m mean."""
     return 2 * symbols.astype(np.int32) + first_bits(symbols, trellis)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ LANES = 64  # searched together: their costs and decisions stay in cache
 
 @lru_cache
 def predecessors(states: int) -> np.ndarray:  # (states, 2) int64: where branch bit 0, and 1, came from
-    """The transition table read backwards."""
+    """Return the transition table read backwards."""
     table = np.empty((states, 2), np.int64)
     for state, following in enumerate(next_states(states)):
         table[following, [0, 1]] = state
@@ -38,9 +39,22 @@ def predecessors(states: int) -> np.ndarray:  # (states, 2) int64: where branch 
 
 
 def coset_bounds(largest: int) -> np.ndarray:  # (4, 2) float32
-    """The least and greatest k for which the point 4k + d is a symbol within ±largest, for each coset d."""
+    """Return the least and greatest k for which the point 4k + d is a symbol within ±largest, for each coset d."""
     bits = np.arange(4) // 2
     return np.stack((np.ceil((-largest - bits) / 2), np.floor((largest - bits) / 2)), axis=1).astype(np.float32)
+
+
+class Grid(NamedTuple):
+    """Which points of the union grid a path may use, as the kernels take it."""
+
+    came_from: np.ndarray  # (states, 2) int64: where branch bit 0, and 1, came from
+    bounds: np.ndarray  # (4, 2) float32 of the cosets, as coset_bounds
+    lane_rows: int  # rows after which the state restarts at 0
+
+    @classmethod
+    def of(cls, states: int, lane_rows: int, largest: int) -> Grid:
+        """Return the grid of a trellis whose symbols stay within ±largest."""
+        return cls(predecessors(states), coset_bounds(largest), lane_rows)
 
 
 def search(
@@ -48,14 +62,16 @@ def search(
     states: int,
     bounds: Tensor,  # (4, 2) float32
 ) -> tuple[Tensor, Tensor]:  # (rows, lanes) float32 each: grid points, symbols
-    """The cheapest path of every lane, in torch."""
+    """Return the cheapest path of every lane, in torch."""
     came_from = torch.from_numpy(predecessors(states)).to(targets.device)
     coset = (came_from & 1) + torch.tensor([0, 2], device=targets.device)  # (states, 2), of the branches into a state
     rows, lanes = targets.shape
+    # The nearest point of each coset, and its squared distance: all that branches cost.
     first = torch.arange(4, dtype=torch.float32, device=targets.device)[:, None]
     multiple = torch.round((targets[:, None] - first) * 0.25)  # (rows, 4, lanes)
     points = torch.clamp(multiple, bounds[:, :1], bounds[:, 1:]) * 4 + first
     metric = (targets[:, None] - points).square()
+    # Forward: the cheaper of the two branches into each state survives.
     cost = torch.full((states, lanes), math.inf, device=targets.device)
     cost[0] = 0
     decisions = torch.empty(rows, states, lanes, dtype=torch.bool, device=targets.device)
@@ -63,6 +79,7 @@ def search(
         zero, one = cost[came_from[:, 0]] + metric[row, coset[:, 0]], cost[came_from[:, 1]] + metric[row, coset[:, 1]]
         torch.less(one, zero, out=decisions[row])
         cost = torch.where(decisions[row], one, zero)
+    # Backward from the cheapest end.
     state, lane = cost.argmin(dim=0), torch.arange(lanes, device=targets.device)  # argmin: the first of equals
     chosen, symbols = torch.empty_like(targets), torch.empty_like(targets)
     for row in reversed(range(rows)):
@@ -77,12 +94,10 @@ def encode(
     targets: Tensor,  # (rows, columns) float32: weights in units of the union grid's step
     trellis: Trellis,
     largest: int | None = None,  # symbols stay within ±largest; None: within what 16 bits hold
-    rate_pull: float = 0.0,
     compiled: bool | None = None,  # None: where numba is installed and targets are on the CPU
 ) -> Tensor:  # (rows, columns) int16
-    """The symbols whose grid points (`trellis.grid_points`) have the least Σ (u - n)² + rate_pull·n² in every lane.
+    """Return the symbols whose grid points (`trellis.grid_points`) have the least Σ (u - n)² in every lane.
 
-    The second term is λ times the bits of a Gaussian symbol, and the same as a search for u/(1 + rate_pull).
     For the bits of a scalar grid of step Δ, take union-grid steps of Δ/2.
     Raises NumericsError for NaN, infinity, or an unbounded symbol that needs more than 16 bits.
     """
@@ -90,19 +105,18 @@ def encode(
         raise NumericsError("trellis: a target is NaN or infinite")
     check_largest(largest)
     symbols = torch.empty(targets.shape, dtype=torch.int16, device=targets.device)
-    bounds = coset_bounds(LARGEST if largest is None else largest)
-    shrink = 1 / (1 + rate_pull)
+    grid = Grid.of(trellis.states, trellis.lane_rows, LARGEST if largest is None else largest)
     fast = use_compiled(compiled, targets)
 
     def run(place: tuple[slice, slice]) -> None:
-        lane = targets[place].float() * shrink
+        lane = targets[place].float()
         if fast:
             from pgolf_post.quantize.gptq import kernels
 
-            found = kernels.search(lane.contiguous().numpy(), predecessors(trellis.states), bounds)
-            symbols[place] = torch.from_numpy(found)
+            symbols[place] = torch.from_numpy(kernels.search(lane.contiguous().numpy(), grid))
         else:
-            symbols[place] = search(lane, trellis.states, torch.from_numpy(bounds).to(lane.device))[1].to(torch.int16)
+            bounds = torch.from_numpy(grid.bounds).to(lane.device)
+            symbols[place] = search(lane, trellis.states, bounds)[1].to(torch.int16)
 
     rows, columns = targets.shape
     places = [

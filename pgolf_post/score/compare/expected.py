@@ -28,7 +28,8 @@ from scipy.special import stdtrit
 from pgolf_post.base.divergence import divergences_of
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score, require_finite, sum_units
-from pgolf_post.score.compare.screen import estimate, window_bits
+from pgolf_post.score.compare.estimate import estimate
+from pgolf_post.score.compare.windows import window_bits
 from pgolf_post.score.nats import distribution
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.spans import Span, batches_of, fitting, halving, places_of, scored_hidden
@@ -77,28 +78,31 @@ def expected_score(
     chosen: np.ndarray,  # (k,) ascending
     pieces: np.ndarray | None = None,  # (n,) int64
 ) -> Score:
-    """What a reference expects of a model: its own measured loss, and the model's divergence from it."""
-    found = score_against(reference, [model], tokens, token_bytes, spans, chosen, pieces)
-    return replace(found.reference, unit_nats=found.reference.unit_nats + found.divergences[0].unit_nats)
+    """Return a model's expected loss: the reference's measured loss plus the model's divergence from the reference.
+
+    Raises what `score_against` does.
+    """
+    sums = score_against(reference, [model], tokens, token_bytes, spans, chosen, pieces)
+    return replace(sums.reference, unit_nats=sums.reference.unit_nats + sums.divergences[0].unit_nats)
 
 
 @torch.no_grad()
 def target_values(
     reference: Any, models: Sequence[Any], tokens: np.ndarray, batch: list[Span]
 ) -> np.ndarray:  # (1 + 2·models, batch · scored) float64 nats
-    """At each target: the reference's loss, the models' losses, the models' divergences from the reference."""
+    """Return at each target the reference's loss, the models' losses, the models' divergences from the reference."""
     hidden, targets = scored_hidden(reference, tokens, batch)
-    expected = distribution(reference, hidden).float()
-    losses, divergences = [-expected.gather(-1, targets[:, None])[:, 0].double().cpu()], []
+    reference_log_probs = distribution(reference, hidden).float()
+    losses, divergences = [-reference_log_probs.gather(-1, targets[:, None])[:, 0].double().cpu()], []
     for module in models:
-        found = distribution(module, scored_hidden(module, tokens, batch)[0]).float()
-        if found.shape != expected.shape:
+        log_probs = distribution(module, scored_hidden(module, tokens, batch)[0]).float()
+        if log_probs.shape != reference_log_probs.shape:
             raise MismatchError(
-                f"the reference tells {expected.shape[1]} tokens apart, another model {found.shape[1]}",
+                f"the reference tells {reference_log_probs.shape[1]} tokens apart, another model {log_probs.shape[1]}",
                 hint="--reference is the checkpoint that both were made from",
             )
-        losses.append(-found.gather(-1, targets[:, None])[:, 0].double().cpu())
-        divergences.append(divergences_of(expected, found).double().cpu())
+        losses.append(-log_probs.gather(-1, targets[:, None])[:, 0].double().cpu())
+        divergences.append(divergences_of(reference_log_probs, log_probs).double().cpu())
     return torch.stack([*losses, *divergences]).numpy()
 
 
@@ -118,13 +122,13 @@ class Interval:
 
 
 def chance_of(surprises: np.ndarray, num_bytes: int, level: float) -> Interval:
-    """Windows' surprises in bits, (k,), as one number in bpb, and how far from zero chance alone would take it."""
+    """Return the sum of windows' surprises in bits, (k,), as bpb, and how far from zero chance alone would take it."""
     half = float(stdtrit(len(surprises), 0.5 + level / 2)) * math.sqrt(math.fsum(surprises**2))
     return Interval(math.fsum(surprises) / num_bytes, half / num_bytes)
 
 
 class ExpectedWindows:
-    """Scores windows with two models by their divergence from a third, and keeps their losses too."""
+    """A scorer of windows with two models by their divergence from a third, which keeps their losses too."""
 
     def __init__(
         self,
@@ -142,28 +146,28 @@ class ExpectedWindows:
         self.drawn = np.zeros(len(spans), bool)
 
     def __call__(self, chosen: np.ndarray) -> tuple[Score, Score]:  # windows (k,) ascending
-        """Sums of both divergences over windows, in the place of nats. Raises what `score_against` does."""
-        found = score_against(self.reference, self.models, self.tokens, self.token_bytes, self.spans, chosen)
-        for model, score in enumerate(found.divergences):
+        """Return sums of both divergences over windows, in the place of nats. Raises what `score_against` does."""
+        sums = score_against(self.reference, self.models, self.tokens, self.token_bytes, self.spans, chosen)
+        for model, score in enumerate(sums.divergences):
             bits = score.unit_nats / math.log(2)
             self.divergence_bits[model, chosen] = np.bincount(np.searchsorted(chosen, score.window), bits)
-        first, second = found.losses
+        first, second = sums.losses
         self.measured_bits[chosen] = window_bits(first, second, chosen)
         self.drawn[chosen] = True
-        candidate, control = found.divergences
+        candidate, control = sums.divergences
         return candidate, control
 
     def divergences(self, all_bytes: np.ndarray, level: float) -> tuple[Interval, Interval]:  # (N,) int64
-        """Of candidate and control from the reference on the whole text; known once every window is scored."""
+        """Return the whole text's divergences from the reference; exact once every window is scored."""
         candidate, control = (self._interval(bits, all_bytes, level) for bits in self.divergence_bits)
         return candidate, control
 
     def measured(self, all_bytes: np.ndarray, level: float) -> Interval:
-        """The difference in loss on the whole text, from the same windows; known once every window is scored."""
+        """Return the difference in loss on the whole text, from the same windows; exact once every window is scored."""
         return self._interval(self.measured_bits, all_bytes, level)
 
     def surprise(self, all_bytes: np.ndarray, level: float) -> Interval:
-        """What the drawn windows' measured difference has over the expected one, and what it may have by chance."""
+        """Return the drawn windows' measured difference less the expected one, and how large it may be by chance."""
         bits = self.measured_bits - self.divergence_bits[0] + self.divergence_bits[1]
         return chance_of(bits[self.drawn], int(all_bytes[self.drawn].sum()), level)
 

@@ -1,4 +1,4 @@
-"""Differences between two scores of the same text, with error bars that know what is independent of what.
+"""Differences between two scores of the same text, with error bars clustered by document.
 
 Two models' losses on the same words rise and fall together, so their difference is known far better than either. What
 is independent is the document (or a piece of it), not the window and not the token: the windows of one document share
@@ -68,7 +68,7 @@ class Difference:
         return self.low > 0
 
     def facts(self) -> dict[str, Any]:
-        """JSON facts; null for an infinite bound."""
+        """Return JSON facts; null for an infinite bound."""
         bounds = {name: value if math.isfinite(value) else None for name, value in self._bounds().items()}
         counts = {"clusters": self.clusters, "tokens": self.tokens}
         effective = {"effective_clusters": self.effective_clusters, "effective_units": self.effective_units}
@@ -79,7 +79,7 @@ class Difference:
 
 
 def pair(candidate: Score, control: Score, by: ClusterBy = "document") -> Clusters:
-    """The difference of two scores on the windows that both have, summed by cluster.
+    """Return the difference of two scores on the windows that both have, summed by cluster.
 
     Raises MismatchError if they share no window, or if a shared one does not hold the same text in both.
     """
@@ -100,7 +100,13 @@ def _shared(score: Score, other: Score) -> np.ndarray:  # int64: units of window
     return places[np.argsort(score.window[places], kind="stable")]
 
 
-def require_same_text(candidate: Score, control: Score, first: np.ndarray, second: np.ndarray) -> None:
+def require_same_text(
+    candidate: Score,
+    control: Score,
+    first: np.ndarray,  # (k,) units of the candidate
+    second: np.ndarray,  # (k,) of the control
+) -> None:
+    """Raise MismatchError unless units hold the same windows, documents, tokens and bytes in both scores."""
     if len(first) == 0:
         raise MismatchError("two scores that share no window have no paired difference")
     for name in ("window", "document", "piece", "unit_tokens", "unit_bytes"):
@@ -115,13 +121,13 @@ def require_same_text(candidate: Score, control: Score, first: np.ndarray, secon
 
 
 def effective_clusters(weights: np.ndarray) -> float:
-    """(Σ w)² / Σ w²: how many equal clusters are as good as these (Kish 1965)."""
+    """Return (Σ w)² / Σ w²: how many equal clusters are as good as these (Kish 1965)."""
     scaled = weights / weights.max()
     return float(scaled.sum() ** 2 / np.square(scaled).sum())
 
 
 def jackknife_variance(clusters: Clusters) -> float:
-    """Variance of Δbpb by leaving out one cluster at a time; infinite if one cluster holds everything."""
+    """Return the variance of Δbpb by leaving out one cluster at a time; infinite if one cluster holds everything."""
     count, rest = len(clusters.bytes), clusters.bytes.sum() - clusters.bytes
     if count < 2 or rest.min() == 0:
         return math.inf
@@ -130,7 +136,7 @@ def jackknife_variance(clusters: Clusters) -> float:
 
 
 def t_interval(clusters: Clusters, level: float = 0.95) -> Difference:
-    """The difference and its two-sided t interval."""
+    """Return the difference and its two-sided t interval."""
     effective = effective_clusters(clusters.bytes)
     variance = jackknife_variance(clusters)
     quantile = float(stdtrit(max(1.0, effective - 1), (1 + level) / 2))
@@ -139,7 +145,7 @@ def t_interval(clusters: Clusters, level: float = 0.95) -> Difference:
 
 
 def share_interval(own: Clusters, base: Clusters, level: float = 0.95) -> tuple[float, float, float]:
-    """(share, low, high): what part of a difference another one is, Σ own bits / Σ base bits, with its t interval.
+    """Return (share, low, high): Σ own bits / Σ base bits, one difference as a share of another, with its t interval.
 
     Both are of the same clusters, so what makes both large in the same documents cancels. Leaves out one cluster at a
     time, as `t_interval` does; infinite if that says nothing. Raises MismatchError for other clusters.
@@ -157,7 +163,7 @@ def share_interval(own: Clusters, base: Clusters, level: float = 0.95) -> tuple[
 
 
 def bootstrap_interval(clusters: Clusters, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Difference:
-    """The difference and its percentile interval over `samples` draws of the clusters with replacement."""
+    """Return the difference and its percentile interval over `samples` draws of the clusters with replacement."""
     count = len(clusters.bytes)
     if count < 2:
         return _difference(clusters, -math.inf, math.inf, level, math.inf)
@@ -172,7 +178,10 @@ def bootstrap_interval(clusters: Clusters, level: float = 0.95, samples: int = 2
 
 
 def _difference(clusters: Clusters, low: float, high: float, level: float, variance: float) -> Difference:
-    """`variance` is what clustering makes of it; against independent units it says what the units are worth."""
+    """Return a difference with the counts that go with it.
+
+    `variance` is the clusters'; beside that of independent units it says how many of those the units are worth.
+    """
     independent = clusters.unit_variance / variance if variance else 1.0
     effective = effective_clusters(clusters.bytes), clusters.units * min(1.0, independent)
     return Difference(clusters.bpb, low, high, level, len(clusters.bytes), *effective, clusters.tokens)

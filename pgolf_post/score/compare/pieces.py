@@ -26,7 +26,7 @@ def cut_documents(
     token_bytes: np.ndarray,  # (n,) int64
     max_bytes: int = MAX_PIECE_BYTES,
 ) -> np.ndarray:  # (n,) int64
-    """The piece in which each token stands, counted through the text; no piece spans two documents."""
+    """Return the piece in which each token stands, counted through the text; no piece spans two documents."""
     quality = break_quality(data.tokenizer, tokens)
     document = documents_of(tokens)
     bounds = [0, *(np.flatnonzero(np.diff(document)) + 1).tolist(), len(tokens)]
@@ -42,7 +42,7 @@ def _piece_starts(
     token_bytes: np.ndarray,  # (n,)
     max_bytes: int,
 ) -> np.ndarray:
-    """Where the pieces of one document start."""
+    """Return where the pieces of one document start."""
     ends = np.cumsum(token_bytes)
     starts = [0]
     while True:
@@ -58,7 +58,7 @@ def _piece_starts(
 
 
 def break_quality(tokenizer: Any, tokens: np.ndarray) -> np.ndarray:  # (n,) → (n,) int64
-    """How good a break after each token is: 2 where a blank line ends there, 1 where a line does, 0 elsewhere."""
+    """Return how good a break after each token is: 2 where a blank line ends, 1 where a line does, 0 elsewhere."""
     kinds = np.array([_line_ends(piece) for piece in _pieces(tokenizer)])  # (vocab_size, 3) bool
     ends_line, ends_blank_line, is_space = (kinds[:, column][tokens] for column in range(3))
     after_line = np.concatenate([[False], ends_line[:-1]])
@@ -66,19 +66,19 @@ def break_quality(tokenizer: Any, tokens: np.ndarray) -> np.ndarray:  # (n,) →
 
 
 def _pieces(tokenizer: Any) -> list[bytes]:
-    """The bytes of each token id, leading space included."""
-    found = []
+    """Return the bytes of each token id, leading space included."""
+    pieces = []
     for token in range(tokenizer.vocab_size()):
         if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            found.append(b"")
+            pieces.append(b"")
         elif tokenizer.is_byte(token):
-            found.append(bytes([int(tokenizer.id_to_piece(token)[3:5], 16)]))
+            pieces.append(bytes([int(tokenizer.id_to_piece(token)[3:5], 16)]))
         else:
-            found.append(tokenizer.id_to_piece(token).replace(SPACE_MARK, " ").encode("utf-8"))
-    return found
+            pieces.append(tokenizer.id_to_piece(token).replace(SPACE_MARK, " ").encode("utf-8"))
+    return pieces
 
 
 def _line_ends(piece: bytes) -> tuple[bool, bool, bool]:
-    """Whether a piece ends a line, whether it ends a blank line on its own, whether it is white space alone."""
+    """Return whether a piece ends a line, whether it ends a blank line on its own, whether it is white space alone."""
     ends_line, tail = piece.endswith(b"\n"), piece[len(piece.rstrip()) :]
     return ends_line, ends_line and tail.count(b"\n") > 1, not piece.strip()

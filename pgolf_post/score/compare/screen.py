@@ -2,13 +2,7 @@
 
 Windows of plain scoring come in a seeded random order, the same for both, and are looked at after every few. The order
 is all that is random: the interval is about *this* text, and holds however much its windows have in common, as a
-survey's does. (About other texts like it, `compare` on all of it speaks, by document.)
-
-*Less noise.* How many bytes each window stands for is known without scoring it, and tells prose from tables, which
-quantization hurts differently. So the differences are regressed on bytes, and their mean is corrected for how the drawn
-windows' bytes differ from all (the regression estimator, Cochran 1977, ch. 7). As windows run out, so does the error:
-
-    Δ = N · (D̄ + β(X̄ - x̄)) / ΣX      SE = N · s · √((1 - n/N)/n + (X̄ - x̄)²/Sxx) / ΣX,   s of the residuals, n - 2
+survey's does (estimate.py). About other texts like it, `compare` on all of it speaks, by document.
 
 *When to stop.* An ordinary interval is valid for one look. Stopping when it is narrow enough is nearly that: the width
 depends on the spread, not on the difference, and coverage tends to the level (Chow & Robbins 1965). Stopping because
@@ -35,30 +29,27 @@ from pydantic import Field
 from scipy.special import stdtrit
 
 from pgolf_post.base.progress import progress_bar
-from pgolf_post.score.bpb import Score, require_finite, sum_units
-from pgolf_post.score.compare.paired import require_same_text
-from pgolf_post.score.plain import BATCH_TOKENS
-from pgolf_post.score.session import Session
-from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
+from pgolf_post.score.compare.estimate import estimate
+from pgolf_post.score.compare.windows import ScoreWindows, window_bits
 from pgolf_post.settings import Settings
 
 MIN_WINDOWS = 64  # before which nothing is decided: means are near enough to normal from there on
 ROUNDING_BPB = 1e-9  # what is left unknown where every window is scored
 
-ScoreWindows = Callable[[np.ndarray], tuple[Score, Score]]  # windows (k,) → candidate's and control's sums of them
-
 
 class ScreenSettings(Settings):
-    half_width_bpb: float = Field(0.0005, gt=0, description="stop when the difference is known to ± this")
-    level: float = Field(0.95, gt=0.5, lt=1)
-    seed: int = Field(0, ge=0, description="of the order in which windows are scored")
+    """How well a difference should be known, and how windows are drawn."""
+
+    half_width_bpb: float = Field(0.0005, gt=0, description="stop when the difference is known to ± this many bpb")
+    level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of the interval")
+    seed: int = Field(0, ge=0, description="seed of the order in which windows are scored")
     look_every: int = Field(32, ge=1, description="windows between looks")
     stop_at_zero: bool = Field(True, description="stop as soon as zero is excluded, however wide the interval")
-    zero_share: float = Field(0.2, gt=0, lt=1, description="part of the permitted error for stopping at zero")
+    zero_share: float = Field(0.2, gt=0, lt=1, description="share of the permitted error for stopping at zero")
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Permitted at a stop by width, and at a stop at zero."""
+        """The error permitted at a stop by width, and at a stop at zero."""
         error = 1 - self.level
         at_zero = error * self.zero_share if self.stop_at_zero else 0.0
         return error - at_zero, at_zero
@@ -68,35 +59,15 @@ class ScreenSettings(Settings):
 
 
 def sequence_factor(observations: float, alpha: float, tightest_at: float) -> float:
-    """Half-width of the confidence sequence in standard errors; narrowest, for its size, near `tightest_at`."""
+    """Return the half-width of the confidence sequence in standard errors; relatively narrowest at `tightest_at`."""
     rho_squared = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tightest_at
     grown = observations * rho_squared + 1
     return math.sqrt(2 * grown / (observations * rho_squared) * math.log(math.sqrt(grown) / alpha))
 
 
-def estimate(
-    bits: np.ndarray,  # (n,) differences of the windows drawn
-    drawn_bytes: np.ndarray,  # (n,)
-    all_bytes: np.ndarray,  # (N,) of every window of the text
-) -> tuple[float, float]:
-    """The whole text's difference in bpb and its standard error, from windows drawn without replacement; n > 2."""
-    count, total = len(bits), len(all_bytes)
-    if count == total:
-        return math.fsum(bits) / int(all_bytes.sum()), 0.0
-    off = drawn_bytes - drawn_bytes.mean()
-    spread = float(off @ off)
-    slope = float(off @ bits) / spread if spread else 0.0
-    shift = float(all_bytes.mean() - drawn_bytes.mean())
-    residual = bits - bits.mean() - slope * off
-    scale = total / int(all_bytes.sum())
-    of_mean = (1 - count / total) / count + (shift * shift / spread if spread else 0.0)
-    error = scale * math.sqrt(float(residual @ residual) / (count - 2) * of_mean)
-    return scale * (float(bits.mean()) + slope * shift), error
-
-
 @dataclass(frozen=True)
 class Look:
-    """What is known after some windows: two half-widths, for the two reasons to stop."""
+    """The difference as known after some windows: two half-widths, for the two reasons to stop."""
 
     windows: int
     tokens: int
@@ -106,7 +77,7 @@ class Look:
 
     @property
     def excludes_zero(self) -> bool:
-        """By the confidence sequence."""
+        """Whether the confidence sequence excludes a difference of zero."""
         return abs(self.bpb) > self.half_always
 
 
@@ -117,7 +88,10 @@ def look(
     tokens: int,
     settings: ScreenSettings,
 ) -> Look:
-    """The estimate and both half-widths; before MIN_WINDOWS these are infinite, with every window scored nothing."""
+    """Return the estimate and both half-widths.
+
+    These are infinite before MIN_WINDOWS, and ROUNDING_BPB once every window is scored.
+    """
     count, total = len(drawn), len(all_bytes)
     bpb, error = estimate(bits, all_bytes[drawn], all_bytes)
     if count == total:
@@ -177,7 +151,7 @@ def screen(
     settings: ScreenSettings,
     quiet: bool = False,  # part of other work that reports for it
 ) -> Screening:
-    """Score windows until the difference is known well enough."""
+    """Score windows until the difference is known well enough, or all are scored."""
     total = len(all_bytes)
     order = np.random.default_rng(settings.seed).permutation(total)
     bits = np.zeros(total)  # of each window, once scored
@@ -206,55 +180,9 @@ EXCLUDED = "zero is excluded"
 
 
 def _reason(last: Look, total: int, settings: ScreenSettings) -> str:
-    """Why to stop, or nothing."""
+    """Return why to stop, or an empty string."""
     if last.windows == total:
         return "all windows are scored"
     if settings.stop_at_zero and last.excludes_zero:
         return EXCLUDED
     return f"known to ±{settings.half_width_bpb:g}" if last.half <= settings.half_width_bpb else ""
-
-
-def window_bits(candidate: Score, control: Score, chosen: np.ndarray) -> np.ndarray:  # (k,) ascending → (k,)
-    """The difference of each of the windows, candidate's minus control's, in bits."""
-    every = np.arange(len(candidate.window))
-    require_same_text(candidate, control, every, every)
-    bits = (candidate.unit_nats - control.unit_nats) / math.log(2)
-    return np.bincount(np.searchsorted(chosen, candidate.window), bits, minlength=len(chosen))
-
-
-def bytes_of_windows(spans: list[Span], token_bytes: np.ndarray) -> np.ndarray:  # (windows,) int64
-    """How many bytes of text the scored targets of each window stand for."""
-    return np.array([int(token_bytes[slice(*span.targets)].sum()) for span in spans])
-
-
-def window_scorer(
-    candidate: Any,
-    control: Any,
-    tokens: np.ndarray,  # (n,)
-    token_bytes: np.ndarray,  # (n,)
-    spans: list[Span],
-) -> ScoreWindows:
-    """Scores chosen windows of a text with two models."""
-
-    def one(module: Any, chosen: np.ndarray) -> Score:
-        return score_chosen(module, tokens, token_bytes, spans, None, chosen)
-
-    return lambda chosen: (one(candidate, chosen), one(control, chosen))
-
-
-def score_chosen(
-    module: Any,  # a LanguageModel
-    tokens: np.ndarray,  # (n,)
-    token_bytes: np.ndarray,  # (n,)
-    spans: list[Span],  # the text's windows
-    pieces: np.ndarray | None,  # (n,)
-    chosen: np.ndarray,  # (k,) which of the windows
-) -> Score:
-    """Chosen windows of a text, scored with one model."""
-    picked = [spans[i] for i in chosen]
-    batches = batches_of(picked, fitting(BATCH_TOKENS, module))
-    nats = np.concatenate([batch_nats(module, tokens, batch, Session()) for batch in batches])
-    places = places_of(picked)
-    require_finite(tokens, places, nats)
-    windows = np.repeat(chosen, [span.scored for span in picked])
-    return sum_units(tokens, places, windows, nats, token_bytes, 0.0, pieces)

@@ -13,40 +13,57 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.families import ModelFamily
+from pgolf_post.score.ttt.gradients import synthetic_tokens
 from pgolf_post.score.ttt.settings import TTTProtocol
-from pgolf_post.score.ttt.sgd import synthetic_tokens
+
+AdapterTarget = Literal["q", "k", "v", "o", "mlp", "head"]
 
 HEAD = "head_out"  # the module through which a family passes its head's product, before the soft-cap
 ROLES = {"q": "q", "k": "k", "v": "v", "attn_proj": "o", "mlp_proj": "mlp"}  # role of a matrix → what adapts there
 
 
-def adapted_modules(module: nn.Module, family: ModelFamily, settings: TTTProtocol) -> list[str]:
-    """Dotted paths of the modules whose output an adapter adds to. Raises SettingsError if a wanted kind has none."""
-    found: dict[str, list[str]] = {kind: [] for kind in settings.adapt}
+class AdapterProtocol(TTTProtocol):
+    """What every method that trains adapters can be told."""
+
+    rank: int = Field(80, ge=1, description="inner width of an adapter")
+    alpha: float = Field(144.0, gt=0, description="an adapter's output is scaled by alpha / rank")
+    adapt: tuple[AdapterTarget, ...] = Field(
+        ("q", "k", "v", "o", "mlp", "head"), min_length=1, description="kinds of module that have an adapter"
+    )
+    batch_documents: int = Field(64, ge=1, description="documents of similar length that adapt side by side")
+
+
+def adapted_modules(module: nn.Module, family: ModelFamily, settings: AdapterProtocol) -> list[str]:
+    """Return dotted paths of the modules whose output an adapter adds to.
+
+    Raises SettingsError if a wanted kind of module does not exist.
+    """
+    paths_of: dict[str, list[str]] = {kind: [] for kind in settings.adapt}
     for name, _ in module.named_parameters():
         kind = ROLES.get(family.role(name), "")
-        if kind in found:
+        if kind in paths_of:
             owner = name.rpartition(".")[0]
-            found[kind].append(owner if kind in "qkv" else owner.rpartition(".")[0])
-    if "head" in found and HEAD in dict(module.named_modules()):
-        found["head"].append(HEAD)
-    missing = [kind for kind, paths in found.items() if not paths]
+            paths_of[kind].append(owner if kind in "qkv" else owner.rpartition(".")[0])
+    if "head" in paths_of and HEAD in dict(module.named_modules()):
+        paths_of["head"].append(HEAD)
+    missing = [kind for kind, paths in paths_of.items() if not paths]
     if missing:
         raise SettingsError(f"this model has nowhere to put adapters on {', '.join(missing)}", hint="see --set adapt=…")
-    return [path for paths in found.values() for path in paths]
+    return [path for paths in paths_of.values() for path in paths]
 
 
 class Adapters:
     """A language model with adapters: `hidden`, `logits` and `parameters` as the model's own."""
 
-    def __init__(self, module: Any, family: ModelFamily, settings: TTTProtocol) -> None:
+    def __init__(self, module: Any, family: ModelFamily, settings: AdapterProtocol) -> None:
         self.module, self.settings = module, settings
         self.scale = settings.alpha / settings.rank
         self.paths = adapted_modules(module, family, settings)
@@ -61,17 +78,17 @@ class Adapters:
             self.log_probs = self._log_probs
 
     def drawn(self) -> dict[str, Tensor]:
-        """A as it is before anything is learned, the same each time: U(±1/√in)."""
+        """Return A as it is before anything is learned, the same each time: U(±1/√in)."""
         settings, device = self.settings, next(self.module.parameters()).device
         random = torch.Generator().manual_seed(settings.seed)
-        found = {}
+        drawn = {}
         for key, (width_in, _) in self.shapes.items():
             a = torch.rand(settings.batch_documents, settings.rank, width_in, generator=random)
-            found[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
-        return found
+            drawn[key] = ((2 * a - 1) / math.sqrt(width_in)).to(device)
+        return drawn
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
-        """Widths in and out of every visit, seen on a forward over made-up tokens."""
+        """Return widths in and out of every visit, seen on a forward over made-up tokens."""
         shapes: dict[str, tuple[int, int]] = {}
 
         def look(key: str, x: Tensor, output: Tensor) -> Tensor:
@@ -85,7 +102,7 @@ class Adapters:
 
     @contextmanager
     def _hooked(self, adapt: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Every adapted module's output goes through `adapt(key, input, output)`."""
+        """Send every adapted module's output through `adapt(key, input, output)` inside."""
         modules = dict(self.module.named_modules())
         handles = [modules[path].register_forward_hook(self._hook(path, adapt)) for path in self.paths]
         try:
@@ -106,12 +123,12 @@ class Adapters:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Adapters act on every forward inside."""
+        """Add the adapters' outputs in every forward inside."""
         with self._hooked(self._adapt):
             yield
 
     def _adapt(self, key: str, x: Tensor, output: Tensor) -> Tensor:
-        """output + scale · B A x, with each row's own A and B."""
+        """Return output + scale · B A x, with each row's own A and B."""
         a, b = self.a[key][self.rows], self.b[key][self.rows]
         by_row, plain = (some.reshape(len(a), -1, some.size(-1)).to(a.dtype) for some in (x, output))
         added = torch.baddbmm(plain, torch.bmm(by_row, a.mT), b.mT, alpha=self.scale)
@@ -123,33 +140,33 @@ class Adapters:
         yield from self.module.parameters()
 
     def hidden(self, tokens: Tensor, first: int = 0) -> Tensor:  # (rows, seq_len) → (rows, seq_len, dim)
-        """The model's hidden states; row i uses the adapters of document `first` + i of the batch."""
+        """Return the model's hidden states; row i uses the adapters of document `first` + i of the batch."""
         self._visits, self.rows = {}, slice(first, first + tokens.size(0))
-        found: Tensor = self.module.hidden(tokens)
-        return found
+        states: Tensor = self.module.hidden(tokens)
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:  # (rows · k, dim), row by row → (rows · k, vocab_size)
-        """The model's logits of equally many positions of each row."""
+        """Return the model's logits of equally many positions of each row."""
         self._head_input = hidden
         self._visits.pop(HEAD, None)
-        found: Tensor = self.module.logits(hidden)
-        return found
+        logits: Tensor = self.module.logits(hidden)
+        return logits
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         self._head_input = hidden
         self._visits.pop(HEAD, None)
-        found: Tensor = self.module.log_probs(hidden)
-        return found
+        log_probs: Tensor = self.module.log_probs(hidden)
+        return log_probs
 
     # ---- what is learned -------------------------------------------------------------------------------------------
 
     def trained(self) -> dict[str, Tensor]:
-        """Every matrix of every adapter."""
+        """Return every matrix of every adapter, by name."""
         named = {f"{key}.a": tensor for key, tensor in self.a.items()}
         return {**named, **{f"{key}.b": tensor for key, tensor in self.b.items()}}
 
     def begin(self, a: dict[str, Tensor], documents: int) -> None:
-        """Between documents: B ← 0, so that the next forward is the plain model's; A is what the lane carries.
+        """Start a batch: B ← 0, so that the next forward is the plain model's; A is what the lane carries.
 
         A batch of fewer documents than `a` has rows gets copies of the first ones.
         """
@@ -167,7 +184,7 @@ class Adapters:
 
     @property
     def numbers(self) -> int:
-        """How many a document trains."""
+        """Return how many numbers a document trains."""
         return sum(self.settings.rank * (width_in + width_out) for width_in, width_out in self.shapes.values())
 
     @torch.no_grad()

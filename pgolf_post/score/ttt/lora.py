@@ -1,12 +1,12 @@
 """One low-rank adapter per document, many documents at once: score a chunk, commit it, step, go on.
 
-Documents are sorted by length, longest first, and taken in batches whose rows advance together, chunk by chunk, each
-chunk read in a window that ends with it. Every row has adapters of its own, so documents in a batch do not know of each
-other; between batches B returns to zero. The step after a chunk is on its mean nats, document by document; a document's
-last chunk is scored and not trained on. A document's targets are the tokens after its BOS and the BOS of the next.
+Documents of similar length are a batch whose rows advance together, chunk by chunk, each chunk read in a window that
+ends with it. Every row has adapters of its own, so documents in a batch do not know of each other; between batches B
+returns to zero. The step after a chunk is on its mean nats, document by document; a document's last chunk is scored and
+not trained on. A document's targets are the tokens after its BOS and the BOS of the next.
 
 One forward serves score and step, as in the public scripts: a chunk's nats are computed from its hidden states without
-gradients, and committed; then the ledger hands out the same targets, and what the graph holds becomes gradients.
+gradients, and committed; then the log hands out the same targets, and what the graph holds becomes gradients.
 
 A is carried from batch to batch along a lane, one of a fixed number of queues: the published run had one per GPU. A
 batch goes to the lane with the least to do, ranks share the lanes: so the result does not depend on their number.
@@ -16,23 +16,22 @@ Source: openai/parameter-golf, PR #1855.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pgolf_post.base.progress import say
-from pgolf_post.data.tokenizer import BOS_ID
-from pgolf_post.errors import MismatchError, PgolfError
+from pgolf_post.errors import PgolfError
 from pgolf_post.families import ModelFamily
 from pgolf_post.score.commits import CommitLog
-from pgolf_post.score.nats import observe, target_nats
+from pgolf_post.score.nats import distribution, observe, target_nats
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import is_out_of_memory
-from pgolf_post.score.ttt.adapters import Adapters
+from pgolf_post.score.ttt.adapters import AdapterProtocol, Adapters
+from pgolf_post.score.ttt.documents import Document, batch_by_length, deal, find_documents
 from pgolf_post.score.ttt.optimizers import (
     Optimizers,
     load_optimizers_state,
@@ -40,80 +39,56 @@ from pgolf_post.score.ttt.optimizers import (
     optimizer_step,
     optimizers_state,
 )
-from pgolf_post.score.ttt.phased import GlobalTuning, tuned_after
-from pgolf_post.score.ttt.settings import TTTProtocol
 
 LEARNING_COSTS = 1.5  # a backward, in forwards
-TUNE = -1  # in the place of a chunk: all ranks tune the weights
+TUNE = -1  # in the place of a chunk: all ranks tune the weights (phased.py)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A document's place: inputs [start, stop), targets [start + 1, stop]."""
+class LoraProtocol(AdapterProtocol):
+    method: Literal["lora"] = "lora"
+    lanes: int = Field(8, ge=1, description="queues of batches, shared by ranks, along each of which A is carried")
 
-    start: int
-    stop: int
-
-    @property
-    def targets(self) -> int:
-        return self.stop - self.start
-
-
-def find_texts(tokens: np.ndarray, num_targets: int) -> list[Text]:
-    """The documents of a text up to its last target. Raises MismatchError if it has no BOS."""
-    starts = np.flatnonzero(tokens[:num_targets] == BOS_ID).tolist()
-    if not starts:
-        raise MismatchError(
-            f"no BOS (token id {BOS_ID}) in {num_targets:,} tokens: where documents begin is unknown",
-            hint="adapt without documents: --ttt sgd",
-        )
-    bounds = sorted({0, *starts, num_targets})
-    return [Text(a, b) for a, b in pairwise(bounds)]
-
-
-def batch_texts(texts: list[Text], size: int) -> list[list[Text]]:
-    """Longest first, `size` at a time; ties in the text's order."""
-    ordered = sorted(texts, key=lambda text: (-text.targets, text.start))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-def deal(costs: list[float], lanes: int, together: list[int]) -> list[int]:  # one per batch
-    """The lane of each batch: the first that has least to do. All wait for each other after batches `together`."""
-    load, found = [0.0] * lanes, []
-    for number, cost in enumerate(costs):
-        found.append(load.index(min(load)))
-        load[found[-1]] += cost
-        if number in together:
-            load = [max(load)] * lanes
-    return found
+    @model_validator(mode="after")
+    def _chunk_fits(self) -> Self:
+        if self.chunk_tokens > self.seq_len:
+            raise ValueError(f"chunk_tokens {self.chunk_tokens} exceeds the window's {self.seq_len} tokens (seq_len)")
+        return self
 
 
 class LoraPass:
-    """Methods `lora` and `phased`: each step scores one chunk of every document of a batch that has it."""
+    """Method `lora`: each step scores one chunk of every document of a batch that has it."""
 
     def __init__(
-        self, module: Any, family: ModelFamily, ledger: CommitLog, settings: TTTProtocol, session: Session
+        self, module: Any, family: ModelFamily, log: CommitLog, settings: LoraProtocol, session: Session
     ) -> None:
-        self.module, self.ledger, self.settings, self.session = module, ledger, settings, session
-        self.batches = batch_texts(find_texts(ledger.tokens, ledger.num_targets), settings.batch_documents)
+        self.module, self.log, self.settings, self.session = module, log, settings, session
+        self.batches = batch_by_length(find_documents(log.tokens, log.num_targets), settings.batch_documents)
         self._plan()
         module.requires_grad_(False)
         self.adapters = Adapters(module, family, settings)
         self.adapters.require_zero_is_plain()
         self.unused: dict[str, Tensor] = self.adapters.a  # the first lane's A
-        phased = settings.method == "phased"
-        self.tuning = GlobalTuning(module, ledger, settings, session.ranks) if phased else None
         self.carried: dict[int, dict[str, Tensor]] = {}  # lane → A, where the lane has begun and goes on
         self.optimizers: Optimizers = {}
         self.optimizer_steps = 0
-        self._warn()
+        if session.ranks.world_size > settings.lanes:
+            ranks = session.ranks.world_size
+            say(f"warning: {settings.lanes} lanes keep no more of {ranks} ranks busy: --set lanes=…")
+
+    def tuned_after(self) -> list[int]:
+        """Return the numbers of the batches after which all ranks tune the weights together."""
+        return []
 
     def _plan(self) -> None:
-        """The steps of this rank, (batch, chunk) in the order of batches, and what each costs."""
-        ranks, tuned = self.session.ranks, tuned_after(self.batches, self.settings)
+        """List the steps of this rank, (batch, chunk) in the order of batches, and what each costs."""
+        ranks, tuned = self.session.ranks, self.tuned_after()
+
+        # a batch costs what its chunks cost, and goes to the lane with the least to do
         chunks = [range(self.num_chunks(batch[0])) for batch in self.batches]
         costs = [sum(self._cost(b, k) for k in chunks[b]) for b in range(len(self.batches))]
         self.lanes = deal(costs, self.settings.lanes, tuned)
+
+        # this rank takes the batches of its lanes, and every joint tuning
         self.plan: list[tuple[int, int]] = []
         for b, lane in enumerate(self.lanes):
             if lane % ranks.world_size == ranks.rank:
@@ -122,36 +97,25 @@ class LoraPass:
                 self.plan.append((b, TUNE))
         self.costs = np.array([0.0 if k == TUNE else self._cost(b, k) for b, k in self.plan])
 
-    def _warn(self) -> None:
-        """Say what a user would not expect."""
-        settings, ranks = self.settings, self.session.ranks
-        number = sum(map(len, self.batches))
-        if self.tuning and number < settings.phases[0] and not self.session.quiet:
-            say(f"warning: no phase will run: the text has {number} documents, the first is at {settings.phases[0]}")
-        if ranks.world_size > settings.lanes:
-            say(f"warning: {settings.lanes} lanes keep no more of {ranks.world_size} ranks busy: --set lanes=…")
-
-    def num_chunks(self, text: Text) -> int:
-        return -(-text.targets // self.settings.chunk_tokens)
+    def num_chunks(self, document: Document) -> int:
+        return -(-document.targets // self.settings.chunk_tokens)
 
     def _cost(self, batch: int, chunk: int) -> float:
-        rows = sum(self.num_chunks(text) > chunk for text in self.batches[batch])
-        learners = sum(self.num_chunks(text) > chunk + 1 for text in self.batches[batch])
+        """Return the cost of a step in tokens of a forward."""
+        rows = sum(self.num_chunks(document) > chunk for document in self.batches[batch])
+        learners = sum(self.num_chunks(document) > chunk + 1 for document in self.batches[batch])
         window = min(self.settings.seq_len, (chunk + 1) * self.settings.chunk_tokens)
         return float((rows + LEARNING_COSTS * learners) * window)
 
     def step(self, index: int) -> None:
         number, chunk = self.plan[index]
-        if chunk == TUNE:
-            assert self.tuning is not None
-            with self.session.clock.phase("adapt"):
-                self.tuning.run([text for some in self.batches[: number + 1] for text in some])
-            return
         if chunk == 0:
             self.begin(number)
+
+        # documents that go on after the chunk learn from it; longest come first, so they are the batch's first rows
         batch = self.batches[number]
-        learners = [text for text in batch if self.num_chunks(text) > chunk + 1]  # longest first: the batch's first
-        ending = [text for text in batch if self.num_chunks(text) == chunk + 1]
+        learners = [document for document in batch if self.num_chunks(document) > chunk + 1]
+        ending = [document for document in batch if self.num_chunks(document) == chunk + 1]
         try:
             with self.adapters.attached():
                 if ending:
@@ -167,7 +131,7 @@ class LoraPass:
             ) from None
 
     def begin(self, number: int) -> None:
-        """A new batch: the lane's A, B = 0, optimizers without a past."""
+        """Start a batch: the lane's A, B = 0, optimizers without a past."""
         lane = self.lanes[number]
         carried = self.carried.pop(lane, {}) or self.unused or self.adapters.drawn()
         self.unused = {}
@@ -177,44 +141,48 @@ class LoraPass:
         self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
 
     def window(self, chunk: int) -> tuple[int, int, int]:
-        """Of a chunk: where its window begins, its first and one past its last target; offsets in the document."""
+        """Return where a chunk's window begins, its first and one past its last target; offsets in the document."""
         first = chunk * self.settings.chunk_tokens + 1
         stop = first + self.settings.chunk_tokens
         return max(0, stop - 1 - self.settings.seq_len), first, stop
 
-    def score(self, texts: list[Text], chunk: int, first_row: int) -> None:
+    def score(self, documents: list[Document], chunk: int, first_row: int) -> None:
         """Commit the nats of the last chunk of documents, whose adapters are the batch's from `first_row` on."""
         with self.session.clock.phase("score"), torch.no_grad():
-            tokens = self.tokens(texts, chunk)
-            self.commit(texts, chunk, tokens, self.hidden(tokens, chunk, first_row))
+            tokens = self.tokens(documents, chunk)
+            self.commit(documents, chunk, tokens, self.hidden(tokens, chunk, first_row))
 
-    def score_and_learn(self, texts: list[Text], chunk: int) -> None:
+    def score_and_learn(self, documents: list[Document], chunk: int) -> None:
         """Commit a chunk's nats of documents that go on after it, then take one step on it: on one forward."""
         trained = self.adapters.trained()
+
+        # the forward keeps its graph; nats are committed from detached hidden states
         with self.session.clock.phase("score"):
-            tokens = self.tokens(texts, chunk)
+            tokens = self.tokens(documents, chunk)
             for tensor in trained.values():
                 tensor.requires_grad_(True)
             with torch.enable_grad():
                 hidden = self.hidden(tokens, chunk, 0)
-            self.commit(texts, chunk, tokens, hidden.detach())
+            self.commit(documents, chunk, tokens, hidden.detach())
+
+        # targets come from the log, which hands out only what has been committed
         with self.session.clock.phase("adapt"):
             begin, first, stop = self.window(chunk)
-            targets = np.stack([self.lesson(text, begin, stop) for text in texts])[:, first - stop :]
+            targets = np.stack([self.scored_tokens(one, begin, stop) for one in documents])[:, first - stop :]
             with torch.enable_grad():
                 nats = target_nats(self.adapters, hidden, torch.from_numpy(targets).to(hidden.device).flatten())
-                nats.view(len(texts), -1).mean(dim=1).sum().backward()
+                nats.view(len(documents), -1).mean(dim=1).sum().backward()
             optimizer_step(self.optimizers, trained, self.settings.learning_rate, clip=0.0)
             for tensor in trained.values():
                 tensor.requires_grad_(False)
             self.optimizer_steps += 1
 
-    def tokens(self, texts: list[Text], chunk: int) -> Tensor:  # (rows, width) int64
-        """A chunk's window of each document and the token after it; what lies after a document's end is never read."""
+    def tokens(self, documents: list[Document], chunk: int) -> Tensor:  # (rows, width) int64
+        """Return a chunk's window of each document and the token after it, zeros beyond a document's end."""
         begin, _, stop = self.window(chunk)
-        padded = np.zeros((len(texts), stop - begin), dtype=np.int64)
-        for row, text in enumerate(texts):
-            own = self.ledger.tokens[text.start + begin : min(text.start + stop, text.stop + 1)]
+        padded = np.zeros((len(documents), stop - begin), dtype=np.int64)
+        for row, document in enumerate(documents):
+            own = self.log.tokens[document.start + begin : min(document.start + stop, document.stop + 1)]
             padded[row, : len(own)] = own
         return torch.from_numpy(padded).to(next(self.module.parameters()).device)
 
@@ -223,58 +191,59 @@ class LoraPass:
         return self.adapters.hidden(tokens[:, :-1], first_row)[:, first - stop :].flatten(0, 1)
 
     @torch.no_grad()
-    def commit(self, texts: list[Text], chunk: int, tokens: Tensor, hidden: Tensor) -> None:
-        """Enter the nats of a chunk of documents."""
+    def commit(self, documents: list[Document], chunk: int, tokens: Tensor, hidden: Tensor) -> None:
+        """Commit the nats of a chunk of documents, and show the observer its distributions."""
         _, first, stop = self.window(chunk)
         nats = target_nats(self.adapters, hidden, tokens[:, first - stop :].flatten())
-        chunks = [np.arange(text.start + first, min(text.start + stop, text.stop + 1)) for text in texts]
-        real = np.concatenate([row * (stop - first) + np.arange(len(some)) for row, some in enumerate(chunks)])
-        places = np.full(len(texts) * (stop - first), -1)
-        places[real] = np.concatenate(chunks)
-        observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
-        self.ledger.commit(places[real], nats.double().cpu().numpy()[real])
 
-    def lesson(self, text: Text, begin: int, stop: int) -> np.ndarray:
-        """A document's tokens at offsets [begin, stop), from the ledger; its BOS opened it, and is known from then."""
-        own = self.ledger.hand_out(text.start + max(1, begin), text.start + stop)
-        return own if begin else np.concatenate([self.ledger.tokens[text.start : text.start + 1].astype(np.int64), own])
+        # places of targets in the text, -1 where a document ends before the chunk does
+        chunks = [np.arange(one.start + first, min(one.start + stop, one.stop + 1)) for one in documents]
+        real = np.concatenate([row * (stop - first) + np.arange(len(some)) for row, some in enumerate(chunks)])
+        places = np.full(len(documents) * (stop - first), -1)
+        places[real] = np.concatenate(chunks)
+
+        observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
+        self.log.commit(places[real], nats.double().cpu().numpy()[real])
+
+    def scored_tokens(self, document: Document, begin: int, stop: int) -> np.ndarray:  # (stop - begin,) int64
+        """Return a document's tokens at offsets [begin, stop) from the log; its own BOS is known from the start."""
+        own = self.log.hand_out(document.start + max(1, begin), document.start + stop)
+        bos = self.log.tokens[document.start : document.start + 1].astype(np.int64)
+        return own if begin else np.concatenate([bos, own])
 
     def state(self) -> Mapping[str, Tensor]:
         trained = self.adapters.trained()
         moments = optimizers_state(self.optimizers, trained)
-        tuned = self.tuning.state() if self.tuning else {}
         return {
             **{f"adapter.{name}": tensor for name, tensor in trained.items()},
             **{f"lane.{lane}.{key}": x for lane, a in self.carried.items() for key, x in a.items()},
             **{f"optimizer.{key}": tensor for key, tensor in moments.items()},
-            **{f"tuned.{key}": tensor for key, tensor in tuned.items()},
             "optimizer_steps": torch.tensor(self.optimizer_steps),
             "lane_in_use": torch.tensor(next((n for n, a in self.carried.items() if a is self.adapters.a), -1)),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-
-        self.adapters.load_state(part("adapter."))
+        self.adapters.load_state(part_of(state, "adapter."))
         device = next(self.module.parameters()).device
-        for lane in {int(key.partition(".")[0]) for key in part("lane.")}:
-            self.carried[lane] = {key: x.to(device) for key, x in part(f"lane.{lane}.").items()}
+        for lane in {int(key.partition(".")[0]) for key in part_of(state, "lane.")}:
+            self.carried[lane] = {key: x.to(device) for key, x in part_of(state, f"lane.{lane}.").items()}
         if (lane := int(state["lane_in_use"])) >= 0:
             self.carried[lane] = self.adapters.a
         self.optimizers = make_optimizers(self.adapters.trained(), self.settings)
-        load_optimizers_state(self.optimizers, self.adapters.trained(), part("optimizer."))
-        if self.tuning:
-            self.tuning.load_state(part("tuned."))
+        load_optimizers_state(self.optimizers, self.adapters.trained(), part_of(state, "optimizer."))
         self.optimizer_steps = int(state["optimizer_steps"])
 
     def facts(self) -> dict[str, Any]:
-        """Evidence that it acted, on all ranks together."""
+        """Return evidence that the pass learned, on all ranks together, as JSON facts."""
         steps = torch.tensor([self.optimizer_steps], device=self.session.ranks.device)
         self.session.ranks.sum_(steps)
         adapted = {"trained_parameters": self.adapters.numbers, "adapters": len(self.adapters.a)}
-        tuned = {"phases_run": self.tuning.phases_run, "global_steps": self.tuning.steps} if self.tuning else {}
-        return {"optimizer_steps": int(steps), **adapted, **tuned}
+        return {"optimizer_steps": int(steps), **adapted}
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries of a state whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 class _AllRows:
@@ -284,6 +253,4 @@ class _AllRows:
         self.adapters, self.all = adapters, hidden
 
     def log_probs(self, numbers: Tensor) -> Tensor:
-        from pgolf_post.score.nats import distribution
-
         return distribution(self.adapters, self.all)[numbers]

@@ -14,7 +14,7 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 
 def make_optimizers(parameters: Mapping[str, Tensor], settings: TTTProtocol) -> Optimizers:
-    """What the settings name; Muon (Jordan et al. 2024) takes matrices and leaves the rest to AdamW."""
+    """Return the optimizers that the settings name; Muon (Jordan et al. 2024) takes matrices, AdamW the rest."""
     rate, decay = settings.learning_rate, settings.weight_decay
     adam = {
         "lr": rate,
@@ -31,16 +31,16 @@ def make_optimizers(parameters: Mapping[str, Tensor], settings: TTTProtocol) -> 
     matrices = [p for name, p in parameters.items() if p.ndim == 2 and name.endswith(".weight")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters.values() if id(p) not in chosen]
-    found: Optimizers = {}
+    both: Optimizers = {}
     if matrices:
-        found["muon"] = torch.optim.Muon(matrices, lr=rate, momentum=settings.beta1, weight_decay=decay)
+        both["muon"] = torch.optim.Muon(matrices, lr=rate, momentum=settings.beta1, weight_decay=decay)
     if rest:
-        found["adamw"] = torch.optim.AdamW(rest, **adam)  # type: ignore[arg-type]
-    return found
+        both["adamw"] = torch.optim.AdamW(rest, **adam)  # type: ignore[arg-type]
+    return both
 
 
 def cosine(step: int, steps: int) -> float:
-    """From 1 at the first of `steps` to 0 at the last; 1 where there is but one."""
+    """Return a factor of the learning rate: 1 at the first of `steps`, 0 at the last; 1 where there is but one."""
     return 0.5 * (1 + math.cos(math.pi * step / (steps - 1))) if steps > 1 else 1.0
 
 
@@ -56,19 +56,19 @@ def optimizer_step(optimizers: Optimizers, parameters: Mapping[str, Tensor], lea
 
 
 def optimizers_state(optimizers: Optimizers, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Moments as `KIND.KEY.NAME`."""
-    found = {}
+    """Return the optimizers' moments as `KIND.KEY.NAME`."""
+    state = {}
     for kind, optimizer in optimizers.items():
         for name, parameter in parameters.items():
             for key, value in optimizer.state.get(parameter, {}).items():
-                found[f"{kind}.{key}.{name}"] = value
-    return found
+                state[f"{kind}.{key}.{name}"] = value
+    return state
 
 
 def load_optimizers_state(
     optimizers: Optimizers, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
-    """Take back what `optimizers_state` gave."""
+    """Load what `optimizers_state` returned."""
     for full_name, value in state.items():
         kind, _, rest = full_name.partition(".")
         key, _, name = rest.partition(".")

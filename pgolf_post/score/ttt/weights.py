@@ -1,4 +1,4 @@
-"""Weights that come back: whatever a run did to them, afterwards they are what they were, bit for bit."""
+"""Weights that come back: after a run they are what they were before it, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pgolf_post.errors import VerificationError
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, those that are not saved included."""
+    """Return every parameter and buffer by name, those that are not saved included."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of the bytes of every parameter and buffer."""
+    """Return the sha256 of the bytes of every parameter and buffer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors_of(module).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -28,7 +28,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def require_equal_weights(module: nn.Module, ranks: Ranks) -> None:
-    """Raise VerificationError unless every rank has learned the same, bit for bit."""
+    """Raise VerificationError unless every rank ends with the same weights, bit for bit."""
     if ranks.world_size == 1:
         return
     own = weights_sha256(module)

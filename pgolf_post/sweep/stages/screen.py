@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.compare.screen import score_chosen
+from pgolf_post.score.compare.windows import score_chosen
 from pgolf_post.sweep.stages.base import Job, Scorer, StageScore
 from pgolf_post.sweep.stages.drawn import DrawnStage, Text, score_drawn
 

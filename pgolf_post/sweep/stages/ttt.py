@@ -6,7 +6,8 @@ import json
 
 from pydantic import Field
 
-from pgolf_post.score.ttt.settings import TTTProtocol, ttt_protocol
+from pgolf_post.score.ttt.methods import ttt_protocol
+from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.sweep.stages.base import Window
 from pgolf_post.sweep.stages.whole import WholeTextStage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pgolf_post.score.cached import score_subject
+from pgolf_post.score.cached import score_model
 from pgolf_post.score.session import Session
 from pgolf_post.sweep.stages.base import Job, Scorer, StageScore, TrialStage
 
@@ -21,4 +21,4 @@ class WholeTextStage(TrialStage):
 def score(scorer: Scorer, job: Job) -> StageScore:
     """Score the text by the job's protocol, cached as `eval` does."""
     session = Session(ranks=scorer.ranks, quiet=True)
-    return score_subject(job.model.subject, job.model.tensors, job.data, job.protocol, False, session, scorer.pool)
+    return score_model(job.model.subject, job.model.tensors, job.data, job.protocol, False, session, scorer.pool)

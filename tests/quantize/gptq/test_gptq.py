@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError, NumericsError
-from pgolf_post.quantize.clip import max_symbol, row_importance, sdclip_scales
+from pgolf_post.plan import RtnRule
+from pgolf_post.quantize.clip import grid_steps, max_symbol
 from pgolf_post.quantize.gptq.driver import FactorCache, Job, factorize, gptq, gptq_jobs, hessian_error
 from pgolf_post.quantize.gptq.trellis import Trellis, grid_points
 from pgolf_post.quantize.gptq.viterbi import encode
@@ -24,17 +25,21 @@ def problem(seed: int, rows: int = 12, width: int = 20, tokens: int = 64) -> tup
     return torch.randn(rows, width, generator=generator), inputs.mT @ inputs / tokens
 
 
-def quantized(weight: Tensor, hessian: Tensor, scales: Tensor, act_order: bool = True, block: int = 8) -> Tensor:
-    return gptq(weight, factorize("w", hessian, 0.01, act_order), scales, 31, block)
+def sdclip_steps(weight: Tensor, bits: int, clip: float) -> Tensor:  # (rows,)
+    return grid_steps("w", weight, RtnRule(name="r", bits=bits), clip)
+
+
+def quantized(weight: Tensor, hessian: Tensor, steps: Tensor, act_order: bool = True, block: int = 8) -> Tensor:
+    return gptq(weight, factorize("w", hessian, 0.01, act_order), steps, 31, block)
 
 
 def test_the_worked_example_of_the_docstring() -> None:
     hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
-    weight, scales = torch.tensor([[0.6, 0.6]]), torch.ones(1)
+    weight, steps = torch.tensor([[0.6, 0.6]]), torch.ones(1)
     factor = factorize("w", hessian, 1e-9, act_order=False)
-    symbols = gptq(weight, factor, scales, 31)
+    symbols = gptq(weight, factor, steps, 31)
     assert symbols.tolist() == [[1, 0]]
-    nearest = round_to_nearest(weight, scales, 31)
+    nearest = round_to_nearest(weight, steps, 31)
     assert nearest.tolist() == [[1, 1]]
     energy = float((weight.double() @ hessian @ weight.double().mT).item())
     assert hessian_error(weight, nearest.float(), hessian) * energy == pytest.approx(0.608, abs=1e-6)
@@ -45,19 +50,19 @@ def test_the_worked_example_of_the_docstring() -> None:
 @pytest.mark.parametrize("block", [1, 7, 128])
 def test_identity_hessian_is_round_to_nearest(act_order: bool, block: int) -> None:
     weight, _ = problem(0)
-    scales = sdclip_scales("w", weight, 6, 8.0)
-    symbols = quantized(weight, torch.eye(20, dtype=torch.float64), scales, act_order, block)
-    assert torch.equal(symbols, round_to_nearest(weight, scales, 31))
+    steps = sdclip_steps(weight, 6, 8.0)
+    symbols = quantized(weight, torch.eye(20, dtype=torch.float64), steps, act_order, block)
+    assert torch.equal(symbols, round_to_nearest(weight, steps, 31))
 
 
 def test_error_is_at_most_that_of_rounding_on_200_problems() -> None:
     worse, ratios = 0, []
     for seed in range(200):
         weight, hessian = problem(seed)
-        scales = sdclip_scales("w", weight, 4, 6.0)
+        steps = sdclip_steps(weight, 4, 6.0)
         errors = [
-            hessian_error(weight, symbols * scales[:, None], hessian)
-            for symbols in (quantized(weight, hessian, scales), round_to_nearest(weight, scales, 31))
+            hessian_error(weight, symbols * steps[:, None], hessian)
+            for symbols in (quantized(weight, hessian, steps), round_to_nearest(weight, steps, 31))
         ]
         worse += errors[0] > errors[1]
         ratios.append(errors[0] / errors[1])
@@ -68,35 +73,35 @@ def test_error_is_at_most_that_of_rounding_on_200_problems() -> None:
 @pytest.mark.parametrize("block", [1, 3, 20, 64])
 def test_block_size_changes_nothing(block: int) -> None:
     weight, hessian = problem(1)
-    scales = sdclip_scales("w", weight, 6, 8.0)
-    assert torch.equal(quantized(weight, hessian, scales, block=block), quantized(weight, hessian, scales, block=20))
+    steps = sdclip_steps(weight, 6, 8.0)
+    assert torch.equal(quantized(weight, hessian, steps, block=block), quantized(weight, hessian, steps, block=20))
 
 
 def test_permuting_inputs_permutes_the_symbols() -> None:
     weight, hessian = problem(2)
-    scales = sdclip_scales("w", weight, 6, 8.0)
+    steps = sdclip_steps(weight, 6, 8.0)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    permuted = quantized(weight[:, order], hessian[order][:, order], scales)
-    assert torch.equal(permuted, quantized(weight, hessian, scales)[:, order])
+    permuted = quantized(weight[:, order], hessian[order][:, order], steps)
+    assert torch.equal(permuted, quantized(weight, hessian, steps)[:, order])
 
 
 def test_inputs_are_left_bit_identical() -> None:
     weight, hessian = problem(3)
     kept = weight.clone(), hessian.clone()
-    quantized(weight, hessian, sdclip_scales("w", weight, 6, 8.0, 0.4, hessian.diagonal()))
+    quantized(weight, hessian, sdclip_steps(weight, 6, 8.0))
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
 
 
 def test_thread_count_changes_no_symbol() -> None:
     weight, hessian = problem(4, rows=40, width=200, tokens=400)
-    scales = sdclip_scales("w", weight, 6, 8.0)
+    steps = sdclip_steps(weight, 6, 8.0)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(quantized(weight, hessian, scales, block=64))
+            results.append(quantized(weight, hessian, steps, block=64))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -106,11 +111,11 @@ def test_dead_columns_are_rounded_to_nearest() -> None:
     weight, hessian = problem(5)
     hessian[:, 4] = 0
     hessian[4, :] = 0
-    scales = sdclip_scales("w", weight, 6, 8.0)
+    steps = sdclip_steps(weight, 6, 8.0)
     factor = factorize("w", hessian, 0.01, act_order=True)
     assert factor.dead_columns == 1
-    symbols = gptq(weight, factor, scales, 31)
-    assert torch.equal(symbols[:, 4], round_to_nearest(weight, scales, 31)[:, 4])
+    symbols = gptq(weight, factor, steps, 31)
+    assert torch.equal(symbols[:, 4], round_to_nearest(weight, steps, 31)[:, 4])
 
 
 def test_rank_deficient_hessian_is_damped_and_says_so() -> None:
@@ -144,8 +149,8 @@ def test_nan_in_a_hessian_is_an_error_naming_the_tensor() -> None:
 def test_symbols_stay_on_the_grid(rows: int, width: int, seed: int, outlier: float, bits: int) -> None:
     weight, hessian = problem(seed, rows, width, tokens=4)
     weight[0, 0] *= outlier
-    scales = sdclip_scales("w", weight, bits, 12.85)
-    symbols = gptq(weight, factorize("w", hessian, 0.01, act_order=True), scales, max_symbol(bits))
+    steps = sdclip_steps(weight, bits, 12.85)
+    symbols = gptq(weight, factorize("w", hessian, 0.01, act_order=True), steps, max_symbol(bits))
     assert symbols.shape == weight.shape
     assert int(symbols.abs().max()) <= max_symbol(bits)
 
@@ -187,10 +192,8 @@ def test_compiled_and_torch_give_the_same_symbols(
     weight, hessian = problem(9, rows=300, width=70, tokens=200)
     factor = factorize("w", hessian, 0.01, act_order)
     steps = 0.2 + torch.rand(steps_shape, generator=torch.Generator().manual_seed(0))
-    pull = 0.01 if act_order else 0.02 * torch.rand(1, 70, generator=torch.Generator().manual_seed(1))
     compiled, plain = (
-        gptq(weight, factor, steps, None, 48, trellis=trellis, rate_pull=pull, compiled=which)
-        for which in (True, False)
+        gptq(weight, factor, steps, None, 48, trellis=trellis, compiled=which) for which in (True, False)
     )
     assert compiled.dtype == torch.int16
     assert torch.equal(compiled, plain)
@@ -305,8 +308,6 @@ def test_bad_values_name_the_tensor_and_place(bad: float) -> None:
     steps[7] = 0
     with pytest.raises(NumericsError, match=r"blocks\.1\.q: its step at \[7\] is 0"):
         gptq(weight, factor, steps, 31, name="blocks.1.q")
-    with pytest.raises(NumericsError, match=r"rate_pull.*at \[0, 0\] is 2"):
-        gptq(weight, factor, torch.ones(12), 31, rate_pull=-0.5)
 
 
 @pytest.mark.parametrize("shape", [(11,), (12, 19), (1, 12), (12, 20, 1)])
@@ -402,40 +403,3 @@ def test_equal_slope_steps_cost_what_theory_says(act_order: bool, trellis: Trell
     error = (weight - points * steps).double()
     loss = 0.5 * float((row_weight.double() * ((error @ damped) * error).sum(dim=1)).sum())
     assert loss == pytest.approx(rows * width * eta * c**2 / 24, rel=0.02)
-
-
-# ---- SDClip ------------------------------------------------------------------------------------------------------
-
-
-def test_scale_is_k_standard_deviations_over_the_largest_symbol() -> None:
-    weight, _ = problem(7)
-    scales = sdclip_scales("w", weight, 6, 12.85)
-    torch.testing.assert_close(scales, 12.85 * weight.std(dim=1) / 31, rtol=1e-3, atol=0)
-    assert torch.equal(scales, scales.half().float())
-
-
-def test_lambda_zero_is_plain_sdclip_and_lambda_leans_on_important_rows() -> None:
-    weight, hessian = problem(8)
-    plain = sdclip_scales("w", weight, 6, 12.85)
-    assert torch.equal(sdclip_scales("w", weight, 6, 12.85, 0.0, hessian.diagonal()), plain)
-    importance = row_importance(weight, hessian.diagonal())
-    assert float(importance.mean()) == pytest.approx(1.0)
-    leaning = sdclip_scales("w", weight, 6, 12.85, 0.4, hessian.diagonal())
-    assert torch.equal(leaning > plain, importance > 1)
-
-
-def test_zero_and_constant_rows_have_usable_scales() -> None:
-    weight = torch.stack((torch.zeros(8), torch.full((8,), 0.5), torch.randn(8)))
-    scales = sdclip_scales("w", weight, 6, 12.85)
-    symbols = round_to_nearest(weight, scales, 31)
-    assert symbols[0].tolist() == [0] * 8
-    assert symbols[1].tolist() == [31] * 8
-    assert float(symbols[1, 0] * scales[1]) == pytest.approx(0.5, rel=1e-3)
-
-
-@pytest.mark.parametrize("size", [1e-9, 1e7])
-def test_scales_outside_fp16_name_the_tensor_and_row(size: float) -> None:
-    weight = torch.randn(3, 8)
-    weight[1] *= size
-    with pytest.raises(NumericsError, match=r"tok_emb\.weight: the scale of row 1"):
-        sdclip_scales("tok_emb.weight", weight, 6, 12.85)

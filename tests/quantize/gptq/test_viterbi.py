@@ -133,19 +133,10 @@ def test_clipped_symbols_are_the_nearest_allowed() -> None:
     assert points.tolist() == [[10], [-9]]  # after the odd symbol 5 the machine is in state 1, whose points are odd
 
 
-def test_rate_pull_is_the_search_for_shrunk_targets() -> None:
-    targets, trellis = noise(64, 16, spread=1.0), Trellis(8, 64)
-    pulled = encode(targets, trellis, rate_pull=0.25)
-    assert torch.equal(pulled, encode(targets * 0.8, trellis))
-    points = [grid_points(symbols.numpy(), trellis).astype(float) for symbols in (pulled, encode(targets, trellis))]
-    costs = [((targets.numpy() - n) ** 2 + 0.25 * n**2).sum() for n in points]
-    assert costs[0] < costs[1]
-
-
 def test_inputs_are_left_bit_identical() -> None:
     targets = noise(20, 4)
     kept = targets.clone()
-    encode(targets, Trellis(8, 8), rate_pull=0.1)
+    encode(targets, Trellis(8, 8))
     assert torch.equal(targets, kept)
 
 

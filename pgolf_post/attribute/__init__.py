@@ -1,0 +1,1 @@
+"""Attribution: the loss and the bytes that quantizing each group of tensors accounts for."""
