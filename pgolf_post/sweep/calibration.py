@@ -23,7 +23,7 @@ from pgolf_post.sweep.spending import Spending
 
 
 def calibration_of(settings: TrialSettings) -> CalibrationSettings:
-    """Return a trial's calibration settings, with the backward half of the statistics where a fit or a plan reads it."""
+    """Return a trial's calibration settings, with the backward half where a fit or the plan reads it."""
     if settings.method == "fit":
         return settings.calibration.model_copy(update={"fisher": True})
     return plan_calibration(settings.calibration, trial_plan(settings))
