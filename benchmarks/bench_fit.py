@@ -49,12 +49,13 @@ from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import load_module, train_seq_len
+from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.kappa import by_tensor, measure_kappas
+from pgolf_post.fit.prepare import prepare
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
-from pgolf_post.fit.stage import prepare, solve
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.decode import decode
@@ -203,7 +204,7 @@ def fitted(bench: Bench, settings: FitSettings) -> tuple[Builder, dict[str, floa
     """A builder, and κ by tensor."""
     builder = Builder(bench.view, bench.stats, settings)
     if settings.kappa == "off":
-        return builder, dict.fromkeys(builder.parts, 1.0)
+        return builder, dict.fromkeys(builder.matrices, 1.0)
     text = probe_text(bench.view, bench.data, settings.kappa_tokens, settings.kappa_seed)
     kappas = measure_kappas(builder, Probe(bench.view, text), settings.kappa)
     return builder, by_tensor(builder, kappas, settings.kappa)
@@ -255,7 +256,7 @@ def one(bench: Bench, limit: int, tune_tokens: int) -> None:
     """fit at a number of bytes, as its users run it."""
     calibration = CalibrationSettings(tokens=bench.stats.num_tokens)
     fitter = prepare(bench.view, bench.data, calibration, FitSettings(tune_tokens=tune_tokens))
-    artifact = solve(fitter, limit)
+    artifact = fit_artifact(fitter, limit)
     more = f", {tune_tokens:,} tokens of fine-tuning" if tune_tokens else ""
     bench.row(f"fit at {limit:,} bytes{more}", read_artifact(artifact.path).model, artifact.path.stat().st_size)
     say(f"training data: {artifact.meta['train_seconds']}, {artifact.meta.get('fine_tuned')}")
@@ -309,7 +310,7 @@ def front(bench: Bench, figure: Path | None) -> None:
         "(a) record-1855": lambda factor: recipe(bench, scaled(RECORD_K, factor)),
         "(a') re-tuned": lambda factor: recipe(bench, scaled(k, factor)),
         "(b) sdclip-1394": sdclip,
-        "fit": lambda factor: builder.model(builder.quantize(constants_of(builder.parts, first * factor, kappa))),
+        "fit": lambda factor: builder.model(builder.quantize(constants_of(builder.matrices, first * factor, kappa))),
     }
     print("|  | × | bytes | divergence, nats |\n|---|---|---|---|")
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in makers}
@@ -403,7 +404,7 @@ def whole(limit: int = 15_950_000) -> None:
         fitter = prepare(view, data, CalibrationSettings(tokens=8192), FitSettings(kappa="off"))
         seconds: dict[str, tuple[float, float]] = {}
         started = time.perf_counter(), time.process_time()
-        artifact = solve(fitter, limit)
+        artifact = fit_artifact(fitter, limit)
         seconds["fit"] = time.perf_counter() - started[0], time.process_time() - started[1]
         started = time.perf_counter(), time.process_time()
         decode(artifact.path.read_bytes())

@@ -26,8 +26,8 @@ from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.score.cached import score_artifact
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
-from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.engines.local import run_local
+from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.run import Options
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)

@@ -1,14 +1,19 @@
-"""Requant: a checkpoint view and its statistics → an artifact on disk, read back before anyone hears of it.
+"""The artifact stage: quantize → pack → verify → store, for `requant`, `fit` and sweeps alike.
 
-The written file is decoded by the decoder that ships and its symbols are hashed again; they must be those that were
-packed. The same view, statistics, plan and codec (and, where the plan reads it, calibration text) find the same folder.
+An `ArtifactKey` says what decides an artifact, and thereby its id and its folder. Whoever wants one first looks it up
+(`find`); if it is not there, it makes the quantized model in its own way and stores it (`keep`). The written file is
+decoded by the decoder that ships and its symbols are hashed again; they must be those that were packed. What was
+decoded then stays at hand, so that scoring and comparing do not decode once more.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,15 @@ import numpy as np
 from torch import Tensor
 
 from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.calibrate import CalibrationSettings, Stats
 from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, load_or_make
+from pgolf_post.derived import Stage, is_leftover
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import train_seq_len
-from pgolf_post.pack.artifact import ARTIFACT_FILE, read_artifact, write_verified
+from pgolf_post.pack.artifact import ARTIFACT_FILE, DecodedArtifact, read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, count_units, pack
 from pgolf_post.plan import Plan
 from pgolf_post.quantize.distill import DistillReport, distill
@@ -33,7 +38,8 @@ from pgolf_post.quantize.model import quantize_beside_floats
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.settings import parse_settings
 
-STAGE, STAGE_VERSION, PAYLOAD = "artifact", 2, ARTIFACT_FILE
+ARTIFACT = Stage("artifact", 2, ARTIFACT_FILE)  # quantized by a plan
+FITTED = replace(ARTIFACT, version=1)  # quantized to a byte budget
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,98 @@ class PackedArtifact:
     id: str
     meta: Mapping[str, Any]  # symbols_sha256, tensors: [facts], seconds
     cached: bool
+    verified: DecodedArtifact | None = field(
+        default=None, compare=False, repr=False
+    )  # decoded when the file was written
 
     @property
     def path(self) -> Path:
-        return self.folder / PAYLOAD
+        return self.folder / ARTIFACT.payload
 
     @property
     def symbols_sha256(self) -> str:
         return str(self.meta["symbols_sha256"])
+
+    def decoded(self) -> DecodedArtifact:
+        """Return what the file decodes to: as it was verified, else read now."""
+        return self.verified or read_artifact(self.path)
+
+    def forgotten(self) -> PackedArtifact:
+        """Return the same artifact without its decoded tensors, which take five bytes a weight."""
+        return replace(self, verified=None)
+
+
+@dataclass(frozen=True)
+class ArtifactKey:
+    """Everything that decides an artifact, and thereby its id and folder."""
+
+    view: View
+    stats_id: str
+    plan: str  # its name, for people; the plan itself is part of `identity`
+    identity: Mapping[str, Any]  # settings as JSON: what quantizes, the codec
+    stage: Stage = ARTIFACT
+
+    @cached_property
+    def id(self) -> str:
+        return self.stage.id([self.view.id, self.stats_id], self.identity)
+
+    @property
+    def folder(self) -> Path:
+        return self.view.checkpoint.derived(self.stage.name, self.id)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json beside stage and version."""
+        named = {"view": self.view.name, "view_id": self.view.id, "stats_id": self.stats_id, "plan": self.plan}
+        return {**named, **self.identity}
+
+
+def plan_key(
+    view: View, stats_id: str, plan: Plan, codec: str, text: CalibrationSet | None = None, jitter_seed: int = 0
+) -> ArtifactKey:
+    """Return the key of a view quantized by a plan. Raises SettingsError if the plan lacks its text.
+
+    `jitter_seed`, if not 0, says that rows were moved at random first (see sweep/weights.py).
+    """
+    jitter = {"jitter_seed": jitter_seed} if jitter_seed else {}
+    return ArtifactKey(view, stats_id, plan.name, {**plan_identity(plan, text), "codec": codec, **jitter})
+
+
+def find(key: ArtifactKey) -> PackedArtifact | None:
+    """Return the artifact if it is there and intact, said aloud."""
+    meta = key.stage.intact_meta(key.folder)
+    return None if meta is None else PackedArtifact(key.folder, key.id, meta, cached=True)
+
+
+def keep(
+    key: ArtifactKey,
+    model: QuantizedModel,
+    stats: Stats,
+    codec: str,
+    packed: Callable[[], bytes],  # the model's file
+    facts: Mapping[str, Any],  # more for meta.json
+    started: float | None = None,  # by time.perf_counter(): where `seconds` begin; None: with packing
+    link_twins: bool = False,  # a file of the very same model is linked instead of packed again
+) -> PackedArtifact:
+    """Pack a model, verify the file, and store it under its key.
+
+    Raises VerificationError if decoding the written file does not give back the symbols that were packed.
+    """
+    recorded = {**artifact_facts(model, key.view, stats, codec), **facts}
+    verified: list[DecodedArtifact] = []
+
+    def make(building: Path) -> Mapping[str, Any]:
+        path = building / key.stage.payload
+        twin = _twin(key.folder.parent, recorded) if link_twins else None
+        if twin is None:
+            verified.append(write_verified(path, packed(), recorded["symbols_sha256"]))
+        else:
+            _link(twin, path)
+        seconds = {} if started is None else {"seconds": round(time.perf_counter() - started, 3)}
+        return {**recorded, **seconds}
+
+    meta = key.stage.store(key.folder, key.config, make)
+    return PackedArtifact(key.folder, key.id, meta, False, verified[0] if verified else None)
 
 
 def requant(
@@ -69,26 +159,23 @@ def requant(
     the written file does not give back the symbols that were packed.
     """
     packing = parse_settings(PackSettings, {"codec": codec}, "requant")
-    identity = {**plan_identity(plan, text), "codec": codec}
-    artifact_id = derived_id(STAGE, STAGE_VERSION, [view.id, stats.id], identity)
-    folder = view.checkpoint.derived(STAGE, artifact_id)
+    key = plan_key(view, stats.id, plan, codec, text)
+    artifact = None if fresh else find(key)
+    if artifact is not None:
+        return artifact
+    started = time.perf_counter()
+    model, _, report = quantize_by_plan(view, stats, plan, factors, text)
 
-    def make(building: Path) -> Mapping[str, Any]:
-        model, _, report = quantize_by_plan(view, stats, plan, factors, text)
+    def packed() -> bytes:
         with progress_bar("packing", count_units(model)) as advance:
-            data = pack(model, packing, advance)
-        facts = artifact_facts(model, view, stats, packing.codec)
-        write_verified(building / PAYLOAD, data, facts["symbols_sha256"])
-        return {**facts, **({"distill": report.facts()} if report else {})}
+            return pack(model, packing, advance)
 
-    config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, "stats_id": stats.id}
-    config["plan"] = plan.name
-    meta, cached = load_or_make(folder, PAYLOAD, {**config, **identity}, make, fresh)
-    return PackedArtifact(folder, artifact_id, meta, cached)
+    facts = {"distill": report.facts()} if report else {}
+    return keep(key, model, stats, packing.codec, packed, facts, started)
 
 
 def artifact_facts(model: QuantizedModel, view: View, stats: Stats, codec: str) -> dict[str, Any]:
-    """What the meta.json of an artifact says of the model in it, whoever packs it.
+    """Return what an artifact's meta.json says of the model in it, whoever packs it.
 
     Two artifacts of equal content, lineage and codec are the same file.
     """
@@ -104,7 +191,10 @@ def artifact_facts(model: QuantizedModel, view: View, stats: Stats, codec: str) 
 
 
 def plan_identity(plan: Plan, text: CalibrationSet | None) -> dict[str, Any]:
-    """What a plan's result depends on beside view and statistics. Raises SettingsError if the plan lacks its text."""
+    """Return what a plan's result depends on beside view and statistics.
+
+    Raises SettingsError if the plan reads a calibration text and has none.
+    """
     if not plan.reads_text:
         return plan.identity()
     if text is None:
@@ -116,10 +206,10 @@ def plan_identity(plan: Plan, text: CalibrationSet | None) -> dict[str, Any]:
 
 
 def plan_text(view: View, data: DataFolder, plan: Plan, calibration: CalibrationSettings) -> CalibrationSet | None:
-    """The calibration text, where a plan reads it beside the statistics. Raises MismatchError as `calibrate` does."""
+    """Return the calibration text where a plan reads it, else None. Raises MismatchError as `calibrate` does."""
     if not plan.reads_text:
         return None
-    return calibration_text(view, data, calibration, calibration.seq_len or train_seq_len(view.config))
+    return calibration_text(view, data, calibration, calibration.seq_len or view.train_seq_len)
 
 
 def plan_calibration(calibration: CalibrationSettings, *plans: Plan) -> CalibrationSettings:
@@ -132,7 +222,7 @@ def plan_calibration(calibration: CalibrationSettings, *plans: Plan) -> Calibrat
 def quantize_by_plan(
     view: View, stats: Stats, plan: Plan, factors: StatsFactors | None = None, text: CalibrationSet | None = None
 ) -> tuple[QuantizedModel, dict[str, Tensor], DistillReport | None]:
-    """All that a plan says of a model: rounded, then distilled.
+    """Do all that a plan says to a model: round it, then distil it.
 
     Returns the model, its tensors without loss (see `quantize_beside_floats`), and what distillation did.
     """
@@ -146,8 +236,32 @@ def quantize_by_plan(
 
 
 def is_no_op(trial: PackedArtifact, control: PackedArtifact) -> bool:
-    """Whether a trial is its control: the same symbols, and decoded from disk the same weights to the bit."""
+    """Whether a trial is its control: the same symbols, which decode to the same weights to the bit."""
     if trial.symbols_sha256 != control.symbols_sha256:
         return False
-    first, second = (read_artifact(artifact.path).tensors for artifact in (trial, control))
+    contents = [artifact.meta.get("content_sha256") for artifact in (trial, control)]
+    if contents[0] is not None and contents[0] == contents[1]:
+        return True
+    # Artifacts of before content was hashed, or factors that differ and may yet mean the same.
+    first, second = (artifact.decoded().tensors for artifact in (trial, control))
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def _twin(stage: Path, facts: Mapping[str, Any]) -> Path | None:
+    """Return the file of an artifact that was made of the very same model by the same codec, if there is one."""
+    for meta_path in sorted(stage.glob("*/meta.json")):
+        if is_leftover(meta_path.parent):
+            continue
+        meta = read_json(meta_path)
+        if all(meta.get(key) == facts[key] for key in ("content_sha256", "codec", "lineage")):
+            path = meta_path.parent / ARTIFACT.payload
+            if path.is_file() and sha256_file(path) == meta["payload_sha256"]:
+                return path
+    return None
+
+
+def _link(source: Path, destination: Path) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system, or one without links
+        destination.write_bytes(source.read_bytes())

@@ -17,16 +17,17 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgolf_post.base.storage import atomic_folder, atomic_symlink, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.families import build_module, check_finite, check_tensors, get_family
+from pgolf_post.families import ModelFamily, build_module, check_finite, check_tensors, get_family
 from pgolf_post.settings import canonical_json
 
 FORMAT_VERSION = 1
@@ -55,6 +56,21 @@ class View:
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
 
+    @cached_property
+    def family(self) -> ModelFamily:
+        """The model's family."""
+        return get_family(self.config["family"])
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The model without its weights, on the meta device: to be looked at, never loaded or changed."""
+        return build_module(self.config)
+
+    @property
+    def train_seq_len(self) -> int:
+        """The sequence length that the model was trained on."""
+        return self.family.train_seq_len(self.module)
+
     def __str__(self) -> str:
         return f"{self.checkpoint.path} ({self.name} weights, id {self.id[:12]})"
 
@@ -79,19 +95,19 @@ class Checkpoint:
                 hint="pgolf-post checkpoint list",
             )
         checkpoint = cls(path, read_json(path / "config.json"), read_json(path / "meta.json"))
-        for name, found in (("config.json", checkpoint.config), ("meta.json", checkpoint.meta)):
-            if found.get("format_version") != FORMAT_VERSION:
-                version = found.get("format_version")
+        for name, tree in (("config.json", checkpoint.config), ("meta.json", checkpoint.meta)):
+            version = tree.get("format_version")
+            if version != FORMAT_VERSION:
                 raise DamagedFileError(
                     f"{path / name}: format_version {version!r}, this program reads {FORMAT_VERSION}"
                 )
-            wrong = [key for key, kind in REQUIRED_KEYS[name].items() if not isinstance(found.get(key), kind)]
+            wrong = [key for key, kind in REQUIRED_KEYS[name].items() if not isinstance(tree.get(key), kind)]
             if wrong:
                 raise DamagedFileError(f"{path / name}: missing or of the wrong kind: {', '.join(map(repr, wrong))}")
         return checkpoint
 
     def view_name(self, weights: ViewName | None) -> ViewName:
-        """The asked-for view, or by default EMA where the folder has it, else raw. Raises NotFoundError."""
+        """Return the asked-for view, or by default EMA where the folder has it, else raw. Raises NotFoundError."""
         views = list(self.meta["views"])
         if weights is None:
             return "ema" if "ema" in views else "raw"
@@ -100,7 +116,7 @@ class Checkpoint:
         return weights
 
     def view_id(self, weights: ViewName | None = None) -> str:
-        """The recorded id of a view, without reading its tensors."""
+        """Return the recorded id of a view, without reading its tensors."""
         return str(self.meta["views"][self.view_name(weights)]["id"])
 
     def load(self, weights: ViewName | None = None) -> View:
@@ -108,25 +124,25 @@ class Checkpoint:
         name = self.view_name(weights)
         path = self.path / VIEW_FILES[name]
         tensors = read_tensors(path)
-        check_tensors(build_module(self.config), tensors, str(path))
-        found = view_id(tensors, self.config)
-        self.require_id(name, found)
+        view = View(self, name, self.view_id(name), tensors)
+        check_tensors(view.module, tensors, str(path))
+        self.require_id(name, view_id(tensors, self.config))
         for tensor_name, tensor in tensors.items():
             check_finite(tensor_name, tensor, str(path))
-        return View(self, name, found, tensors)
+        return view
 
-    def require_id(self, name: ViewName, found: str) -> None:
+    def require_id(self, name: ViewName, actual: str) -> None:
         """Raise DamagedFileError if a view's tensors and config do not hash to the recorded id."""
         recorded = self.view_id(name)
-        if recorded != found:
+        if recorded != actual:
             path = self.path / VIEW_FILES[name]
             raise DamagedFileError(
-                f"{path} or its config.json changed after saving: recorded id {recorded[:12]}, found {found[:12]}",
+                f"{path} or its config.json changed after saving: recorded id {recorded[:12]}, found {actual[:12]}",
                 hint="use another checkpoint of the run: pgolf-post checkpoint list",
             )
 
     def derived(self, stage: str, derived_id: str) -> Path:
-        """Where a stage's result with this id lives."""
+        """Return where a stage's result with this id lies."""
         return self.path / "derived" / stage / derived_id[:12]
 
 
@@ -150,12 +166,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """sha256(tensors ‖ config): the id that everything derived from a view starts from."""
+    """Return sha256(tensors ‖ config), the id that everything derived from a view starts from."""
     return view_id_of(tensors_sha256(tensors), config)
 
 
 def view_id_of(tensors_digest: str, config: Mapping[str, Any]) -> str:
-    """The id of a view from its tensors' hex sha256."""
+    """Return the id of a view from its tensors' hex sha256."""
     return hashlib.sha256(tensors_digest.encode() + canonical_json(config)).hexdigest()
 
 
@@ -195,20 +211,20 @@ def point_latest(root: Path, checkpoint: Checkpoint) -> None:
 
 
 def list_checkpoints(root: Path = CHECKPOINT_ROOT) -> list[Checkpoint]:
-    """Every complete checkpoint folder under `root`, oldest first. Incomplete and foreign folders are passed over."""
-    found = []
+    """Return every complete checkpoint folder under `root`, oldest first; incomplete and foreign ones are skipped."""
+    checkpoints = []
     for meta_path in root.glob("*/*/meta.json"):
         if meta_path.parent.parent.is_symlink() or meta_path.parent.name.startswith("."):
             continue
         try:
-            found.append(Checkpoint.open(meta_path.parent))
+            checkpoints.append(Checkpoint.open(meta_path.parent))
         except PgolfError:
             continue
-    return sorted(found, key=lambda checkpoint: float(checkpoint.meta.get("created_unix", 0)))
+    return sorted(checkpoints, key=lambda checkpoint: float(checkpoint.meta.get("created_unix", 0)))
 
 
 def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
-    """The newest complete final checkpoint of a training run under `root`. Raises NotFoundError, with the command."""
+    """Return the newest complete final checkpoint of a training run under `root`. Raises NotFoundError."""
     finals = [c for c in list_checkpoints(root) if c.meta.get("kind") == "raw" and c.meta.get("phase") == "final"]
     if not finals:
         raise NotFoundError(f"no final checkpoint of a training run under {root}/", hint=MAKE_ONE)
@@ -216,16 +232,16 @@ def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
 
 
 def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The checkpoints of a training run beside this one, its own or imported, in step order, itself included."""
+    """Return all checkpoints of a checkpoint's training run (or import), itself included, in step order."""
     named = {meta_path.parent for meta_path in checkpoint.path.parent.glob("step_*/meta.json")}
     others = [path for path in named if path.resolve() != checkpoint.path.resolve()]
-    found = [checkpoint, *map(Checkpoint.open, others)]  # itself whatever its folder is called
-    siblings = [sibling for sibling in found if sibling.meta.get("kind") in ("raw", "imported")]
+    saved = [checkpoint, *map(Checkpoint.open, others)]  # itself whatever its folder is called
+    siblings = [sibling for sibling in saved if sibling.meta.get("kind") in ("raw", "imported")]
     return sorted(siblings, key=lambda sibling: int(sibling.meta["step"]))
 
 
 def config_differences(checkpoints: Sequence[Checkpoint]) -> dict[str, dict[str, Any]]:
-    """Dotted config keys in which the checkpoints are not all alike → each folder's value."""
+    """Return the dotted config keys in which checkpoints differ, each with every folder's value."""
     flats = {str(c.path): flat_config(c.config) for c in checkpoints}
     keys = sorted({key for flat in flats.values() for key in flat})
     values = {key: {path: flat.get(key) for path, flat in flats.items()} for key in keys}
@@ -233,12 +249,12 @@ def config_differences(checkpoints: Sequence[Checkpoint]) -> dict[str, dict[str,
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A complete config by dotted key."""
+    """Return a complete config by dotted key."""
     return _flatten(complete_config(config))
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the family's defaults filled in, so that configs written before a setting existed compare equal."""
+    """Return a config with the family's defaults filled in: one written before a setting existed compares equal."""
     return {**config, "model": get_family(config["family"]).complete(config["model"])}
 
 

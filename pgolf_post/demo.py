@@ -6,6 +6,9 @@ real one: what takes 90 seconds of training here takes ten minutes on 8 H100s, a
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +24,13 @@ from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
-from pgolf_post.families import train_seq_len
+from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.pack.report.size import count
 from pgolf_post.plan import read_plan
 from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
 from pgolf_post.score.cached import score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol
-from pgolf_post.settings import read_settings
 
 LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
@@ -41,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass
 class Demo:
-    """One run of the demo and what it found."""
+    """One run of the demo and its results."""
 
     root: Path  # the folder that holds data/ and checkpoints/
     train_overrides: tuple[str, ...] = ()
@@ -51,19 +53,19 @@ class Demo:
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
-        """Run one stage, add its seconds to the stage's total."""
+        """Run one stage; its seconds are added to the stage's total."""
         started = time.perf_counter()
         result = work()
         self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.perf_counter() - started
         return result
 
     def run(self) -> dict[str, Any]:
-        """Every stage in pipeline order. Returns the JSON answer."""
+        """Run every stage in pipeline order. Returns the JSON answer."""
         data = self.timed("data", self.build_data)
         final = self.timed("train", lambda: self.train(data))
         ngram_bpb = self.timed("byte model", lambda: byte_ngram_bpb(data, max_tokens=self.score_tokens))
         view = final.load(None)
-        protocol = PlainProtocol(seq_len=train_seq_len(view.config), max_tokens=self.score_tokens)
+        protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=self.score_tokens)
         before, _ = self.timed("score", lambda: score_view(view, data, protocol))
         for hessian_lambda in LAMBDAS:
             self.requantize(f"λ = {hessian_lambda:g}", view, data, protocol, hessian_lambda)
@@ -80,7 +82,7 @@ class Demo:
         }
 
     def build_data(self) -> DataFolder:
-        """The standard library as a data folder; the same Python version finds it built already."""
+        """Build the standard library as a data folder; the same Python version finds it built already."""
         out = self.root / "data" / "stdlib_sp1024"
         if (out / "manifest.json").is_file():
             data = DataFolder.open(out)
@@ -92,26 +94,28 @@ class Demo:
         return build(stdlib_documents(), out, settings, source=stdlib_source(), force=True)
 
     def train(self, data: DataFolder) -> Checkpoint:
-        """The tiny recipe, under a run name that is not taken yet."""
-        from trainer.config import Recipe
-        from trainer.loop import Trainer
-
+        """Train the tiny recipe in a process of its own, under a run name that is not taken yet."""
         root = self.root / "checkpoints"
         number = next(n for n in range(1, 10_000) if not (root / f"demo_{n:03d}").exists())
         overrides = [f"run.name=demo_{number:03d}", f"run.checkpoint_root={root}", f"data.dir={data.path}"]
-        recipe_path = Path(str(files("trainer"))) / "recipes" / "tiny_cpu.toml"
-        trainer = Trainer(read_settings(recipe_path, Recipe, [*overrides, *self.train_overrides]))
-        say(f"training {trainer.num_parameters():,} parameters for about {trainer.recipe.schedule.seconds} s")
-        return trainer.run()
+        recipe = Path(str(files("trainer"))) / "recipes" / "tiny_cpu.toml"
+        command = [sys.executable, "-m", "trainer", str(recipe), "--json"]
+        for override in (*overrides, *self.train_overrides):
+            command += ["--set", override]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # it reports on our stderr
+        if done.returncode:
+            kind = SettingsError if done.returncode == SettingsError.exit_code else PgolfError
+            raise kind(f"training failed (exit {done.returncode}); its message stands above")
+        return Checkpoint.open(Path(json.loads(done.stdout.splitlines()[-1])["checkpoint"]))
 
     def requantize(
         self, name: str, view: View, data: DataFolder, protocol: PlainProtocol, hessian_lambda: float
     ) -> None:
-        """One row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
+        """Make one row of the table: calibrate (cached after the first), quantize, pack, decode, count, score."""
         stats = self.timed("calibrate", lambda: calibrate(view, data, self.calibration))
         plan = read_plan(DEFAULT_PRESET, [f"*.hessian_lambda={hessian_lambda}"])
         artifact = self.timed("quantize + pack", lambda: requant(view, stats, plan))
-        score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol))
+        score, _ = self.timed("score", lambda: score_artifact(artifact.path, data, protocol, decoded=artifact.verified))
         report = count(artifact.path, (), DEMO_BUDGET_BYTES)
         facts = {"bpb": score["bpb"], **report.facts()}
         if any(row["symbols_sha256"] == artifact.symbols_sha256 for row in self.rows):
@@ -122,7 +126,7 @@ class Demo:
 
 
 def show(answer: dict[str, Any], seconds: float) -> None:
-    """The closing table."""
+    """Print the closing table."""
     before = answer["pre_quant_bpb"]
     rows = [("before quantization", f"{before:.5f}", "", "", "")]
     for row in answer["rows"]:

@@ -34,7 +34,7 @@ class Site:
     is_head: bool = False  # the product is made in `logits`, not in `hidden`
 
     def output_of(self, tensor: str) -> str:
-        """Dotted path of the submodule whose output is `tensor` times this input."""
+        """Return the dotted path of the submodule whose output is `tensor` times this input."""
         if self.outputs:
             return self.outputs[self.tensors.index(tensor)]
         return tensor.rpartition(".")[0]
@@ -57,18 +57,18 @@ class Fold:
 
 
 class LanguageModel(Protocol):
-    """What the toolkit asks of a family's module (an `nn.Module`)."""
+    """The interface of a family's module (an `nn.Module`)."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """(batch, seq_len) int64 → (batch, seq_len, dim): the head's input."""
+        """Return the head's input: (batch, seq_len) int64 → (batch, seq_len, dim)."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, dim) → (…, vocab_size) float32: what cross-entropy is taken of."""
+        """Return the logits that cross-entropy is taken of: (…, dim) → (…, vocab_size) float32."""
 
     def start_past(self, batch: int, capacity: int) -> Any:
-        """What makes generation cheap: pass it as `hidden(tokens, past=…)` and each call continues the last one's text.
+        """Return an empty cache of at most `capacity` tokens, which makes generation cheap.
 
-        `capacity` is the most tokens it can hold.
+        Passed as `hidden(tokens, past=…)`, it lets each call continue the text of the last one.
         """
 
 
@@ -78,38 +78,38 @@ class ModelFamily(Protocol):
     name: str
 
     def build(self, model: Mapping[str, Any], graph: Mapping[str, Any]) -> nn.Module:
-        """A module with uninitialised weights. Raises SettingsError for keys or values it does not know."""
+        """Return a module with uninitialised weights. Raises SettingsError for keys or values it does not know."""
 
     def complete(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """The `model` settings with every default filled in. Raises SettingsError like `build`."""
+        """Return the `model` settings with every default filled in. Raises SettingsError like `build`."""
 
     def sites(self, module: nn.Module) -> list[Site]:
-        """Where each quantizable matrix's input can be observed."""
+        """Return the places where each quantizable matrix's input can be observed."""
 
     def lookups(self, module: nn.Module) -> list[Lookup]:
-        """The tables that are looked up by index, the token embedding first."""
+        """Return the tables that are looked up by index, the token embedding first."""
 
     def role(self, tensor_name: str) -> str:
-        """The tensor's role: q, k, v, attn_proj, mlp_fc, mlp_proj, embedding, head, projection or control."""
+        """Return the tensor's role: q, k, v, attn_proj, mlp_fc, mlp_proj, embedding, head, projection or control."""
 
     def layer(self, tensor_name: str) -> int | None:
-        """The index of the block that a tensor belongs to, or None."""
+        """Return the index of the block that a tensor belongs to, or None."""
 
     def num_layers(self, module: nn.Module) -> int:
-        """How many blocks the model has."""
+        """Return how many blocks the model has."""
 
     def looped_layers(self, module: nn.Module) -> frozenset[int]:
-        """The blocks that the graph, in its present state, visits more than once."""
+        """Return the blocks that the graph, in its present state, visits more than once."""
 
     def folds(self, module: nn.Module) -> dict[str, Fold]:
-        """Matrices whose input scales with another matrix's rows, by name."""
+        """Return the matrices whose input scales with another matrix's rows, by name."""
 
     def train_seq_len(self, module: nn.Module) -> int:
-        """The sequence length the model was trained on."""
+        """Return the sequence length the model was trained on."""
 
 
 class BaseFamily:
-    """What most families share: settings with defaults, layers counted by their tensors, no loops, no folds.
+    """Defaults that most families share: settings, layers counted by their tensors, no loops, no folds.
 
     A family of your own subclasses it, sets `name` and `settings`, and writes build, sites, lookups, role and layer.
     """
@@ -151,6 +151,7 @@ class BaseFamily:
 
 
 _from_files: dict[str, ModelFamily] = {}  # families that --family named in this process
+_sources: dict[str, str] = {}  # and what named them, "/…/FILE.py:CLASS"
 
 
 def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
@@ -175,13 +176,20 @@ def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
         raise SettingsError(f"{path} defines no class {class_name!r}; its families: {', '.join(classes) or 'none'}")
     family: ModelFamily = defined()
     _from_files[family.name] = family
+    _sources[family.name] = f"{path.resolve()}:{class_name}"
     get_family.cache_clear()
     return family
+
+
+def family_sources() -> tuple[str, ...]:
+    """Return what to give `load_family` in another process, so that it has this one's families."""
+    return tuple(_sources.values())
 
 
 def forget_families() -> None:
     """Forget the families that load_family registered."""
     _from_files.clear()
+    _sources.clear()
     get_family.cache_clear()
 
 
@@ -202,12 +210,12 @@ def get_family(name: str) -> ModelFamily:
 
 
 def train_seq_len(config: Mapping[str, Any]) -> int:
-    """The sequence length that a checkpoint's or an artifact's model was trained on, as its family knows it."""
+    """Return the sequence length that a checkpoint's or an artifact's model was trained on, as its family knows it."""
     return get_family(config["family"]).train_seq_len(build_module(config))
 
 
 def build_module(config: Mapping[str, Any]) -> nn.Module:
-    """An uninitialised module on the meta device, from a checkpoint's config (family, model, graph)."""
+    """Return an uninitialised module on the meta device, from a checkpoint's config (family, model, graph)."""
     with torch.device("meta"):
         return get_family(config["family"]).build(config["model"], config["graph"])
 
@@ -218,7 +226,7 @@ def load_module(
     source: str,
     copy: bool = False,  # for one whose weights will change: else float32 tensors are shared
 ) -> nn.Module:
-    """A float32 module in eval mode holding `tensors`. Strict: raises MismatchError listing every offender."""
+    """Return a float32 module in eval mode holding `tensors`. Raises MismatchError listing every offender."""
     module = build_module(config)
     check_tensors(module, tensors, source)
     state = {name: tensor.to(torch.float32, copy=copy) for name, tensor in tensors.items()}

@@ -8,7 +8,9 @@ import pytest
 
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import default_checkpoint
+from pgolf_post.data import DataFolder
 from pgolf_post.demo import Demo, show
+from pgolf_post.errors import SettingsError
 from pgolf_post.pack.artifact import read_artifact
 
 FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "model.num_layers=3", "checkpoint.metric_tokens=2048")
@@ -28,3 +30,9 @@ def test_the_demo_ends_with_a_table_of_real_artifacts(tmp_path: Path, capsys: py
     assert default_checkpoint(tmp_path / "checkpoints").view_id() == answer["checkpoint_id"]
     for words in ("before quantization", "order-3 byte model", "total", "headroom"):
         assert words in printed
+
+
+def test_training_that_fails_ends_the_demo_as_the_trainer_ends(tmp_path: Path, pico_data: DataFolder) -> None:
+    with pytest.raises(SettingsError, match="training failed"):
+        Demo(tmp_path, ("model.no_such_key=1",)).train(pico_data)
+    assert not (tmp_path / "checkpoints").exists()

@@ -24,11 +24,11 @@ from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.calibrate.text import num_windows
 from pgolf_post.checkpoint import View, read_tensors, write_tensors
 from pgolf_post.data.tokenizer import BOS_ID
-from pgolf_post.derived import derived_id, intact_meta, store
+from pgolf_post.derived import Stage
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import load_module
 
-STAGE, STAGE_VERSION, PAYLOAD = "selftext", 1, "tokens.safetensors"
+SELFTEXT = Stage("selftext", 1, "tokens.safetensors")
 WINDOWS_AT_ONCE = 32
 
 
@@ -68,22 +68,21 @@ def own_text(
     # the id: whose text, how much, by which numbers
     count = num_windows(settings, seq_len)
     identity = {"windows": count, "seq_len": seq_len, "seed": settings.seed, "temperature": settings.temperature}
-    text_id = derived_id(STAGE, STAGE_VERSION, [view.id], identity)
-    folder = view.checkpoint.derived(STAGE, text_id)
+    folder = view.checkpoint.derived(SELFTEXT.name, SELFTEXT.id([view.id], identity))
     # written once, each rank its share of the windows
-    if ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main else None) is None:
+    if ranks.main_says(SELFTEXT.intact_meta(folder) if ranks.is_main else None) is None:
         rows = torch.from_numpy(_write_share(view, settings, count, seq_len, ranks)).to(ranks.device)
         ranks.sum_(rows)  # zeros where another rank wrote
-        config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id, **identity}
+        config = {"view": view.name, "view_id": view.id, **identity}
 
         def make(building: Path) -> Mapping[str, Any]:
-            write_tensors(building / PAYLOAD, {"tokens": rows.to(torch.int32)})
+            write_tensors(building / SELFTEXT.payload, {"tokens": rows.to(torch.int32)})
             return {"tokens": rows.numel()}
 
         if ranks.is_main:
-            store(folder, PAYLOAD, config, make)
+            SELFTEXT.store(folder, config, make)
     ranks.wait()
-    tokens: np.ndarray = read_tensors(folder / PAYLOAD)["tokens"].long().numpy()
+    tokens: np.ndarray = read_tensors(folder / SELFTEXT.payload)["tokens"].long().numpy()
     return tokens
 
 

@@ -23,10 +23,10 @@ from pgolf_post.calibrate.sums import FISHER_KINDS
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text, random_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, intact_meta, store
-from pgolf_post.families import get_family, load_module, train_seq_len
+from pgolf_post.derived import Stage
+from pgolf_post.families import load_module
 
-STAGE, STAGE_VERSION = "stats", 2
+STATS = Stage("stats", 2, PAYLOAD)
 
 
 def calibrate(
@@ -37,13 +37,13 @@ def calibrate(
     Raises PgolfError if memory does not suffice, MismatchError if the training text is too short or is validation text,
     NumericsError for sums that are not finite.
     """
-    seq_len = settings.seq_len or train_seq_len(view.config)
+    seq_len = settings.seq_len or view.train_seq_len
     text = calibration_text(view, data, settings, seq_len, ranks)
     if not fresh:
         for wanted in dict.fromkeys([settings, settings.model_copy(update={"fisher": True})]):
             stats_id = stats_id_of(view, wanted, text, seq_len)
-            folder = view.checkpoint.derived(STAGE, stats_id)
-            meta = ranks.main_says(intact_meta(folder, PAYLOAD) if ranks.is_main else None)
+            folder = view.checkpoint.derived(STATS.name, stats_id)
+            meta = ranks.main_says(STATS.intact_meta(folder) if ranks.is_main else None)
             if meta is not None:
                 return open_stats(folder, stats_id, meta, cached=True)
     return _collect(view, settings, text, seq_len, ranks, fresh)
@@ -62,7 +62,7 @@ def calibration_text(
 
 def stats_id_of(view: View, settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> str:
     """Return the id of a view's statistics on a text."""
-    return derived_id(STAGE, STAGE_VERSION, [view.id], _identity(settings, text, seq_len))
+    return STATS.id([view.id], _identity(settings, text, seq_len))
 
 
 def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _identity(settings: CalibrationSettings, text: CalibrationSet, seq_len: int)
 def observe(view: View, settings: CalibrationSettings, ranks: Ranks = ALONE) -> Observed:
     """Return the view's model on this rank's device, with the sites and lookups that its family names."""
     module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
-    family = get_family(view.config["family"])
+    family = view.family
     autocast = autocast_dtype(settings.precision, ranks.device)
     lookups = family.lookups(module) if settings.fisher else []
     return Observed(module, family.sites(module), lookups, settings.fisher, settings.seed, autocast)
@@ -86,7 +86,7 @@ def _collect(
     """Collect on all ranks, write on the first, and open what was written."""
     started = time.perf_counter()
     stats_id = stats_id_of(view, settings, text, seq_len)
-    folder = view.checkpoint.derived(STAGE, stats_id)
+    folder = view.checkpoint.derived(STATS.name, stats_id)
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if fresh and ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +98,7 @@ def _collect(
     # collect on every rank
     ranks.wait()
     sums = collect(observed, text.tokens, ranks, partial)
-    config = {"stage": STAGE, "version": STAGE_VERSION, "view": view.name, "view_id": view.id}
+    config: dict[str, Any] = {"view": view.name, "view_id": view.id}
     config |= {**_identity(settings, text, seq_len), "spans": [list(span) for span in text.spans]}
 
     def make(building: Path) -> Mapping[str, Any]:
@@ -107,7 +107,7 @@ def _collect(
 
     # write on the first rank, read on all
     if ranks.is_main:
-        store(folder, PAYLOAD, config, make)
+        STATS.store(folder, config, make)
         shutil.rmtree(partial, ignore_errors=True)
     ranks.wait()
     return open_stats(folder, stats_id, read_json(folder / "meta.json"), cached=False)

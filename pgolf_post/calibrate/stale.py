@@ -20,13 +20,12 @@ from pgolf_post.base.progress import say
 from pgolf_post.calibrate.collect import collect
 from pgolf_post.calibrate.packed import mirror_upper
 from pgolf_post.calibrate.settings import CalibrationSettings
-from pgolf_post.calibrate.stage import STAGE, calibration_text, observe
+from pgolf_post.calibrate.stage import STATS, calibration_text, observe
 from pgolf_post.calibrate.stats import PAYLOAD, Stats, open_stats
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import verified_meta
 from pgolf_post.errors import MismatchError, NotFoundError
-from pgolf_post.families import train_seq_len
 
 PROBE_TOKENS = 8192
 
@@ -59,7 +58,7 @@ def find_stats(view: View, hessians: str) -> Path:
     if path.exists():
         raise NotFoundError(f"{path} is not a folder of statistics: it has no meta.json", hint="pgolf-post cache list")
     root = view.checkpoint.path.resolve().parent.parent
-    matches = [folder for folder in root.glob(f"*/*/derived/{STAGE}/*") if _names(folder, hessians)]
+    matches = [folder for folder in root.glob(f"*/*/derived/{STATS.name}/*") if _names(folder, hessians)]
     if not matches:
         raise NotFoundError(f"no statistics {hessians!r} under {root}", hint="pgolf-post cache list --stage stats")
     if len(matches) > 1:
@@ -90,7 +89,7 @@ def _require_sites(view: View, stats: Stats, folder: Path) -> None:
 def probe(view: View, data: DataFolder, stats: Stats, settings: CalibrationSettings) -> dict[str, dict[str, float]]:
     """Return site → trace_ratio (stale over probe), distance, and the probe's own noise."""
     few = settings.model_copy(update={"tokens": min(settings.tokens, PROBE_TOKENS), "fisher": False})
-    text = calibration_text(view, data, few, settings.seq_len or train_seq_len(view.config)).tokens
+    text = calibration_text(view, data, few, settings.seq_len or view.train_seq_len).tokens
     observed = observe(view, few)
     halves = [collect(observed, half) for half in (text[::2], text[1::2]) if len(half)]
     counts = [float(half["tokens.all"]) for half in halves]

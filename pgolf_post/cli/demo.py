@@ -12,9 +12,14 @@ from pgolf_post.cli.common import json_option
 
 @click.command("demo")
 @click.option(
-    "--root", type=click.Path(path_type=Path), default=Path(), help="Holds data/ and checkpoints/.  [default: here]"
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder that will hold data/ and checkpoints/.  [default: here]",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the training recipe.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the training recipe. Repeatable."
+)
 @json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → Hessians → requant at three λ → SWA blend → one table. Needs no network and no GPU.

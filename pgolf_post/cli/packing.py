@@ -1,4 +1,4 @@
-"""What commands that pack share: codec, counted code, budget, scoring what was packed, recording it."""
+"""Options and steps of commands that pack: codec, counted code, budget, scoring what was packed, recording it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ if TYPE_CHECKING:
     from pgolf_post.artifacts import PackedArtifact
 
 codec_option = click.option(
-    "--codec", type=click.Choice(CHOICES), default="rans", show_default=True, help="The codec of the artifact."
+    "--codec",
+    type=click.Choice(CHOICES),
+    default="rans",
+    show_default=True,
+    help="How units are compressed: best tries every codec on every unit.",
 )
 code_option = click.option(
-    "--code", multiple=True, type=click.Path(path_type=Path), help="A counted code file or folder; repeatable."
+    "--code",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Count this code file or folder against the budget. Repeatable.",
 )
 budget_option = click.option(
-    "--budget", default=BUDGET_BYTES, show_default=True, type=click.IntRange(min=0), help="Limit in bytes."
+    "--budget",
+    default=BUDGET_BYTES,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Limit of code and artifact, in bytes.",
 )
-eval_option = click.option("--eval", "evaluate", is_flag=True, help="Score what the artifact decodes to.")
+eval_option = click.option("--eval", "evaluate", is_flag=True, help="Score the weights that the artifact decodes to.")
 eval_tokens_option = click.option(
-    "--eval-tokens", type=click.IntRange(min=2), help="--eval: only the first so many validation tokens."
+    "--eval-tokens", type=click.IntRange(min=2), help="With --eval, score only the first so many validation tokens."
 )
 
 
@@ -42,7 +53,7 @@ def record_artifact(
     dollars_per_hour: float | None,
     seconds: float,
 ) -> None:
-    """An artifact, its statistics and its score into the ledger, with what was counted."""
+    """Record an artifact, its statistics and its score in the ledger, with what was counted."""
     from pgolf_post.ledger.recording import record
 
     folders = [artifact.folder, stats, *([Path(score["folder"])] if score else [])]

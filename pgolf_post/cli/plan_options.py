@@ -12,7 +12,7 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.presets import DEFAULT_PRESET, preset_names
 
 if TYPE_CHECKING:
-    from pgolf_post.plan import Plan, TensorPlan
+    from pgolf_post.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,43 +41,57 @@ class Shorthand(NamedTuple):
 
 SHORTHANDS = {
     "bits": Shorthand("--bits", "matrices.bits", Values(int), "Bits of the matrices' symbols."),
-    "clip": Shorthand("--clip", "matrices.clip", Values(float), "SDClip k of the matrices."),
+    "clip": Shorthand(
+        "--clip", "matrices.clip", Values(float), "SDClip k of the matrices, in standard deviations of a row."
+    ),
     "embed_bits": Shorthand(
         "--embed-bits", "embedding.bits", Values(int), "Bits of the embedding's (and head's) symbols."
     ),
-    "embed_clip": Shorthand("--embed-clip", "embedding.clip", Values(float), "SDClip k of the embedding and head."),
+    "embed_clip": Shorthand(
+        "--embed-clip",
+        "embedding.clip",
+        Values(float),
+        "SDClip k of the embedding and head, in standard deviations of a row.",
+    ),
     "hessian_lambda": Shorthand(
-        "--lambda", "*.hessian_lambda", Values(float), "Hessian-aware SDClip; 0 = off (PR #1412)."
+        "--lambda", "*.hessian_lambda", Values(float), "Strength λ of Hessian-aware SDClip; 0 turns it off (PR #1412)."
     ),
     "damp": Shorthand("--damp", "*.damp", Values(float), "Damping of Hessians, as a share of their mean diagonal."),
-    "act_order": Shorthand("--act-order/--no-act-order", "*.act_order", None, "GPTQ by falling Hessian diagonal."),
+    "act_order": Shorthand(
+        "--act-order/--no-act-order", "*.act_order", None, "Quantize columns by falling Hessian diagonal."
+    ),
     "sequential": Shorthand(
-        "--sequential/--no-sequential", "sequential", None, "Hessians of a block under the quantized ones before it."
+        "--sequential/--no-sequential",
+        "sequential",
+        None,
+        "Collect a block's Hessians under the quantized blocks before it.",
     ),
     "distill": Shorthand(
         "--distill/--no-distill", "distill", None, "Tune the floats that are kept, after rounding, on calibration text."
     ),
-    "block_size": Shorthand("--block-size", "*.block_size", Values(int), "GPTQ columns between lazy updates."),
+    "block_size": Shorthand(
+        "--block-size", "*.block_size", Values(int), "Columns that GPTQ quantizes between lazy updates."
+    ),
 }
 
 
 def plan_options(function: F) -> F:
-    """Adds --plan, --set and the shorthands; the command receives them as keyword arguments for `chosen_plan`."""
+    """Add --plan, --set and the shorthands; the command receives them as keyword arguments for `chosen_plan`."""
     for key, short in reversed(SHORTHANDS.items()):
         function = click.option(short.flag, key, type=short.type, default=None, help=short.help)(function)
-    change = "Change a value of the plan: RULE.KEY=VALUE, or *.KEY=VALUE for every rule that has it; repeatable."
+    change = "Change a value of the plan: RULE.KEY=VALUE, or *.KEY=VALUE for every rule that has it. Repeatable."
     function = click.option("--set", "overrides", multiple=True, metavar="RULE.KEY=VALUE", help=change)(function)
     return click.option(
         "--plan",
         "plan_source",
         default=DEFAULT_PRESET,
         show_default=True,
-        help=f"{', '.join(preset_names())}, or a TOML file.",
+        help=f"The plan: {', '.join(preset_names())}, or a TOML file.",
     )(function)
 
 
 def chosen_plan(plan_source: str, overrides: tuple[str, ...], **options: Any) -> Plan:
-    """The plan that the options describe. Raises SettingsError naming the flag that does not fit the plan."""
+    """Return the plan that the options describe. Raises SettingsError naming the flag that does not fit the plan."""
     several = [SHORTHANDS[key].flag for key, value in options.items() if isinstance(value, list) and len(value) > 1]
     if several:
         raise SettingsError(
@@ -89,7 +103,7 @@ def chosen_plan(plan_source: str, overrides: tuple[str, ...], **options: Any) ->
 
 
 def chosen_plans(plan_source: str, overrides: tuple[str, ...], **options: Any) -> list[tuple[str, Plan]]:
-    """A named plan for every combination of values that the flags give; the first is the control.
+    """Return a named plan for every combination of values that the flags give; the first is the control.
 
     Raises SettingsError as `chosen_plan` does.
     """
@@ -115,12 +129,12 @@ def chosen_plans(plan_source: str, overrides: tuple[str, ...], **options: Any) -
 
 
 def _change(key: str, value: Any) -> str:
-    """A shorthand's value as `--set` would have it."""
+    """Return a shorthand's value as `--set` would have it."""
     return f"{SHORTHANDS[key].target}={str(value).lower()}"
 
 
 def _with_distill(plan: Plan, wanted: bool | None) -> Plan:
-    """The plan with its own [distill] table or the usual one, or without."""
+    """Return the plan with its own [distill] table or the usual one, or without."""
     from pgolf_post.plan import DistillSettings
 
     if wanted is None:
@@ -130,18 +144,3 @@ def _with_distill(plan: Plan, wanted: bool | None) -> Plan:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def plan_row(row: TensorPlan) -> tuple[str, ...]:
-    """One line of the table that `--show-plan` prints."""
-    from pgolf_post.plan import GridRule
-
-    if not isinstance(row.rule, GridRule):
-        return row.name, row.role, row.rule.name, row.method, getattr(row.rule, "dtype", ""), "", "", row.site or ""
-    bits = str(row.rule.bits) if row.rule.bits else "unbounded"
-    scale = f"{row.rule.scale} {row.clip:g}" if row.rule.scale == "sdclip" else row.rule.scale
-    per = f"{row.rule.per} of {row.rule.group_size}" if row.rule.group_size else row.rule.per
-    return row.name, row.role, row.rule.name, row.method_text, bits, scale, per, row.site or row.reason
-
-
-PLAN_HEADER = ("tensor", "role", "rule", "method", "bits", "scale", "per", "Hessian")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from pgolf_post.base.progress import print_json, print_table, say
+from pgolf_post.base.progress import print_json
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
@@ -24,11 +24,6 @@ from pgolf_post.cli.common import (
 )
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
 
-if TYPE_CHECKING:
-    from pgolf_post.checkpoint import View
-    from pgolf_post.data import DataFolder
-    from pgolf_post.plan import Plan
-
 
 @click.command("prune")
 @checkpoint_argument
@@ -38,10 +33,16 @@ if TYPE_CHECKING:
     type=click.Choice(["magnitude", "wanda", "ones"]),
     default="magnitude",
     show_default=True,
-    help="Which weights matter least; see below.",
+    help="Which weights matter least, as told above.",
 )
-@click.option("--share", type=float, default=0.02, show_default=True, help="Share of each matrix that is zeroed.")
-@click.option("--roles", default="", metavar="ROLE,ROLE", help="Only these roles, such as mlp_fc,mlp_proj.")
+@click.option(
+    "--share",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Share of each matrix (of its ±1 symbols for ones) that is zeroed.",
+)
+@click.option("--roles", default="", metavar="ROLE,ROLE", help="Prune only these roles, such as mlp_fc,mlp_proj.")
 @plan_options
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
@@ -66,7 +67,7 @@ def command(
     from pgolf_post.artifacts import plan_calibration, plan_text
     from pgolf_post.calibrate import calibrate
     from pgolf_post.ledger.recording import record
-    from pgolf_post.prune import PruneSettings, prune_checkpoint
+    from pgolf_post.prune import PruneSettings, compare, prune_checkpoint, show
 
     started = time.perf_counter()
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "prune")
@@ -74,38 +75,15 @@ def command(
     calibration = plan_calibration(calibration, plan)
     wanted = tuple(role.strip() for role in roles.split(",") if role.strip())
     settings = given_settings(PruneSettings, {"method": method, "share": share, "roles": wanted}, "prune")
-    found = find_checkpoint(checkpoint)
-    data = find_data(found, data_dir)
-    view = load_view(found, weights)
+    home = find_checkpoint(checkpoint)
+    data = find_data(home, data_dir)
+    view = load_view(home, weights)
     stats, text = calibrate(view, data, calibration), plan_text(view, data, plan, calibration)
     pruned, cached = prune_checkpoint(view, stats, settings, plan, data, text)
-    both = {"before": view, "pruned": pruned.load("raw")}
-    rows = {name: _measure(one, calibration, plan, data) for name, one in both.items()}
-    shown = [
-        (name, f"{row['bpb']:.5f}", f"{row['quantized_bpb']:.5f}", f"{row['artifact_bytes']:,}")
-        for name, row in rows.items()
-    ]
-    print_table(f"{pruned.path}", ("", "bpb", "bpb quantized", "artifact bytes"), shown)
-    say(f"{pruned.meta['zeroed']:,} of {pruned.meta['weights']:,} weights zeroed; bytes by plan {plan.name}")
-    say(f"next: pgolf-post requant {pruned.path}")
+    rows = compare({"before": view, "pruned": pruned.load("raw")}, calibration, plan, data)
+    show(pruned, rows, plan)
     seconds = round(time.perf_counter() - started, 3)
     record(pruned.path, seconds=seconds)
     if as_json:
         answer = {"checkpoint": str(pruned.path), "checkpoint_id": pruned.meta["id"], "zeroed": pruned.meta["zeroed"]}
         print_json({**answer, "cached": cached, "no_op": pruned.meta["no_op"], "rows": rows, "seconds": seconds})
-
-
-def _measure(view: View, calibration: CalibrationSettings, plan: Plan, data: DataFolder) -> dict[str, Any]:
-    """bpb of a view, and bytes and bpb of its artifact by the plan."""
-    from pgolf_post.artifacts import plan_text, requant
-    from pgolf_post.calibrate import calibrate
-    from pgolf_post.score.cached import score_artifact, score_view
-    from pgolf_post.score.metric import recorded_protocol
-
-    _, protocol = recorded_protocol(view.checkpoint, view.name)
-    text = plan_text(view, data, plan, calibration)
-    artifact = requant(view, calibrate(view, data, calibration), plan, text=text)
-    quantized, _ = score_artifact(artifact.path, data, protocol)
-    score, _ = score_view(view, data, protocol)
-    size = artifact.path.stat().st_size
-    return {"bpb": score["bpb"], "quantized_bpb": quantized["bpb"], "artifact_bytes": size}

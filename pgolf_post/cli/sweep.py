@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgolf_post.base.progress import print_json, print_table, say
+from pgolf_post.base.progress import print_json, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option
 
 if TYPE_CHECKING:
-    from pgolf_post.sweep.plan import PlanRow
-    from pgolf_post.sweep.run import Options, State
+    from pgolf_post.sweep.run import Options
+    from pgolf_post.sweep.state import State
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -35,27 +35,31 @@ def command() -> None:
 
 
 def sweep_options(function: F) -> F:
-    """What every subcommand reads."""
+    """Add what every subcommand reads."""
     options = (
         click.argument("spec", type=click.Path(path_type=Path)),
         click.option(
-            "--checkpoint", type=click.Path(path_type=Path), help="For specs that name none.  [default: the newest]"
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            help="Checkpoint folder of specs that name none.  [default: the newest final one]",
         ),
         data_option,
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec; repeatable."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the spec. Repeatable."
+        ),
         click.option(
             "--root",
             default="checkpoints",
             show_default=True,
             type=click.Path(path_type=Path),
-            help="The ledger's folder.",
+            help="Folder that holds the ledger.",
         ),
         click.option(
             "--results",
             default="sweeps/results",
             show_default=True,
             type=click.Path(path_type=Path),
-            help="Where tables, figures and locks go.",
+            help="Folder for tables, figures and locks.",
         ),
     )
     for option in reversed(options):
@@ -64,8 +68,8 @@ def sweep_options(function: F) -> F:
 
 
 def chosen_options(options: dict[str, Any], **more: Any) -> Options:
-    """The options of a sweep from those of the command."""
-    from pgolf_post.sweep.common import Places
+    """Return the options of a sweep from those of the command."""
+    from pgolf_post.sweep.places import Places
     from pgolf_post.sweep.run import Options
 
     places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"])
@@ -77,7 +81,7 @@ def chosen_options(options: dict[str, Any], **more: Any) -> Options:
 @json_option
 def plan_command(as_json: bool, **options: Any) -> None:
     """List the trials of SPEC: what is there already, bytes, seconds and peak memory, before any work."""
-    from pgolf_post.sweep.plan import plan_rows
+    from pgolf_post.sweep.plan import plan_rows, show_plan
     from pgolf_post.sweep.run import Sweep
 
     sweep = Sweep(chosen_options(options))
@@ -85,22 +89,9 @@ def plan_command(as_json: bool, **options: Any) -> None:
         rows, state = plan_rows(sweep), sweep.state()
     finally:
         sweep.close()
-    header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "problem")
-    print_table(f"{options['spec'].stem}: {state.spec.question}", header, [_plan_cells(row) for row in rows])
-    known = [row.seconds for row in rows if row.seconds is not None and not row.done]
-    say(f"{len(state.open)} of {len(rows)} trials to do, about {sum(known):.0f} s on one worker")
+    seconds = show_plan(rows, state, options["spec"].stem)
     if as_json:
-        print_json({"question": state.spec.question, "trials": [row.facts() for row in rows], "seconds": sum(known)})
-
-
-def _plan_cells(row: PlanRow) -> tuple[str, ...]:
-    there = "done" if row.done else ", ".join(row.cached)
-    numbers = (
-        f"{row.predicted_bytes:,}" if row.predicted_bytes is not None else "",
-        f"{row.seconds:.1f}" if row.seconds is not None else "",
-        f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "",
-    )
-    return (row.listed.trial.name, there, *numbers, row.problem)
+        print_json({"question": state.spec.question, "trials": [row.facts() for row in rows], "seconds": seconds})
 
 
 @command.command("run")
@@ -110,19 +101,34 @@ def _plan_cells(row: PlanRow) -> tuple[str, ...]:
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Who runs the trials: processes of this machine, or Ray.",
+    help="Run the trials by processes of this machine, or by Ray.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one per device.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile the model.  [default: on a GPU]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes, one per device."
+)
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Compile the model with torch.compile.  [default: on a GPU]",
+)
 @click.option("--retry-failed", is_flag=True, help="Run trials again whose row is an error.")
 @dollars_option
-@click.option("--ray-address", help="ray: a running cluster, such as auto or ray://HOST:10001.  [default: a local Ray]")
-@click.option("--cpus-per-trial", type=POSITIVE, default=1.0, show_default=True, help="ray: what a trial is given.")
-@click.option("--gpus-per-trial", type=click.FloatRange(min=0), default=0.0, show_default=True, help="ray: the same.")
 @click.option(
-    "--retries", type=click.IntRange(min=0), default=2, show_default=True, help="ray: of a dead worker's trial."
+    "--ray-address", help="With ray, a running cluster, such as auto or ray://HOST:10001.  [default: a local Ray]"
 )
-@click.option("--plots/--no-plots", default=False, help="Figures beside the table (extra `plots`).")
+@click.option("--cpus-per-trial", type=POSITIVE, default=1.0, show_default=True, help="With ray, CPUs per trial.")
+@click.option(
+    "--gpus-per-trial", type=click.FloatRange(min=0), default=0.0, show_default=True, help="With ray, GPUs per trial."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="With ray, how often a dead worker's trial is tried again.",
+)
+@click.option("--plots/--no-plots", default=False, help="Draw figures beside the table (extra `plots`).")
 @json_option
 def run_command(
     engine: str,
@@ -185,7 +191,7 @@ def run_command(
 
 @command.command("table")
 @sweep_options
-@click.option("--plots/--no-plots", default=False, help="Figures beside the table (extra `plots`).")
+@click.option("--plots/--no-plots", default=False, help="Draw figures beside the table (extra `plots`).")
 @json_option
 def table_command(plots: bool, as_json: bool, **options: Any) -> None:
     """Rank the rows that SPEC has so far, and write the table (and figures) under sweeps/results/."""
@@ -202,7 +208,7 @@ def table_command(plots: bool, as_json: bool, **options: Any) -> None:
 
 @command.command("watch")
 @sweep_options
-@click.option("--every", type=POSITIVE, default=5.0, show_default=True, help="Seconds between looks.")
+@click.option("--every", type=POSITIVE, default=5.0, show_default=True, help="Seconds between looks at the ledger.")
 @json_option
 def watch_command(every: float, as_json: bool, **options: Any) -> None:
     """Show the ranking each time a trial is done, until all are; whoever runs them."""
@@ -226,7 +232,7 @@ def watch_command(every: float, as_json: bool, **options: Any) -> None:
 
 
 def _report(options: Options, state: State, plots: bool, as_json: bool, seconds: float) -> None:
-    from pgolf_post.sweep.table import facts_of, noise_floor_of, ranked, save, show
+    from pgolf_post.sweep.table import answer, save, show
 
     show(state, options.name)
     written = save(state, options.results, options.name)
@@ -236,14 +242,4 @@ def _report(options: Options, state: State, plots: bool, as_json: bool, seconds:
         written += draw(state, options.results)
     say(f"written: {', '.join(str(path) for path in written)}")
     if as_json:
-        print_json(
-            {
-                "question": state.spec.question,
-                "ranked_by": state.spec.ranking,
-                "noise_floor_bpb": noise_floor_of(state),
-                "trials": [facts_of(state, row) for row in ranked(state)],
-                "open": [one.trial.name for one in state.open],
-                "files": [str(path) for path in written],
-                "seconds": round(seconds, 3),
-            }
-        )
+        print_json({**answer(state), "files": [str(path) for path in written], "seconds": round(seconds, 3)})

@@ -37,7 +37,7 @@ def explain(
     tensors: Sequence[Mapping[str, Any]],  # name, role, weights, entropy_bits, predicted_loss
     kappa: Mapping[str, float],
 ) -> list[Row]:
-    """One row per tensor, in order."""
+    """Return one row per tensor, in order."""
     rows = []
     for facts in tensors:
         count, loss = int(facts["weights"]), float(facts["predicted_loss"]) * kappa.get(str(facts["name"]), 1.0)
@@ -46,7 +46,7 @@ def explain(
 
 
 def by_role(rows: Sequence[Row]) -> list[Row]:
-    """Rows added up by role."""
+    """Add rows up by role."""
     roles = dict.fromkeys(row.role for row in rows)
     return [_total(role, [row for row in rows if row.role == role]) for role in roles]
 

@@ -2,10 +2,13 @@
 
 The model of sensitivity.py leaves out what couples tensors, tokens and rows, and its errors are not alike: on a looped
 model of 4.6M parameters the divergence that a tensor's quantization causes is 0.3 to 1.3 times what was predicted,
-most in the blocks that are visited repeatedly and least in the embedding. So each tensor (or each role, where a tensor
-is too dear) is quantized alone and the divergence it causes on training text (probe.py) is divided by the prediction.
-Only κ relative to each other matter to the solver; they are drawn towards their common mean by how uncertain they are,
-and steps move by at most a factor of 2.
+most in the blocks that are visited repeatedly and least in the embedding. So each tensor is quantized alone, and the
+divergence that this causes on training text (probe.py) is divided by the prediction. Only κ relative to each other
+matter to the solver. They are drawn towards their common mean by how uncertain they are, and steps move by at most a
+factor of 2.
+
+By role, all tensors of a role share one κ: the median of their ln κ, weighted by predicted loss. A ratio of sums would
+follow whichever tensor is furthest off; a median ignores it unless it makes up half of the role's loss.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.fit.build import Builder
-from pgolf_post.fit.probe import Measured, Probe
+from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.steps import constant_for
 
 MODEL_LOSS = 0.004  # nats per token of the whole model at the steps that are tried: about where budgets lie
@@ -41,35 +45,51 @@ class Kappa:
 
 
 def groups_of(builder: Builder, by: str) -> dict[str, list[str]]:
-    """What is measured together: name of the tensor or role → tensors."""
-    found: dict[str, list[str]] = {}
-    for name, part in builder.parts.items():
-        found.setdefault(name if by == "tensor" else part.role, []).append(name)
-    return found
+    """Return the groups of tensors that share a κ: name of the tensor or role → tensors."""
+    groups: dict[str, list[str]] = {}
+    for name, matrix in builder.matrices.items():
+        groups.setdefault(name if by == "tensor" else matrix.role, []).append(name)
+    return groups
 
 
 def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
-    """κ of every group of matrices."""
+    """Measure κ of every tensor, and return it by tensor or by role."""
     constant = constant_for(builder.num_weights, MODEL_LOSS)
-    quantized = builder.quantize(dict.fromkeys(builder.parts, constant))
-    groups, found = groups_of(builder, by), {}
-    with progress_bar("measuring sensitivities", len(groups)) as advance:
-        for group, names in groups.items():
-            tensors = {name: torch.from_numpy(quantized[name].dequantize()) for name in names}
-            predicted = sum(float(quantized[name].facts["predicted_loss"]) for name in names)
-            found[group] = predicted, probe.divergence(tensors)
+    quantized = builder.quantize(dict.fromkeys(builder.matrices, constant))
+    predicted = {name: float(tensor.facts["predicted_loss"]) for name, tensor in quantized.items()}
+    with progress_bar("measuring sensitivities", len(quantized)) as advance:
+        measured = {}
+        for name, tensor in quantized.items():
+            measured[name] = probe.divergence({name: torch.from_numpy(tensor.dequantize())})
             advance(1)
-    common = sum(measured.mean for _, measured in found.values()) / sum(predicted for predicted, _ in found.values())
-    return {group: _kappa(predicted, measured, common) for group, (predicted, measured) in found.items()}
+    common = sum(one.mean for one in measured.values()) / sum(predicted.values())
+    kappas = {
+        name: Kappa(predicted[name], one.mean, one.error, estimate(predicted[name], one.mean, one.error, common))
+        for name, one in measured.items()
+    }
+    if by == "tensor":
+        return kappas
+    return {role: of_role([kappas[name] for name in names]) for role, names in groups_of(builder, by).items()}
 
 
-def _kappa(predicted: float, measured: Measured, common: float) -> Kappa:
-    kappa = estimate(predicted, measured.mean, measured.error, common)
-    return Kappa(predicted, measured.mean, measured.error, kappa)
+def of_role(kappas: Sequence[Kappa]) -> Kappa:
+    """Return the κ that several tensors share, beside the sums of what was predicted and measured of them."""
+    predicted, measured = sum(one.predicted for one in kappas), sum(one.measured for one in kappas)
+    error = math.sqrt(sum(one.error**2 for one in kappas))
+    logs, weights = [math.log(one.kappa) for one in kappas], [one.predicted for one in kappas]
+    return Kappa(predicted, measured, error, math.exp(weighted_median(logs, weights)))
+
+
+def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the value below which half of the weight lies; the mean of two where the halves meet between them."""
+    order = np.argsort(values)
+    ordered, shares = np.asarray(values)[order], np.cumsum(np.asarray(weights)[order]) / sum(weights)
+    low, high = (int(np.searchsorted(shares, 0.5 + nudge)) for nudge in (-1e-9, 1e-9))
+    return float(ordered[low] + ordered[min(high, len(ordered) - 1)]) / 2
 
 
 def estimate(predicted: float, measured: float, error: float, common: float = 1.0) -> float:
-    """κ from a prediction and a measurement with its standard error; `common` where nothing was measured."""
+    """Return κ from a prediction and a measurement with its standard error; `common` where nothing was measured."""
     ratio, spread = measured / predicted / common, error / predicted / common
     if not (math.isfinite(spread) and math.isfinite(ratio)):
         return common
@@ -79,8 +99,8 @@ def estimate(predicted: float, measured: float, error: float, common: float = 1.
 
 
 def by_tensor(builder: Builder, kappas: Mapping[str, Kappa], by: str) -> dict[str, float]:
-    """Tensor → κ; 1 for all where nothing was measured."""
+    """Return tensor → κ; 1 for all where nothing was measured."""
     groups: Mapping[str, Sequence[str]] = groups_of(builder, by)
     if not kappas:
-        return dict.fromkeys(builder.parts, 1.0)
+        return dict.fromkeys(builder.matrices, 1.0)
     return {name: kappas[group].kappa for group, names in groups.items() for name in names}

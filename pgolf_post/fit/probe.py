@@ -1,11 +1,11 @@
-"""How far a model's predictions move when some of its tensors change: KL to the view's own, on training text.
+"""The divergence of a model with some tensors changed from the view itself, the reference, on training text.
 
 For a model that predicts its text as well as it claims to, the loss that a small error costs is, in expectation, the
 Kullback-Leibler divergence between the distributions with and without it, and both are the same quadratic form of the
 Fisher information. The divergence is never negative at any token and needs no labels: where the difference of two
 losses has noise of many times its mean, the divergence has a tenth of it, and a few windows of text suffice.
 
-The teacher's hidden states are kept; its head runs again with every measurement, cheaper than keeping logits.
+The reference's hidden states are kept; its head runs again with every measurement, cheaper than keeping logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
-from pgolf_post.families import get_family, load_module, swap_weights, train_seq_len
+from pgolf_post.families import load_module, swap_weights
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -45,7 +45,7 @@ class Probe:
     def __init__(self, view: View, text: CalibrationSet, ranks: Ranks = ALONE) -> None:
         self.view, self.text, self.ranks = view, text, ranks
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(ranks.device)
-        head = next(site for site in get_family(view.config["family"]).sites(self.module) if site.is_head)
+        head = next(site for site in view.family.sites(self.module) if site.is_head)
         self.head = head.tensors[0]
         size = max(1, BATCH_TOKENS[ranks.device.type] // text.tokens.shape[1])
         tokens = torch.from_numpy(text.tokens)
@@ -55,33 +55,35 @@ class Probe:
             self.hidden = [self._hidden(batch) for _, batch in self.batches]
 
     def divergence(self, tensors: Mapping[str, Tensor]) -> Measured:
-        """KL(own ‖ with these tensors in place of the view's). Raises NumericsError if it is not finite."""
+        """Return KL(reference ‖ with these tensors in place of its own). Raises NumericsError if it is not finite."""
         swap_weights(self.module, tensors)
         try:
-            found = self._divergences()
+            divergences = self._divergences()
         finally:
             swap_weights(self.module, {name: self.view.tensors[name] for name in tensors})
-        error = float(found.std(ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else math.inf
-        return Measured(float(found.mean()), error)
+        count = len(divergences)
+        error = float(divergences.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
+        return Measured(float(divergences.mean()), error)
 
     @torch.no_grad()
     def _divergences(self) -> np.ndarray:  # (windows,) float64 nats per token
-        found = torch.zeros(len(self.text.tokens), dtype=torch.float64, device=self.ranks.device)
+        windows = torch.zeros(len(self.text.tokens), dtype=torch.float64, device=self.ranks.device)
         for (start, batch), hidden in zip(self.batches, self.hidden, strict=True):
-            own, other = self._own_logits(hidden.flatten(0, 1)), self.module.logits(self._hidden(batch).flatten(0, 1))
-            tokens = token_divergences(own, other)
-            found[start : start + len(batch)] = tokens.double().view(len(batch), -1).mean(1)
-        self.ranks.sum_(found)
-        if not torch.isfinite(found).all():
+            reference = self._reference_logits(hidden.flatten(0, 1))
+            changed = self.module.logits(self._hidden(batch).flatten(0, 1))
+            tokens = token_divergences(reference, changed)
+            windows[start : start + len(batch)] = tokens.double().view(len(batch), -1).mean(1)
+        self.ranks.sum_(windows)
+        if not torch.isfinite(windows).all():
             raise NumericsError("predictions on calibration text are not finite with quantized weights")
-        return found.cpu().numpy()
+        return windows.cpu().numpy()
 
     def _hidden(self, batch: Tensor) -> Tensor:  # (windows, seq_len) → (windows, seq_len, dim)
         hidden: Tensor = self.module.hidden(batch.to(self.ranks.device))
         return hidden
 
-    def _own_logits(self, hidden: Tensor) -> Tensor:  # (tokens, dim) → (tokens, vocab)
-        """The view's own head, whichever is in the module now."""
+    def _reference_logits(self, hidden: Tensor) -> Tensor:  # (tokens, dim) → (tokens, vocab)
+        """Apply the view's own head, whichever is in the module now."""
         weight = self.module.get_parameter(self.head)
         now = weight.detach().clone()
         weight.copy_(self.view.tensors[self.head])
@@ -91,7 +93,7 @@ class Probe:
 
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
-    """Training text, drawn by another seed than the statistics'. Never more than there is."""
-    seq_len = train_seq_len(view.config)
+    """Draw training text by another seed than the statistics'; never more than there is."""
+    seq_len = view.train_seq_len
     available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
     return draw_training_text(data, CalibrationSettings(tokens=min(tokens, available), seed=seed + 1), seq_len)

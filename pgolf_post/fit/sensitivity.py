@@ -1,20 +1,20 @@
-"""How much the loss minds an error in a matrix: what every step size follows from.
+"""Sensitivity: what an error in a matrix costs in loss. Every step size follows from it.
 
 For an error E = Ŵ - W of one matrix, in nats per token,
 
     ΔL ≈ ½ · tr(C·E·M·Eᵀ), or ½ · Σ_i r_i · e_i M e_iᵀ where C is its diagonal r
 
-M (in, in) is the second moment of the inputs, weighted by how much the loss minds the token (the mean over rows of δ²,
+M (in, in) is the Hessian of the inputs, each token weighted by its sensitivity (the mean over rows of δ²,
 δ = ∂L/∂(Wx) with labels drawn from the model), and r_i is row i's own mean of δ² relative to the average row's. It is
 the Kronecker factoring of the Fisher information with the token weights kept (GuidedQuant, arXiv 2505.07004, with one
 group of rows); each visit of a looped layer brings its own δ to its own x. C (out, out) is the second moment of δ, also
-relative: what rows are minded together (YAQA, arXiv 2505.22988). A tied embedding is minded twice: as the
-head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an error enters as often as its row is looked up;
-its rows are not coupled.
+relative: it couples rows whose errors act together (YAQA, arXiv 2505.22988). A tied embedding is used twice, and the
+sensitivities of both uses are added: as the head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an
+error enters as often as its row is looked up; its rows are not coupled.
 
-All are estimates from little text, so all are shrunk: a ridge on the moments' diagonals (and off-diagonal moments of
-inputs multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a factor
-of 16.
+All are estimates from little text, so all are shrunk: a ridge on the Hessians' diagonals (and off-diagonal entries of
+the inputs' multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a
+factor of 16.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class Sensitivity:
     coupling: Tensor | None = None  # (out, out) float64 C, of diagonal r; None: rows are not coupled
 
     def pull(self, error: Tensor) -> Tensor:  # (out, in) → (out, in) float64
-        """C·E·M: the gradient of the loss."""
-        minded = error.to(self.moments) @ self.moments
-        return self.rows[:, None] * minded if self.coupling is None else self.coupling @ minded
+        """Return C·E·M, the gradient of the loss by the error."""
+        by_inputs = error.to(self.moments) @ self.moments
+        return self.rows[:, None] * by_inputs if self.coupling is None else self.coupling @ by_inputs
 
     def loss(self, error: Tensor) -> float:  # (out, in) → nats per token
-        """What an error costs."""
+        """Return what an error costs."""
         return 0.5 * float((self.pull(error) * error).sum())
 
 
 def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSettings) -> Sensitivity:
-    """The sensitivity of one matrix. Raises MismatchError if its statistics lack the backward half.
+    """Return the sensitivity of one matrix. Raises MismatchError if its statistics lack the backward half.
 
-    Raises NumericsError, naming the matrix, if the loss minds nothing in it: no calibration token reached it.
+    Raises NumericsError, naming the matrix, if the loss is insensitive to it: no calibration token reached it.
     """
     fisher = stats.fisher
     if fisher is None:
@@ -71,18 +71,18 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     total = sum(float(moments.trace()) for moments, _ in sides)
     if not (math.isfinite(total) and total > 0):
         raise NumericsError(
-            f"{name}: the loss minds no error in it (Σ δ²|x|² = {total:g})",
+            f"{name}: the loss is insensitive to this matrix (Σ δ²|x|² = {total:g}): no calibration token reached it",
             hint="calibrate on more text: --calibration-tokens",
         )
-    # An average row is minded by all sides together; a row's weight is what each side brings to it.
+    # The average row has the sensitivity of all sides together; a row's weight adds what each side brings to it.
     num_rows = len(sides[0][1])
     weights = torch.zeros(num_rows, dtype=torch.float64)
     moments = torch.zeros_like(sides[0][0])
-    for side, minded in sides:
+    for side, row_sums in sides:
         is_product = side is sides[0][0] and site is not None
         per_row = side if is_product else side / num_rows  # Σ over lookups is shared out among the rows
         moments += per_row
-        weights += per_row.trace() * minded / minded.mean()
+        weights += per_row.trace() * row_sums / row_sums.mean()
     rows = weights / weights.mean()
     if name in fisher.lookup_rows:
         rows = rows.clamp_min(settings.lookup_floor)
@@ -96,13 +96,13 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
 def sensitivities(
     names: Iterable[str], sites: Iterable[Site], stats: Stats, settings: FitSettings
 ) -> dict[str, Sensitivity]:
-    """The sensitivities of several matrices."""
+    """Return the sensitivities of several matrices."""
     site_of = {tensor: site for site in sites for tensor in site.tensors}
     return {name: sensitivity(name, site_of.get(name), stats, settings) for name in names}
 
 
 def _product_moments(name: str, site: Site, stats: Stats, settings: FitSettings) -> Tensor:  # (in, in)
-    """Weighted moments, mixed with the plain ones, which are less noisy, at equal trace."""
+    """Return the weighted Hessian mixed with the plain one, which is less noisy, at equal trace."""
     assert stats.fisher is not None
     weighted = stats.fisher.mean_weighted(name)
     if settings.weighted == 1:
@@ -120,7 +120,7 @@ def _shrunk(moments: Tensor, settings: FitSettings) -> Tensor:
 
 
 def _coupled(outputs: Tensor, rows: Tensor, ridge: float) -> Tensor:  # (out, out), (out,) → (out, out)
-    """Correlations of the outputs' gradients, with a ridge, at the variances that rows are trusted to have."""
+    """Return correlations of the outputs' gradients, with a ridge, at the variances that rows are trusted to have."""
     coupled = outputs / outputs.diagonal().mean()
     coupled.diagonal().add_(ridge)
     scale = (rows / coupled.diagonal()).sqrt()
@@ -128,7 +128,7 @@ def _coupled(outputs: Tensor, rows: Tensor, ridge: float) -> Tensor:  # (out, ou
 
 
 def _trusted(rows: Tensor, settings: FitSettings) -> Tensor:
-    """Rows shrunk towards their mean in the logarithm, within a factor of it, and of mean 1 again."""
+    """Shrink rows towards their mean in the logarithm, within a factor of it, and scale them to mean 1."""
     if not settings.rows:
         return torch.ones_like(rows)
     trusted = rows.clamp_min(1e-12).pow(settings.row_trust).clamp(1 / LARGEST_ROW_RATIO, LARGEST_ROW_RATIO)

@@ -1,4 +1,4 @@
-"""The settings of a fit: no knobs to tune, but switches that take one step out, so that its worth can be measured."""
+"""Settings of a fit: switches that take one step out, so that its worth can be measured, and amounts of text."""
 
 from __future__ import annotations
 
@@ -11,38 +11,44 @@ from pgolf_post.settings import Settings
 
 
 class FitSettings(Settings):
-    """Which steps are taken, and how much text each may read. All of it is part of the artifact's identity."""
+    """Which steps are taken, and how much text each may read. All of them are part of the artifact's identity."""
 
-    rows: bool = Field(True, description="steps differ by row, from the Fisher information of its output")
-    columns: bool = Field(True, description="steps differ by column, from what the Hessian leaves of each input")
+    rows: bool = Field(True, description="Use per-row step sizes, from the Fisher information of each output.")
+    columns: bool = Field(
+        True, description="Use per-column step sizes, from the pivots of the Hessian's LDLᵀ factorization."
+    )
     row_feedback: bool = Field(
-        True, description="errors are fed forward into later rows too, from the Fisher information of outputs together"
+        True,
+        description="Feed errors forward into later rows too, by the outputs' second moment of gradients.",
     )
     weighted: float = Field(
-        0.5, ge=0, le=1, description="share of the Fisher-weighted input moments; the rest is the plain Hessian"
+        0.5, ge=0, le=1, description="Share of the Fisher-weighted Hessian; the rest is the plain one."
     )
-    trellis_states: int = Field(64, description="of the trellis: 4, 8, 16 … 256; 0 = a scalar grid")
-    lane_rows: int = Field(512, ge=1, description="rows after which a trellis restarts")
-    shrink: bool = Field(False, description="decode towards the centroid: one factor per tensor, in closed form")
-    zeros: bool = Field(False, description="columns (of a scalar grid rows, too) whose steps exceed √12·σ become zeros")
+    trellis_states: int = Field(64, description="States of the trellis: 4, 8, 16 … 256; 0 rounds to a scalar grid.")
+    lane_rows: int = Field(512, ge=1, description="Rows after which a trellis restarts.")
+    shrink: bool = Field(False, description="Decode towards the centroid: one factor per tensor, in closed form.")
+    zeros: bool = Field(False, description="Zero columns (and rows of a scalar grid) whose steps exceed √12·σ.")
     kappa: Literal["off", "role", "tensor"] = Field(
-        "tensor", description="what is quantized alone to see how wrong the quadratic model is: tensor, role, or off"
+        "tensor",
+        description="Granularity of the κ correction (measured ÷ predicted loss): per tensor, per role, or off.",
     )
-    kappa_tokens: int = Field(8192, ge=2, description="training tokens that each of these measurements reads")
-    kappa_seed: int = Field(0, ge=0, description="draws the text of those measurements")
+    kappa_tokens: int = Field(8192, ge=2, description="Training tokens that each measurement of κ reads.")
+    kappa_seed: int = Field(0, ge=0, description="Seed that draws the text on which κ is measured.")
 
-    floats: Literal["fp16", "bf16"] = Field("bf16", description="how what is no matrix is stored")
+    floats: Literal["fp16", "bf16"] = Field("bf16", description="Storage type of non-matrix parameters.")
     tune_tokens: int = Field(
         0,
         ge=0,
-        description="tokens of calibration text, in all, on which blocks not rounded yet are tuned; 0: none",
+        description="Tokens of calibration text, in all, to fine-tune blocks that are not rounded yet; 0 tunes none.",
     )
-    distill: bool = Field(False, description="tune what stays float by distillation, with symbols frozen")
+    distill: bool = Field(False, description="Tune non-matrix parameters by distillation, with symbols frozen.")
 
-    hessian_share: float = Field(1.0, ge=0, le=1, description="off-diagonal moments are multiplied by it")
-    ridge: float = Field(0.003, gt=0, description="added to the moments' diagonal, as a share of its mean")
-    row_trust: float = Field(0.8, ge=0, le=1, description="exponent of the row statistics; the rest is their mean")
-    lookup_floor: float = Field(0.03, gt=0, le=1, description="least sensitivity of a table's row, to the mean")
+    hessian_share: float = Field(1.0, ge=0, le=1, description="Factor on off-diagonal entries of Hessians.")
+    ridge: float = Field(0.003, gt=0, description="Ridge added to the diagonal of Hessians, as a share of its mean.")
+    row_trust: float = Field(0.8, ge=0, le=1, description="Exponent of the row statistics; 0 gives every row the mean.")
+    lookup_floor: float = Field(
+        0.03, gt=0, le=1, description="Least sensitivity of a row of a lookup table, relative to the mean."
+    )
 
     @field_validator("trellis_states")
     @classmethod

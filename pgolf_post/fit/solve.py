@@ -1,4 +1,4 @@
-"""The budget, solved: the one constant c for which the packed artifact fills the bytes that there are.
+"""Solve the budget: find the one constant c for which the packed artifact fills the bytes that there are.
 
 Bytes fall with log c by N/8 per octave, nearly a straight line, so this is a few steps of the secant method: the first
 c from Gaussian entropies, the next ones from builds whose bytes are predicted, the last ones from builds that are
@@ -9,8 +9,8 @@ the scale of some tens; the search does not mind, because it asks for a window a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pgolf_post.base.progress import say
 from pgolf_post.errors import NumericsError, OverBudgetError, SettingsError
@@ -44,79 +44,85 @@ class Solution:
     model: QuantizedModel
     data: bytes  # packed
     constant: float
-    tries: tuple[Build, ...]
+    builds: tuple[Build, ...]
 
 
 class Search:
-    """Looks for the c of one budget."""
+    """Looks for the c of a budget."""
 
     def __init__(self, builder: Builder, kappa: Mapping[str, float], codec: str = "rans") -> None:
         self.builder, self.kappa, self.packing = builder, kappa, PackSettings(codec=codec)
-        self.tries: list[Build] = []
         self.predictor = SizePredictor()
 
-    def solve(self, limit: int, on_try: Callable[[Build], object] = lambda found: None) -> Solution:
-        """The best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
+    def solve(self, limit: int, on_build: Callable[[Build], object] = lambda build: None) -> Solution:
+        """Return the best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
 
         Raises OverBudgetError naming the least that it can do, SettingsError for a budget that needs no quantization.
         """
         require_solvable(self.builder, limit)
-        aim, constant, best = limit - WINDOW_BYTES / 2, self.first_constant(limit), None
-        while len(self.tries) < MOST_BUILDS:
+        aim, constant = limit - WINDOW_BYTES / 2, self.first_constant(limit)
+        best: Solution | None = None
+        builds: list[Build] = []
+        while len(builds) < MOST_BUILDS:
             model = self.builder.model(self.builder.quantize(self.constants(constant)))
-            data, found = self._measure(model, constant, aim)
-            on_try(found)
+            data, build = self._measure(model, constant, aim, builds)
+            builds.append(build)
+            on_build(build)
             if data is not None and len(data) <= limit:
                 if best is None or len(data) > len(best.data):
                     best = Solution(model, data, constant, ())
                 if len(data) >= limit - WINDOW_BYTES:
                     break
-            constant = self._next(found, aim)
+            constant = self._next(builds, aim)
         if best is None:
             raise NumericsError(
                 f"no artifact of at most {limit:,} bytes in {MOST_BUILDS} builds; the smallest had "
-                f"{min(found.num_bytes for found in self.tries):,}",
+                f"{min(build.num_bytes for build in builds):,}",
                 hint="give it more bytes: --budget",
             )
         if len(best.data) < limit - WINDOW_BYTES:
             say(f"{limit - len(best.data):,} bytes are left over: no build came closer in {MOST_BUILDS}")
-        return Solution(best.model, best.data, best.constant, tuple(self.tries))
+        return replace(best, builds=tuple(builds))
 
     def packed_bytes(self, model: QuantizedModel) -> int:
-        """What a model takes, packed."""
+        """Return the bytes that a model takes, packed."""
         return len(pack(model, self.packing))
 
     def constants(self, constant: float) -> dict[str, float]:
-        """c/√κ of every matrix."""
-        return constants_of(self.builder.parts, constant, self.kappa)
+        """Return c/√κ of every matrix."""
+        return constants_of(self.builder.matrices, constant, self.kappa)
 
     def first_constant(self, limit: int) -> float:
-        """Where Gaussian entropies put the budget: bits fall with log c, so halve the interval."""
+        """Return the c at which Gaussian entropies fill the budget; bits fall with log c, so the interval is halved."""
         wanted = 8 * (limit - fixed_bytes(self.builder))
         low, high = (math.log2(constant_for(self.builder.num_weights, FIRST_LOSS)) + reach for reach in (-12.0, 12.0))
         for _ in range(12):
             middle = (low + high) / 2
-            bits = symbol_bits(self.builder.parts.values(), self.constants(2**middle))
+            bits = symbol_bits(self.builder.matrices.values(), self.constants(2**middle))
             low, high = (middle, high) if bits > wanted else (low, middle)
         return float(2 ** ((low + high) / 2))
 
-    def _measure(self, model: QuantizedModel, constant: float, aim: float) -> tuple[bytes | None, Build]:
-        """Predict while far from the aim; from the first prediction that comes close, pack."""
-        if not any(found.packed for found in self.tries):
+    def _measure(
+        self, model: QuantizedModel, constant: float, aim: float, before: Sequence[Build]
+    ) -> tuple[bytes | None, Build]:
+        """Predict the bytes while far from the aim; pack from the first prediction on that comes close."""
+        if not any(build.packed for build in before):
             predicted = self.predictor.predict_bytes(model)
-            if abs(predicted / aim - 1) > PREDICTED_TO and len(self.tries) < MOST_BUILDS // 2:
-                self.tries.append(Build(constant, predicted, False))
-                return None, self.tries[-1]
+            if abs(predicted / aim - 1) > PREDICTED_TO and len(before) < MOST_BUILDS // 2:
+                return None, Build(constant, predicted, False)
         data = pack(model, self.packing)
-        self.tries.append(Build(constant, len(data), True))
-        return data, self.tries[-1]
+        return data, Build(constant, len(data), True)
 
-    def _next(self, last: Build, aim: float) -> float:
-        """The secant through the last try and the nearest other of its kind, or the slope of high rates."""
+    def _next(self, builds: Sequence[Build], aim: float) -> float:
+        """Return the next c: by the secant through the last build and the nearest other of its kind.
+
+        Where there is no other, or their slope makes no sense, by the slope of high rates.
+        """
+        *others, last = builds
         slope = -self.builder.num_weights / 8
-        others = [found for found in self.tries[:-1] if found.packed == last.packed]
-        if others:
-            other = min(others, key=lambda found: abs(found.num_bytes - last.num_bytes))
+        alike = [build for build in others if build.packed == last.packed]
+        if alike:
+            other = min(alike, key=lambda build: abs(build.num_bytes - last.num_bytes))
             octaves = math.log2(last.constant / other.constant)
             if abs(octaves) > 0.002:
                 measured = (last.num_bytes - other.num_bytes) / octaves
@@ -126,14 +132,14 @@ class Search:
 
 
 def fixed_bytes(builder: Builder) -> int:
-    """About what everything but symbols takes: floats, exponents and the manifest."""
+    """Return about what everything but symbols takes: floats, exponents and the manifest."""
     floats = sum(array.nbytes for array in builder.passthrough.values())
-    exponents = sum(len(part.shape.rows) + len(part.shape.columns) for part in builder.parts.values())
+    exponents = sum(len(matrix.steps.rows) + len(matrix.steps.columns) for matrix in builder.matrices.values())
     return round(0.85 * floats + 0.6 * exponents + 1500)
 
 
 def require_solvable(builder: Builder, limit: int) -> None:
-    """Refuse budgets under one bit per weight, and those that hold every weight in fp16."""
+    """Raise for budgets under one bit per weight, and for those that hold every weight in fp16."""
     least = builder.num_weights // 8 + fixed_bytes(builder)
     if limit < least:
         raise OverBudgetError(

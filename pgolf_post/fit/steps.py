@@ -37,7 +37,10 @@ class RelativeSteps:
     unit: float  # the step at exponents 0 and c = 1
 
     def factors(self, constant: float, name: str) -> tuple[ScaleFactor, ScaleFactor, ScaleFactor]:
-        """Tensor, row and column factor for c/√κ = `constant`. Raises NumericsError if fp16 cannot hold the first."""
+        """Return tensor, row and column factor for c/√κ = `constant`.
+
+        Raises NumericsError if fp16 cannot hold the first.
+        """
         step = constant * self.unit
         if not FP16_RANGE[0] <= step <= FP16_RANGE[1]:
             low, high = FP16_RANGE
@@ -51,7 +54,7 @@ def relative_steps(
     lengths: Tensor,  # (in,) float ℓ
     by_column: bool = True,
 ) -> RelativeSteps:
-    """The exponents of 1/√r and 1/ℓ; without columns, one ℓ for all of them (their geometric mean)."""
+    """Return the exponents of 1/√r and 1/ℓ; without columns, one ℓ for all of them (their geometric mean)."""
     logs = -8 * torch.log2(lengths.double())
     middle = float(logs.mean())
     columns = (logs - middle).round() if by_column else torch.zeros_like(logs)
@@ -60,12 +63,12 @@ def relative_steps(
 
 
 def expected_loss(num_weights: int, constant: float) -> float:
-    """N·c²/24, nats per token: what scalar grids cost where every step is small against its weights."""
+    """Return N·c²/24, nats per token: what scalar grids cost where every step is small against its weights."""
     return num_weights * constant**2 / 24
 
 
 def constant_for(num_weights: int, loss: float) -> float:
-    """The c that costs `loss` nats per token."""
+    """Return the c that costs `loss` nats per token."""
     return math.sqrt(24 * loss / num_weights)
 
 

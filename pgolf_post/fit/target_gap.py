@@ -1,4 +1,4 @@
-"""The budget problem the other way round: how many bytes does a loss take?
+"""The inverse of the budget problem: how many bytes a given loss takes.
 
 The divergence from the unquantized model grows as c², so a few builds find the c whose divergence on training text is
 the one wanted; what that model takes, packed, is the budget.
@@ -13,16 +13,16 @@ from pgolf_post.base.progress import say
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
+from pgolf_post.fit.prepare import Fitter
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.solve import WINDOW_BYTES, Search
-from pgolf_post.fit.stage import Fitter
 from pgolf_post.fit.steps import constant_for
 
-GAP_TRIES, GAP_CLOSE = 4, 0.03
+GAP_BUILDS, GAP_CLOSE = 4, 0.03
 
 
 def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
-    """The artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
+    """Return the artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
 
     What is measured is the divergence from the unquantized model, which grows as c²; its seconds count as training
     time. Raises SettingsError for a gap that is not positive.
@@ -38,19 +38,19 @@ def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:
     wanted = gap_bpb * np.log(2) * bytes_per_token(fitter.data, text)
     probe, search = Probe(fitter.view, text), Search(fitter.builder, fitter.kappa, codec)
     constant = constant_for(fitter.builder.num_weights, wanted)
-    for _ in range(GAP_TRIES):
+    for _ in range(GAP_BUILDS):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
         decoded = {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
-        found = probe.divergence(decoded)
-        spread = f"{found.mean:.5f} ± {2 * found.error:.5f}"
+        measured = probe.divergence(decoded)
+        spread = f"{measured.mean:.5f} ± {2 * measured.error:.5f}"
         say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
-        if abs(found.mean / wanted - 1) <= GAP_CLOSE or found.mean <= 0:
+        if abs(measured.mean / wanted - 1) <= GAP_CLOSE or measured.mean <= 0:
             break
-        constant *= (wanted / found.mean) ** 0.5
+        constant *= (wanted / measured.mean) ** 0.5
     return search.packed_bytes(model) + WINDOW_BYTES // 2
 
 
 def bytes_per_token(data: DataFolder, text: CalibrationSet) -> float:
-    """Of a text's targets: what turns bits per token into bits per byte."""
+    """Return the mean bytes of a text's targets: what turns bits per token into bits per byte."""
     before, after = text.tokens[:, :-1].ravel(), text.tokens[:, 1:].ravel()
     return float(data.byte_table.count(before, after).mean())

@@ -22,7 +22,7 @@ class Step:
     more: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Seconds that it took before, when its cached result was made."""
+        """Add the seconds that it took before, when its cached result was made."""
         self.more += seconds
 
 
@@ -37,6 +37,10 @@ class TrainingClock:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count a step that was done elsewhere."""
+        self.seconds[name] = round(seconds, 3)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:

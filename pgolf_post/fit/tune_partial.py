@@ -1,8 +1,8 @@
 """Interrupted fine-tuning goes on after the last block that it finished.
 
-One file in a `.partial` folder beside the artifact to be: the weights that every rounded matrix was rounded from, those
-of the others as they are tuned so far, how many blocks that is, and the seconds it took, which count as training.
-Rounding is repeated from them; tuning, which is what takes long, is not.
+One file in a `.partial` folder beside the artifact to be holds the weights that every rounded matrix was rounded from,
+those of the others as tuned so far, the number of blocks that were tuned after, and the seconds spent, which count as
+training. Rounding is replayed from them (replay.py); tuning, which takes long, is not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "tuning.safetensors"
 
 @dataclass(frozen=True)
 class Done:
-    """What was fine-tuned before."""
+    """Fine-tuning that was done before."""
 
     blocks: int = 0  # after which matrices were tuned
     seconds: float = 0.0
@@ -31,13 +31,13 @@ class Done:
 
 
 class TunePartial:
-    """What a fine-tuning under way has done."""
+    """The file of a fine-tuning under way."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / FILE
 
     def resume(self) -> Done:
-        """What was done; nothing, said aloud, where the file is damaged."""
+        """Return what was done; nothing, said aloud, where the file is damaged."""
         if not self.path.is_file():
             return Done()
         try:
@@ -55,5 +55,5 @@ class TunePartial:
         write_partial(self.path, tensors, {"blocks": done.blocks, "seconds": done.seconds})
 
     def remove(self) -> None:
-        """Nothing is left of it."""
+        """Delete the file and its folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

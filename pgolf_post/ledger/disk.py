@@ -13,12 +13,11 @@ from typing import Any
 from pgolf_post.base.storage import read_json
 from pgolf_post.cache import CacheEntry, entry_at, list_entries
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints, run_checkpoints
-from pgolf_post.derived import derived_id
+from pgolf_post.derived import NAMING, id_from_config
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.ledger.schema import Kind, Row, iso_utc
 
 KINDS_BY_STAGE: dict[str, Kind] = {"stats": "stats", "artifact": "artifact", "score": "score"}
-NAMING = ("stage", "version", "view", "view_id", "stats_id", "plan")  # keys of config.json that are not settings
 KNOBS = {"bits": "bits", "clip": "clip", "hessian_lambda": "λ"}
 RUN_KINDS = ("raw", "imported")  # of checkpoints that a run saved
 SUMS = ("bpb", "nats", "tokens", "bytes")
@@ -120,11 +119,9 @@ def entry_rows(entry: CacheEntry) -> list[Row]:
 
 def entry_id(entry: CacheEntry, meta: Mapping[str, Any]) -> str:
     """The derived id whose first 12 digits name the folder, made again from config.json; else those digits."""
-    identity = {key: value for key, value in entry.config.items() if key not in NAMING}
     parents = [str(entry.config[key]) for key in ("view_id", "stats_id") if key in entry.config]
     parents = [str(meta["subject_id"])] if "subject_id" in meta else parents
-    version = int(entry.config.get("version", 0))
-    made_again = str(meta.get("stats_id") or derived_id(entry.stage, version, parents, identity))
+    made_again = str(meta.get("stats_id") or id_from_config({"stage": entry.stage, **entry.config}, parents))
     return made_again if made_again.startswith(entry.path.name) else entry.path.name
 
 

@@ -39,7 +39,7 @@ from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import ModelFamily, Site, get_family, load_module, swap_weights
+from pgolf_post.families import ModelFamily, Site, load_module, swap_weights
 from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.rows import quantize_part
@@ -60,7 +60,7 @@ def quantize_in_order(
     Raises SettingsError without a text, MismatchError where the text is not as long as that of the statistics.
     """
     tokens = _require_text(stats, text).tokens
-    family = get_family(view.config["family"])
+    family = view.family
     module = load_module(view.config, view.tensors, str(view), copy=True).to(ALONE.device)
     blocks = blocks_in_order(module, family)
     members = _members(blocks, entries, family)

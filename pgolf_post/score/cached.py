@@ -15,7 +15,7 @@ import torch
 from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, load_or_make, verified_meta
+from pgolf_post.derived import Stage, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
 from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
@@ -24,7 +24,7 @@ from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol, folder_text, score_text
 from pgolf_post.score.session import Session
 
-STAGE, STAGE_VERSION, PAYLOAD = "score", 2, "documents.safetensors"
+SCORE = Stage("score", 2, "documents.safetensors")
 
 CachedScore = tuple[dict[str, Any], bool]  # {bpb, nats, tokens, bytes, documents, …}, whether it was cached
 
@@ -99,8 +99,8 @@ def score_model(
     """
     pool = pool or ModelPool()
     identity = {**protocol.model_dump(mode="json"), "data_manifest_sha256": data.manifest_sha256}
-    whole_id = derived_id(STAGE, STAGE_VERSION, [model.id], identity)
-    folder = model.root / STAGE / whole_id[:12]
+    whole_id = SCORE.id([model.id], identity)
+    folder = SCORE.folder(model.root, whole_id)
     partial = folder.with_name(f"{folder.name}.partial.safetensors")
     own_session = replace(session or Session(), identity=whole_id, partial=partial)
     ranks, clock = own_session.ranks, own_session.clock
@@ -114,12 +114,11 @@ def score_model(
 
     def keep(building: Path, result: tuple[Score, dict[str, Any]]) -> Mapping[str, Any]:
         score, facts = result
-        score.save(building / PAYLOAD)
+        score.save(building / SCORE.payload)
         return {**score.sums(), "documents": len(score.document_nats), "subject_id": model.id, **facts}
 
-    config = {"stage": STAGE, "version": STAGE_VERSION, **identity}
     if ranks.world_size == 1:
-        meta, cached = load_or_make(folder, PAYLOAD, config, lambda building: keep(building, run()), fresh)
+        meta, cached = SCORE.load_or_make(folder, identity, lambda building: keep(building, run()), fresh)
         return {**meta, "folder": str(folder)}, cached
 
     # rank 0 says whether the score is there; all score together, rank 0 keeps it
@@ -127,19 +126,19 @@ def score_model(
         return {**read_json(folder / "meta.json"), "folder": str(folder)}, True
     result = run()
     if ranks.is_main:
-        load_or_make(folder, PAYLOAD, config, lambda building: keep(building, result), fresh=True)
+        SCORE.store(folder, identity, lambda building: keep(building, result))
     ranks.wait()
     return {**read_json(folder / "meta.json"), "folder": str(folder)}, False
 
 
 def load_score(facts: Mapping[str, Any]) -> Score:
     """Return the sums, by unit, of what `score_view` or `score_artifact` returned."""
-    return Score.load(Path(facts["folder"]) / PAYLOAD)
+    return Score.load(Path(facts["folder"]) / SCORE.payload)
 
 
 def _is_intact(folder: Path) -> bool:
     try:
-        verified_meta(folder, PAYLOAD)
+        verified_meta(folder, SCORE.payload)
     except PgolfError:
         return False
     return True

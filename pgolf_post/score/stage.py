@@ -18,7 +18,7 @@ from pgolf_post.errors import NotFoundError
 from pgolf_post.families import train_seq_len
 from pgolf_post.pack.artifact import DecodedArtifact, find_artifact, is_artifact, read_artifact
 from pgolf_post.score.bpb import Score
-from pgolf_post.score.cached import PAYLOAD, score_artifact, score_view
+from pgolf_post.score.cached import SCORE, score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
 from pgolf_post.score.protocols import Protocol
@@ -58,7 +58,7 @@ class StoredScore:
     @cached_property
     def sums(self) -> Score:
         """The sums by document and by unit, read from disk. Raises DamagedFileError."""
-        return Score.load(self.folder / PAYLOAD)
+        return Score.load(self.folder / SCORE.payload)
 
 
 def score(

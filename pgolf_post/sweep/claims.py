@@ -1,4 +1,4 @@
-"""Who works on what, where several processes take from one list: locks that the system lets go of when a process dies.
+"""Claims on work, where several processes take from one list: locks that the system releases when a process dies.
 
 A claim is an exclusive lock on a small file. Whoever is killed, by whatever, loses its claims at once, and the work is
 free for the next; nothing has to be cleaned up, and the files left behind mean nothing.

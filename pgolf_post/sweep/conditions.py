@@ -1,4 +1,4 @@
-"""`only_if`: a comparison of a trial's own facts, such as `headroom_bytes >= 0 and screen_low_bpb <= 0.001`.
+"""`only_if`: a condition on a trial's own facts, such as `headroom_bytes >= 0 and screen_low_bpb <= 0.001`.
 
 Names, numbers, + - * /, comparisons, `and`, `or`, `not`; nothing else is read, nothing is ever executed. A condition
 on a fact that is not known (its stage did not run) does not hold.
@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pgolf_post.errors import SettingsError
+from pgolf_post.sweep.stages import STAGES
 
+SCORE_FACTS = ("bpb", "difference_bpb", "low_bpb", "high_bpb")  # of each scoring stage
 SIZES = ("predicted_bytes", "artifact_bytes", "total_bytes", "headroom_bytes", "budget_bytes")
-FACTS = SIZES + tuple(
-    f"{stage}_{fact}"
-    for stage in ("screen", "expected", "plain", "sliding", "ttt")
-    for fact in ("bpb", "difference_bpb", "low_bpb", "high_bpb")
-)
+FACTS = SIZES + tuple(f"{stage}_{fact}" for stage in STAGES for fact in SCORE_FACTS)
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,

@@ -13,7 +13,7 @@ from typing import Any
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import State
+from pgolf_post.sweep.state import State
 from pgolf_post.sweep.table import noise_floor_of
 
 COLOURS = {"control": "#111111", "baseline": "#8a8a8a", "trial": "#1f6fb4", "noise": "#c9c9c9"}
@@ -37,17 +37,17 @@ def draw(state: State, folder: Path) -> list[Path]:
 
 
 def pareto_points(state: State) -> list[tuple[Row, int, float]]:
-    """(row, bytes, bpb on the deciding stage) of every packed and scored trial, noise repeats included."""
-    found = []
+    """Return (row, bytes, bpb on the deciding stage) of every packed and scored trial, noise repeats included."""
+    points = []
     for listed in state.listed:
         row = state.rows.get(listed.id)
         if row and "total_bytes" in row.result and "bpb" in row.result:
-            found.append((row, int(row.result["total_bytes"]), float(row.result["bpb"])))
-    return found
+            points.append((row, int(row.result["total_bytes"]), float(row.result["bpb"])))
+    return points
 
 
 def pareto_front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points that no other beats in both bytes and bpb, by bytes."""
+    """Return the points that no other beats in both bytes and bpb, by bytes."""
     front: list[tuple[int, float]] = []
     for size, bpb in sorted(points):
         if not front or bpb < front[-1][1]:
@@ -56,16 +56,16 @@ def pareto_front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def curves(state: State) -> dict[str, list[Row]]:
-    """Axis → its rows by value, the control's among them where it lies on it; axes of fewer than 3 numbers left out."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """Return axis → its rows by value, the control's among them where it lies on it, of axes with 3 numbers or more."""
+    axes: dict[str, list[Row]] = defaultdict(list)
     for listed in state.listed:
         row, trial = state.rows.get(listed.id), listed.trial
         is_number = isinstance(trial.value, int | float) and not isinstance(trial.value, bool)
         if row and trial.axis and is_number and "bpb" in row.result:
             rest = ", ".join(f"{key} = {value}" for key, value in trial.changes if key != trial.axis)
-            found[f"{trial.axis} ({rest})" if rest else trial.axis].append(row)
+            axes[f"{trial.axis} ({rest})" if rest else trial.axis].append(row)
     return {
-        axis: sorted(rows, key=lambda row: float(_value(row))) for axis, rows in found.items() if len(rows) > 2
+        axis: sorted(rows, key=lambda row: float(_value(row))) for axis, rows in axes.items() if len(rows) > 2
     }  # fmt: skip
 
 
@@ -118,13 +118,13 @@ def _few_ticks() -> Any:
 
 
 def _half(state: State, row: Row) -> float | None:
-    """Half of the paired interval, so that a bar says what is known of the difference from the control."""
-    found = row.result.get(str(state.spec.deciding_stage), {})
-    return None if found.get("low_bpb") is None else (found["high_bpb"] - found["low_bpb"]) / 2
+    """Return half of the paired interval: a bar says what is known of the difference from the control."""
+    score = row.result.get(str(state.spec.deciding_stage), {})
+    return None if score.get("low_bpb") is None else (score["high_bpb"] - score["low_bpb"]) / 2
 
 
 def _annotate(axes: Any, named: list[tuple[str, int, float]]) -> None:
-    """Names beside points, alternately above and below so that neighbours do not cover each other."""
+    """Write names beside points, alternately above and below so that neighbours do not cover each other."""
     for place, (name, size, bpb) in enumerate(sorted(named, key=lambda one: one[1])):
         up = place % 2 == 0
         shift, side = (6, 7) if up else (6, -12), "left"
@@ -132,7 +132,7 @@ def _annotate(axes: Any, named: list[tuple[str, int, float]]) -> None:
 
 
 def _label(row: Row) -> str:
-    """A trial's value where one axis tells all of it, else its name."""
+    """Return a trial's value where one axis tells all of it, else its name."""
     changes = row.settings["changes"]
     if row.settings["role"] == "trial" and row.settings["axis"] and len(changes) == 1:
         return str(_value(row)) if "@" not in row.settings["axis"] else row.name
@@ -170,7 +170,7 @@ def _curve(state: State, axis: str, rows: list[Row]) -> Any:
 
 
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """The figure as SVG and PNG."""
+    """Write the figure as SVG and PNG; returns their paths."""
     written = []
     for suffix in ("svg", "png"):
         with atomic_file(folder / f"{name}.{suffix}") as path:

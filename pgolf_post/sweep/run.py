@@ -1,4 +1,4 @@
-"""A sweep at work: take the next trial that is ready, run it, write its row, look at the file again.
+"""Running a sweep: take the next trial that is ready, run it, write its row, look at the file again.
 
 All state is the ledger. A trial that has a row is done; one that has none is to be done; a killed process loses its
 claims and nothing else. So a sweep is resumed by running it again, two processes share it by both running it, and a
@@ -8,23 +8,25 @@ trial that is added to the file while it runs is found at the next look.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pgolf_post.base.progress import say
 from pgolf_post.errors import PgolfError, VerificationError
+from pgolf_post.families import family_sources, load_family
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.provenance import code_commit
 from pgolf_post.sweep.claims import claim
-from pgolf_post.sweep.common import Places
-from pgolf_post.sweep.settings import SweepSpec, Trial, expand, read_spec
-from pgolf_post.sweep.trial import Listed, Provenance, Run, list_trials
+from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.listed import Listed, list_trials
+from pgolf_post.sweep.places import Places
+from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.state import State
+from pgolf_post.sweep.trial import Provenance, Run
 from pgolf_post.sweep.workbench import Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
@@ -41,6 +43,7 @@ class Options:
     compiled: bool | None = None  # None: where there is a GPU
     retry_before: str | None = None  # trials that failed before this moment (ISO 8601, UTC) are run again
     dollars_per_hour: float | None = None
+    families: tuple[str, ...] = field(default_factory=family_sources)  # that worker processes load too
 
     @property
     def name(self) -> str:
@@ -51,72 +54,14 @@ class Options:
         return self.places.results / self.name
 
 
-@dataclass
-class State:
-    """A sweep as it stands: what is asked for, and the rows there are."""
-
-    spec: SweepSpec
-    listed: list[Listed]
-    rows: dict[str, Row]
-
-    @property
-    def open(self) -> list[Listed]:
-        return [one for one in self.listed if one.id not in self.rows]
-
-    def control(self, listed: Listed) -> tuple[Trial, Row | None]:
-        """The control that a trial is compared with, and its row."""
-        if listed.trial.role == "control":
-            return listed.trial, None
-        trial = next(one.trial for one in self.listed if one.id == listed.control_id)
-        return trial, self.rows.get(listed.control_id)
-
-    def noise(self, listed: Listed) -> list[Listed]:
-        return [one for one in self.listed if one.trial.role == "noise" and one.control_id == listed.control_id]
-
-    def before(self, listed: Listed) -> list[Listed]:
-        """The trials that come before one on its axis."""
-        trial = listed.trial
-        others = [o for o in self.listed if trial.axis and o.trial.axis == trial.axis and o.trial.group == trial.group]
-        fixed = _apart(trial)
-        return [o for o in others[: others.index(listed)] if _apart(o.trial) == fixed] if listed in others else []
-
-    def is_ready(self, listed: Listed) -> bool:
-        """Whether everything that a trial's row refers to is there."""
-        role = listed.trial.role
-        if role == "control":
-            return True
-        needed = [listed.control_id]
-        if role == "trial":
-            needed += [one.id for one in self.noise(listed)]
-            if self.spec.gates.stop_if_monotone_worse:
-                needed += [one.id for one in self.before(listed)]
-        return all(one in self.rows for one in needed)
-
-    def is_stopped(self, listed: Listed) -> bool:
-        """Whether the trials before it on its axis were each worse than the one before them."""
-        wanted, stage = self.spec.gates.stop_if_monotone_worse, self.spec.deciding_stage
-        if not wanted or stage is None or listed.trial.role != "trial":
-            return False
-        found = [self.rows[one.id].result for one in self.before(listed)]
-        if any("stopped" in result for result in found):
-            return True
-        values = [result[stage].get("difference_bpb", 0.0) for result in found if stage in result]
-        floor = max((result.get("noise_floor_bpb", 0.0) for result in found), default=0.0)
-        last = values[-wanted - 1 :]
-        rising = all(second > first for first, second in itertools.pairwise(last))
-        return len(last) == wanted + 1 and rising and last[-1] - last[0] > floor
-
-
-def _apart(trial: Trial) -> list[tuple[str, Any]]:
-    """What fixes the line that a trial's axis runs along."""
-    return [(key, value) for key, value in trial.changes if key != trial.axis]
-
-
 class Sweep:
     """One process's view of a sweep."""
 
     def __init__(self, options: Options, device: torch.device | None = None) -> None:
         self.options = options
+        for source in options.families:
+            if source not in family_sources():
+                load_family(source)
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         compiled = device.type == "cuda" if options.compiled is None else options.compiled
         self.bench = Workbench(options.places, compiled, device)
@@ -130,11 +75,11 @@ class Sweep:
         self.ledger.close()
 
     def state(self) -> State:
-        """The spec as the file has it now, and the rows there are. A file that cannot be read leaves the last one."""
+        """Return the spec as the file has it now, and the rows. A file that cannot be read leaves the last spec."""
         with contextlib.suppress(FileNotFoundError):
-            found = self.options.spec.stat()
-            if (found.st_mtime, found.st_size) != self._stamp or self._spec is None:
-                self._read((found.st_mtime, found.st_size))
+            stat = self.options.spec.stat()
+            if (stat.st_mtime, stat.st_size) != self._stamp or self._spec is None:
+                self._read((stat.st_mtime, stat.st_size))
         if self._spec is None:
             self._read(None)
         assert self._spec is not None
@@ -143,7 +88,7 @@ class Sweep:
         return State(self._spec, self._listed, rows)
 
     def row(self, trial_id: str) -> Row | None:
-        """A trial's row, unless it failed before and failures are to be tried again."""
+        """Return a trial's row, unless it failed before and failures are to be tried again."""
         row, before = self.ledger.get("trial", trial_id), self.options.retry_before
         if row is not None and before is not None and "error" in row.result and row.created < before:
             return None
@@ -171,7 +116,7 @@ class Sweep:
         return row
 
     def compute(self, state: State, listed: Listed) -> tuple[Row, tuple[Row, ...]]:
-        """Run a trial; its row is not yet written."""
+        """Run a trial. Returns its row, not yet written, and rows of what it was made of."""
         control_trial, control = state.control(listed)
         if listed.trial.role != "control" and (control is None or "error" in control.result):
             raise _control_failed(control)
@@ -186,7 +131,7 @@ class Sweep:
     def _stopped(self, listed: Listed) -> Row:
         trial, facts = listed.trial, self.provenance
         named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-        settings = {**named, "trial": trial.settings.model_dump(mode="json")}
+        settings = {**named, "trial": trial.settings.facts()}
         return Row(
             "trial", listed.id, (listed.control_id,), trial.name, facts.sweep, settings, "",
             {"stopped": SKIPPED}, facts.commit, facts.device, 0.0, None, None, SKIPPED,
@@ -194,13 +139,13 @@ class Sweep:
 
 
 def as_asked(row: Row, trial: Trial) -> Row:
-    """A row under the name that this sweep has for it: another one may have run the very same trial before."""
+    """Return a row under this sweep's name for it: another sweep may have run the very same trial before."""
     named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
     return replace(row, name=trial.name, settings={**row.settings, **named})
 
 
 def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False) -> None:
-    """A trial's row, after those of what it was made of where nobody wrote them before."""
+    """Write a trial's row, after those of what it was made of where nobody wrote them before."""
     for one in extra:
         if ledger.get(one.kind, one.id) is None:
             ledger.add(one, replace=True)  # another process may come between: what it wrote is as good
@@ -244,7 +189,7 @@ def work(sweep: Sweep, on_row: Callable[[State, Row], None] | None = None) -> St
 
 
 def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] | None) -> bool:
-    """Run the first trial that is ready and that nobody else is at. Whether there was one."""
+    """Run the first trial that is ready and that nobody else is at. Returns whether there was one."""
     claims = sweep.options.places.results / "claims"  # of all sweeps: two may share a trial
     for listed in state.open:
         if not state.is_ready(listed):

@@ -1,4 +1,4 @@
-"""A sweep's rows, ranked: the best first, what is inside the noise said to be so, on the terminal and as files."""
+"""A sweep's rows as a table, the best first, on the terminal and as files; it says what is inside the noise."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import State
-from pgolf_post.sweep.settings import SCORING
+from pgolf_post.sweep.stages import STAGES
+from pgolf_post.sweep.state import State
 from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")
 
 
 def ranked(state: State) -> list[Row]:
-    """The rows there are: by the ranking, then what was not scored; noise repeats at the end."""
+    """Return the rows there are: by the ranking, then what was not scored; noise repeats at the end."""
 
     def key(row: Row) -> tuple[int, float]:
         if row.settings.get("role") == "noise":
@@ -31,17 +31,17 @@ def ranked(state: State) -> list[Row]:
 
 
 def rank_value(state: State, row: Row) -> float | None:
-    """What a row is ranked by: bytes, or the difference from the control in bpb (its own is 0)."""
+    """Return what a row is ranked by: bytes, or the difference from the control in bpb (its own is 0)."""
     if state.spec.ranking == "bytes":
         return row.result.get("total_bytes")
-    found = row.result.get(state.spec.ranking)
-    return None if found is None else float(found.get("difference_bpb", 0.0))
+    score = row.result.get(state.spec.ranking)
+    return None if score is None else float(score.get("difference_bpb", 0.0))
 
 
 def facts_of(state: State, row: Row) -> dict[str, Any]:
-    """A row for machines."""
+    """Return a row for machines."""
     result, stage = row.result, state.spec.deciding_stage
-    found = result.get(stage, {}) if stage else {}
+    score = result.get(stage, {}) if stage else {}
     kept = (
         "artifact_bytes",
         "total_bytes",
@@ -58,8 +58,8 @@ def facts_of(state: State, row: Row) -> dict[str, Any]:
         "role": row.settings.get("role"),
         "changes": row.settings.get("changes"),
         **{key: result[key] for key in kept if key in result},
-        **{key: found[key] for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb", "tokens") if key in found},
-        "stages": {name: result[name] for name in SCORING if name in result},
+        **{key: score[key] for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb", "tokens") if key in score},
+        "stages": {name: result[name] for name in STAGES if name in result},
         "verdict": row.verdict,
         "conclusion": row.conclusion,
         "seconds": row.seconds,
@@ -68,7 +68,7 @@ def facts_of(state: State, row: Row) -> dict[str, Any]:
 
 
 def cells(state: State, row: Row) -> tuple[str, ...]:
-    """A row for people."""
+    """Return a row for people."""
     facts = facts_of(state, row)
 
     def shown(key: str, form: str) -> str:
@@ -89,7 +89,7 @@ def _note(row: Row) -> str:
 
 
 def caption(state: State) -> str:
-    """What the ranking means and what it cannot tell apart."""
+    """Return what the ranking means and what it cannot tell apart."""
     floor = noise_floor_of(state)
     by = "bytes" if state.spec.ranking == "bytes" else f"the paired difference from the control ({state.spec.ranking})"
     noise = "rounding noise not measured" if floor is None else f"rounding noise ±{floor:.5f} bpb"
@@ -98,25 +98,25 @@ def caption(state: State) -> str:
 
 
 def noise_floor_of(state: State) -> float | None:
-    """The noise floor in bpb of the repeats that are done; None before the first."""
+    """Return the noise floor in bpb of the repeats that are done; None before the first."""
     noise = [state.rows[one.id] for one in state.listed if one.trial.role == "noise" and one.id in state.rows]
     return noise_floor([row for row in noise if "error" not in row.result], state.spec.deciding_stage)
 
 
 def show(state: State, title: str) -> None:
-    """The table on the terminal."""
+    """Print the table."""
     print_table(f"{title}: {caption(state)}", HEADER, [cells(state, row) for row in ranked(state)])
 
 
 def markdown(state: State, title: str) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     rows = [HEADER, tuple("---" for _ in HEADER), *(cells(state, row) for row in ranked(state))]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return f"# {title}\n\n{caption(state)}\n\n" + "\n".join(lines) + "\n"
 
 
 def as_csv(state: State) -> str:
-    """The table as CSV."""
+    """Return the table as CSV."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerows([HEADER, *(cells(state, row) for row in ranked(state))])
@@ -133,8 +133,19 @@ def save(state: State, folder: Path, title: str) -> list[Path]:
     return written
 
 
+def answer(state: State) -> dict[str, Any]:
+    """Return the sweep for machines: what was asked, and its rows by rank."""
+    return {
+        "question": state.spec.question,
+        "ranked_by": state.spec.ranking,
+        "noise_floor_bpb": noise_floor_of(state),
+        "trials": [facts_of(state, row) for row in ranked(state)],
+        "open": [one.trial.name for one in state.open],
+    }
+
+
 def live(state: State, row: Row, spent: Sequence[float]) -> None:
-    """One line after each trial: what came of it, who leads, and when it will be over."""
+    """Print one line after a trial: what came of it, who leads, and when the sweep will be over."""
     best = [one for one in ranked(state) if one.settings.get("role") == "trial" and "error" not in one.result][:3]
     lead = "; ".join(f"{place}. {one.name} {_short(state, one)}" for place, one in enumerate(best, 1))
     left, mean = len(state.open), sum(spent) / max(1, len(spent))

@@ -18,11 +18,11 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.settings import apply_override, read_toml
 from pgolf_post.sweep.settings import TrainStage
 
-STAGE_VERSION = 1
+TRAIN_VERSION = 1  # of ids of trained runs
 
 
 def recipe_tree(stage: TrainStage) -> dict[str, Any]:
-    """The recipe as it will be trained, as plain values. Raises SettingsError, NotFoundError."""
+    """Return the recipe as it will be trained, as plain values. Raises SettingsError, NotFoundError."""
     tree = read_toml(Path(stage.recipe))
     for override in stage.set:
         apply_override(tree, override)
@@ -34,14 +34,14 @@ def recipe_tree(stage: TrainStage) -> dict[str, Any]:
 
 
 def run_id(stage: TrainStage) -> str:
-    """What a trained run is found by."""
+    """Return the id that a trained run is found by."""
     tree = recipe_tree(stage)
     run = {key: value for key, value in tree.get("run", {}).items() if key not in ("name", "checkpoint_root")}
-    return derived_id("train", STAGE_VERSION, [], {**tree, "run": run})
+    return derived_id("train", TRAIN_VERSION, [], {**tree, "run": run})
 
 
 def trained(stage: TrainStage, root: Path, scratch: Path) -> Checkpoint:
-    """The final checkpoint of a training run under `root`: found, continued, or trained from the start.
+    """Return the final checkpoint of a training run under `root`: found, continued, or trained from the start.
 
     Raises PgolfError with the trainer's last lines if it fails.
     """
@@ -70,7 +70,7 @@ def trained(stage: TrainStage, root: Path, scratch: Path) -> Checkpoint:
 
 
 def _as_toml(tree: dict[str, Any]) -> str:
-    """A recipe's tables as TOML: every value is one that JSON and TOML write alike."""
+    """Return a recipe's tables as TOML; every value is one that JSON and TOML write alike."""
     lines = []
     for table, values in tree.items():
         lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]

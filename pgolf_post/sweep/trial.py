@@ -1,19 +1,19 @@
-"""One trial from its settings to its row: quantize → predict → pack → screen → plain → sliding → test-time training.
+"""One trial from its settings to its row: quantize → predict → pack → the scoring stages of STAGES.
 
 Each stage runs only if its condition holds; the control, baselines and noise repeats ignore conditions, because the
-others are compared with them. Differences are paired with the control's score of the same stage; what they mean is
-verdict.py's.
+others are compared with them. Differences are paired with the control's score of the same stage; verdict.py says what
+they mean.
 """
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
@@ -24,16 +24,19 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare.documents import paired_documents
 from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
-from pgolf_post.sweep.artifacts import Quantized, unquantized
-from pgolf_post.sweep.conditions import holds
+from pgolf_post.sweep.calibration import calibration_of
+from pgolf_post.sweep.conditions import SCORE_FACTS, SIZES, holds
+from pgolf_post.sweep.expand import Trial
+from pgolf_post.sweep.listed import Listed
+from pgolf_post.sweep.quantizers import Request, fit_stage
 from pgolf_post.sweep.scores import stage_protocol
-from pgolf_post.sweep.settings import DRAWN, SCORING, SweepSpec, Trial, trial_plan
+from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.training import recipe_tree
+from pgolf_post.sweep.trial_model import TrialModel, unquantized
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
-from pgolf_post.sweep.workbench import VERSIONS, Workbench
-
-TRIAL_VERSION = 2
+from pgolf_post.sweep.workbench import Workbench
 
 
 class DroppedError(Exception):
@@ -41,64 +44,13 @@ class DroppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A trial and the id that its row has, or will have."""
-
-    trial: Trial
-    id: str
-    control_id: str
-
-
-@dataclass(frozen=True)
 class Provenance:
-    """What every row says beside its result."""
+    """Where and by what code rows are made."""
 
     sweep: str
     commit: str | None = None
     device: str | None = None
     dollars_per_hour: float | None = None
-
-
-def trial_id(bench: Workbench, spec: SweepSpec, trial: Trial, control_id: str) -> str:
-    """What a trial's row is found by: the ids of what its weights are made of, and every setting that acts."""
-    settings = trial.settings
-    data = None if settings.train else bench.calibration.data(spec, bench.weights.checkpoint(settings))
-    identity = {
-        "calibration": settings.calibration.model_dump(mode="json"),
-        "weights": settings.model_dump(mode="json", include={"blend", "ema", "quantize", "jitter_seed"}),
-        "plan": trial_plan(settings).identity(),
-        "codec": settings.codec,
-        "ttt": settings.ttt,
-        "stages": spec.stages.model_dump(mode="json"),
-        "deciding": [spec.ranking, spec.noise_repeats if trial.role != "noise" else 0],
-        "budget": [spec.budget_bytes, list(spec.code), spec.gates.drop_if_over_budget],
-        "role": trial.role,
-        "control": control_id,
-        "versions": VERSIONS,
-        **({"data": data.manifest_sha256} if data else {}),
-    }
-    return derived_id("trial", TRIAL_VERSION, bench.weights.source_ids(settings), identity)
-
-
-def list_trials(bench: Workbench, spec: SweepSpec, trials: Sequence[Trial]) -> list[Listed]:
-    """Trials with their ids. One that cannot even be named is given an id of its error, so that it can have a row."""
-    listed, controls = [], dict[str, str]()
-    for trial in trials:
-        control_id = controls.get(trial.group, "")
-        try:
-            found = trial_id(bench, spec, trial, control_id)
-        except PgolfError as error:
-            if trial.role == "control":
-                raise
-            settings = trial.settings.model_dump(mode="json")
-            found = derived_id("trial", TRIAL_VERSION, [control_id], {"settings": settings, "error": str(error)})
-        if trial.role == "control":
-            controls[trial.group] = control_id = found
-        listed.append(Listed(trial, found, control_id))
-    return listed
-
-
-# ---- running one -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -121,7 +73,7 @@ class Run:
         return self.listed.trial
 
     def row(self) -> tuple[Row, tuple[Row, ...]]:
-        """The trial's row, whatever comes of it, and rows of what it was made of. Ctrl-C is not an outcome."""
+        """Run the trial. Returns its row, whatever comes of it, and rows of what it was made of; Ctrl-C passes."""
         started = time.perf_counter()
         self.bench.spending.start_trial()
         result: dict[str, Any] = {"attempt": self.attempt} if self.attempt > 1 else {}
@@ -131,8 +83,10 @@ class Run:
             raise KeyboardInterrupt from error
         except DroppedError as dropped:
             result["dropped"] = str(dropped)
-        except Exception as error:
-            result["error"] = _said(error)
+        except PgolfError as error:
+            result["error"] = str(error)
+        except Exception as error:  # not foreseen: the row keeps what is needed to find out
+            result |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         verdict, conclusion = self._verdict(result)
         seconds = round(time.perf_counter() - started, 3)
         result["stage_seconds"] = {stage: round(spent, 3) for stage, spent in self.bench.spending.seconds.items()}
@@ -145,48 +99,54 @@ class Run:
         return priced(row, facts.dollars_per_hour), self.extra_rows
 
     def _settings(self) -> dict[str, Any]:
-        """What was asked for: what is changed, and all of it."""
+        """Return what was asked for: what is changed, and all of it."""
         trial = self.trial
         named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-        return {**named, "question": self.spec.question, "trial": trial.settings.model_dump(mode="json")}
+        return {**named, "question": self.spec.question, "trial": trial.settings.facts()}
 
     def _stages(self, result: dict[str, Any]) -> None:
-        """Every stage in order, its facts into `result`. Raises DroppedError where a condition or gate ends it."""
+        """Run every stage in order; facts go into `result`. Raises DroppedError where a condition or gate ends it."""
+        # Weights, before and after quantizing.
         bench, spec, settings = self.bench, self.spec, self.trial.settings
         view = bench.weights.view(settings)
         data = bench.calibration.data(spec, view.checkpoint)
         result["checkpoint_id"] = view.id
         self.parents = (view.id,)
-        weights = unquantized(view)
-        quantized = self._quantized(view, result) if settings.quantize else weights
-        result["content_sha256"] = quantized.content_sha256
-        protocols = {stage: stage_protocol(spec, stage, settings, view.config) for stage in spec.stages.scoring()}
+        reference = unquantized(view)
+        model = self._quantized(view, result) if settings.quantize else reference
+        result["content_sha256"] = model.content_sha256
+
+        # How they will be scored: what cannot be used is said before any scoring.
+        protocols = {
+            stage: stage_protocol(spec, stage, settings, view.train_seq_len) for stage in spec.stages.scoring()
+        }
         result["protocols"] = {
             stage: derived_id("protocol", 1, [], protocol.model_dump(mode="json"))
             for stage, protocol in protocols.items()
         }
+
+        # Scores, each with its difference from the control's.
         if spec.gates.drop_if_over_budget and self._is_ordinary and result.get("headroom_bytes", 0) < 0:
             raise DroppedError(f"{-result['headroom_bytes']:,} bytes over the budget")
         for stage in spec.stages.scoring():
             if self._wants(stage, result):
-                facts, score = bench.scores.score(spec, stage, settings, quantized, weights, data)
+                facts, score = bench.scores.score(spec, stage, settings, model, reference, view, data)
                 kept = ("bpb", "nats", "tokens", "bytes")
                 result[stage] = {key: facts[key] for key in kept} | self._difference(stage, score)
         if spec.deciding_stage in result:
             result["bpb"] = result[str(spec.deciding_stage)]["bpb"]
 
-    def _quantized(self, view: View, result: dict[str, Any]) -> Quantized:
-        """The trial's artifact, counted, with rows of what it was made of."""
-        bench, settings = self.bench, self.trial.settings
-        stats = bench.calibration.stats(self.spec, settings, view)
-        result["stats_id"] = stats.id
-        self.parents = (view.id, stats.id)
-        made = bench.artifacts.quantized(view, stats, settings, lambda predict: self._before_packing(predict, result))
-        report = count(Path(made.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
-        result |= {**made.facts, **report.facts()}
-        self.parents = (str(made.facts["artifact_id"]),)
-        self.extra_rows = self._lineage(view, stats, made)
-        return made
+    def _quantized(self, view: View, result: dict[str, Any]) -> TrialModel:
+        """Return the trial's artifact, counted, with rows of what it was made of."""
+        request = self.bench.request(self.spec, self.trial.settings, view)
+        result["stats_id"] = request.stats.id
+        self.parents = (view.id, request.stats.id)
+        model = self.bench.artifacts.model(request, lambda predict: self._before_packing(predict, result))
+        report = count(Path(model.subject.name), [Path(path) for path in self.spec.code], self.spec.budget_bytes)
+        result |= {**model.facts, **report.facts()}
+        self.parents = (str(model.facts["artifact_id"]),)
+        self.extra_rows = self._lineage(request, model)
+        return model
 
     @property
     def _is_ordinary(self) -> bool:
@@ -206,7 +166,7 @@ class Run:
     def _wants(self, stage: str, result: dict[str, Any]) -> bool:
         if self.trial.role == "noise":
             return stage == self.spec.deciding_stage
-        condition = getattr(self.spec.stages, stage).only_if
+        condition = self.spec.stages.get(stage).only_if
         if not self._is_ordinary or holds(condition, self._facts(result)):
             return True
         result.setdefault("skipped", {})[stage] = condition
@@ -214,34 +174,33 @@ class Run:
 
     def _facts(self, result: Mapping[str, Any]) -> dict[str, float | None]:
         facts: dict[str, float | None] = {"budget_bytes": float(self.spec.budget_bytes)}
-        for name in ("predicted_bytes", "artifact_bytes", "total_bytes", "headroom_bytes"):
-            facts[name] = result.get(name)
-        for stage in SCORING:
-            found = result.get(stage, {})
-            facts |= {f"{stage}_{key}": found.get(key) for key in ("bpb", "difference_bpb", "low_bpb", "high_bpb")}
+        facts |= {name: result.get(name) for name in SIZES if name not in facts}
+        for stage in STAGES:
+            scored = result.get(stage, {})
+            facts |= {f"{stage}_{key}": scored.get(key) for key in SCORE_FACTS}
         return facts
 
     def _difference(self, stage: str, score: Score) -> dict[str, Any]:
-        """The paired difference from the control's score of the same stage."""
+        """Return the paired difference from the control's score of the same stage."""
         if self.control is None:
             return {}
         control = self._control_score(stage)
-        clusters = pair(score, control, "piece") if stage in DRAWN else paired_documents(score, control)
+        by_piece = STAGES[stage].paired_by == "piece"
+        clusters = pair(score, control, "piece") if by_piece else paired_documents(score, control)
         facts = t_interval(clusters, self.spec.stages.level).facts()
         return {key: facts[key] for key in ("difference_bpb", "low_bpb", "high_bpb", "clusters", "effective_clusters")}
 
     def _control_score(self, stage: str) -> Score:
-        """The control's own sums of a stage, from the disk where they are not in memory; no part of this trial."""
+        """Return the control's own sums of a stage, from disk where they are not in memory; no part of this trial."""
         bench, spec, settings = self.bench, self.spec, self.control_trial.settings
         with bench.spending.timed("pair"), bench.spending.unshared():
             view = bench.weights.view(settings)
-            quantized = bench.artifacts.quantized(view, bench.calibration.stats(spec, settings, view), settings)
-            data = bench.calibration.data(spec, view.checkpoint)
-            return bench.scores.score(spec, stage, settings, quantized, unquantized(view), data)[1]
+            model, data = bench.quantized(spec, settings, view), bench.calibration.data(spec, view.checkpoint)
+            return bench.scores.score(spec, stage, settings, model, unquantized(view), view, data)[1]
 
-    def _lineage(self, view: View, stats: Stats, quantized: Quantized) -> tuple[Row, ...]:
-        """Rows of the weights, statistics and artifact, so that the tree can be drawn."""
-        settings, sweep = self.trial.settings, self.provenance.sweep
+    def _lineage(self, request: Request, model: TrialModel) -> tuple[Row, ...]:
+        """Return rows of the weights, statistics and artifact, so that the tree can be drawn."""
+        settings, sweep, view, stats = self.trial.settings, self.provenance.sweep, request.view, request.stats
         made = {key: value for key, value in settings.model_dump(mode="json").items() if key in WEIGHT_FIELDS and value}
         checkpoint = view.checkpoint
         source = tuple(part for part in self.bench.weights.source_ids(settings) if part != view.id and ":" not in part)
@@ -255,24 +214,27 @@ class Run:
         facts = self.provenance
         where: dict[str, Any] = {"commit": facts.commit, "device": facts.device}
         name, run = f"{checkpoint.path.name} ({view.name})", checkpoint.path.parent.name
-        artifact = {key: quantized.facts[key] for key in ("artifact_bytes", "symbols_sha256")}
+        by_plan = {"plan": settings.plan, "set": settings.set}
+        by_fit = {"method": "fit", "fit": fit_stage(settings).model_dump(mode="json")}
+        quantizing = {**(by_fit if settings.method == "fit" else by_plan), "codec": settings.codec}
+        artifact = {key: model.facts[key] for key in ("artifact_bytes", "symbols_sha256")}
         return (
             *runs,
             Row("checkpoint", view.id, source, name, run, made),
             Row(
-                "stats", stats.id, (view.id,), "calibration", sweep, settings.calibration.model_dump(mode="json"),
+                "stats", stats.id, (view.id,), "calibration", sweep, calibration_of(settings).model_dump(mode="json"),
                 result={"tokens": stats.num_tokens}, **where,
             ),
             Row(
-                "artifact", str(quantized.facts["artifact_id"]), (view.id, stats.id), self.trial.name, sweep,
-                {"plan": settings.plan, "set": settings.set, "codec": settings.codec}, result=artifact, **where,
+                "artifact", str(model.facts["artifact_id"]), (view.id, stats.id), self.trial.name, sweep,
+                quantizing, result=artifact, **where,
             ),
         )  # fmt: skip
 
     # ---- what it means -----------------------------------------------------------------------------------------------
 
     def _verdict(self, result: dict[str, Any]) -> tuple[Verdict | None, str | None]:
-        """(verdict, conclusion) of a trial; None for what the others are compared with."""
+        """Return the verdict and conclusion of a trial; None for what the others are compared with."""
         stage = self.spec.deciding_stage
         floor = noise_floor([row for row in self.noise if "error" not in row.result], stage)
         if self.control is None or self.trial.role == "noise" or "error" in result:
@@ -288,8 +250,3 @@ class Run:
         if floor is not None:
             result["noise_floor_bpb"] = floor
         return judge(self.spec, result, self.control.result, floor)
-
-
-def _said(error: Exception) -> str:
-    """An error for a row: ours as they are, others with their kind."""
-    return str(error) if isinstance(error, PgolfError) else f"{type(error).__name__}: {error}"

@@ -21,12 +21,12 @@ FLOOR_LEVEL = 0.95
 def judge(
     spec: SweepSpec, result: Mapping[str, Any], control: Mapping[str, Any], floor: float | None
 ) -> tuple[Verdict, str]:
-    """(verdict, conclusion) from a trial's and the control's results; `floor` in bpb is None where not measured."""
+    """Return verdict and conclusion from a trial's and the control's results; `floor` (bpb) is None if not measured."""
     stage = spec.deciding_stage
-    found = result[stage] if stage else {}
-    difference = found.get("difference_bpb")
-    known = found.get("low_bpb") is not None and found.get("high_bpb") is not None
-    low, high = (float(found[key]) if known else math.nan for key in ("low_bpb", "high_bpb"))
+    score = result[stage] if stage else {}
+    difference = score.get("difference_bpb")
+    known = score.get("low_bpb") is not None and score.get("high_bpb") is not None
+    low, high = (float(score[key]) if known else math.nan for key in ("low_bpb", "high_bpb"))
     outside = floor is None or (difference is not None and abs(difference) > floor)
     better, worse = known and high < 0 and outside, known and low > 0 and outside
     by = f"{difference:+.5f} bpb" if difference is not None else ""
@@ -45,7 +45,7 @@ def judge(
 
 
 def noise_floor(noise: Sequence[Row], stage: str | None) -> float | None:
-    """The difference in bpb that rounding alone makes 95 % of the time: t times the RMS of the repeats' differences.
+    """Return the difference in bpb that rounding alone stays within 95 % of the time: t × RMS of the repeats' own.
 
     None where nothing was repeated.
     """

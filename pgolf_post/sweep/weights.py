@@ -1,4 +1,4 @@
-"""The weights that trials start from: a checkpoint's, a blend's, a moving average's, or those of a run trained for it.
+"""Weights that trials start from: a checkpoint's, a blend's, a moving average's, or those of a run trained for it.
 
 Averages are made in memory, as `swa-blend` and `ema-blend` make them, and held while trials use them.
 """
@@ -18,8 +18,10 @@ from pgolf_post.average.profiles import ExponentialLength, Length, PowerLength
 from pgolf_post.checkpoint import Checkpoint, View, default_checkpoint, view_id
 from pgolf_post.families import build_module, get_family
 from pgolf_post.sweep.claims import claim
-from pgolf_post.sweep.common import Places, Recent, Spending
+from pgolf_post.sweep.places import Places
+from pgolf_post.sweep.recent import Recent
 from pgolf_post.sweep.settings import BlendStage, EmaStage, TrialSettings
+from pgolf_post.sweep.spending import Spending
 from pgolf_post.sweep.training import run_id, trained
 
 FIELDS = {"checkpoint", "weights", "train", "blend", "ema"}  # of a trial's settings: those that decide its weights
@@ -34,7 +36,7 @@ class Weights:
         self._views = Recent[View]()
 
     def checkpoint(self, settings: TrialSettings) -> Checkpoint:
-        """The checkpoint that a trial starts from; trained first, where it says so.
+        """Return the checkpoint that a trial starts from; trained first, where it says so.
 
         Raises NotFoundError, DamagedFileError as `Checkpoint.open` does, PgolfError if training fails.
         """
@@ -53,7 +55,7 @@ class Weights:
         return default_checkpoint(self.places.root)
 
     def source_ids(self, settings: TrialSettings) -> list[str]:
-        """The ids of the files that a trial's weights are made of, without reading them."""
+        """Return the ids of the files that a trial's weights are made of, without reading them."""
         if settings.train:
             return [f"train:{run_id(settings.train)}", settings.weights or ""]
         checkpoint = self.checkpoint(settings)
@@ -66,7 +68,7 @@ class Weights:
         return [checkpoint.view_id(settings.weights)]
 
     def view(self, settings: TrialSettings) -> View:
-        """A trial's weights."""
+        """Return a trial's weights."""
         key = json.dumps(settings.model_dump(mode="json", include=FIELDS), sort_keys=True)
         if key not in self._views:
             checkpoint = self.checkpoint(settings)
@@ -75,7 +77,7 @@ class Weights:
         return self._views[key]
 
     def num_blocks(self, settings: TrialSettings) -> int:
-        """How many blocks the model of a trial has."""
+        """Return how many blocks the model of a trial has."""
         config = self.checkpoint(settings).config
         return get_family(config["family"]).num_layers(build_module(config))
 
@@ -96,7 +98,7 @@ def _blended(checkpoint: Checkpoint, wanted: BlendStage) -> View:
 
 
 def _averaged(checkpoint: Checkpoint, wanted: EmaStage) -> View:
-    """Buffers, which snapshots do not hold, are the checkpoint's own."""
+    """Average snapshots; buffers, which they do not hold, are the checkpoint's own."""
     snapshots, step = run_snapshots(checkpoint), int(checkpoint.meta["step"])
     made = synthesise(find_combination(snapshots, _length(wanted), step, wanted.max_error))
     buffers = [name for name, _ in build_module(checkpoint.config).named_buffers()]
@@ -114,7 +116,7 @@ def _length(wanted: EmaStage) -> Length:
 
 
 def jittered(view: View, seed: int) -> View:
-    """The weights with each row moved by up to ±1e-4 of itself against its scale, at random; themselves for seed 0.
+    """Return the weights with each row moved at random by up to ±1e-4 of itself against its scale; for seed 0 as is.
 
     Scales are stored in fp16, whose steps are wider than that: a scale jittered by 1e-4 would mostly be rounded back.
     So the row moves instead of its scale, which to the rounding is the same.

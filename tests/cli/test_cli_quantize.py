@@ -82,7 +82,11 @@ def test_equal_symbols_under_other_scales_are_no_no_op(view: View, stats: Stats)
     doubled = replace(tensor, factors=(replace(tensor.factors[0], values=2 * tensor.factors[0].values),))
     changed = replace(model, quantized={**model.quantized, first: doubled})
     trial.path.write_bytes(pack(changed, PackSettings()))
-    assert not is_no_op(trial, control)
+    recorded = {**trial.meta, "content_sha256": changed.content_sha256()}
+    assert not is_no_op(replace(trial, meta=recorded, verified=None), control)
+    assert is_no_op(replace(trial, meta=recorded), control)  # what was verified in memory is the model itself
+    older = {key: value for key, value in trial.meta.items() if key != "content_sha256"}
+    assert not is_no_op(replace(trial, meta=older, verified=None), control)  # made before content was hashed
 
 
 def test_several_values_are_refused_where_one_trial_is_made(pgolf: Any) -> None:

@@ -13,11 +13,12 @@ from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
+from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
+from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
-from pgolf_post.fit.stage import Fitter, prepare, solve
 from pgolf_post.fit.target_gap import limit_for_gap
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
@@ -39,7 +40,7 @@ def budget(fitter: Fitter, bits: float) -> int:
 @pytest.mark.parametrize("bits", [2.0, 3.5, 6.0])
 def test_the_artifact_fills_its_budget_and_decodes(fitter: Fitter, bits: float) -> None:
     limit = budget(fitter, bits)
-    artifact = solve(fitter, limit)
+    artifact = fit_artifact(fitter, limit)
     assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
     decoded = read_artifact(artifact.path).tensors
     assert set(decoded) == set(fitter.view.tensors)
@@ -49,14 +50,25 @@ def test_the_artifact_fills_its_budget_and_decodes(fitter: Fitter, bits: float) 
 
 
 def test_more_bytes_cost_less_loss(fitter: Fitter) -> None:
-    losses = [solve(fitter, budget(fitter, bits)).meta["predicted_nats"] for bits in (2.0, 4.0, 6.0)]
+    losses = [fit_artifact(fitter, budget(fitter, bits)).meta["predicted_nats"] for bits in (2.0, 4.0, 6.0)]
     assert losses[0] > 4 * losses[1] > 16 * losses[2]
 
 
+def test_a_search_solves_every_budget_from_a_clean_start(fitter: Fitter) -> None:
+    """One search, asked twice for two budgets, answers as two searches do: no build of the first is counted again."""
+    limits = [budget(fitter, bits) for bits in (2.0, 4.0)]
+    search = Search(fitter.builder, fitter.kappa)
+    together = [search.solve(limit) for limit in limits]
+    apart = [Search(fitter.builder, fitter.kappa).solve(limit) for limit in limits]
+    for one, other in zip(together, apart, strict=True):
+        assert one.builds == other.builds
+        assert one.data == other.data
+
+
 def test_the_same_settings_find_the_same_artifact(fitter: Fitter) -> None:
-    first = solve(fitter, budget(fitter, 3))
-    again = solve(fitter, budget(fitter, 3))
-    fresh = solve(fitter, budget(fitter, 3), fresh=True)
+    first = fit_artifact(fitter, budget(fitter, 3))
+    again = fit_artifact(fitter, budget(fitter, 3))
+    fresh = fit_artifact(fitter, budget(fitter, 3), fresh=True)
     assert again.cached
     assert not fresh.cached
     assert fresh.symbols_sha256 == first.symbols_sha256
@@ -65,7 +77,7 @@ def test_the_same_settings_find_the_same_artifact(fitter: Fitter) -> None:
 def test_inputs_are_left_untouched(view: View, pico_data: DataFolder) -> None:
     before = {name: tensor.clone() for name, tensor in view.tensors.items()}
     fitter = prepare(view, pico_data, CALIBRATION, SETTINGS)
-    solve(fitter, budget(fitter, 3))
+    fit_artifact(fitter, budget(fitter, 3))
     assert all(torch.equal(view.tensors[name], tensor) for name, tensor in before.items())
 
 
@@ -73,14 +85,14 @@ def test_a_budget_under_one_bit_says_the_least(fitter: Fitter) -> None:
     with pytest.raises(
         OverBudgetError, match=r"less than one bit for each of .* weights; the least is about"
     ) as caught:
-        solve(fitter, fixed_bytes(fitter.builder))
+        fit_artifact(fitter, fixed_bytes(fitter.builder))
     assert caught.value.hint is not None
     assert "--budget" in caught.value.hint
 
 
 def test_a_budget_for_fp16_is_nothing_to_solve(fitter: Fitter) -> None:
     with pytest.raises(SettingsError, match="nothing to solve"):
-        solve(fitter, 4 * fitter.builder.num_weights)
+        fit_artifact(fitter, 4 * fitter.builder.num_weights)
 
 
 def test_statistics_of_other_weights_are_refused(view: View, pico_data: DataFolder) -> None:
@@ -92,15 +104,20 @@ def test_statistics_of_other_weights_are_refused(view: View, pico_data: DataFold
 def test_cached_kappas_are_read_back(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
     again = prepare(view, pico_data, CALIBRATION, SETTINGS)
     assert again.kappas == fitter.kappas
-    assert set(again.kappa) == set(fitter.builder.parts)
+    assert set(again.kappa) == set(fitter.builder.matrices)
     assert max(again.kappa.values()) <= 16 * min(again.kappa.values())
 
 
 def test_kappa_by_role_is_one_number_a_role(view: View, pico_data: DataFolder) -> None:
+    """The number is the median over the role's tensors of what each is measured to be alone."""
     fitter = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"kappa": "role"}))
-    assert set(fitter.kappas) == {part.role for part in fitter.builder.parts.values()}
+    assert set(fitter.kappas) == {matrix.role for matrix in fitter.builder.matrices.values()}
     for name, kappa in fitter.kappa.items():
-        assert kappa == fitter.kappas[fitter.builder.parts[name].role].kappa
+        assert kappa == fitter.kappas[fitter.builder.matrices[name].role].kappa
+    alone = prepare(view, pico_data, CALIBRATION, SETTINGS).kappa
+    for role, one in fitter.kappas.items():
+        of_role = [alone[name] for name, matrix in fitter.builder.matrices.items() if matrix.role == role]
+        assert min(of_role) * 0.999999 <= one.kappa <= max(of_role) * 1.000001
 
 
 def test_too_few_seconds_leave_kappa_out(view: View, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +139,7 @@ def test_statistics_alone_beyond_the_seconds_are_an_error(view: View, pico_data:
 
 @pytest.mark.parametrize("changed", [{"trellis_states": 0}, {"rows": False}, {"columns": False}, {"shrink": True}])
 def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
-    constants = constants_of(fitter.builder.parts, 0.002, {})
+    constants = constants_of(fitter.builder.matrices, 0.002, {})
     other = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update=changed))
     first, second = fitter.builder.quantize(constants), other.quantize(constants)
     assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
@@ -132,12 +149,12 @@ def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
 def test_columns_that_are_worth_no_bits_are_zero(fitter: Fitter, states: int) -> None:
     settings = SETTINGS.model_copy(update={"trellis_states": states, "zeros": True, "kappa": "off"})
     builder = Builder(fitter.view, fitter.stats, settings)
-    name = max(builder.parts, key=lambda name: builder.parts[name].num_weights)
-    part = builder.parts[name]
+    name = max(builder.matrices, key=lambda name: builder.matrices[name].num_weights)
+    part = builder.matrices[name]
     weight = part.weight.clone()
     weight[:, 3] *= 1e-4
     weight[5] *= 1e-4
-    builder.parts[name] = replace(part, weight=weight)
+    builder.matrices[name] = replace(part, weight=weight)
     symbols = builder.quantize({name: 0.001})[name].symbols
     assert not symbols[:, 3].any()
     assert symbols[5].any() == (states > 0)  # a trellis has no zero in every state
@@ -145,7 +162,7 @@ def test_columns_that_are_worth_no_bits_are_zero(fitter: Fitter, states: int) ->
 
 
 def test_the_centroid_lowers_the_predicted_loss(fitter: Fitter) -> None:
-    constants = constants_of(fitter.builder.parts, 0.01, {})
+    constants = constants_of(fitter.builder.matrices, 0.01, {})
     plain = fitter.builder.quantize(constants)
     shrunk = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update={"shrink": True})).quantize(constants)
     for name, tensor in shrunk.items():
@@ -164,7 +181,7 @@ def test_slopes_are_equal_where_the_solver_is_free(fitter: Fitter) -> None:
 def test_distilled_floats_are_kept_only_if_better(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
     tuned = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"distill": True}))
     limit = budget(fitter, 2.0)
-    plain, other = solve(fitter, limit), solve(tuned, limit)
+    plain, other = fit_artifact(fitter, limit), fit_artifact(tuned, limit)
     facts = other.meta["distilled"]
     assert other.path.stat().st_size <= limit
     assert other.symbols_sha256 == plain.symbols_sha256
@@ -181,7 +198,7 @@ def test_bytes_for_a_gap(fitter: Fitter) -> None:
 
 
 def test_an_artifact_is_beside_its_checkpoint(fitter: Fitter) -> None:
-    artifact = solve(fitter, budget(fitter, 3))
+    artifact = fit_artifact(fitter, budget(fitter, 3))
     assert artifact.path.parent.parent == Path(fitter.view.checkpoint.path) / "derived" / "artifact"
 
 

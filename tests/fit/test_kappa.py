@@ -11,7 +11,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module
-from pgolf_post.fit.kappa import LARGEST, estimate
+from pgolf_post.fit.kappa import LARGEST, Kappa, estimate, of_role, weighted_median
 from pgolf_post.fit.probe import Probe, probe_text
 
 
@@ -78,3 +78,30 @@ def test_probing_restores_the_weights(probe: Probe, view: View) -> None:
     for key, tensor in before.items():
         assert torch.equal(view.tensors[key], tensor)
         assert torch.equal(state[key], tensor.float())
+
+
+def test_one_outlier_does_not_set_a_roles_kappa() -> None:
+    """Five tensors of κ about 1 and one of 60 times the loss: a ratio of sums would be 11, the median stays at 1."""
+    usual = [Kappa(0.001, 0.001 * k, 0.0001, k) for k in (0.9, 0.95, 1.0, 1.05, 1.1)]
+    outlier = Kappa(0.001, 0.06, 0.0001, 4.0)
+    role = of_role([*usual, outlier])
+    assert role.measured / role.predicted > 10
+    assert role.kappa == pytest.approx((1.0 * 1.05) ** 0.5, rel=0.05)
+    assert role.error == pytest.approx(0.0001 * 6**0.5)
+    assert of_role([outlier]).kappa == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "median"),
+    [
+        ([3.0], [1.0], 3.0),
+        ([1.0, 2.0], [1.0, 1.0], 1.5),
+        ([5.0, 1.0, 2.0], [1.0, 1.0, 1.0], 2.0),
+        ([1.0, 2.0, 9.0], [1.0, 1.0, 3.0], 9.0),
+        ([9.0, 1.0, 2.0], [1.0, 1.0, 3.0], 2.0),
+    ],
+)
+def test_a_weighted_median_has_half_of_the_weight_on_either_side(
+    values: list[float], weights: list[float], median: float
+) -> None:
+    assert weighted_median(values, weights) == pytest.approx(median)

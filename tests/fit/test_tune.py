@@ -16,13 +16,15 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.fit import tune
+from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import constants_of
+from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe
+from pgolf_post.fit.replay import groups_in_order
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
-from pgolf_post.fit.stage import Fitter, prepare, solve
 from pgolf_post.fit.training_clock import TrainingClock
-from pgolf_post.fit.tune import Student, stages_of
+from pgolf_post.fit.tune import TunedModel
 from pgolf_post.fit.tune_partial import Done, TunePartial
 
 CALIBRATION = CalibrationSettings(tokens=4096)
@@ -45,48 +47,48 @@ def text(view: View, pico_data: DataFolder) -> CalibrationSet:
     return draw_training_text(pico_data, CALIBRATION, train_seq_len(view.config))
 
 
-def rounded_first(fitter: Fitter, student: Student) -> list[str]:
-    """Round the first stage into a student; what is left."""
-    first, *rest = stages_of(fitter.view, list(fitter.builder.parts))
-    student.load(fitter.builder.quantize(constants_of(first, COARSE, {})), first)
+def rounded_first(fitter: Fitter, tuned: TunedModel) -> list[str]:
+    """Round the first group into a model; returns the names of what is left."""
+    first, *rest = groups_in_order(fitter.view, list(fitter.builder.matrices))
+    tuned.load(fitter.builder.quantize(constants_of(first, COARSE, {})), first)
     return [name for names in rest for name in names]
 
 
-def test_stages_take_every_matrix_once_in_the_order_of_the_blocks(fitter: Fitter) -> None:
-    stages = stages_of(fitter.view, list(fitter.builder.parts))
-    assert sorted(name for names in stages for name in names) == sorted(fitter.builder.parts)
+def test_groups_take_every_matrix_once_in_the_order_of_the_blocks(fitter: Fitter) -> None:
+    groups = groups_in_order(fitter.view, list(fitter.builder.matrices))
+    assert sorted(name for names in groups for name in names) == sorted(fitter.builder.matrices)
     family = get_family(fitter.view.config["family"])
-    layers = [{family.layer(name) for name in names} - {None} for names in stages]
-    assert layers == [{layer} for layer in range(len(stages))]
-    assert "tok_emb.weight" in stages[0]
+    layers = [{family.layer(name) for name in names} - {None} for names in groups]
+    assert layers == [{layer} for layer in range(len(groups))]
+    assert "tok_emb.weight" in groups[0]
 
 
 def test_tuning_lowers_the_divergence_on_its_text(fitter: Fitter, view: View, text: CalibrationSet) -> None:
-    probe, student = Probe(view, text), Student(view, text, 16384)
-    rest = rounded_first(fitter, student)
-    before = probe.divergence(student.weights(list(fitter.builder.parts))).mean
-    student.tune(tune._rates(fitter.builder, constants_of(rest, COARSE, {})), "1")
-    assert probe.divergence(student.weights(list(fitter.builder.parts))).mean < 0.97 * before
+    probe, tuned = Probe(view, text), TunedModel(view, text, 16384)
+    rest = rounded_first(fitter, tuned)
+    before = probe.divergence(tuned.weights(list(fitter.builder.matrices))).mean
+    tuned.tune(tune.learning_rates(fitter.builder, constants_of(rest, COARSE, {})), "1")
+    assert probe.divergence(tuned.weights(list(fitter.builder.matrices))).mean < 0.97 * before
 
 
 def test_only_what_is_left_is_tuned(fitter: Fitter, view: View, text: CalibrationSet) -> None:
-    student = Student(view, text, 4096)
-    rest = rounded_first(fitter, student)
-    before = {name: parameter.clone() for name, parameter in student.parameters.items()}
-    student.tune(dict.fromkeys(rest, 1e-4), "1")
-    moved = {name for name, parameter in student.parameters.items() if not torch.equal(parameter, before[name])}
+    tuned = TunedModel(view, text, 4096)
+    rest = rounded_first(fitter, tuned)
+    before = {name: parameter.clone() for name, parameter in tuned.parameters.items()}
+    tuned.tune(dict.fromkeys(rest, 1e-4), "1")
+    moved = {name for name, parameter in tuned.parameters.items() if not torch.equal(parameter, before[name])}
     assert moved == set(rest)
-    assert not any(parameter.requires_grad for parameter in student.parameters.values())
+    assert not any(parameter.requires_grad for parameter in tuned.parameters.values())
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(fitter: Fitter, view: View, text: CalibrationSet) -> None:
     found = []
     for micro in (1, 3, 100):
-        student = Student(view, text, 4096)
-        student.micro = micro
-        name = rounded_first(fitter, student)[0]
-        weight = student.parameters[name].requires_grad_(True)
-        loss = student._backward(torch.arange(8))
+        tuned = TunedModel(view, text, 4096)
+        tuned.micro = micro
+        name = rounded_first(fitter, tuned)[0]
+        weight = tuned.parameters[name].requires_grad_(True)
+        loss = tuned._backward(torch.arange(8))
         assert weight.grad is not None
         found.append((loss, weight.grad.clone()))
     for loss, gradient in found[1:]:
@@ -95,19 +97,19 @@ def test_gradients_do_not_depend_on_the_micro_batch(fitter: Fitter, view: View, 
 
 
 def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) -> None:
-    student = Student(view, text, 4096)
-    student.batches = tune.epochs(len(text.tokens), 4, 0, "fine-tuning")
+    tuned = TunedModel(view, text, 4096)
+    tuned.batches = tune.epochs(len(text.tokens), 4, 0, "fine-tuning")
     per_epoch = len(text.tokens) // 4
     for _ in range(2):
-        seen = np.concatenate([next(student.batches) for _ in range(per_epoch)]).tolist()
+        seen = np.concatenate([next(tuned.batches) for _ in range(per_epoch)]).tolist()
         assert len(set(seen)) == len(seen) == 4 * per_epoch
 
 
 def test_what_judges_is_not_tuned_on(text: CalibrationSet) -> None:
-    lesson, exam = tune.split_text(text)
-    both = [{window.tobytes() for window in part.tokens} for part in (lesson, exam)]
-    assert len(lesson.tokens) + len(exam.tokens) == len(text.tokens)
-    assert len(exam.tokens) == round(len(text.tokens) / 8)
+    tune_text, held_out = tune.split_text(text)
+    both = [{window.tobytes() for window in part.tokens} for part in (tune_text, held_out)]
+    assert len(tune_text.tokens) + len(held_out.tokens) == len(text.tokens)
+    assert len(held_out.tokens) == round(len(text.tokens) / 8)
     assert both[0] | both[1] == {window.tobytes() for window in text.tokens}
     assert not both[0] & both[1]
     with pytest.raises(SettingsError, match="there is 1 of"):
@@ -116,7 +118,7 @@ def test_what_judges_is_not_tuned_on(text: CalibrationSet) -> None:
 
 def test_the_budget_is_filled_again(fitter: Fitter, limit: int, view: View) -> None:
     before = {name: tensor.clone() for name, tensor in view.tensors.items()}
-    artifact = solve(fitter, limit)
+    artifact = fit_artifact(fitter, limit)
     assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
     facts = artifact.meta["fine_tuned"]
     assert facts["kept"] == (facts["divergence_after"] < facts["divergence_before"])
@@ -126,19 +128,19 @@ def test_the_budget_is_filled_again(fitter: Fitter, limit: int, view: View) -> N
 
 def test_seconds_are_those_of_one_budget(fitter: Fitter, limit: int) -> None:
     fitter.clock.seconds["fine-tuning"] = 1000.0  # of the budget before
-    assert solve(fitter, limit).meta["train_seconds"]["fine-tuning"] < 1000
+    assert fit_artifact(fitter, limit).meta["train_seconds"]["fine-tuning"] < 1000
 
 
 def test_the_same_settings_tune_alike(fitter: Fitter, limit: int) -> None:
-    assert solve(fitter, limit).symbols_sha256 == solve(fitter, limit, fresh=True).symbols_sha256
+    assert fit_artifact(fitter, limit).symbols_sha256 == fit_artifact(fitter, limit, fresh=True).symbols_sha256
 
 
 def test_what_does_not_help_is_not_kept(
     view: View, pico_data: DataFolder, fitter: Fitter, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "RATE", 1.0)
-    worse = solve(fitter, limit)
-    plain = solve(prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_tokens": 0})), limit)
+    worse = fit_artifact(fitter, limit)
+    plain = fit_artifact(prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_tokens": 0})), limit)
     assert not worse.meta["fine_tuned"]["kept"]
     assert worse.symbols_sha256 == plain.symbols_sha256
     assert "fine_tuned" not in plain.meta
@@ -159,34 +161,34 @@ def test_too_few_seconds_leave_it_out(view: View, pico_data: DataFolder, capsys:
 
 
 def test_predictions_that_are_not_finite_are_an_error(fitter: Fitter, view: View, text: CalibrationSet) -> None:
-    student = Student(view, text, 4096)
-    name = rounded_first(fitter, student)[0]
+    tuned = TunedModel(view, text, 4096)
+    name = rounded_first(fitter, tuned)[0]
     with torch.no_grad():
-        student.parameters[name].fill_(np.nan)
+        tuned.parameters[name].fill_(np.nan)
     with pytest.raises(NumericsError, match="not finite"):
-        student.tune({name: 1e-4}, "1")
+        tuned.tune({name: 1e-4}, "1")
 
 
 def test_an_interrupted_one_goes_on(
     fitter: Fitter, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = solve(fitter, limit)
+    first = fit_artifact(fitter, limit)
     shutil.rmtree(first.folder)
     calls: list[str] = []
-    own = Student.tune
+    own = TunedModel.tune
 
-    def interrupted(student: Student, rates: dict[str, float], label: str) -> None:
+    def interrupted(tuned: TunedModel, rates: dict[str, float], label: str) -> None:
         calls.append(label)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        own(student, rates, label)
+        own(tuned, rates, label)
 
-    monkeypatch.setattr(Student, "tune", interrupted)
+    monkeypatch.setattr(TunedModel, "tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        solve(fitter, limit)
-    resumed = solve(fitter, limit)
+        fit_artifact(fitter, limit)
+    resumed = fit_artifact(fitter, limit)
     assert "resuming: fine-tuned after 1 blocks before" in capsys.readouterr().err
-    assert len(calls) == 2 + len(stages_of(fitter.view, list(fitter.builder.parts))) - 2
+    assert len(calls) == 2 + len(groups_in_order(fitter.view, list(fitter.builder.matrices))) - 2
     assert resumed.symbols_sha256 == first.symbols_sha256
     assert resumed.meta["builds"] == first.meta["builds"]
     assert not list(resumed.folder.parent.glob("*.partial*"))

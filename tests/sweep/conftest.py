@@ -8,9 +8,10 @@ import pytest
 
 from pgolf_post.data import DataFolder
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.common import Places
 from pgolf_post.sweep.engines.local import run_local
-from pgolf_post.sweep.run import Options, State
+from pgolf_post.sweep.places import Places
+from pgolf_post.sweep.run import Options
+from pgolf_post.sweep.state import State
 
 CALIBRATION = "[calibration]\ntokens = 320\n"
 STAGES = "[stages.screen]\ntokens = 320\n"

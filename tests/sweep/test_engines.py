@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf_post import families
 from pgolf_post.errors import SettingsError
 from pgolf_post.ledger import LEDGER_FILE, Ledger
 from pgolf_post.sweep.engines.local import require_devices, run_local
+from pgolf_post.sweep.run import Sweep
 from tests.sweep.conftest import LAMBDAS, Lab, lasting, spec_text
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,6 +57,20 @@ def copied(lab: Lab, name: str) -> Path:
     final = sorted((lab.root / "pico").glob("*-final"))[0]
     (root / "latest").symlink_to(Path("pico") / final.name)
     return root
+
+
+def test_workers_have_the_families_of_their_command(lab: Lab) -> None:
+    """A family from a file is known to one process alone; what a worker is given lets it load the same."""
+    families.load_family(f"{REPOSITORY / 'examples' / 'my_family.py'}:TinyGPTFamily")
+    try:
+        options = lab.options(spec_text())
+        families.forget_families()
+        with pytest.raises(SettingsError, match="unknown model family"):
+            families.get_family("tiny_gpt")
+        Sweep(options).close()
+        assert families.get_family("tiny_gpt").name == "tiny_gpt"
+    finally:
+        families.forget_families()
 
 
 def free_port() -> int:

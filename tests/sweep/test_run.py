@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import pgolf_post.sweep.artifacts as artifacts
-import pgolf_post.sweep.scores as scores
+import pgolf_post.sweep.quantizers as quantizers
+import pgolf_post.sweep.stages.screen as screen
 from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
@@ -92,7 +92,7 @@ def test_rows_remember_what_they_were_made_of(lab: Lab) -> None:
 
 def test_running_again_does_nothing_and_changes_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = lab.run(spec_text())
-    monkeypatch.setattr(artifacts, "quantize_view", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(quantizers, "quantize_view", lambda *_: pytest.fail("quantized again"))
     after = lab.run(spec_text())
     assert {row.id: lasting(row) for row in after.rows.values()} == {
         row.id: lasting(row) for row in before.rows.values()
@@ -105,9 +105,9 @@ def test_same_symbols_are_packed_once_and_the_same_artifact_is_scored_once(
 ) -> None:
     """Two settings that make the same model: one packing, one score, one of them marked."""
     packed, screened = [], []
-    pack, score = artifacts.pack, scores.score_chosen
-    monkeypatch.setattr(artifacts, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
-    monkeypatch.setattr(scores, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
+    pack, score = quantizers.pack, screen.score_chosen
+    monkeypatch.setattr(quantizers, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    monkeypatch.setattr(screen, "score_chosen", lambda *a, **k: screened.append(1) or score(*a, **k))
     text = 'question = "?"\nnoise_repeats = 0\nbaselines = []\n'
     text += '[[trials]]\nname = "same"\nmatrices.depth_clip.early = 1.0'
     rows = by_name(lab.run(spec_text(text)))
@@ -252,6 +252,25 @@ def test_a_trial_that_fails_is_a_row_and_the_others_go_on(lab: Lab) -> None:
     again = lab.run(text, retry_before=iso_utc())
     assert by_name(again)["no such"].created > rows["no such"].created
     assert by_name(again)["hessian_lambda = 0.6"].created == rows["hessian_lambda = 0.6"].created
+
+
+def test_an_unforeseen_exception_leaves_its_traceback_in_the_row(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is foreseen says all in its message and leaves none."""
+    make = quantizers.ByPlan.make
+
+    def broken(self: quantizers.ByPlan, request: quantizers.Request) -> quantizers.Made:
+        if request.settings.set.get("*.hessian_lambda") == 0.6:
+            raise ZeroDivisionError("of all things")
+        return make(self, request)
+
+    monkeypatch.setattr(quantizers.ByPlan, "make", broken)
+    rows = by_name(lab.run(spec_text(LAMBDAS) + '[[trials]]\nname = "no such"\ncheckpoint = "nowhere"\n'))
+    result = rows["hessian_lambda = 0.6"].result
+    assert result["error"] == "ZeroDivisionError: of all things"
+    assert "in broken" in result["traceback"]
+    assert result["traceback"].startswith("Traceback")
+    assert "traceback" not in rows["no such"].result
+    assert "traceback" not in rows["hessian_lambda = 0.2"].result
 
 
 def test_a_control_that_fails_ends_the_sweep(lab: Lab) -> None:

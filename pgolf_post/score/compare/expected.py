@@ -7,7 +7,7 @@ p, that of the unquantized model, says what this comes to over all words that co
 
 Over text that is as p says, both have the same mean. But what one word says of a rounding error is mostly chance, to
 first order in the error, and that chance is gone from the expectation: it is known to the same precision from a small
-part of the text (docs/results/score.md says how small). This is the estimator of Rao and Blackwell if p is the truth. As
+part of the text (docs/results/score.md). This is the estimator of Rao and Blackwell if p is the truth. As
 p is only a model, the measured difference of the same windows is kept beside it, and what it has over the expectation,
 the *surprise*. Were the text as p says, windows' surprises would be uncorrelated with mean zero (each token's is, given
 all before it), so their squares say how large their sum may be by chance. Where it is larger, the text is not as p

@@ -1,1 +1,1 @@
-"""Who runs the trials: this process or several on this machine, torchrun's ranks, or Ray. The rows are the same."""
+"""Engines that run the trials: processes of this machine, torchrun's ranks, or Ray. The rows are the same."""

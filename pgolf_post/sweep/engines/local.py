@@ -12,7 +12,8 @@ import torch
 from pgolf_post.base.progress import silence
 from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, check_control, work
+from pgolf_post.sweep.run import Options, Sweep, check_control, work
+from pgolf_post.sweep.state import State
 
 
 def run_local(options: Options, workers: int = 1, on_row: Callable[[State, Row], None] | None = None) -> State:
@@ -40,7 +41,7 @@ def require_devices(workers: int) -> None:
 
 
 def _supervise(watching: Sweep, options: Options, workers: int, on_row: Callable[[State, Row], None] | None) -> State:
-    """Watch the rows arrive. A worker that dies is missed by nobody while another is left."""
+    """Watch the rows arrive. A worker that dies leaves its trial to the others."""
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_worker, args=(options, index, workers), daemon=True) for index in range(workers)
@@ -75,7 +76,7 @@ def _supervise(watching: Sweep, options: Options, workers: int, on_row: Callable
 
 
 def _worker(options: Options, index: int, workers: int) -> None:
-    """One worker: its own GPU, or its share of the processor's threads."""
+    """Work in a process with its own GPU, or its share of the processor's threads."""
     silence()
     if torch.cuda.is_available():
         device = torch.device("cuda", index)

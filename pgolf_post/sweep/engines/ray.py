@@ -16,13 +16,14 @@ import torch
 from pgolf_post.base.progress import say, silence
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, check_control, write
-from pgolf_post.sweep.trial import Listed
+from pgolf_post.sweep.listed import Listed
+from pgolf_post.sweep.run import Options, Sweep, check_control, write
+from pgolf_post.sweep.state import State
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What Ray is asked for."""
+    """Settings of the Ray engine."""
 
     address: str | None = None  # of a cluster that runs already; None starts one on this machine
     workers: int = 1
@@ -41,7 +42,7 @@ class TrialActor:
         self.sweep = Sweep(options, device)
 
     def run(self, trial_id: str, rows: dict[str, Row]) -> tuple[Row, tuple[Row, ...]]:
-        """A trial's row and those of what it was made of. `rows` are the driver's."""
+        """Run a trial. Returns its row and those of what it was made of; `rows` are the driver's."""
         state = self.sweep.state()
         listed = next((one for one in state.listed if one.id == trial_id), None)
         if listed is None:
@@ -119,14 +120,14 @@ def _count_death(deaths: dict[str, int], listed: Listed, retries: int, error: Ex
 
 
 def _absolute(options: Options) -> Options:
-    """The same options with paths that hold in a worker's own folder."""
+    """Return the options with paths that hold in a worker's own folder."""
     places = options.places
 
     def full(path: Path | None) -> Path | None:
         return path.resolve() if path else None
 
-    found = replace(
+    absolute = replace(
         places, checkpoint=full(places.checkpoint), data=full(places.data),
         root=places.root.resolve(), results=places.results.resolve(),
     )  # fmt: skip
-    return replace(options, spec=options.spec.resolve(), places=found)
+    return replace(options, spec=options.spec.resolve(), places=absolute)

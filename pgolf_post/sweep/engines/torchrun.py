@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.run import Options, State, Sweep, work
+from pgolf_post.sweep.run import Options, Sweep, work
+from pgolf_post.sweep.state import State
 
 
 def run_torchrun(options: Options, ranks: Ranks, on_row: Callable[[State, Row], None] | None = None) -> State:
-    """This rank's part of a sweep; returns when every trial has a row, whoever wrote it."""
+    """Do this rank's part of a sweep; returns when every trial has a row, whoever wrote it."""
     sweep = Sweep(options, ranks.device)
     try:
         return work(sweep, on_row)

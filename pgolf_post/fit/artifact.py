@@ -1,0 +1,131 @@
+"""A byte budget in, the artifact with the lowest loss we know how to make out.
+
+First the budget is solved for. With fine-tuning it is solved again, tuning between blocks. With distillation the floats
+are tuned last. Either is kept only if it lowers the divergence or loss on held-out text and still fits. The artifact is
+written, decoded by the shipped decoder and cached under a hash of its inputs (artifacts.py). Seconds on training data
+are recorded, because the challenge counts them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pgolf_post.artifacts import FITTED, ArtifactKey, PackedArtifact, find, keep
+from pgolf_post.base.progress import say
+from pgolf_post.base.storage import PARTIAL_SUFFIX
+from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.errors import SettingsError
+from pgolf_post.fit.prepare import DISTILL, Fitter
+from pgolf_post.fit.probe import Probe, probe_text
+from pgolf_post.fit.replay import fine_tuned
+from pgolf_post.fit.solve import Build, Search, Solution
+from pgolf_post.fit.steps import expected_loss
+from pgolf_post.fit.tune_partial import TunePartial
+from pgolf_post.pack.container import PackSettings, pack
+from pgolf_post.quantize.distill import distill
+
+
+def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool = False) -> PackedArtifact:
+    """Return the best artifact of at most so many bytes; cached by everything that decides it."""
+    key = fit_key(fitter, artifact_limit, codec)
+    partial = partial_of(key)
+    if fresh:
+        partial.remove()
+    artifact = None if fresh else find(key)
+    if artifact is None:
+        started = time.perf_counter()
+        solution, facts = fitted(fitter, artifact_limit, codec, partial)
+        artifact = keep(key, solution.model, fitter.stats, codec, lambda: solution.data, facts, started)
+    partial.remove()
+    return artifact
+
+
+def artifact_limit(total_bytes: int, code_bytes: int) -> int:
+    """Return what a budget leaves for the artifact. Raises SettingsError if the code fills it alone."""
+    if code_bytes >= total_bytes:
+        raise SettingsError(f"the code takes {code_bytes:,} of {total_bytes:,} bytes: nothing is left for weights")
+    return total_bytes - code_bytes
+
+
+def fit_key(fitter: Fitter, artifact_limit: int, codec: str, jitter_seed: int = 0) -> ArtifactKey:
+    """Return what decides a fitted artifact. `jitter_seed` as for `plan_key`."""
+    jitter = {"jitter_seed": jitter_seed} if jitter_seed else {}
+    identity = {**fitter.identity, "artifact_limit": artifact_limit, "codec": codec, **jitter}
+    return ArtifactKey(fitter.view, fitter.stats.id, "fit", identity, FITTED)
+
+
+def partial_of(key: ArtifactKey) -> TunePartial:
+    """Return the file that holds an artifact's fine-tuning while it is under way."""
+    return TunePartial(key.folder.with_name(key.folder.name + PARTIAL_SUFFIX))
+
+
+def fitted(
+    fitter: Fitter, artifact_limit: int, codec: str, partial: TunePartial
+) -> tuple[Solution, dict[str, Any]]:  # and what meta.json says of it, beside what it says of any artifact
+    """Solve for a budget. Raises what `Search.solve` does."""
+    search = Search(fitter.builder, fitter.kappa, codec)
+    solution, extra = search.solve(artifact_limit, _say_build), dict[str, Any]()
+    if fitter.texts:
+        solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, fitter.texts, partial)
+    if fitter.distills:
+        solution, extra["distilled"] = _distilled(fitter, solution, artifact_limit, codec)
+    return solution, {**_facts(fitter, solution), **extra}
+
+
+def _fine_tuned(
+    fitter: Fitter,
+    search: Search,
+    solution: Solution,
+    limit: int,
+    texts: tuple[CalibrationSet, CalibrationSet],
+    partial: TunePartial,
+) -> tuple[Solution, dict[str, Any]]:
+    """Fine-tune the blocks of a solution; keep that if it fits and lowers the divergence on held-out text."""
+    tokens, (tune_text, held_out) = fitter.settings.tune_tokens, texts
+    tuned = fine_tuned(fitter.builder, search, solution, limit, tune_text, tokens, fitter.clock, partial)
+    if tuned is None:
+        return solution, {"kept": False, "tokens": tokens}
+    with fitter.clock.step("held-out text"):
+        probe = Probe(fitter.view, held_out)
+        before, after = (probe.divergence(decoded(one)).mean for one in (solution, tuned))
+    kept = after < before
+    say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
+    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after}
+    return tuned if kept else solution, facts
+
+
+def decoded(solution: Solution) -> dict[str, torch.Tensor]:
+    """Return a solution's quantized matrices as they decode."""
+    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in solution.model.quantized.items()}
+
+
+def _distilled(fitter: Fitter, solution: Solution, limit: int, codec: str) -> tuple[Solution, dict[str, Any]]:
+    """Tune the floats of a solution; keep that if it lowers held-out losses and still fits."""
+    text = probe_text(fitter.view, fitter.data, DISTILL.tokens, fitter.settings.kappa_seed + 1)
+    with fitter.clock.step("distillation"):
+        model, report = distill(solution.model, fitter.view, text, DISTILL)
+    data = pack(model, PackSettings(codec=codec)) if report.kept else solution.data
+    if len(data) > limit:
+        say(f"distilled floats do not fit: {len(data):,} of {limit:,} bytes; the untuned ones stay")
+        return solution, {**report.facts(), "kept": False}
+    return replace(solution, model=model, data=data), report.facts()
+
+
+def _say_build(build: Build) -> None:
+    say(f"c {build.constant:.3e}: {build.num_bytes:,} bytes {'packed' if build.packed else 'predicted'}")
+
+
+def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
+    kappa, quantized = fitter.kappa, solution.model.quantized.values()
+    predicted = sum(float(tensor.facts["predicted_loss"]) * kappa[tensor.name] for tensor in quantized)
+    return {
+        "constant": solution.constant,
+        "predicted_nats": predicted,
+        "equal_slope_nats": expected_loss(fitter.builder.num_weights, solution.constant),
+        "builds": len(solution.builds),
+        "train_seconds": dict(fitter.clock.seconds),
+    }

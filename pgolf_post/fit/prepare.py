@@ -1,0 +1,110 @@
+"""Preparation of a fit: everything that all byte budgets of one checkpoint share.
+
+Statistics and κ are read from the cache or made; the text for fine-tuning is drawn. All of it reads training data, so
+every step is timed (training_clock.py), and optional ones are skipped where seconds are limited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pgolf_post.base.ranks import ALONE, Ranks
+from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
+from pgolf_post.calibrate.stage import calibration_text
+from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.fit.build import Builder
+from pgolf_post.fit.kappa import Kappa, by_tensor
+from pgolf_post.fit.kappa_cache import cached_kappas
+from pgolf_post.fit.replay import STEP_NAME
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.training_clock import TrainingClock
+from pgolf_post.fit.tune import split_text
+from pgolf_post.plan import DistillSettings
+
+DISTILL = DistillSettings()
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Everything that all budgets of one checkpoint share."""
+
+    view: View
+    data: DataFolder
+    stats: Stats
+    settings: FitSettings
+    builder: Builder
+    kappas: Mapping[str, Kappa]  # tensor or role → measurement; empty where κ is off
+    clock: TrainingClock  # of the steps that read training text, now or when their cached result was made
+    distills: bool  # whether floats are tuned: asked for, and there is time
+    texts: tuple[CalibrationSet, CalibrationSet] | None = None  # to fine-tune on, and held out; None: no fine-tuning
+
+    @property
+    def kappa(self) -> dict[str, float]:
+        """Tensor → κ."""
+        return by_tensor(self.builder, self.kappas, self.settings.kappa)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
+        settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
+        tuning = (
+            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts]}
+            if self.texts
+            else {}
+        )
+        extra = {"distill": DISTILL.model_dump() if self.distills else {}, "tune": tuning}
+        return {"fit": settings, "kappa": self.kappa, **{name: value for name, value in extra.items() if value}}
+
+
+def prepare(
+    view: View,
+    data: DataFolder,
+    calibration: CalibrationSettings,
+    settings: FitSettings,
+    clock: TrainingClock | None = None,
+    fresh: bool = False,
+    ranks: Ranks = ALONE,
+    stats: Stats | None = None,  # instead of collecting them; their seconds are the caller's to count
+) -> Fitter:
+    """Collect statistics, measure κ, and do everything else that does not depend on the budget. Runs on all ranks.
+
+    Raises SettingsError if the seconds allowed do not even hold the statistics or the text is too short to tune on, and
+    what `calibrate` raises.
+    """
+    clock = clock or TrainingClock()
+    if stats is None:
+        with clock.step("statistics") as step:
+            stats = calibrate(view, data, calibration.model_copy(update={"fisher": True}), fresh, ranks)
+            step.add(stats.seconds if stats.cached else 0.0)
+    builder = Builder(view, stats, settings)
+    kappas: Mapping[str, Kappa] = {}
+    if settings.kappa != "off" and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
+        with clock.step("kappa") as step:
+            kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks)
+            step.add(cached_seconds)
+    distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
+    tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))
+    texts = None
+    if tunes:
+        seq_len = calibration.seq_len or view.train_seq_len
+        texts = split_text(calibration_text(view, data, calibration, seq_len, ranks))
+    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, texts)
+
+
+def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
+    """Return about what κ will take: statistics cost three forward passes a token."""
+    return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (len(builder.matrices) + 1)
+
+
+def tune_seconds(stats: Stats, tokens: int) -> float:
+    """Return about what fine-tuning will take: two forward passes and a backward one, about as statistics do."""
+    return stats.seconds / stats.num_tokens * tokens
+
+
+def _distill_seconds(stats: Stats) -> float:
+    """Return about what distillation will take: a forward and a backward pass a step, beside the reference's head."""
+    return stats.seconds / stats.num_tokens * (DISTILL.steps * DISTILL.batch_tokens + DISTILL.tokens)

@@ -1,0 +1,139 @@
+"""Rounding block by block, with fine-tuning in between: matrices not rounded yet make up for those that are.
+
+GPTQ feeds the error of a column into later columns of its matrix, and from both sides into later rows. Here it goes
+into later matrices: blocks are rounded in the order of the forward pass, and between two of them everything that is
+still float is tuned (tune.py). (QuIP#, arXiv 2402.04396, tunes the rest of a block like this, against the block's own
+output.) Parameters outside the blocks (embedding, head, projections) are rounded with the first. No byte is spent: the
+same steps round other weights.
+
+Bytes come out slightly different than without tuning, so c of the blocks that remain follows the bytes of those that
+are done, and the last block's c is searched until the artifact fills its budget again.
+
+Where an earlier attempt was interrupted, its weights are read back (tune_partial.py) and rounding is replayed from
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from pgolf_post.base.progress import say
+from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.checkpoint import View
+from pgolf_post.families import load_module
+from pgolf_post.fit.build import Builder, constants_of
+from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
+from pgolf_post.fit.training_clock import TrainingClock
+from pgolf_post.fit.tune import TunedModel, learning_rates
+from pgolf_post.fit.tune_partial import Done, TunePartial
+from pgolf_post.pack.container import pack
+from pgolf_post.quantize.sequential import blocks_in_order
+from pgolf_post.quantize.tensor import QuantizedTensor
+
+STEP_NAME = "fine-tuning"  # on the training clock
+LAST_BUILDS = 8
+LARGEST_STEP = 0.5  # octaves of c
+
+
+def groups_in_order(view: View, names: Sequence[str]) -> list[list[str]]:
+    """Return matrices in the order in which they are rounded: block by block, the others with the first."""
+    module = load_module(view.config, view.tensors, str(view))
+    blocks = blocks_in_order(module, view.family)
+    groups = [[name for site in sites for name in site.tensors if name in names] for _, sites in blocks]
+    inside = {name for group in groups for name in group}
+    others = [name for name in names if name not in inside]
+    first, *rest = [group for group in groups if group] or [[]]
+    return [others + first, *rest]
+
+
+def fine_tuned(
+    builder: Builder,
+    search: Search,
+    solution: Solution,  # without fine-tuning
+    limit: int,  # bytes
+    text: CalibrationSet,
+    tokens: int,
+    clock: TrainingClock,
+    partial: TunePartial,
+) -> Solution | None:
+    """Build the solution again with fine-tuning between its blocks; None, said aloud, if that does not fit the limit.
+
+    Raises NumericsError if predictions are not finite.
+    """
+    groups = groups_in_order(builder.view, list(builder.matrices))
+    tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1))
+    unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
+
+    # What an interrupted attempt came to.
+    before = partial.resume()
+    spent_seconds = before.seconds
+
+    rounded: dict[str, QuantizedTensor] = {}
+    targets: dict[str, Tensor] = {}  # the weights that were rounded
+    constant = solution.constant
+    for number, names in enumerate(groups[:-1]):
+        # Round this block as tuning left it, and put it into the model.
+        targets |= {name: before.weights[name] for name in names} if number < before.blocks else tuned.weights(names)
+        constants = constants_of(names, constant, search.kappa)
+        rounded |= builder.quantize(constants, {name: targets[name] for name in names})
+        tuned.load(rounded, names)
+
+        # The blocks that remain take what bytes are left.
+        rest = [name for group in groups[number + 1 :] for name in group]
+        model = builder.model({**solution.model.quantized, **rounded})
+        excess = search.predictor.predict_bytes(model) + unpredicted - _aim(limit)
+        constant = solution.constant * 2 ** _octaves(excess, builder, rest)
+
+        # Tune them, unless that was done before.
+        if number < before.blocks:
+            tuned.skip({name: before.weights[name] for name in rest})
+            continue
+        with clock.step(STEP_NAME) as step:
+            step.add(spent_seconds)
+            rates = learning_rates(builder, constants_of(rest, constant, search.kappa))
+            tuned.tune(rates, f"{number + 1} of {len(groups)}")
+        spent_seconds = clock.seconds[STEP_NAME]
+        partial.save(Done(number + 1, spent_seconds, {**targets, **tuned.weights(rest)}))
+    return _finished(builder, search, solution, rounded, tuned.weights(groups[-1]), constant, limit)
+
+
+def _finished(
+    builder: Builder,
+    search: Search,
+    solution: Solution,
+    rounded: Mapping[str, QuantizedTensor],
+    weights: Mapping[str, Tensor],  # of the last block
+    constant: float,
+    limit: int,
+) -> Solution | None:
+    """Round the last block at the c for which everything fits."""
+    best: Solution | None = None
+    builds: list[Build] = []
+    for _ in range(LAST_BUILDS):
+        last = builder.quantize(constants_of(weights, constant, search.kappa), weights)
+        model = builder.model({**rounded, **last})
+        data = pack(model, search.packing)
+        builds.append(Build(constant, len(data), True))
+        if len(data) <= limit and (best is None or len(data) > len(best.data)):
+            best = replace(solution, model=model, data=data)
+        if best is not None and len(best.data) >= limit - WINDOW_BYTES:
+            break
+        constant *= 2 ** _octaves(len(data) - _aim(limit), builder, list(weights))
+    if best is None:
+        smallest = min(build.num_bytes for build in builds)
+        say(f"fine-tuned blocks do not fit: {smallest:,} of {limit:,} bytes; the untuned ones stay")
+        return None
+    return replace(best, builds=(*solution.builds, *builds))
+
+
+def _aim(limit: int) -> float:
+    return limit - WINDOW_BYTES / 2
+
+
+def _octaves(excess: float, builder: Builder, names: Sequence[str]) -> float:
+    """Return by how much c must rise for some matrices to lose so many bytes: N/8 bytes an octave."""
+    weights = sum(builder.matrices[name].num_weights for name in names)
+    return max(-LARGEST_STEP, min(LARGEST_STEP, 8 * excess / weights))
