@@ -31,7 +31,7 @@ from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.families import get_family, load_module
-from pgolf_post.score.audit.behaviour import audit
+from pgolf_post.score.audit.behaviour import audit_behaviour
 from pgolf_post.score.audit.causality import Audited
 from pgolf_post.score.bpb import Score, documents_of
 from pgolf_post.score.compare.documents import paired_documents
@@ -342,7 +342,7 @@ def audits(artifact: Path, data: DataFolder) -> None:
     rows = []
     for name, protocol in protocols.items():
         audited = Audited.of(module, family, bool(config["model"].get("isolate_documents")), protocol)
-        for finding in audit(audited, tokens, samples=2):
+        for finding in audit_behaviour(audited, tokens, samples=2):
             outcome = {True: "pass", False: "FAIL", None: "n/a"}[finding.passed]
             rows.append((name, finding.test, outcome, finding.evidence))
             say(f"{name}: {finding.test}: {outcome}: {finding.evidence}")

@@ -59,6 +59,11 @@ class PackedArtifact:
         return self.folder / ARTIFACT.payload
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    @property
     def symbols_sha256(self) -> str:
         return str(self.meta["symbols_sha256"])
 

@@ -84,8 +84,9 @@ class Checkpoint:
     meta: dict[str, Any]  # {format_version, id, kind, phase, step, views: {name: {id, metric?}}, parents, …}
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path | str) -> Checkpoint:
         """Read a folder's JSON. Raises NotFoundError, or DamagedFileError if the folder is incomplete."""
+        path = Path(path)
         path = path.resolve() if path.is_symlink() else path
         if not path.is_dir():
             raise NotFoundError(f"no checkpoint folder at {path}", hint=MAKE_ONE)

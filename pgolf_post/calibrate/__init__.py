@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pgolf_post.base.callable_package import make_callable
 from pgolf_post.calibrate.settings import CalibrationSettings
 
 if TYPE_CHECKING:
@@ -31,5 +32,7 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)
 
+
+make_callable(__name__, "stage:calibrate")
 
 __all__ = ["CalibrationSettings", "Fisher", "Stats", "calibrate", "stale_stats"]

@@ -121,14 +121,14 @@ def command(
     """
     from pgolf_post.base.ranks import Ranks
     from pgolf_post.calibrate import stale_stats
-    from pgolf_post.fit.artifact import artifact_limit, fit_artifact
+    from pgolf_post.fit.artifact import fit
     from pgolf_post.fit.prepare import prepare
     from pgolf_post.fit.report import facts_of, longest, show_budgets, show_explained, show_training
     from pgolf_post.fit.target_gap import limit_for_gap
     from pgolf_post.fit.training_clock import TrainingClock
     from pgolf_post.pack.report.size import count
-    from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
+    from pgolf_post.score.stage import score as score_model
 
     # What is asked for.
     started = time.perf_counter()
@@ -156,10 +156,10 @@ def command(
         totals = [limit_for_gap(fitter, target_gap) + code_bytes]
     protocol, answers = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens), []
     for total in totals:
-        artifact = fit_artifact(fitter, artifact_limit(total, code_bytes), fresh=fresh)
+        artifact = fit(view, data, total, code=code, fresh=fresh, prepared=fitter)
         report, score = count(artifact.path, code, total), None
         if evaluate:
-            score, _ = score_artifact(artifact.path, data, protocol, fresh, decoded=artifact.verified)
+            score = score_model(artifact, data, protocol, fresh=fresh).facts
         answers.append(facts_of(artifact, report, score))
         seconds = time.perf_counter() - started
         record_artifact(artifact, report, score, stats_folder(view, fitter.stats), dollars_per_hour, seconds)

@@ -88,9 +88,9 @@ def command(
     from pgolf_post.pack.report.size import count
     from pgolf_post.quantize.gptq.stats_factors import StatsFactors
     from pgolf_post.quantize.model import plan_view
-    from pgolf_post.score.cached import score_artifact
     from pgolf_post.score.plain import PlainProtocol
     from pgolf_post.score.pool import ModelPool
+    from pgolf_post.score.stage import score as score_model
 
     # What is asked for.
     started = time.perf_counter()
@@ -118,7 +118,7 @@ def command(
         artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
         report, score = count(artifact.path, code, budget), None
         if evaluate:
-            score, _ = score_artifact(artifact.path, data, protocol, fresh, pool=pool, decoded=artifact.verified)
+            score = score_model(artifact, data, protocol, fresh=fresh, pool=pool).facts
         trials.append(Trial(name, plan, artifact.forgotten(), report, score))
         show_trial(trials[-1], bool(code))
     trials = [replace(trial, no_op=no_op) for trial, no_op in zip(trials, compared(trials), strict=True)]

@@ -38,8 +38,9 @@ class DataFolder:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> DataFolder:
+    def open(cls, path: Path | str) -> DataFolder:
         """Open a folder whose manifest is complete and whose files exist. Raises NotFoundError, DamagedFileError."""
+        path = Path(path)
         manifest_path = path / MANIFEST_NAME
         if not manifest_path.is_file():
             raise NotFoundError(

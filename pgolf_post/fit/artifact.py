@@ -9,7 +9,9 @@ are recorded, because the challenge counts them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +19,45 @@ import torch
 from pgolf_post.artifacts import FITTED, ArtifactKey, PackedArtifact, find, keep
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import PARTIAL_SUFFIX
+from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from pgolf_post.fit.prepare import DISTILL, Fitter
+from pgolf_post.fit.prepare import DISTILL, Fitter, prepare
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.replay import fine_tuned
+from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Build, Search, Solution
 from pgolf_post.fit.steps import expected_loss
 from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.container import PackSettings, pack
+from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 from pgolf_post.quantize.distill import distill
+
+
+def fit(
+    view: View,
+    data: DataFolder,
+    budget: int = BUDGET_BYTES,  # bytes of artifact and code together
+    *,
+    code: Sequence[Path] = (),  # counted files and folders
+    calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
+    settings: FitSettings = FitSettings(),  # noqa: B008 (frozen)
+    codec: str = "rans",
+    fresh: bool = False,
+    prepared: Fitter | None = None,  # from `prepare`, where several budgets share statistics and κ
+) -> PackedArtifact:
+    """Return the artifact with the lowest loss that we know how to make in a byte budget, at most 2,000 bytes under it.
+
+        >>> artifact = pg.fit(view, data, 16_000_000, code=[Path("train_gpt.py")])       # doctest: +SKIP
+
+    Statistics and κ are read from the cache or made from `data`'s training split; the artifact is cached by all that
+    decides it. Raises SettingsError if the code fills the budget alone, OverBudgetError if the coarsest artifact is
+    larger, NumericsError as `factorize` does, VerificationError if the written file does not decode to its symbols.
+    """
+    limit = artifact_limit(budget, count_code(code))
+    return fit_artifact(prepared or prepare(view, data, calibration, settings, fresh=fresh), limit, codec, fresh)
 
 
 def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh: bool = False) -> PackedArtifact:

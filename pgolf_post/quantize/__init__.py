@@ -1,1 +1,5 @@
-"""Quantization: real weights → integer symbols and scales. One method is one file."""
+"""Quantization: real weights → symbols and scales, a method a file; called, it is `model.quantize_view`."""
+
+from pgolf_post.base.callable_package import make_callable
+
+make_callable(__name__, "model:quantize_view")

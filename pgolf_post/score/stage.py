@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pgolf_post.artifacts import PackedArtifact
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
@@ -32,7 +35,7 @@ class StoredScore:
     """A score on disk: its sums, and where they are kept by document."""
 
     folder: Path
-    facts: Mapping[str, Any]  # meta.json: bpb, nats, tokens, bytes, documents, *_seconds, what a protocol learned …
+    facts: dict[str, Any]  # meta.json: bpb, nats, tokens, bytes, documents, *_seconds, what a protocol learned …
     cached: bool  # found, not made
 
     @property
@@ -81,13 +84,27 @@ def score(
     Raises MismatchError where model and text have different tokenizers, NotFoundError, DamagedFileError, and
     NumericsError for predictions that are not finite.
     """
-    opened = _opened(scored)
+    opened, session = _opened(scored), session or Session()
     if isinstance(opened, View):
-        protocol = protocol or PlainProtocol(seq_len=train_seq_len(opened.config))
+        protocol = protocol or PlainProtocol(seq_len=opened.train_seq_len)
         return _stored(*score_view(opened, data, protocol, fresh, session, pool))
-    decoded = decoded or read_artifact(opened)
+    if decoded is None and isinstance(scored, PackedArtifact):
+        decoded = scored.verified
+    if decoded is None:
+        with session.clock.phase("decompress"):
+            decoded = read_artifact(opened)
     protocol = protocol or PlainProtocol(seq_len=train_seq_len(decoded.manifest["config"]))
     return _stored(*score_artifact(opened, data, protocol, fresh, session, pool, decoded))
+
+
+def open_weights(scored: Scorable) -> tuple[str, Mapping[str, Any], Mapping[str, Tensor]]:
+    """Return the name, config and tensors of what can be scored. Raises NotFoundError, DamagedFileError."""
+    opened = _opened(scored)
+    if isinstance(opened, View):
+        return str(opened), opened.config, opened.tensors
+    decoded = scored.decoded() if isinstance(scored, PackedArtifact) else read_artifact(opened)
+    tensors = {name: torch.from_numpy(array) for name, array in decoded.tensors.items()}
+    return str(opened), decoded.manifest["config"], tensors
 
 
 def _opened(scored: Scorable) -> View | Path:  # Path: of an artifact's file
@@ -104,5 +121,5 @@ def _opened(scored: Scorable) -> View | Path:  # Path: of an artifact's file
     return artifact if is_artifact(artifact) else Checkpoint.open(Path(scored)).load()
 
 
-def _stored(facts: Mapping[str, Any], cached: bool) -> StoredScore:
+def _stored(facts: dict[str, Any], cached: bool) -> StoredScore:
     return StoredScore(Path(facts["folder"]), facts, cached)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pgolf_post.data import BOS_ID, DataFolder
 from pgolf_post.errors import VerificationError
-from pgolf_post.score.audit.behaviour import audit
+from pgolf_post.score.audit.behaviour import audit_behaviour
 from pgolf_post.score.audit.causality import Audited, earlier_than
 from pgolf_post.score.audit.findings import Finding, require_passed
 from pgolf_post.score.audit.text import audit_text
@@ -37,7 +37,7 @@ PROTOCOLS: list[Any] = [
 def outcome(bench: Bench, protocol: Protocol, isolates: bool = False, **changes: Any) -> dict[str, Finding]:
     """Test → finding, on the bench's text."""
     audited = replace(Audited.of(bench.module, bench.family, isolates, protocol), **changes)
-    return {finding.test: finding for finding in audit(audited, bench.tokens, samples=2, seed=1)}
+    return {finding.test: finding for finding in audit_behaviour(audited, bench.tokens, samples=2, seed=1)}
 
 
 def failures(findings: dict[str, Finding]) -> set[str]:

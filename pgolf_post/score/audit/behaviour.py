@@ -28,7 +28,7 @@ from pgolf_post.score.ttt.weights import weights_sha256
 SUM_TOLERANCE = 1e-4  # of a sum of probabilities, and in nats
 
 
-def audit(
+def audit_behaviour(
     audited: Audited,
     tokens: np.ndarray,  # (n,) the excerpt
     samples: int = 4,  # tokens that are changed
