@@ -12,16 +12,19 @@ BIN := .venv/bin
 # Where only one torch build is wanted (a machine without a GPU), constraints.txt names the tested one.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# Tests run in one process a core, each with one thread; a machine with many cores would only fill its memory.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test test-long bench bench-train lint docs clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-long: lint
-	$(BIN)/pytest --long
+	$(PYTEST) --long
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -20,10 +20,9 @@ import numpy as np
 
 from pgolf_post.base import numba as compiled
 from pgolf_post.base.progress import print_table, say
-from pgolf_post.cli.compress import show
 from pgolf_post.pack.artifact import read_artifact, unpack
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.pack.report.compare import compare
+from pgolf_post.pack.report.compare import compare, show
 from pgolf_post.pack.report.predict import SizePredictor
 from pgolf_post.quantize.gptq.trellis import Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
