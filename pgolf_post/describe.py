@@ -1,4 +1,4 @@
-"""What lies at a path: a checkpoint, a run, a derived folder, an artifact or a data folder, told from its files alone.
+"""Describe a path: a checkpoint, a run, a derived folder, an artifact or a data folder, told from its files alone.
 
 `KINDS` is a table: what a path of a kind looks like → what to say of it. The first row that fits is taken.
 """
@@ -24,7 +24,7 @@ CHECKPOINT_HEADER = ("folder", "kind", "step", "bpb", "id")
 
 @dataclass(frozen=True)
 class Description:
-    """What a path holds: rows for people, commands that make sense next, facts for machines (plain JSON values)."""
+    """Description of a path: rows for people, commands that make sense next, facts for machines (plain JSON values)."""
 
     what: str  # the kind, in words
     rows: list[tuple[str, str]]

@@ -50,7 +50,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Fold:
-    """Where a matrix's input is another's output through an activation homogeneous of degree `power`."""
+    """Pair of matrices: the input of one is the other's output through an activation homogeneous of degree `power`."""
 
     producer: str  # scaling its row j by a > 0 scales input j by a^power
     power: float

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: phase boundaries always, periodic ones as long as they are among the newest.
+"""Retention of a run's checkpoints: phase boundaries always, periodic ones as long as they are among the newest.
 
 A periodic checkpoint (phase "periodic") exists to be resumed from; `checkpoint.keep_last` says how many stay. None goes
 while it is useful otherwise: what `latest` points at, what has results under derived/, what another checkpoint names as
