@@ -93,7 +93,7 @@ def describe_checkpoint(path: Path) -> Description:
     return Description("checkpoint", rows, commands, facts)
 
 
-def _parent(parent: Any) -> str:
+def _parent(parent: object) -> str:
     """Return a parent in words: an id, or a record of a folder's view, in a blend with its share."""
     if not isinstance(parent, dict):
         return str(parent)[:12]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -58,6 +58,9 @@ class Fold:
 
 class LanguageModel(Protocol):
     """The interface of a family's module (an `nn.Module`)."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights, which all lie on one device."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the head's input: (batch, seq_len) int64 → (batch, seq_len, dim)."""

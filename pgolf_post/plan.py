@@ -21,6 +21,8 @@ from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
 if TYPE_CHECKING:  # they load torch, which `requant --help` can do without
+    from torch import nn
+
     from pgolf_post.families import Fold, ModelFamily, Site
 
 DepthName = Literal["early", "loop", "mid", "late"]
@@ -395,7 +397,7 @@ def _keys(table: Mapping[str, Any]) -> set[str]:
 def make_plan(
     shapes: Mapping[str, Any],  # name → anything with .shape
     family: ModelFamily,
-    module: Any,  # the family's module
+    module: nn.Module,
     plan: Plan,
     sites: Iterable[Site] | None = None,  # default: the family's
 ) -> list[TensorPlan]:

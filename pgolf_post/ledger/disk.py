@@ -198,7 +198,7 @@ def _metric(view: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metric[key] for key in (*SUMS, "protocol", "max_tokens") if key in metric}
 
 
-def _parent_id(parent: Any) -> str:
+def _parent_id(parent: object) -> str:
     return str(parent["id"] if isinstance(parent, Mapping) else parent)
 
 

@@ -226,7 +226,7 @@ class Ledger:
         return self.row_type(**named)
 
 
-def _stored(column: Column, value: Any) -> Any:
+def _stored(column: Column, value: object) -> object:
     return json.dumps(value) if column.is_json else value
 
 
