@@ -127,7 +127,7 @@ def command(
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
     from pgolf_post.fit.artifact import fit
-    from pgolf_post.fit.report import facts_of, longest, show_budgets, show_explained, show_training
+    from pgolf_post.fit.report import facts_of, show_explained
     from pgolf_post.fit.target_gap import limit_for_gap
     from pgolf_post.score.plain import PlainProtocol
 
@@ -154,12 +154,7 @@ def command(
         record_artifact(artifact, report, score, stats, dollars_per_hour, time.perf_counter() - started)
         if explained:
             show_explained(fitter, artifact)
-
-    # Print the results.
-    show_training(fitter, longest(answers))
-    show_budgets(answers, bool(code))
-    if as_json:
-        print_json(answer_of(fitter, answers, time.perf_counter() - started))
+    show_results(fitter, answers, bool(code), as_json, started)
 
 
 def prepare_by_all_ranks(
@@ -186,18 +181,25 @@ def prepare_by_all_ranks(
     return fitter if ranks.is_main else None
 
 
-def answer_of(fitter: Fitter, answers: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """Return all fits for machines: the facts they share, then those of the one fit, or a list of several."""
-    from pgolf_post.fit.report import longest
+def show_results(
+    fitter: Fitter, answers: Sequence[Mapping[str, Any]], has_code: bool, as_json: bool, started: float
+) -> None:
+    """Print the seconds on training data, one row per budget and, if asked, all facts for machines."""
+    from pgolf_post.fit.report import longest, show_budgets, show_training
 
-    return {
+    spent = longest(answers)
+    show_training(fitter, spent)
+    show_budgets(answers, has_code)
+    if not as_json:
+        return
+    shared = {
         "checkpoint_id": fitter.view.id,
         "stats_id": fitter.stats.id,
-        "train_seconds": longest(answers),
+        "train_seconds": spent,
         "kappa": {group: kappa.facts() for group, kappa in fitter.kappas.items()},
-        "seconds": round(seconds, 3),
-        **(answers[0] if len(answers) == 1 else {"fits": answers}),
+        "seconds": round(time.perf_counter() - started, 3),
     }
+    print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
 
 
 def chosen_budgets(budget: int | None, budgets: str | None, target_gap: float | None) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def command(
     several trials: when the smallest is).
     """
     from pgolf_post.artifacts import plan_calibration
-    from pgolf_post.artifacts_report import compared, facts_of, show_trial, show_trials
+    from pgolf_post.artifacts_report import facts_of, show_trials
     from pgolf_post.calibrate import calibrate, stale_stats
     from pgolf_post.score.plain import PlainProtocol
 
@@ -113,19 +113,14 @@ def command(
     data = find_data(home, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
     protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens) if evaluate else None
-    trials: list[Trial] = []
-    for trial in run_trials(view, data, stats, plans, calibration, codec, code, budget, protocol, fresh):
-        show_trial(trial, bool(code))
-        trials.append(trial)
-    trials = [replace(trial, no_op=no_op) for trial, no_op in zip(trials, compared(trials), strict=True)]
+    trials = run_trials(view, data, stats, plans, calibration, codec, code, budget, protocol, fresh)
     if len(trials) > 1:
         show_trials(trials)
 
     # Record them in the ledger and, if asked, print them for machines.
     seconds = round(time.perf_counter() - started, 3)
     for trial in trials:
-        folder = stats_folder(view, stats)
-        record_artifact(trial.artifact, trial.report, trial.score, folder, dollars_per_hour, seconds)
+        record_artifact(trial.artifact, trial.report, trial.score, stats_folder(view, stats), dollars_per_hour, seconds)
     if as_json:
         answers = [facts_of(trial, view.id, stats) for trial in trials]
         print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
@@ -156,15 +151,20 @@ def run_trials(
     budget: int,
     protocol: Protocol | None,
     fresh: bool,
-) -> Iterator[Trial]:
-    """Quantize, pack, count and score by each plan; factors of the statistics and the scored module are shared."""
+) -> list[Trial]:
+    """Quantize, pack, count and score by each plan, and print each result as it comes.
+
+    Factors of the statistics and the scored module are shared; trials that equal the first are marked as no-ops.
+    """
     from pgolf_post.artifacts import plan_text, requant
-    from pgolf_post.artifacts_report import Trial
+    from pgolf_post.artifacts_report import Trial, compared, show_trial
     from pgolf_post.quantize.gptq.stats_factors import StatsFactors
     from pgolf_post.score.pool import ModelPool
 
-    factors, pool = StatsFactors(stats), ModelPool()
+    factors, pool, trials = StatsFactors(stats), ModelPool(), list[Trial]()
     for name, plan in plans:
         artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
         report, score = count_and_score(artifact, budget, code, data, protocol, fresh, pool)
-        yield Trial(name, plan, artifact.forgotten(), report, score)
+        trials.append(Trial(name, plan, artifact.forgotten(), report, score))
+        show_trial(trials[-1], bool(code))
+    return [replace(trial, no_op=no_op) for trial, no_op in zip(trials, compared(trials), strict=True)]
