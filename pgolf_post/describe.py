@@ -1,4 +1,4 @@
-"""What lies at a path: a checkpoint, a run, a derived folder, an artifact or a data folder, told from its files alone.
+"""Describe a path: a checkpoint, a run, a derived folder, an artifact or a data folder, told from its files alone.
 
 `KINDS` is a table: what a path of a kind looks like → what to say of it. The first row that fits is taken.
 """
@@ -24,7 +24,7 @@ CHECKPOINT_HEADER = ("folder", "kind", "step", "bpb", "id")
 
 @dataclass(frozen=True)
 class Description:
-    """What a path holds: rows for people, commands that make sense next, facts for machines (plain JSON values)."""
+    """Description of a path: rows for people, commands that make sense next, facts for machines (plain JSON values)."""
 
     what: str  # the kind, in words
     rows: list[tuple[str, str]]
@@ -93,7 +93,7 @@ def describe_checkpoint(path: Path) -> Description:
     return Description("checkpoint", rows, commands, facts)
 
 
-def _parent(parent: Any) -> str:
+def _parent(parent: object) -> str:
     """Return a parent in words: an id, or a record of a folder's view, in a blend with its share."""
     if not isinstance(parent, dict):
         return str(parent)[:12]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -50,7 +50,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Fold:
-    """Where a matrix's input is another's output through an activation homogeneous of degree `power`."""
+    """Pair of matrices: the input of one is the other's output through an activation homogeneous of degree `power`."""
 
     producer: str  # scaling its row j by a > 0 scales input j by a^power
     power: float
@@ -58,6 +58,9 @@ class Fold:
 
 class LanguageModel(Protocol):
     """The interface of a family's module (an `nn.Module`)."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights, which all lie on one device."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the head's input: (batch, seq_len) int64 → (batch, seq_len, dim)."""

@@ -1,4 +1,4 @@
-"""Which method and which settings for which tensor, decided before any work and shown as a table.
+"""Plans: the method and settings of every tensor, decided before any work and shown as a table.
 
 A plan is a list of named rules; for each tensor the first rule that matches decides. A tensor that no rule covers and a
 rule that matches nothing are errors, never a silent default: the most expensive mistake of this field is a knob that
@@ -21,6 +21,8 @@ from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
 
 if TYPE_CHECKING:  # they load torch, which `requant --help` can do without
+    from torch import nn
+
     from pgolf_post.families import Fold, ModelFamily, Site
 
 DepthName = Literal["early", "loop", "mid", "late"]
@@ -28,7 +30,7 @@ DepthName = Literal["early", "loop", "mid", "late"]
 
 @dataclass(frozen=True)
 class ClipRule:
-    """What a choice of quantization steps Δ reads. Its function has the same name in quantize/clip.py."""
+    """Row of CLIP_RULES: the inputs of one choice of steps Δ. Its function has the same name in quantize/clip.py."""
 
     source: str
     reads: tuple[str, ...] = ()  # settings of a rule that act on this choice alone
@@ -70,7 +72,7 @@ class LqerSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """How the remaining floats are tuned after rounding. All of it is part of the artifact's identity."""
+    """Settings of tuning the remaining floats after rounding. They are part of the artifact's identity."""
 
     tokens: int = Field(
         32768, ge=2, description="Calibration tokens read, from the start of the text, held-out windows included."
@@ -86,7 +88,7 @@ class DistillSettings(Settings):
 
 
 class Rule(Settings):
-    """Which tensors; subclasses say what happens to them. All conditions must hold; the first match wins."""
+    """Conditions on tensors; subclasses say what happens to those that match. All must hold; the first match wins."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_-]+$", description="Name by which --set, --show-plan and messages call the rule."
@@ -230,7 +232,7 @@ class GptqRule(GridRule):
 
 @dataclass(frozen=True)
 class Method:
-    """What a rule's `method` does. Methods that round have a function of the same name in quantize/rounding.py."""
+    """Row of METHODS: facts about a `method`. One that rounds has a function of its name in quantize/rounding.py."""
 
     rule: type[Rule]
     source: str
@@ -395,7 +397,7 @@ def _keys(table: Mapping[str, Any]) -> set[str]:
 def make_plan(
     shapes: Mapping[str, Any],  # name → anything with .shape
     family: ModelFamily,
-    module: Any,  # the family's module
+    module: nn.Module,
     plan: Plan,
     sites: Iterable[Site] | None = None,  # default: the family's
 ) -> list[TensorPlan]:

@@ -26,7 +26,7 @@ from pgolf_post.settings import Settings
 
 
 class PruneSettings(Settings):
-    """Which weights are zeroed."""
+    """Settings of pruning: which weights are zeroed."""
 
     method: PruneMethod = Field("magnitude", description="Which weights matter least.")
     share: float = Field(0.02, gt=0, le=1, description="Share of each matrix (of its ±1 symbols for ones) set to zero.")

@@ -97,6 +97,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[leaf] = text.strip()
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """Return the canonical bytes of a JSON value, from which ids are hashed: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a pure function of the seed and the step, so that a resumed run sees what it would have.
+"""Tokens of a step: a pure function of the seed and the step, so that a resumed run sees what it would have seen.
 
 The training split is cut into non-overlapping windows of seq_len tokens (each with its next token), and every epoch
 visits all of them in an order drawn from (seed, epoch) alone.

@@ -1,4 +1,4 @@
-"""Where a run's time went: seconds per phase, and which of them count against the cap.
+"""Seconds of a run per phase, and which of them count against the cap.
 
 The challenge counts what reads training data; the rest (loading, compiling, scoring on validation text, writing) is
 excluded by convention and still paid for. So every second of a run goes into one phase: an inner phase's seconds are

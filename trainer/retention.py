@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: phase boundaries always, periodic ones as long as they are among the newest.
+"""Retention of a run's checkpoints: phase boundaries always, periodic ones as long as they are among the newest.
 
 A periodic checkpoint (phase "periodic") exists to be resumed from; `checkpoint.keep_last` says how many stay. None goes
 while it is useful otherwise: what `latest` points at, what has results under derived/, what another checkpoint names as
@@ -9,7 +9,6 @@ the newest; such a folder can be averaged, quantized and scored, not resumed. Wh
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import remove_folder
@@ -66,6 +65,6 @@ def _is_latest(root: Path, checkpoint: Checkpoint) -> bool:
     return (root / "latest").resolve() == checkpoint.path.resolve()
 
 
-def _parent_id(parent: Any) -> str:
+def _parent_id(parent: object) -> str:
     """Return a parent's id; in a blend the parent is a record that has one."""
     return str(parent["id"] if isinstance(parent, dict) else parent)

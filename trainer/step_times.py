@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: piecewise constant, longer once depth recurrence has started."""
+"""Duration of an optimizer step: piecewise constant, longer once depth recurrence has started."""
 
 from __future__ import annotations
 

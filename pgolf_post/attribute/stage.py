@@ -1,4 +1,4 @@
-"""What each group of tensors loses by being quantized, and what it saves in bytes.
+"""Attribution of the loss from quantization, and of the bytes it saves, to groups of tensors.
 
 A view is quantized once. Then one group at a time (a role, a block, a tensor) is left in float while everything else
 stays as decoded, and the validation text is scored again: the bpb gained, with its interval paired by document, is what

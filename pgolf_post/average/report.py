@@ -1,4 +1,4 @@
-"""What a person sees of averages: the parents of a blend, the candidates of a search, the lengths of post-hoc EMA."""
+"""Tables about averages for people: the parents of a blend, the candidates of a search, the lengths of post-hoc EMA."""
 
 from __future__ import annotations
 

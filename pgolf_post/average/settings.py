@@ -42,7 +42,7 @@ class SwaSettings(Selection):
 
 
 class ProfileSettings(Settings):
-    """Where a post-hoc average ends, and how near its profile must come."""
+    """Step at which a post-hoc average ends, and the largest error allowed of its profile."""
 
     end_step: int | None = Field(None, description="the step at which the average ends; the checkpoint's by default")
     max_error: float = Field(MAX_ERROR, description="largest accepted reconstruction error of the profile, as a share")
@@ -61,7 +61,7 @@ class HalfLifeSettings(ProfileSettings):
 
 
 class SearchSettings(Settings):
-    """How much text a search for the best blend reads, and how certain its choice is."""
+    """Settings of a search for the best blend: the text it reads, and the certainty of its choice."""
 
     max_tokens: int = Field(
         262144, ge=2, description="Score each candidate on at most this many tokens, drawn from the text"

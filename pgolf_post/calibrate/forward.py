@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pgolf_post.calibrate.products import magnitudes
 from pgolf_post.calibrate.sums import Sums
@@ -58,7 +59,7 @@ def add_head_input(sums: Sums, sites: Sequence[Site], hidden: Tensor) -> None:  
 
 
 @contextlib.contextmanager
-def hooks(handles: Any) -> Iterator[None]:
+def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove the hooks at the end of the block."""
     held = list(handles)
     try:

@@ -1,4 +1,4 @@
-"""What a person reads of statistics: one row per site, and the answer for machines."""
+"""Reports of statistics: a table with one row per site for people, and facts for machines."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -35,7 +35,7 @@ class CalibrationSettings(Settings):
 
     @field_validator("source", mode="before")
     @classmethod
-    def _never_validation(cls, value: Any) -> Any:
+    def _never_validation(cls, value: object) -> object:
         if str(value).lower() in VALIDATION_NAMES:
             raise ValueError(RULE)
         return value

@@ -96,7 +96,7 @@ def _help_of(field: FieldInfo) -> str:
     return text if shown is None else f"{text}  [default: {shown}]"
 
 
-def _click_type(annotation: Any) -> click.ParamType | type:
+def _click_type(annotation: object) -> click.ParamType | type:
     """Return what reads a flag: a choice for a Literal, else int, float or str (ranges are the class's to check)."""
     literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     if literals:

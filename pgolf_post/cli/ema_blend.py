@@ -22,7 +22,7 @@ class Numbers(click.ParamType):
 
     name = "numbers"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,6 +29,7 @@ from pgolf_post.cli.common import (
 )
 from pgolf_post.cli.packing import (
     code_option,
+    count_and_score,
     eval_option,
     eval_tokens_option,
     record_artifact,
@@ -36,6 +38,11 @@ from pgolf_post.cli.packing import (
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
+
+if TYPE_CHECKING:
+    from pgolf_post.checkpoint import View
+    from pgolf_post.data import DataFolder
+    from pgolf_post.fit.prepare import Fitter
 
 FIT_FLAGS = {
     "rows": "--rows",
@@ -119,62 +126,80 @@ def command(
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
-    from pgolf_post.base.ranks import Ranks
-    from pgolf_post.calibrate import stale_stats
     from pgolf_post.fit.artifact import fit
-    from pgolf_post.fit.prepare import prepare
-    from pgolf_post.fit.report import facts_of, longest, show_budgets, show_explained, show_training
+    from pgolf_post.fit.report import facts_of, show_explained
     from pgolf_post.fit.target_gap import limit_for_gap
-    from pgolf_post.fit.training_clock import TrainingClock
-    from pgolf_post.pack.report.size import count
     from pgolf_post.score.plain import PlainProtocol
-    from pgolf_post.score.stage import score as score_model
 
-    # What is asked for.
+    # Read what is asked for.
     started = time.perf_counter()
     refuse_idle_eval_tokens(evaluate, eval_tokens)
-    given = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
+    calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
     settings = given_settings(FitSettings, {key: options.pop(key) for key in FIT_FLAGS}, "fit")
-    totals = chosen_budgets(budget, budgets, target_gap)
-    code_bytes = count_code(code)
+    totals, code_bytes = chosen_budgets(budget, budgets, target_gap), count_code(code)
     home = find_checkpoint(checkpoint)
-    view = load_view(home, weights)
-    data = find_data(home, data_dir)
-
-    # Statistics and κ, by all ranks; what follows is one rank's.
-    ranks = Ranks.join()
-    try:
-        stats = stale_stats(view, data, allow_stale, given) if allow_stale else None
-        fitter = prepare(view, data, given, settings, TrainingClock(train_seconds), fresh, ranks, stats)
-    finally:
-        ranks.leave()
-    if not ranks.is_main:
+    view, data = load_view(home, weights), find_data(home, data_dir)
+    fitter = prepare_by_all_ranks(view, data, calibration, settings, train_seconds, allow_stale, fresh)
+    if fitter is None:
         return
 
-    # One artifact per budget.
-    if target_gap is not None:
-        totals = [limit_for_gap(fitter, target_gap) + code_bytes]
-    protocol, answers = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens), []
+    # Make, score and record one artifact per budget.
+    totals = totals if target_gap is None else [limit_for_gap(fitter, target_gap) + code_bytes]
+    protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens) if evaluate else None
+    stats, answers = stats_folder(view, fitter.stats), list[dict[str, Any]]()
     for total in totals:
         artifact = fit(view, data, total, code=code, fresh=fresh, prepared=fitter)
-        report, score = count(artifact.path, code, total), None
-        if evaluate:
-            score = score_model(artifact, data, protocol, fresh=fresh).facts
+        report, score = count_and_score(artifact, total, code, data, protocol, fresh)
         answers.append(facts_of(artifact, report, score))
-        seconds = time.perf_counter() - started
-        record_artifact(artifact, report, score, stats_folder(view, fitter.stats), dollars_per_hour, seconds)
+        record_artifact(artifact, report, score, stats, dollars_per_hour, time.perf_counter() - started)
         if explained:
             show_explained(fitter, artifact)
+    show_results(fitter, answers, bool(code), as_json, started)
 
-    # What came of it.
+
+def prepare_by_all_ranks(
+    view: View,
+    data: DataFolder,
+    calibration: CalibrationSettings,
+    settings: FitSettings,
+    train_seconds: float | None,
+    allow_stale: str | None,
+    fresh: bool,
+) -> Fitter | None:
+    """Collect statistics and κ on all ranks; return what fits share on the main rank, None on the others."""
+    from pgolf_post.base.ranks import Ranks
+    from pgolf_post.calibrate import stale_stats
+    from pgolf_post.fit.prepare import prepare
+    from pgolf_post.fit.training_clock import TrainingClock
+
+    ranks = Ranks.join()
+    try:
+        stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
+        fitter = prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats)
+    finally:
+        ranks.leave()
+    return fitter if ranks.is_main else None
+
+
+def show_results(
+    fitter: Fitter, answers: Sequence[Mapping[str, Any]], has_code: bool, as_json: bool, started: float
+) -> None:
+    """Print the seconds on training data, one row per budget and, if asked, all facts for machines."""
+    from pgolf_post.fit.report import longest, show_budgets, show_training
+
     spent = longest(answers)
     show_training(fitter, spent)
-    show_budgets(answers, bool(code))
-    if as_json:
-        shared: dict[str, Any] = {"checkpoint_id": view.id, "stats_id": fitter.stats.id, "train_seconds": spent}
-        shared |= {"kappa": {group: kappa.facts() for group, kappa in fitter.kappas.items()}}
-        shared["seconds"] = round(time.perf_counter() - started, 3)
-        print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
+    show_budgets(answers, has_code)
+    if not as_json:
+        return
+    shared = {
+        "checkpoint_id": fitter.view.id,
+        "stats_id": fitter.stats.id,
+        "train_seconds": spent,
+        "kappa": {group: kappa.facts() for group, kappa in fitter.kappas.items()},
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    print_json({**shared, **(answers[0] if len(answers) == 1 else {"fits": answers})})
 
 
 def chosen_budgets(budget: int | None, budgets: str | None, target_gap: float | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from pgolf_post.pack.report.size import BUDGET_BYTES, SizeReport
 
 if TYPE_CHECKING:
     from pgolf_post.artifacts import PackedArtifact
+    from pgolf_post.data import DataFolder
+    from pgolf_post.score.pool import ModelPool
+    from pgolf_post.score.protocols import Protocol
 
 codec_option = click.option(
     "--codec",
@@ -43,6 +47,23 @@ def refuse_idle_eval_tokens(evaluate: bool, eval_tokens: int | None) -> None:
     """Raise UsageError for --eval-tokens where nothing is scored."""
     if eval_tokens is not None and not evaluate:
         raise click.UsageError("--eval-tokens does nothing without --eval")
+
+
+def count_and_score(
+    artifact: PackedArtifact,
+    budget: int,  # bytes of code and artifact
+    code: Sequence[Path],
+    data: DataFolder,
+    protocol: Protocol | None,  # None: not scored
+    fresh: bool,
+    pool: ModelPool | None = None,
+) -> tuple[SizeReport, dict[str, Any] | None]:
+    """Return an artifact's bytes against a budget, and the score of the weights that it decodes to."""
+    from pgolf_post.pack.report.size import count
+    from pgolf_post.score.stage import score
+
+    report = count(artifact.path, code, budget)
+    return report, score(artifact, data, protocol, fresh=fresh, pool=pool).facts if protocol else None
 
 
 def record_artifact(

@@ -128,7 +128,7 @@ def chosen_plans(plan_source: str, overrides: tuple[str, ...], **options: Any) -
     return plans
 
 
-def _change(key: str, value: Any) -> str:
+def _change(key: str, value: object) -> str:
     """Return a shorthand's value as `--set` would have it."""
     return f"{SHORTHANDS[key].target}={str(value).lower()}"
 
@@ -142,5 +142,5 @@ def _with_distill(plan: Plan, wanted: bool | None) -> Plan:
     return plan.model_copy(update={"distill": (plan.distill or DistillSettings()) if wanted else None})
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]

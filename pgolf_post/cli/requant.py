@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,12 +32,21 @@ from pgolf_post.cli.packing import (
     budget_option,
     code_option,
     codec_option,
+    count_and_score,
     eval_option,
     eval_tokens_option,
     record_artifact,
     refuse_idle_eval_tokens,
 )
 from pgolf_post.cli.plan_options import chosen_plans, plan_options
+
+if TYPE_CHECKING:
+    from pgolf_post.artifacts_report import Trial
+    from pgolf_post.calibrate import Stats
+    from pgolf_post.checkpoint import View
+    from pgolf_post.data import DataFolder
+    from pgolf_post.plan import Plan
+    from pgolf_post.score.protocols import Protocol
 
 
 @click.command("requant")
@@ -82,55 +92,79 @@ def command(
     Hessians are collected on the first call and read from the cache afterwards. Exit code 3 when over budget (of
     several trials: when the smallest is).
     """
-    from pgolf_post.artifacts import plan_calibration, plan_text, requant
-    from pgolf_post.artifacts_report import Trial, compared, facts_of, plan_row, show_plan, show_trial, show_trials
+    from pgolf_post.artifacts import plan_calibration
+    from pgolf_post.artifacts_report import facts_of, show_trials
     from pgolf_post.calibrate import calibrate, stale_stats
-    from pgolf_post.pack.report.size import count
-    from pgolf_post.quantize.gptq.stats_factors import StatsFactors
-    from pgolf_post.quantize.model import plan_view
     from pgolf_post.score.plain import PlainProtocol
-    from pgolf_post.score.pool import ModelPool
-    from pgolf_post.score.stage import score as score_model
 
-    # What is asked for.
+    # Read what is asked for.
     started = time.perf_counter()
     refuse_idle_eval_tokens(evaluate, eval_tokens)
-    calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
+    given = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "requant")
     plans = chosen_plans(**options)
-    calibration = plan_calibration(calibration, *(plan for _, plan in plans))
+    calibration = plan_calibration(given, *(plan for _, plan in plans))
     home = find_checkpoint(checkpoint)
     view = load_view(home, weights)
     if with_plan:
-        for _, plan in plans:
-            entries = plan_view(view, plan)
-            show_plan(plan, entries)
-            if as_json:
-                rows = [plan_row(entry) for entry in entries]
-                print_json({"plan": plan.name, "settings": plan.identity(), "tensors": rows})
+        print_plans(view, [plan for _, plan in plans], as_json)
         return
 
-    # One artifact per plan; statistics, their factors and the scored module are shared.
+    # Make one artifact per plan.
     data = find_data(home, data_dir)
     stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else calibrate(view, data, calibration)
-    protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens)
-    factors, pool, trials = StatsFactors(stats), ModelPool(), list[Trial]()
-    for name, plan in plans:
-        artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
-        report, score = count(artifact.path, code, budget), None
-        if evaluate:
-            score = score_model(artifact, data, protocol, fresh=fresh, pool=pool).facts
-        trials.append(Trial(name, plan, artifact.forgotten(), report, score))
-        show_trial(trials[-1], bool(code))
-    trials = [replace(trial, no_op=no_op) for trial, no_op in zip(trials, compared(trials), strict=True)]
+    protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens) if evaluate else None
+    trials = run_trials(view, data, stats, plans, calibration, codec, code, budget, protocol, fresh)
     if len(trials) > 1:
         show_trials(trials)
 
-    # Into the ledger and, if asked, onto stdout.
+    # Record them in the ledger and, if asked, print them for machines.
     seconds = round(time.perf_counter() - started, 3)
     for trial in trials:
-        made = trial.artifact, trial.report, trial.score
-        record_artifact(*made, stats_folder(view, stats), dollars_per_hour, seconds)
+        record_artifact(trial.artifact, trial.report, trial.score, stats_folder(view, stats), dollars_per_hour, seconds)
     if as_json:
         answers = [facts_of(trial, view.id, stats) for trial in trials]
         print_json({**answers[0], "seconds": seconds, **({"trials": answers} if len(trials) > 1 else {})})
     min((trial.report for trial in trials), key=lambda report: report.total_bytes).require_within_budget()
+
+
+def print_plans(view: View, plans: Sequence[Plan], as_json: bool) -> None:
+    """Print what each plan would do to every tensor."""
+    from pgolf_post.artifacts_report import plan_row, show_plan
+    from pgolf_post.quantize.model import plan_view
+
+    for plan in plans:
+        entries = plan_view(view, plan)
+        show_plan(plan, entries)
+        if as_json:
+            rows = [plan_row(entry) for entry in entries]
+            print_json({"plan": plan.name, "settings": plan.identity(), "tensors": rows})
+
+
+def run_trials(
+    view: View,
+    data: DataFolder,
+    stats: Stats,
+    plans: Sequence[tuple[str, Plan]],
+    calibration: CalibrationSettings,
+    codec: str,
+    code: Sequence[Path],
+    budget: int,
+    protocol: Protocol | None,
+    fresh: bool,
+) -> list[Trial]:
+    """Quantize, pack, count and score by each plan, and print each result as it comes.
+
+    Factors of the statistics and the scored module are shared; trials that equal the first are marked as no-ops.
+    """
+    from pgolf_post.artifacts import plan_text, requant
+    from pgolf_post.artifacts_report import Trial, compared, show_trial
+    from pgolf_post.quantize.gptq.stats_factors import StatsFactors
+    from pgolf_post.score.pool import ModelPool
+
+    factors, pool, trials = StatsFactors(stats), ModelPool(), list[Trial]()
+    for name, plan in plans:
+        artifact = requant(view, stats, plan, codec, fresh, factors, plan_text(view, data, plan, calibration))
+        report, score = count_and_score(artifact, budget, code, data, protocol, fresh, pool)
+        trials.append(Trial(name, plan, artifact.forgotten(), report, score))
+        show_trial(trials[-1], bool(code))
+    return [replace(trial, no_op=no_op) for trial, no_op in zip(trials, compared(trials), strict=True)]

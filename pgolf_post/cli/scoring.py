@@ -1,4 +1,4 @@
-"""What `eval`, `audit` and `compare` share: opening what is to be scored, and the options of every protocol."""
+"""Code shared by `eval`, `audit` and `compare`: opening the model to score, and the options of every protocol."""
 
 from __future__ import annotations
 

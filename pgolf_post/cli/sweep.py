@@ -13,6 +13,7 @@ from pgolf_post.base.progress import print_json, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option
 
 if TYPE_CHECKING:
+    from pgolf_post.ledger import Row
     from pgolf_post.sweep.run import Options
     from pgolf_post.sweep.state import State
 
@@ -167,7 +168,7 @@ def run_command(
 
     ranks = Ranks.join()
 
-    def on_row(state: State, row: Any) -> None:
+    def on_row(state: State, row: Row) -> None:
         spent.append((row.seconds or 0.0) / (workers * ranks.world_size))
         live(state, row, spent)
 

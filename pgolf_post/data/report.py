@@ -1,4 +1,4 @@
-"""What a person reads of a data folder: the sizes of its splits, and the checks that it passed or failed."""
+"""Report of a data folder for people: the sizes of its splits, and the checks that it passed or failed."""
 
 from __future__ import annotations
 

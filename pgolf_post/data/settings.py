@@ -1,4 +1,4 @@
-"""What decides the contents of a data folder that is built or downloaded."""
+"""Settings that decide the contents of a data folder that is built or downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPOSITORIES = {
 
 
 class BuildSettings(Settings):
-    """What decides a built folder's contents, besides its documents."""
+    """Settings that decide a built folder's contents, besides its documents."""
 
     name: str = Field("data", min_length=1, description="Name in the manifest.")
     vocab_size: int = Field(
@@ -39,7 +39,7 @@ class BuildSettings(Settings):
 
 
 class DownloadSettings(Settings):
-    """What to download. `repository` is by default the one known to publish the variant."""
+    """The data set to download. `repository` is by default the one known to publish the variant."""
 
     variant: str = Field(
         "sp1024",

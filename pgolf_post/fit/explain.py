@@ -1,4 +1,4 @@
-"""Where the bytes of an artifact went, and what more of them would buy in each tensor.
+"""Bytes of an artifact by tensor, and the loss that more of them would save in each.
 
 At equal slope a byte buys the same loss in every tensor: of a tensor with N weights and a predicted loss of L, one more
 bit for each weight quarters L, so ∂L/∂bytes = -2·ln 2·L·8/N. Where slopes differ, the solver was not free: a floor, a

@@ -11,7 +11,7 @@ from pgolf_post.settings import Settings
 
 
 class FitSettings(Settings):
-    """Which steps are taken, and how much text each may read. All of them are part of the artifact's identity."""
+    """Optional parts of a fit, and the text each may read. All settings are part of the artifact's identity."""
 
     rows: bool = Field(True, description="Use per-row step sizes, from the Fisher information of each output.")
     columns: bool = Field(

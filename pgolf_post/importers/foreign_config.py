@@ -222,7 +222,7 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
     return translated
 
 
-def _our_value(key: str, value: Any) -> Any:
+def _our_value(key: str, value: object) -> object:
     """Translate a value as the public scripts write it; lists and tables stay."""
     if key == "value_embed_layers" and isinstance(value, str | int):
         return [layer.strip() for layer in str(value).split(",") if layer.strip()]

@@ -64,7 +64,7 @@ def _training_dictionary(loaded: Mapping[str, Any], path: Path) -> ForeignFile:
     return ForeignFile(views, int(loaded["step"]) if "step" in loaded else None)
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 

@@ -1,4 +1,4 @@
-"""What the formats share: renaming by the ends of names, and the parts that some models have and most have not.
+"""Names shared by the formats: renaming by the ends of names, and the parts that only some models have.
 
 Names of parts are those of the public scripts (openai/parameter-golf): hashed n-grams (`bigram`), value embeddings
 (`ve_shared`, one scale per layer in `ve_layer_scales`), value residual (`vr_lambda`), untied loop MLPs

@@ -1,4 +1,4 @@
-"""What lies on disk as ledger rows: runs, checkpoints, statistics, artifacts and scores, from their meta.json files.
+"""Ledger rows made from disk: runs, checkpoints, statistics, artifacts and scores, from their meta.json files.
 
 Commands and `ledger scan` make rows by these functions alone, so that a result recorded when it was made and one found
 later are the same row. Ids are those that the folders are named by: a view's id, and the derived ids of later stages.
@@ -6,9 +6,9 @@ later are the same row. Ids are those that the folders are named by: a view's id
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgolf_post.base.storage import read_json
 from pgolf_post.cache import CacheEntry, entry_at, list_entries
@@ -17,7 +17,6 @@ from pgolf_post.derived import NAMING, id_from_config
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.ledger.schema import Kind, Row, iso_utc
 
-KINDS_BY_STAGE: dict[str, Kind] = {"stats": "stats", "artifact": "artifact", "score": "score"}
 KNOBS = {"bits": "bits", "clip": "clip", "hessian_lambda": "λ"}
 RUN_KINDS = ("raw", "imported")  # of checkpoints that a run saved
 SUMS = ("bpb", "nats", "tokens", "bytes")
@@ -26,7 +25,7 @@ LINEAGE_FACTS = ("kind", "phase", "step", "ema_share", "ema", "prune", "source",
 
 def scan(root: Path) -> list[Row]:
     """Rows of everything complete under a checkpoint root, oldest first. Raises NotFoundError if there is no root."""
-    entries = [entry for entry in list_entries(root) if entry.stage in KINDS_BY_STAGE]
+    entries = [entry for entry in list_entries(root) if entry.stage in STAGES]
     checkpoints = list_checkpoints(root)
     own = [checkpoint for checkpoint in checkpoints if checkpoint.meta["kind"] in RUN_KINDS]
     newest = {c.path.parent: c for c in sorted(own, key=lambda checkpoint: int(checkpoint.meta["step"]))}
@@ -106,15 +105,24 @@ def entry_rows(entry: CacheEntry) -> list[Row]:
         return []
     try:
         meta = read_json(entry.path / "meta.json")
-        parents, name, result = _DESCRIBE[entry.stage](entry, meta)
+        parents, name, result = STAGES[entry.stage].describe(entry, meta)
     except (PgolfError, KeyError, TypeError, AttributeError):
         return []
     settings = {key: value for key, value in entry.config.items() if key not in NAMING and key != "spans"}
     told: dict[str, Any] = {"settings": settings, "result": result}
     told |= {"seconds": meta.get("seconds"), "device": meta.get("device")}
     created = iso_utc((entry.path / "meta.json").stat().st_mtime)
-    kind = KINDS_BY_STAGE[entry.stage]
-    return [Row(kind, entry_id(entry, meta), parents, name, entry.checkpoint.parent.name, **told, created=created)]
+    return [
+        Row(
+            STAGES[entry.stage].kind,
+            entry_id(entry, meta),
+            parents,
+            name,
+            entry.checkpoint.parent.name,
+            **told,
+            created=created,
+        )
+    ]
 
 
 def entry_id(entry: CacheEntry, meta: Mapping[str, Any]) -> str:
@@ -162,7 +170,20 @@ def _score(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     return (subject,), f"{name} of a checkpoint", {**result, "checkpoint_id": subject}
 
 
-_DESCRIBE = {"stats": _stats, "artifact": _artifact, "score": _score}
+class StageRows(NamedTuple):
+    """Row of STAGES: the kind of row that a result becomes, and the function that describes it."""
+
+    kind: Kind
+    describe: Callable[[CacheEntry, Mapping[str, Any]], Description]
+
+
+# Stages by name: their `Stage` objects (STATS, ARTIFACT, SCORE) stand beside the code that makes the results, which the
+# ledger must not import. The version and settings of a result are read from its config.json.
+STAGES = {
+    "stats": StageRows("stats", _stats),
+    "artifact": StageRows("artifact", _artifact),
+    "score": StageRows("score", _score),
+}
 
 
 def _siblings(entry: CacheEntry, stage: str) -> Iterator[tuple[CacheEntry, dict[str, Any]]]:
@@ -177,7 +198,7 @@ def _metric(view: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metric[key] for key in (*SUMS, "protocol", "max_tokens") if key in metric}
 
 
-def _parent_id(parent: Any) -> str:
+def _parent_id(parent: object) -> str:
     return str(parent["id"] if isinstance(parent, Mapping) else parent)
 
 

@@ -43,7 +43,7 @@ def _flat(row: Row) -> dict[str, Any]:
     return cells
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
@@ -55,7 +55,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if columns else ""
 
 
-def _markdown_cell(value: Any) -> str:
+def _markdown_cell(value: object) -> str:
     text = "" if value is MISSING or value is None else str(value)
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
 

@@ -46,7 +46,7 @@ KIND_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 
 
 class ImportSettings(Settings):
-    """How a log is taken over."""
+    """Settings of an import: how the columns of a log are read."""
 
     tables: str = SettingsField("all", description="all, or numbers with commas between them")
     mapping: str = SettingsField("", description="FIELD=COLUMN, with commas between them")
@@ -179,7 +179,7 @@ def _kind_of(table: Table) -> Kind:
 def _settings(
     table: Table, columns: Mapping[Field, str], named: Mapping[str, str], text: Mapping[Field, str], section: str
 ) -> dict[str, Any]:
-    """Every cell's text: the fields' under their names, all others' under the columns' own."""
+    """Return every cell's text: that of known fields under their names, that of all others under the columns' own."""
     kept: dict[str, Any] = {"table": table.title, **({"section": section} if section else {})}
     kept |= {key: text[key] for key in TEXT_FIELDS if key in text}
     own = {columns[key] for key in TEXT_FIELDS if key in columns}
@@ -213,7 +213,7 @@ def plain(cell: str) -> str:
 
 
 def _declare(table: Table, columns: Mapping[Field, str], rows: Sequence[Row]) -> list[str]:
-    """What each column was taken as, and how much of it could be read as numbers and verdicts."""
+    """Print what each column was taken as, and how much of it could be read as numbers and verdicts."""
     taken = ", ".join(f"{key} ← {column!r}" for key, column in columns.items())
     kept = [column for column in table.header if column not in columns.values()]
     lines = [f"table {table.number}, {table.title!r} ({len(rows)} rows of kind {_kinds(rows)}): {taken}"]
@@ -256,7 +256,7 @@ def _with_parents(drafts: Sequence[tuple[Row, Table]]) -> list[Row]:
 
 
 def _keys(row: Row) -> list[str]:
-    """What a row can be called by as a base."""
+    """Return the texts by which another row can name this one as its base."""
     words = re.split(r"[\s(]", row.name, maxsplit=1)
     number = str(row.settings.get("number", ""))
     return list(dict.fromkeys(key for key in (normal(row.name), normal(words[0]), _number_key(number)) if key))

@@ -27,7 +27,7 @@ def value_of(row: Row, key: str) -> Any:
     return MISSING
 
 
-def _dotted(tree: Any, key: str) -> Any:
+def _dotted(tree: object, key: str) -> object:
     if not isinstance(tree, Mapping):
         return MISSING
     if key in tree:
@@ -41,7 +41,7 @@ def matches(row: Row, where: Mapping[str, Any]) -> bool:
     return all(_equal(value_of(row, key), wanted) for key, wanted in where.items())
 
 
-def _equal(value: Any, wanted: Any) -> bool:
+def _equal(value: object, wanted: object) -> bool:
     if value is MISSING or not isinstance(wanted, str) or isinstance(value, str):
         return bool(value == wanted)
     if isinstance(value, bool) or value is None:

@@ -1,4 +1,4 @@
-"""What a person sees of the ledger: rows as a table, one row whole, what was scanned and imported."""
+"""Reports of the ledger for people: rows as a table, one row whole, what was scanned and imported."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing, with the write lock held from the start."""
+        """Run a block as one transaction, all or nothing, with the write lock held from the start."""
         with _explained(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -226,7 +226,7 @@ class Ledger:
         return self.row_type(**named)
 
 
-def _stored(column: Column, value: Any) -> Any:
+def _stored(column: Column, value: object) -> object:
     return json.dumps(value) if column.is_json else value
 
 

@@ -57,7 +57,7 @@ class Table:
 
 
 def read_tables(path: Path) -> list[Table]:
-    """Every table of a file, numbered. Raises NotFoundError if there is no file or no table in it, DamagedFileError."""
+    """Return a file's tables, numbered. Raises NotFoundError if no file or no table is there, DamagedFileError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
@@ -219,7 +219,7 @@ def _distinct_titles(tables: Sequence[Table]) -> Iterator[Table]:
 
 
 def _title(lines: Sequence[str], at: int) -> str:
-    """What a table stands under: the line of text before it if that is not another table's, else its last heading."""
+    """Return a table's title: the line of text before it if that is not another table's, else its last heading."""
     for before in range(at - 1, -1, -1):
         line = lines[before].strip()
         if not line or "|" in line or "\t" in line:

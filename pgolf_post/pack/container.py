@@ -58,7 +58,7 @@ TensorEntry = list[Any]  # [name, role, table, shape, dtype, ...]
 
 
 class PackSettings(Settings):
-    """How a quantized model becomes bytes."""
+    """Settings of packing: how a quantized model becomes bytes."""
 
     codec: str = codecs.RANS
 

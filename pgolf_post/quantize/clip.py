@@ -121,7 +121,7 @@ def _percentile_hessian(units: Units) -> Tensor:  # (units,)
 
 
 def _least_error(units: Units, importance: Tensor | None) -> Tensor:  # (units,)
-    """Of the steps share · max|w| / largest, return each unit's with the least Σ_j h_j (w_j - ŵ_j)²."""
+    """Return each unit's step of least Σ_j h_j (w_j - ŵ_j)² among share · max|w| / largest."""
     weights, largest = units.weights, units.largest
     ceiling = weights.abs().amax(dim=1)
     best = torch.full_like(ceiling, torch.inf)

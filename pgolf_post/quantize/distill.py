@@ -50,7 +50,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What distillation did. Held-out losses are those of values as the artifact stores them."""
+    """Outcome of a distillation. Held-out losses are those of values as the artifact stores them."""
 
     kept: bool
     reason: str

@@ -1,4 +1,4 @@
-"""How prepared tensors become symbols: one function per method of a plan.
+"""Round prepared tensors to symbols: one function per method of a plan.
 
 A new method is a function here with a line in ROUNDING, and a rule class with a row of plan.METHODS. The function takes
 all tensors of its method at once, so that it may round them side by side.

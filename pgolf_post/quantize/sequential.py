@@ -105,7 +105,7 @@ def blocks_in_order(module: Any, family: ModelFamily) -> list[tuple[int, list[Si
     seen: dict[str, int] = {}
 
     def hook_for(site: Site) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             seen.setdefault(site.name, family.layer(site.tensors[0]) or 0)
 
         return hook

@@ -86,7 +86,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """All tensors of a model after quantization, and what is needed to rebuild and trace it."""
+    """A model after quantization: its tensors, and what is needed to rebuild and trace it."""
 
     config: Mapping[str, Any]  # the checkpoint's config.json: family, model, graph, tokenizer, data
     lineage: Mapping[str, Any]  # checkpoint_id, stats_id

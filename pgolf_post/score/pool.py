@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import check_tensors, load_module, swap_weights
+from pgolf_post.families import LanguageModel, check_tensors, load_module, swap_weights
 from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.protocols import Protocol, protocol_spans
@@ -60,7 +60,7 @@ class ModelPool:
             self._key, self._warm = key, set()
         return self._model
 
-    def warm_up(self, model: Any, protocol: Protocol, num_tokens: int, clock: PhaseTimes) -> None:
+    def warm_up(self, model: LanguageModel, protocol: Protocol, num_tokens: int, clock: PhaseTimes) -> None:
         """Compile for every shape of batch that a pass will have. Raises SettingsError for a protocol that learns."""
         if not self.compiled:
             return
@@ -75,7 +75,7 @@ class ModelPool:
                     self._run(model, shape[0], span)
                     self._warm.add(shape)
 
-    def _run(self, model: Any, batch: int, span: Span) -> None:
+    def _run(self, model: LanguageModel, batch: int, span: Span) -> None:
         device = next(model.parameters()).device
         tokens = torch.full((batch, span.length), 2, device=device)
         model.logits(model.hidden(tokens)[:, -span.scored :].flatten(0, 1))

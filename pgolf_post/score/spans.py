@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pgolf_post.base.progress import say
 from pgolf_post.errors import MismatchError, PgolfError
+from pgolf_post.families import LanguageModel
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import observe, target_nats
 from pgolf_post.score.session import Session
@@ -52,7 +53,7 @@ def batches_of(spans: list[Span], batch_tokens: int) -> list[list[Span]]:
     return batches
 
 
-def fitting(batch_tokens: int, module: Any) -> int:
+def fitting(batch_tokens: int, module: LanguageModel) -> int:
     """Return the input tokens of one batch: fewer on a CPU, whose caches should hold them, than on a GPU."""
     on_cpu = next(module.parameters()).device.type == "cpu"
     return min(batch_tokens, CPU_BATCH_TOKENS) if on_cpu else batch_tokens
@@ -66,7 +67,7 @@ def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
+def batch_nats(module: LanguageModel, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
     """Return float64 nats (batch · scored,) of the targets of spans of one shape.
 
     Halves the batch where memory runs out.
@@ -82,7 +83,7 @@ def batch_nats(module: Any, tokens: np.ndarray, batch: list[Span], session: Sess
 
 
 def scored_hidden(
-    module: Any, tokens: np.ndarray, batch: list[Span]
+    module: LanguageModel, tokens: np.ndarray, batch: list[Span]
 ) -> tuple[Tensor, Tensor]:  # (batch · scored, dim), (batch · scored,) int64
     """Return hidden states at the scored positions of spans of one shape, and their targets, on the module's device."""
     device = next(module.parameters()).device
@@ -121,7 +122,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class SpanPass:
     """A pass without learning: every step is a batch of spans; ranks take turns."""
 
-    def __init__(self, module: Any, log: CommitLog, spans: list[Span], batch_tokens: int, session: Session) -> None:
+    def __init__(
+        self, module: LanguageModel, log: CommitLog, spans: list[Span], batch_tokens: int, session: Session
+    ) -> None:
         self.module, self.log, self.session = module, log, session
         batches = batches_of(spans, batch_tokens)
         self.batches = [batches[i] for i in session.ranks.share(range(len(batches)))]

@@ -50,7 +50,7 @@ class StoredScore:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were scored."""
+        """Number of tokens scored."""
         return int(self.facts["tokens"])
 
     @property

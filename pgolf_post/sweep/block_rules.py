@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.plan import Plan, Rule, parse_rule, read_plan
@@ -33,7 +32,7 @@ def trial_plan(settings: TrialSettings) -> Plan:
     return plan
 
 
-def _split_block(plan: Plan, key: str, value: Any) -> Plan:
+def _split_block(plan: Plan, key: str, value: object) -> Plan:
     """Return the plan with one rule changed for one block."""
     rule_name, _, rest = key.partition("@")
     block, _, setting = rest.partition(".")
@@ -51,6 +50,6 @@ def _split_block(plan: Plan, key: str, value: Any) -> Plan:
     return plan.model_copy(update={"rules": tuple(rules)})
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """Return a value as TOML reads it."""
     return json.dumps(value, ensure_ascii=False)

@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def value(self) -> Any:
-        """Where it lies on its axis."""
+        """Value of the variant on its axis."""
         return dict(self.changes).get(self.axis)
 
 

@@ -19,7 +19,7 @@ from pgolf_post.base.progress import say
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.families import family_sources, load_family
 from pgolf_post.ledger import Ledger, Row
-from pgolf_post.provenance import code_commit
+from pgolf_post.provenance import code_commit, device_name
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.expand import Trial, expand, read_spec
 from pgolf_post.sweep.listed import Listed, list_trials
@@ -35,7 +35,7 @@ SKIPPED = "skipped by stop_if_monotone_worse"
 
 @dataclass(frozen=True)
 class Options:
-    """How a sweep is run; the same for every process that takes part."""
+    """Options of running a sweep; the same for every process that takes part."""
 
     spec: Path
     overrides: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Sweep:
         compiled = device.type == "cuda" if options.compiled is None else options.compiled
         self.bench = Workbench(options.places, compiled, device)
         self.ledger = Ledger.open(options.places.root)
-        self.provenance = Provenance(options.name, code_commit(), _device_name(device), options.dollars_per_hour)
+        self.provenance = Provenance(options.name, code_commit(), device_name(device), options.dollars_per_hour)
         self._stamp: tuple[float, int] | None = None
         self._listed: list[Listed] = []
         self._spec: SweepSpec | None = None
@@ -205,9 +205,3 @@ def _take_one(sweep: Sweep, state: State, on_row: Callable[[State, Row], None] |
             on_row(state, row)
         return True
     return False
-
-
-def _device_name(device: torch.device) -> str:
-    from pgolf_post.provenance import device_name
-
-    return device_name(device)

@@ -112,7 +112,7 @@ class TrialSettings(Settings):
             raise ValueError(f"{given} does nothing without method = 'fit'")
         return self
 
-    def with_change(self, key: str, value: Any) -> TrialSettings:
+    def with_change(self, key: str, value: object) -> TrialSettings:
         """Return these settings with one dotted key changed. Raises SettingsError."""
         return self.with_changes([(key, value)])
 
@@ -158,7 +158,7 @@ class CommonStages(Settings):
 
     @field_validator("*")
     @classmethod
-    def _readable(cls, stage: Any) -> Any:
+    def _readable(cls, stage: object) -> object:
         try:
             if isinstance(stage, TrialStage):
                 check_condition(stage.only_if)

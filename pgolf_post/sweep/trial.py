@@ -45,7 +45,7 @@ class DroppedError(Exception):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where and by what code rows are made."""
+    """Origin of rows: the sweep, code, device and price they are made with."""
 
     sweep: str
     commit: str | None = None

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from pgolf_post.artifacts import ARTIFACT, FITTED
+from pgolf_post.calibrate.stage import STATS
 from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
-from pgolf_post.ledger.disk import scan
+from pgolf_post.ledger.disk import STAGES, scan
+from pgolf_post.score.cached import SCORE
 from tests.cli.conftest import Call
 from tests.conftest import pico_recipe, write_recipe
 
@@ -67,6 +70,12 @@ def test_a_cached_result_is_one_row_and_a_scan_finds_the_same_rows(pgolf: Call) 
     }
     assert {(row.kind, row.id) for row in scan(ROOT)} == set(scanned)
     assert pgolf("ledger", "scan", "--json").json["new"] == 0
+
+
+def test_the_ledger_calls_the_stages_by_the_names_that_they_have() -> None:
+    assert set(STAGES) == {stage.name for stage in (STATS, ARTIFACT, FITTED, SCORE)}
+    assert [stage.kind for stage in STAGES.values()] == list(STAGES)
+    assert Path(ARTIFACT.payload).match("artifact.*")  # the file whose bytes a row tells
 
 
 def test_a_result_of_an_earlier_checkpoint_leaves_the_run_as_its_end_was(pgolf: Call) -> None:

@@ -16,7 +16,7 @@ class SymbolUnit(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """All units of a model under a yardstick."""
+    """Encoded size of a model under a yardstick, unit by unit."""
 
     raws: Sequence[bytes]  # what each stream must decode to
     streams: Sequence[bytes]

@@ -173,7 +173,7 @@ def _weights_of_row(counts: np.ndarray) -> np.ndarray:  # (ENTRIES,) → (ENTRIE
 
 
 def frequencies(weights: np.ndarray) -> np.ndarray:  # (contexts, width) → int64, each row summing to TOTAL
-    """What the decoder makes of stored weights: the floor of the cumulative share, differenced."""
+    """Return the decoder's frequencies of stored weights: the floor of the cumulative share, differenced."""
     values = weights.astype(np.int64)
     ends = ((values > 0) * MANTISSAS[values & 7] << (values >> 3)).cumsum(axis=1)
     shares: np.ndarray = np.diff(TOTAL * ends // ends[:, -1:], axis=1, prepend=0)

@@ -1,1 +1,1 @@
-"""What an artifact's bytes are spent on: counted, predicted, by tensor, by codec, drawn."""
+"""Reports of an artifact's bytes: counted, predicted, by tensor, by codec, drawn."""

@@ -27,7 +27,7 @@ ALL = (*codecs.CHOICES, *codecs.YARDSTICKS)
 
 @dataclass(frozen=True)
 class CodecResult:
-    """What one codec made of the model."""
+    """Size of the model under one codec."""
 
     codec: str
     ships: bool  # the shipped decoder can decode it

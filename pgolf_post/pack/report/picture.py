@@ -1,4 +1,4 @@
-"""Where an artifact's bytes went, as a picture: the budget on top, every role below, a segment per tensor.
+"""Picture of an artifact's bytes: the budget on top, every role below, a segment per tensor.
 
 Drawn with matplotlib (extra `plots`), without a display: the file's ending decides between svg, png and pdf.
 """

@@ -1,4 +1,4 @@
-"""What a person sees of a count: the byte table, and where an artifact's bytes went, by unit, role and tensor."""
+"""Tables of a count for people: its bytes in all, and an artifact's bytes by unit, role and tensor."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Survivors(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What the search of a column works in."""
+    """Buffers of a column's search."""
 
     survivors: Survivors
     target: np.ndarray  # (states,) float32

@@ -1,4 +1,4 @@
-"""What GPTQ is asked to do to one matrix, checked before anything is rounded."""
+"""GPTQ job of one matrix, checked before anything is rounded."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Workspace(NamedTuple):
-    """What a search of `lanes` lanes side by side works in."""
+    """Buffers of a search of `lanes` lanes side by side."""
 
     points: np.ndarray  # (rows, 4, lanes) float32: each coset's point nearest to the target
     cost: np.ndarray  # (states, lanes) float32, of the cheapest path into a state

@@ -1,4 +1,4 @@
-"""How a matrix is cut up for rounding: chunks of one fixed shape, (columns, rows), small enough to stay in cache.
+"""Panels, into which a matrix is cut for rounding: chunks of one shape, (columns, rows), small enough to stay in cache.
 
 Rows (or lanes of a trellis) do not depend on each other, unless they are coupled; then the matrix stays in one piece.
 """
@@ -98,7 +98,7 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a panel's rounding works on, each (in, chunks, width)."""
+    """Arrays that a panel's rounding reads and writes, each (in, chunks, width)."""
 
     weights: Tensor  # float32
     steps: Tensor  # float32, (1, …) where all columns share them

@@ -27,7 +27,7 @@ def _site_hessian(stats: Stats, site: str, alpha: float) -> Tensor:
 
 
 class StatsFactors:
-    """What GPTQ entries are rounded against, each factorized once per (site, AWQ α, damping, order).
+    """LDL factors of a set of statistics, each computed once per (site, AWQ α, damping, order).
 
     Entries with row feedback have a second factor, of their output gradients' second moment, per (tensor, damping).
     """

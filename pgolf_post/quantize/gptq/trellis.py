@@ -25,7 +25,7 @@ UNION_GRID = 0.5  # step of the union grid, in steps of the scalar grid that has
 
 @dataclass(frozen=True)
 class Trellis:
-    """Which trellis a tensor's symbols run through."""
+    """Trellis that a tensor's symbols run through."""
 
     states: int  # a key of POLYNOMIALS
     lane_rows: int  # rows after which the state restarts at 0

@@ -45,7 +45,7 @@ def coset_bounds(largest: int) -> np.ndarray:  # (4, 2) float32
 
 
 class Grid(NamedTuple):
-    """Which points of the union grid a path may use, as the kernels take it."""
+    """Points of the union grid that a path may use, as the kernels take them."""
 
     came_from: np.ndarray  # (states, 2) int64: where branch bit 0, and 1, came from
     bounds: np.ndarray  # (4, 2) float32 of the cosets, as coset_bounds

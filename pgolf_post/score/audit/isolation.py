@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
 from pgolf_post.data import BOS_ID
+from pgolf_post.families import LanguageModel
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.nats import distribution
 
@@ -18,7 +18,7 @@ PAIRS = 8  # of neighbouring documents that are compared
 
 @torch.no_grad()
 def isolates_documents(
-    module: Any,
+    module: LanguageModel,
     tokens: np.ndarray,  # (n,) the excerpt
     seq_len: int,
 ) -> Finding:
@@ -33,7 +33,7 @@ def isolates_documents(
     return Finding("document isolation", worst < TOLERANCE, evidence)
 
 
-def _gap(module: Any, first: np.ndarray, second: np.ndarray) -> float:
+def _gap(module: LanguageModel, first: np.ndarray, second: np.ndarray) -> float:
     """Return the largest difference in any token's log-probability over the second of two documents."""
 
     def log_probs(text: np.ndarray) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pgolf_post.score.stage import Scorable, open_weights
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit says: one finding a test."""
+    """Result of an audit: one finding per test."""
 
     findings: tuple[Finding, ...]
     excerpt_tokens: int

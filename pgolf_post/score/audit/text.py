@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pgolf_post.data import BOS_ID, DataFolder
+from pgolf_post.data.folder import Split
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.byte_ngram import decode_documents
 
@@ -17,7 +16,7 @@ KNOWN_WRONG = {176.33: "the leading space counted twice", 164.59: "case sentinel
 
 def audit_text(
     data: DataFolder,
-    split: Any,
+    split: Split,
     tokens: np.ndarray,  # (n,)
     token_bytes: np.ndarray,  # (n,) as the score counts them
 ) -> list[Finding]:
@@ -25,7 +24,7 @@ def audit_text(
     return [_implied_bytes(data, split, tokens, token_bytes), _bos_count(data, split, tokens)]
 
 
-def _implied_bytes(data: DataFolder, split: Any, tokens: np.ndarray, token_bytes: np.ndarray) -> Finding:
+def _implied_bytes(data: DataFolder, split: Split, tokens: np.ndarray, token_bytes: np.ndarray) -> Finding:
     """Test that the byte counts, by which bpb divides, add up to the text's length."""
     counted = int(token_bytes.sum())
     recorded = int(data.manifest["splits"][split]["num_bytes"])
@@ -50,7 +49,7 @@ def _implied_bytes(data: DataFolder, split: Any, tokens: np.ndarray, token_bytes
     return Finding("implied bytes", passed, evidence + "".join(f"; known wrong value: {why}" for why in wrong))
 
 
-def _bos_count(data: DataFolder, split: Any, tokens: np.ndarray) -> Finding:
+def _bos_count(data: DataFolder, split: Split, tokens: np.ndarray) -> Finding:
     """Test that there are as many BOS as documents, and that the text begins with one."""
     count, recorded = int(np.count_nonzero(tokens == BOS_ID)), int(data.manifest["splits"][split]["num_documents"])
     begins = len(tokens) > 0 and int(tokens[0]) == BOS_ID

@@ -36,7 +36,7 @@ def paired_documents(candidate: Score, control: Score) -> Clusters:
 
 @dataclass(frozen=True)
 class SignTest:
-    """In how many documents the candidate is better, and how likely that is by chance, two-sided."""
+    """Two-sided sign test: the number of documents in which the candidate is better, and its probability by chance."""
 
     better: int
     worse: int

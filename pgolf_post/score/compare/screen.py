@@ -38,7 +38,7 @@ ROUNDING_BPB = 1e-9  # what is left unknown where every window is scored
 
 
 class ScreenSettings(Settings):
-    """How well a difference should be known, and how windows are drawn."""
+    """Settings of a screening: the precision wanted of a difference, and how windows are drawn."""
 
     half_width_bpb: float = Field(0.0005, gt=0, description="stop when the difference is known to ± this many bpb")
     level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of the interval")
@@ -107,7 +107,7 @@ def look(
 
 @dataclass(frozen=True)
 class Screening:
-    """How a screening went: its looks, and why the last one was decisive."""
+    """Record of a screening: its looks, and why the last one was decisive."""
 
     looks: list[Look]
     total_tokens: int

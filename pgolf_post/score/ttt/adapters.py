@@ -31,7 +31,7 @@ ROLES = {"q": "q", "k": "k", "v": "v", "attn_proj": "o", "mlp_proj": "mlp"}  # r
 
 
 class AdapterProtocol(TTTProtocol):
-    """What every method that trains adapters can be told."""
+    """Settings shared by the methods that train adapters."""
 
     rank: int = Field(80, ge=1, description="inner width of an adapter")
     alpha: float = Field(144.0, gt=0, description="an adapter's output is scaled by alpha / rank")

@@ -38,7 +38,7 @@ from pgolf_post.score.ttt.settings import TTTProtocol
 
 
 class ChunkProtocol(TTTProtocol):
-    """What every method that trains on whole chunks can be told."""
+    """Settings shared by the methods that train on whole chunks."""
 
     stride: int = Field(64, ge=1, description="stride in tokens of the sliding window that scores a chunk")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over chunks")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.errors import PgolfError, VerificationError
+from pgolf_post.families import LanguageModel
 from pgolf_post.score.nats import target_nats
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.spans import fitting, is_out_of_memory
@@ -46,7 +46,7 @@ def micro_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list
 
 
 @torch.enable_grad()
-def backward(module: Any, parameters: Mapping[str, Tensor], sequences: list[Sequence], ranks: Ranks) -> None:
+def backward(module: LanguageModel, parameters: Mapping[str, Tensor], sequences: list[Sequence], ranks: Ranks) -> None:
     """Set gradients of the mean nats per target, the same on every rank; each rank takes a part of the sequences.
 
     Raises PgolfError naming the setting to lower where memory runs out.
@@ -88,14 +88,14 @@ def sum_gradients(parameters: Mapping[str, Tensor], ranks: Ranks) -> None:
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
-def synthetic_tokens(module: Any, count: int = PROBE_TOKENS) -> Tensor:  # (2, count)
+def synthetic_tokens(module: LanguageModel, count: int = PROBE_TOKENS) -> Tensor:  # (2, count)
     """Return made-up token ids for a check before anything is scored; ids 2 and 3 are no BOS in any vocabulary."""
     device = next(module.parameters()).device
     ids = torch.arange(2 * count, device=device).view(2, count)
     return 2 + ids % 2
 
 
-def require_same_forward(module: Any) -> None:
+def require_same_forward(module: LanguageModel) -> None:
     """Raise VerificationError unless the forward that is trained is, bit for bit, the one that scores."""
     tokens = synthetic_tokens(module)
     with torch.no_grad():
