@@ -1,9 +1,11 @@
-"""Settings of a sweep, as a strict TOML file.
+"""Settings of a sweep, as a strict TOML file: an unknown key is refused.
 
-question = "…"           base settings stand at the top: what decides the weights and bytes of every trial
-[grid] [each] [[trials]] what is changed, trial by trial (expand.py)
-[stages.NAME]            what scores a trial (stages/)
-[gates]                  when a sweep or a trial is not worth going on with
+    question = "…"           base settings stand at the top: what decides the weights and bytes of every trial
+    [grid] [each] [[trials]] what is changed, trial by trial (expand.py)
+    [stages.NAME]            what scores a trial (stages/)
+    [gates]                  when a sweep or a trial is not worth going on with
+
+docs/howto/sweeps.md has examples.
 """
 
 from __future__ import annotations
