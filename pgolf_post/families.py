@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -160,7 +161,8 @@ _sources: dict[str, str] = {}  # and what named them, "/…/FILE.py:CLASS"
 def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
     """Run a Python file of the user's and register its family for this process.
 
-    Raises NotFoundError for a missing file, SettingsError where the file does not define the class.
+    Raises NotFoundError for a missing file, SettingsError where the file fails, where it does not define the class, or
+    where the class is no family or has the name of an installed one.
     """
     path_text, colon, class_name = source.rpartition(":")
     path = Path(path_text)
@@ -172,16 +174,34 @@ def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise SettingsError(
+            f"--family {source!r}: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        ) from error
     defined = getattr(module, class_name, None)
     if not isinstance(defined, type):
         classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "sites")]
         raise SettingsError(f"{path} defines no class {class_name!r}; its families: {', '.join(classes) or 'none'}")
+    _require_family(defined, source)
     family: ModelFamily = defined()
     _from_files[family.name] = family
     _sources[family.name] = f"{path.resolve()}:{class_name}"
     get_family.cache_clear()
     return family
+
+
+def _require_family(defined: Any, source: str) -> None:
+    """Raise SettingsError listing what a family must have and a class lacks, or for a name that is taken."""
+    members = [name for name in vars(ModelFamily) if not name.startswith("_")]
+    lacking = [name for name in ("name", *members) if not hasattr(defined, name)]
+    if lacking:
+        raise SettingsError(f"--family {source!r}: {defined.__name__} has no {', '.join(lacking)}; see BaseFamily")
+    taken = {entry.name for entry in entry_points(group="pgolf_post.models")}
+    if defined.name in taken:
+        raise SettingsError(f"--family {source!r}: {defined.name!r} is an installed family; give it another name")
 
 
 def family_sources() -> tuple[str, ...]:

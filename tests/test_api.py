@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -84,6 +86,28 @@ def test_what_can_be_scored(view: View, stats: Stats, pico_data: DataFolder) -> 
         pg.score("nowhere", pico_data)
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_pickled_and_copied_by_name(name: str) -> None:
+    package = getattr(pg, name)
+    assert pickle.loads(pickle.dumps(package)) is package
+    assert copy.deepcopy(package) is package
+
+
+def test_damaged_bytes_are_refused_in_words(view: View, stats: Stats) -> None:
+    artifact = requant(view, stats, read_plan("sdclip-1394"))
+    whole = artifact.path.read_bytes()
+    for damaged in (b"", b"x" * 100, whole[:-5], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        with pytest.raises(pg.PgolfError, match="damaged"):
+            pg.unpack(damaged)
+    assert pg.size(str(artifact.path)).artifact == pg.size(artifact.path).artifact
+
+
+def test_a_level_outside_of_0_and_1_is_refused(view: View, pico_data: DataFolder) -> None:
+    sums = pg.score(view, pico_data).sums
+    with pytest.raises(pg.PgolfError, match="level"):
+        pg.compare(sums, sums, level=95)
+
+
 def test_an_audit_of_an_honest_model_passes(view: View, pico_data: DataFolder) -> None:
     result = pg.audit(view, pico_data, samples=2, tokens=64)
     assert result.passed
@@ -94,3 +118,5 @@ def test_options_are_checked_where_they_are_given(view: View, pico_data: DataFol
     assert pg.CalibrationSettings is CalibrationSettings
     with pytest.raises(pg.PgolfError, match="the code takes"):
         pg.fit(view, pico_data, 10, code=[DOCUMENT])
+    with pytest.raises(pg.PgolfError, match="valid codecs: none"):
+        pg.fit(view, pico_data, 6000, codec="zip")

@@ -107,6 +107,23 @@ def test_a_family_that_cannot_be_loaded_is_refused(source: str, error: type[Exce
         families.load_family(source)
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import nowhere_to_be_found", r"ModuleNotFoundError: .*mine\.py, line 1"),
+        ("def (", "SyntaxError"),
+        ("class Mine: name = 'mine'", "Mine has no build, complete, sites"),
+        ("from pgolf_post.families import BaseFamily\nclass Mine(BaseFamily): pass", "Mine has no name, build, sites"),
+        ("from trainer.family import GolfGPTFamily as Mine", "'golf_gpt' is an installed family"),
+    ],
+)
+def test_a_file_whose_class_is_no_family_is_refused(tmp_path: Path, code: str, words: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(SettingsError, match=words):
+        families.load_family(f"{path}:Mine")
+
+
 def test_an_unknown_family_names_the_installed_ones() -> None:
     with pytest.raises(SettingsError, match="golf_gpt"):
         families.get_family("tiny_gpt")

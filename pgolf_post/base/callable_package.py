@@ -33,6 +33,10 @@ class CallablePackage(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.__wrapped__(*arguments, **options)
 
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """Pickle and copy by name, as a function is: worker processes may be handed `pg.fit`."""
+        return importlib.import_module, (self.__name__,)
+
 
 def make_callable(package_name: str, target: str) -> None:
     """Let a package be called as its function `target` ("module:function"). Call it from the package's __init__."""

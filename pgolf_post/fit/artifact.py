@@ -34,6 +34,7 @@ from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 from pgolf_post.quantize.distill import distill
+from pgolf_post.settings import parse_settings
 
 
 def fit(
@@ -52,10 +53,12 @@ def fit(
 
         >>> artifact = pg.fit(view, data, 16_000_000, code=[Path("train_gpt.py")])       # doctest: +SKIP
 
-    Statistics and κ are read from the cache or made from `data`'s training split; the artifact is cached by all that
-    decides it. Raises SettingsError if the code fills the budget alone, OverBudgetError if the coarsest artifact is
-    larger, NumericsError as `factorize` does, VerificationError if the written file does not decode to its symbols.
+    Statistics and κ are read from the cache or made from `data`'s training split; the artifact is cached by all
+    that decides it. Raises SettingsError for an unknown codec or if the code fills the budget alone,
+    OverBudgetError if the coarsest artifact is larger, NumericsError as `factorize` does, VerificationError if the
+    written file does not decode to its symbols.
     """
+    parse_settings(PackSettings, {"codec": codec}, "fit")
     limit = artifact_limit(budget, count_code(code))
     return fit_artifact(prepared or prepare(view, data, calibration, settings, fresh=fresh), limit, codec, fresh)
 

@@ -20,6 +20,7 @@ from pgolf_post.quantize.gptq.trellis import POLYNOMIALS, Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, symbols_sha256
 
 ARTIFACT_FILE = "artifact.pgolf"
+WRITE_AGAIN = "write it again with pgolf-post requant from the checkpoint it came from"
 SECTION_NAMES = ("factors", "passthrough", "coder", "symbols")
 CODER_NAMES = ("lane states", "context classes", "frequency tables", "row shifts")
 PASSTHROUGH_NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32"}
@@ -98,8 +99,11 @@ def read_artifact(path: Path) -> DecodedArtifact:
 
 
 def unpack(data: bytes) -> DecodedArtifact:
-    """Decode an artifact's bytes. Raises decode.ArtifactError."""
-    manifest, tensors, packed = decode.decode(data)
+    """Decode an artifact's bytes. Raises DamagedFileError."""
+    try:
+        manifest, tensors, packed = decode.decode(data)
+    except decode.ArtifactError as error:
+        raise DamagedFileError(str(error), hint=WRITE_AGAIN) from error
     passthrough = {name: array for name, (array, *more) in packed.items() if not more}
     quantized = {name: _tensor(name, symbols, *more) for name, (symbols, *more) in packed.items() if more}
     return DecodedArtifact(
@@ -170,6 +174,5 @@ def _read_bytes(path: Path) -> bytes:
 def _decode_file(path: Path, data: bytes) -> DecodedArtifact:
     try:
         return unpack(data)
-    except decode.ArtifactError as error:
-        hint = "write it again with pgolf-post requant from the checkpoint it came from"
-        raise DamagedFileError(f"{path}: {error}", hint=hint) from error
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{path}: {error}", hint=error.hint) from error

@@ -105,7 +105,7 @@ class UnitBytes:
 
 
 def count(
-    artifact: Path, code: Sequence[Path] = (), budget_bytes: int = BUDGET_BYTES, by_convention: bool = False
+    artifact: Path | str, code: Sequence[Path] = (), budget_bytes: int = BUDGET_BYTES, by_convention: bool = False
 ) -> SizeReport:
     """Count one artifact (any file) and the code: files, all files of folders, and what files import beside them.
 
@@ -115,6 +115,7 @@ def count(
     """
     if budget_bytes < 0:
         raise SettingsError(f"budget of {budget_bytes:,} bytes: it cannot be negative")
+    artifact = Path(artifact)
     if not artifact.is_file():
         raise NotFoundError(f"no such artifact file: {artifact}", hint="pgolf-post requant writes one")
     counted = {_identity(artifact)}

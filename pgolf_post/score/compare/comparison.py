@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.errors import SettingsError
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare.documents import SignTest, paired_documents, sign_test
 from pgolf_post.score.compare.paired import Difference, bootstrap_interval, t_interval
@@ -42,8 +43,10 @@ def compare(candidate: Score, control: Score, *, level: float = 0.95, seed: int 
 
         >>> pg.compare(pg.score(artifact, data).sums, pg.score(view, data).sums).by_t   # doctest: +SKIP
 
-    Raises MismatchError if the two did not score the same tokens.
+    Raises MismatchError if the two did not score the same tokens, SettingsError for a level outside (0, 1).
     """
+    if not 0 < level < 1:
+        raise SettingsError(f"level = {level}: the level of an interval lies between 0 and 1, such as 0.95")
     clusters = paired_documents(candidate, control)
     return Comparison(
         candidate.bpb,
