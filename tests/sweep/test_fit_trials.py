@@ -37,6 +37,7 @@ def trials_of(text: str, folder: Path) -> list[Trial]:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("method = 'fit'\nfit.budgit = 9000", r"fit.budgit' \(did you mean 'budget'\?\); valid keys here: .*kappa"),
         ("fit.budget = 2_000_000", "fit.budget does nothing without method = 'fit'"),
         ("[grid]\nfit.trellis_states = [8]", "fit.trellis_states does nothing without method = 'fit'"),
         ("[each]\nfit.budget = [9000]", "fit.budget does nothing without method = 'fit'"),

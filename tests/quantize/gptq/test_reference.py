@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pgolf_post.quantize.gptq import reference
+from pgolf_post.quantize.gptq.coupled import RowFeedback
 from pgolf_post.quantize.gptq.driver import INNER_COLUMNS, gptq
 from pgolf_post.quantize.gptq.factorize import LDLFactor
 from pgolf_post.quantize.gptq.trellis import Trellis, grid_points
@@ -137,3 +138,12 @@ def test_the_search_alone_gives_the_paths_of_the_reference(
     wanted = reference.trellis(targets.numpy(), alone, np.ones((rows, 3), F), largest or LARGEST, code)
     for compiled in (True, False):
         assert encode(targets, code, largest, compiled=compiled).tolist() == wanted.tolist()
+
+
+def test_the_feedback_of_rows_is_rounded_to_nearest() -> None:
+    """The oracle reads the same integers, so that none of its comparisons sees how they were rounded."""
+    exact = upper(40, torch.Generator().manual_seed(5), False).numpy()
+    above, stored = np.triu(exact, 1), RowFeedback.of(exact)
+    read = stored.numbers * stored.scales[:, None].astype(np.float64)
+    assert (np.abs(read - above) <= 0.501 * stored.scales[:, None]).all()
+    assert np.abs(stored.numbers).max() == 32767
