@@ -351,11 +351,12 @@ def parse_rule(table: Mapping[str, Any], source: str) -> Rule:
     return parse_settings(METHODS[method].rule, table, source)
 
 
-def read_plan(source: str, overrides: Iterable[str] = ()) -> Plan:
+def read_plan(source: str | Path, overrides: Iterable[str] = ()) -> Plan:
     """Return a preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides.
 
     Raises SettingsError, NotFoundError.
     """
+    source = str(source)
     if source in preset_names():
         tree = read_toml(FOLDER / f"{source}.toml")
     elif source.endswith(".toml"):

@@ -80,7 +80,8 @@ def test_what_can_be_scored(view: View, stats: Stats, pico_data: DataFolder) -> 
     packed = pg.score(artifact, pico_data)
     for same in (artifact.path, artifact.folder):
         assert pg.score(same, pico_data).nats == packed.nats
-    difference = pg.compare(packed.sums, whole.sums)
+    difference = pg.compare(packed, whole)
+    assert pg.compare(packed.sums, whole.sums) == difference
     assert difference.difference_bpb == pytest.approx(packed.bpb - whole.bpb, abs=1e-12)
     with pytest.raises(pg.PgolfError):
         pg.score("nowhere", pico_data)

@@ -93,8 +93,9 @@ def is_artifact(path: Path) -> bool:
         return path.suffix == ".pgolf" or file.read(4) == decode.MAGIC[:4]
 
 
-def read_artifact(path: Path) -> DecodedArtifact:
+def read_artifact(path: Path | str) -> DecodedArtifact:
     """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file."""
+    path = Path(path)
     return _decode_file(path, _read_bytes(path))
 
 

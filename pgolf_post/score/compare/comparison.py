@@ -11,6 +11,7 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare.documents import SignTest, paired_documents, sign_test
 from pgolf_post.score.compare.paired import Difference, bootstrap_interval, t_interval
+from pgolf_post.score.stage import StoredScore
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,24 @@ class Comparison:
         return {"bpb": self.candidate_bpb, "control_bpb": self.control_bpb, **self.by_t.facts(), **finite, **sign}
 
 
-def compare(candidate: Score, control: Score, *, level: float = 0.95, seed: int = 0) -> Comparison:
+def compare(
+    candidate: Score | StoredScore, control: Score | StoredScore, *, level: float = 0.95, seed: int = 0
+) -> Comparison:
     """Compare two scores of the same text, paired by document.
 
     `level` is that of the intervals, `seed` the bootstrap's.
 
-        >>> pg.compare(pg.score(artifact, data).sums, pg.score(view, data).sums).by_t   # doctest: +SKIP
+        >>> pg.compare(pg.score(artifact, data), pg.score(view, data)).by_t   # doctest: +SKIP
 
     Raises MismatchError if the two did not score the same tokens, SettingsError for a level outside (0, 1).
     """
     if not 0 < level < 1:
         raise SettingsError(f"level = {level}: the level of an interval lies between 0 and 1, such as 0.95")
-    clusters = paired_documents(candidate, control)
+    first, second = (one.sums if isinstance(one, StoredScore) else one for one in (candidate, control))
+    clusters = paired_documents(first, second)
     return Comparison(
-        candidate.bpb,
-        control.bpb,
+        first.bpb,
+        second.bpb,
         t_interval(clusters, level),
         bootstrap_interval(clusters, level, seed=seed),
         sign_test(clusters),
