@@ -13,6 +13,7 @@ import pgolf_post.checkpoint
 import pgolf_post.families
 import pgolf_post.pack.artifact
 import pgolf_post.score.cached
+import pgolf_post.score.stage
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         paths.append(path)
         return read(path)
 
-    for module in (pgolf_post.pack.artifact, pgolf_post.score.cached, pgolf_post.artifacts):
+    for module in (pgolf_post.pack.artifact, pgolf_post.score.cached, pgolf_post.score.stage, pgolf_post.artifacts):
         monkeypatch.setattr(module, "read_artifact", counted)
     return paths
 
