@@ -160,6 +160,8 @@ def requant(
 ) -> PackedArtifact:
     """Quantize and pack a view; cached by view, statistics, plan, codec and what the plan reads of `text`.
 
+        >>> pg.requant(view, stats, pg.read_plan("sdclip-1394")).num_bytes
+
     Raises SettingsError for an unknown codec or a plan that needs a text and has none, VerificationError if decoding
     the written file does not give back the symbols that were packed.
     """

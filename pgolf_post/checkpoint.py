@@ -186,6 +186,8 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write a complete folder in one atomic step; `meta` needs at least kind, phase, step, parents.
 
+        >>> pg.save_checkpoint(path, config, {"raw": model.state_dict()}, meta)
+
     Raises PgolfError if the folder exists or cannot be written, MismatchError if tensors and config disagree.
     """
     config = {"format_version": FORMAT_VERSION, **config}

@@ -161,6 +161,8 @@ _sources: dict[str, str] = {}  # and what named them, "/…/FILE.py:CLASS"
 def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
     """Run a Python file of the user's and register its family for this process.
 
+        >>> pg.load_family("examples/my_family.py:TinyGPTFamily").name
+
     Raises NotFoundError for a missing file, SettingsError where the file fails, where it does not define the class, or
     where the class is no family or has the name of an installed one.
     """

@@ -354,6 +354,8 @@ def parse_rule(table: Mapping[str, Any], source: str) -> Rule:
 def read_plan(source: str | Path, overrides: Iterable[str] = ()) -> Plan:
     """Return a preset by name or a TOML file by path, with `RULE.KEY=VALUE` overrides.
 
+        >>> pg.read_plan("record-1855", ["mlp.clip=11"])
+
     Raises SettingsError, NotFoundError.
     """
     source = str(source)

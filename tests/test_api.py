@@ -43,6 +43,12 @@ def test_every_name_exists_and_is_documented(name: str) -> None:
     assert name in dir(pg)
 
 
+@pytest.mark.parametrize("name", [name for name in pg.__all__ if name.islower()])
+def test_every_verb_shows_an_example(name: str) -> None:
+    function = inspect.unwrap(getattr(pg, name))
+    assert f">>> pg.{name}(" in re.sub(r">>> [\w, ]+ = ", ">>> ", inspect.getdoc(function) or "")
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(AttributeError, match="it has Checkpoint, View"):
         pg.quantise

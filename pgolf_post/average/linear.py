@@ -201,7 +201,10 @@ def swa_blend(
     selection: Selection = DEFAULT_SELECTION,
     allow_different: Sequence[str] = (),
 ) -> tuple[Checkpoint, bool]:
-    """Save SWA of a run's checkpoints, interpolated with the final EMA; return it and whether it was there already."""
+    """Save SWA of a run's checkpoints, interpolated with the final EMA; return it and whether it was there already.
+
+    >>> blend, was_there = pg.swa_blend(pg.Checkpoint.open(path), ema_share=0.75, data=data)
+    """
     require_trained(final)
     blend = linear_blend(swa_parts(final, ema_share, selection), allow_different)
     return save_blend(blend, "swa", data, {"ema_share": ema_share})

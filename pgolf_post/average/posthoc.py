@@ -122,6 +122,8 @@ def posthoc_ema(
 ) -> tuple[Checkpoint, bool]:
     """Return an average of `length` at `end_step` (default: the checkpoint's), saved, and whether it was there.
 
+        >>> average, was_there = pg.ema_blend(pg.Checkpoint.open(path), pg.PowerLength(0.10), data)
+
     The folder's name starts with its content id, so the same average is found again and another never overwrites it.
     """
     # the shares, and the same average from earlier if it is there

@@ -34,6 +34,8 @@ def calibrate(
 ) -> Stats:
     """Return the view's statistics. Cached ones with the backward half are also used where it was not asked for.
 
+        >>> pg.calibrate(view, data, pg.CalibrationSettings(tokens=65536)).num_tokens
+
     Raises PgolfError if memory does not suffice, MismatchError if the training text is too short or is validation text,
     NumericsError for sums that are not finite.
     """

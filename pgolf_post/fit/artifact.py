@@ -51,7 +51,7 @@ def fit(
 ) -> PackedArtifact:
     """Return the artifact with the lowest loss that we know how to make in a byte budget, at most 2,000 bytes under it.
 
-        >>> artifact = pg.fit(view, data, 16_000_000, code=[Path("train_gpt.py")])       # doctest: +SKIP
+        >>> artifact = pg.fit(view, data, 16_000_000, code=[Path("train_gpt.py")])
 
     Statistics and κ are read from the cache or made from `data`'s training split; the artifact is cached by all
     that decides it. Raises SettingsError for an unknown codec or if the code fills the budget alone,

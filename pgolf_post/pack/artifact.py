@@ -94,13 +94,19 @@ def is_artifact(path: Path) -> bool:
 
 
 def read_artifact(path: Path | str) -> DecodedArtifact:
-    """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file."""
+    """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file.
+
+    >>> pg.read_artifact("artifact.pgolf").symbols_sha256
+    """
     path = Path(path)
     return _decode_file(path, _read_bytes(path))
 
 
 def unpack(data: bytes) -> DecodedArtifact:
-    """Decode an artifact's bytes. Raises DamagedFileError."""
+    """Decode an artifact's bytes. Raises DamagedFileError.
+
+    >>> pg.unpack(pg.pack(model)).tensors["tok_emb.weight"].shape
+    """
     try:
         manifest, tensors, packed = decode.decode(data)
     except decode.ArtifactError as error:

@@ -81,6 +81,8 @@ def pack(
 ) -> bytes:
     """Return the artifact of `model`. `on_unit` is called after each of its `count_units(model)` units is compressed.
 
+        >>> pg.pack(pg.quantize(view, stats, pg.read_plan("rtn")))[:4]
+
     Raises MismatchError for what the format cannot hold, NumericsError for NaN or infinity, PgolfError over its limits.
     """
     return frame_units(pack_units(model, settings, on_unit))

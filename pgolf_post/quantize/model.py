@@ -29,6 +29,8 @@ def quantize_view(
 ) -> QuantizedModel:
     """Quantize every tensor of a view. `factors` may be shared by calls with the same statistics.
 
+        >>> pg.quantize(view, stats, pg.read_plan("sdclip-1394")).symbols_sha256()
+
     A sequential plan needs `text`, on which the statistics were collected. Raises SettingsError without it, or for a
     plan that leaves a rule or a tensor over, MismatchError for statistics of other weights or without what is read.
     """

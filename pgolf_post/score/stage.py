@@ -78,7 +78,7 @@ def score(
 
     A path is an artifact's (file or folder) or a checkpoint's, whose EMA is taken where it has one, else raw.
 
-        >>> pg.score(artifact, data).bpb                                        # doctest: +SKIP
+        >>> pg.score(artifact, data).bpb
         1.7371
 
     Raises MismatchError where model and text have different tokenizers, NotFoundError, DamagedFileError, and

@@ -109,6 +109,8 @@ def count(
 ) -> SizeReport:
     """Count one artifact (any file) and the code: files, all files of folders, and what files import beside them.
 
+        >>> pg.size(artifact.path, code=[Path("train_gpt.py")]).headroom_bytes
+
     A file named twice counts once. With `by_convention` the report's totals count the code as `pack-code` makes it.
 
     Raises NotFoundError for anything that is not there, SettingsError for a negative budget.

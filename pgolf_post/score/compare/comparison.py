@@ -44,7 +44,7 @@ def compare(
 
     `level` is that of the intervals, `seed` the bootstrap's.
 
-        >>> pg.compare(pg.score(artifact, data), pg.score(view, data)).by_t   # doctest: +SKIP
+        >>> pg.compare(pg.score(artifact, data), pg.score(view, data)).by_t
 
     Raises MismatchError if the two did not score the same tokens, SettingsError for a level outside (0, 1).
     """
