@@ -96,7 +96,7 @@ def is_artifact(path: Path) -> bool:
 def read_artifact(path: Path | str) -> DecodedArtifact:
     """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file.
 
-    >>> pg.read_artifact("artifact.pgolf").symbols_sha256
+    >>> pg.read_artifact("artifact.pgolf").manifest["config"]["family"]
     """
     path = Path(path)
     return _decode_file(path, _read_bytes(path))
