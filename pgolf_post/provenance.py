@@ -18,20 +18,20 @@ import numpy
 import torch
 
 
-@functools.cache
 def git_state() -> dict[str, Any]:
     """Return the commit of the code that runs and whether files differ from it; None outside a git checkout."""
+    try:
+        commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(status)}
+
+
+@functools.cache  # an answer is kept; a failure, which may be of the moment, is raised and asked again
+def _git(*arguments: str) -> str:
     here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": bool(status) if status is not None else None}
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,27 @@
+"""Provenance: the commit is found out once, and a failure to ask is not remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pgolf_post import provenance
+
+
+def test_a_failure_to_ask_git_is_of_the_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process whose first question went unanswered (no git on the path, a slow disk) still learns the commit."""
+    before = provenance.git_state()
+    provenance._git.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git_state() == {"commit": None, "dirty": None}
+    assert provenance.code_commit() is None
+    monkeypatch.undo()
+    assert provenance.git_state() == before
+
+
+def test_the_answer_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = provenance.git_state()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if before["commit"] is not None:  # outside a checkout there is no answer to keep
+        assert provenance.git_state() == before
