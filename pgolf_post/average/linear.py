@@ -203,7 +203,9 @@ def swa_blend(
 ) -> tuple[Checkpoint, bool]:
     """Save SWA of a run's checkpoints, interpolated with the final EMA; return it and whether it was there already.
 
-    >>> blend, was_there = pg.swa_blend(pg.Checkpoint.open(path), ema_share=0.75, data=data)
+        >>> blend, was_there = pg.swa_blend(pg.Checkpoint.open(path), ema_share=0.75, data=data)
+
+    Raises NotFoundError if the run has too few checkpoints, MismatchError for one that does not fit the others.
     """
     require_trained(final)
     blend = linear_blend(swa_parts(final, ema_share, selection), allow_different)

@@ -94,18 +94,22 @@ def is_artifact(path: Path) -> bool:
 
 
 def read_artifact(path: Path | str) -> DecodedArtifact:
-    """Decode and verify a file with the shipped decoder. Raises NotFoundError, DamagedFileError naming the file.
+    """Decode and verify a file with the shipped decoder.
 
-    >>> pg.read_artifact("artifact.pgolf").manifest["config"]["family"]
+        >>> pg.read_artifact("artifact.pgolf").manifest["config"]["family"]
+
+    Raises NotFoundError, or DamagedFileError naming the file.
     """
     path = Path(path)
     return _decode_file(path, _read_bytes(path))
 
 
 def unpack(data: bytes) -> DecodedArtifact:
-    """Decode an artifact's bytes. Raises DamagedFileError.
+    """Decode an artifact's bytes.
 
-    >>> pg.unpack(pg.pack(model)).tensors["tok_emb.weight"].shape
+        >>> pg.unpack(pg.pack(model)).tensors["tok_emb.weight"].shape
+
+    Raises DamagedFileError for bytes that are no artifact, or not as they were written.
     """
     try:
         manifest, tensors, packed = decode.decode(data)
