@@ -32,7 +32,7 @@ class RunSettings(Settings):
     kernels: Kernels = Field(
         "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; default torch's own choice")
+    threads: int | None = Field(None, ge=1, description="CPU threads; left out: as many as this process may use")
     attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
     compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
     warmup_steps: int | None = Field(

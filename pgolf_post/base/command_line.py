@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from pgolf_post.base.threads import settle_threads
 from pgolf_post.errors import PgolfError
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
@@ -21,6 +22,7 @@ def run_command(command: click.Command) -> None:
     A foreseen failure is printed as `error: message` and `next: hint`; only an unforeseen one shows a traceback. Under
     torchrun the process ends without the interpreter's own clean-up (see `pgolf_post.base.ranks.end_process`).
     """
+    settle_threads()
     code = _exit_code(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from pgolf_post.base.ranks import end_process

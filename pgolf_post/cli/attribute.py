@@ -22,6 +22,7 @@ from pgolf_post.cli.common import (
     json_option,
     load_view,
     settings_options,
+    threads_option,
     weights_option,
 )
 from pgolf_post.cli.packing import codec_option
@@ -53,6 +54,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
 @fresh_option
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pgolf_post.base.progress import print_json, print_table
-from pgolf_post.cli.common import checkpoint_argument, data_option, json_option, weights_option
+from pgolf_post.cli.common import checkpoint_argument, data_option, json_option, threads_option, weights_option
 from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
 
 
@@ -35,6 +35,7 @@ from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
     show_default=True,
     help="Seed by which the changed tokens are drawn.",
 )
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

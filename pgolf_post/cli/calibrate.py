@@ -23,6 +23,7 @@ from pgolf_post.cli.common import (
     load_view,
     settings_options,
     stats_folder,
+    threads_option,
     weights_option,
 )
 
@@ -45,6 +46,7 @@ SHORT_FLAGS = {field: f"--{flag.removeprefix('--calibration-')} {flag}" for fiel
 @allow_stale_option
 @fresh_option
 @dollars_option
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from pgolf_post.base.progress import print_json, print_table
-from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
+from pgolf_post.cli.common import (
+    checkpoint_argument,
+    data_option,
+    find_checkpoint,
+    find_data,
+    json_option,
+    threads_option,
+)
 from pgolf_post.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ def command() -> None:
 @command.command("verify")
 @checkpoint_argument
 @data_option
+@threads_option
 @json_option
 def verify_command(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Check CHECKPOINT's tensors against their ids and recompute the metric it records, to 1e-5 nats per token.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from pgolf_post.base.progress import say
+from pgolf_post.base.threads import use_threads
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.settings import Settings, parse_settings
 
@@ -41,6 +42,14 @@ allow_stale_option = click.option(
     "--allow-stale",
     metavar="HESSIANS",
     help="Use these statistics (a folder or an id) of other weights, after a probe of how far off they are; recorded.",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    expose_value=False,
+    is_eager=True,
+    callback=lambda _context, _option, count: use_threads(count) if count else None,
+    help="Threads to compute with.  [default: the CPUs that this process may use]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
@@ -92,6 +101,8 @@ def _help_of(field: FieldInfo) -> str:
     """Return a field's description as a sentence, with its default unless that is None."""
     text = (field.description or "").strip().rstrip(".")
     text = text[:1].upper() + text[1:] + "."
+    if field.default_factory:
+        return text
     shown = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
     return text if shown is None else f"{text}  [default: {shown}]"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pgolf_post.cli.common import json_option
+from pgolf_post.cli.common import json_option, threads_option
 
 
 @click.command("demo")
@@ -20,6 +20,7 @@ from pgolf_post.cli.common import json_option
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the training recipe. Repeatable."
 )
+@threads_option
 @json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → Hessians → requant at three λ → SWA blend → one table. Needs no network and no GPU.

@@ -10,7 +10,14 @@ import click
 
 from pgolf_post.average.settings import MAX_ERROR
 from pgolf_post.base.progress import print_json
-from pgolf_post.cli.common import checkpoint_argument, data_option, find_checkpoint, find_data, json_option
+from pgolf_post.cli.common import (
+    checkpoint_argument,
+    data_option,
+    find_checkpoint,
+    find_data,
+    json_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from pgolf_post.average.profiles import Length
@@ -42,6 +49,7 @@ class Numbers(click.ParamType):
     help="Refuse averages whose profile has a larger reconstruction error, as a share of its norm.",
 )
 @data_option
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from pgolf_post.base.progress import print_json
-from pgolf_post.cli.common import checkpoint_argument, find_checkpoint, json_option, load_view, weights_option
+from pgolf_post.cli.common import (
+    checkpoint_argument,
+    find_checkpoint,
+    json_option,
+    load_view,
+    threads_option,
+    weights_option,
+)
 from pgolf_post.importers import FORMATS
 
 
@@ -16,6 +23,7 @@ from pgolf_post.importers import FORMATS
 @weights_option
 @click.option("--format", "form", required=True, type=click.Choice(list(FORMATS)), help="The script's format.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Write to this .pt or .safetensors file.")
+@threads_option
 @json_option
 def command(checkpoint: Path | None, weights: str | None, form: str, out: Path, as_json: bool) -> None:
     """Write CHECKPOINT's weights as a bare state dict in a public script's names, every tensor identical."""

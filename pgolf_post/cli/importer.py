@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pgolf_post.base.progress import print_json, print_table, say
-from pgolf_post.cli.common import json_option
+from pgolf_post.cli.common import json_option, threads_option
 from pgolf_post.settings import apply_override, read_toml
 
 
@@ -45,6 +45,7 @@ from pgolf_post.settings import apply_override, read_toml
     show_default=True,
     help="Measure the recorded bpb on this many validation tokens.",
 )
+@threads_option
 @json_option
 def command(
     file: Path,

@@ -20,6 +20,7 @@ from pgolf_post.cli.common import (
     json_option,
     load_view,
     settings_options,
+    threads_option,
     weights_option,
 )
 from pgolf_post.cli.plan_options import chosen_plan, plan_options
@@ -46,6 +47,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 @plan_options
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

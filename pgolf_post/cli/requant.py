@@ -26,6 +26,7 @@ from pgolf_post.cli.common import (
     load_view,
     settings_options,
     stats_folder,
+    threads_option,
     weights_option,
 )
 from pgolf_post.cli.packing import (
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 @allow_stale_option
 @fresh_option
 @dollars_option
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pgolf_post.base import progress
-from pgolf_post.cli.common import json_option
+from pgolf_post.cli.common import json_option, threads_option
 from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
 from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
@@ -31,6 +31,7 @@ from pgolf_post.pack.report.tensor_bytes import TensorBytes, role_table, tensor_
 )
 @click.option("--tensors", "by_tensor", is_flag=True, help="List the bytes of every tensor, too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the bytes into this .svg, .png or .pdf file.")
+@threads_option
 @json_option
 def command(
     artifact: Path, code: tuple[Path, ...], budget: int, counted: str, by_tensor: bool, plot: Path | None, as_json: bool

@@ -21,6 +21,7 @@ from pgolf_post.cli.common import (
     json_option,
     settings_options,
     split_view,
+    threads_option,
 )
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import apply_override
@@ -73,6 +74,7 @@ Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was th
 )
 @data_option
 @dollars_option
+@threads_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pgolf_post.base.threads import num_threads
 from pgolf_post.settings import Settings
 
 MAX_VOCAB_SIZE = 1 << 16  # a shard's tokens are uint16
@@ -35,7 +36,11 @@ class BuildSettings(Settings):
         description="Bytes of training text that the tokenizer is trained on.",
     )
     byte_sidecar: bool = Field(False, description="Write a file of the original bytes behind each validation token.")
-    num_threads: int = Field(2, gt=0, description="Threads to tokenize with; the result does not depend on it.")
+    num_threads: int = Field(
+        default_factory=num_threads,
+        gt=0,
+        description="Threads to tokenize with; the result does not depend on it. Left out: all CPUs it may use.",
+    )
 
 
 class DownloadSettings(Settings):

@@ -27,7 +27,6 @@ state, sorted keys.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from zlib import crc32
 import numpy as np
 from pydantic import field_validator
 
+from pgolf_post.base.threads import num_threads
 from pgolf_post.errors import MismatchError, PgolfError, SettingsError
 from pgolf_post.pack import codecs, decode
 from pgolf_post.pack.coder import rans
@@ -112,7 +112,7 @@ def pack_units(
     side_codec = codecs.BEST if settings.codec == codecs.RANS else settings.codec
     jobs = {key: side_codec for key in keys if key[0] != SYMBOLS or settings.codec != codecs.RANS}
     streams: dict[Key, tuple[int, bytes]] = {}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=num_threads()) as pool:
         for key, stream in pool.map(lambda job: (job[0], layout.compressed(*job)), jobs.items()):
             streams[key] = stream
             announce()

@@ -77,7 +77,6 @@ def test_rows_that_nearly_repeat_are_coded_as_differences() -> None:
 @pytest.mark.parametrize("kind", RANS)
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
 def test_compiled_loops_give_the_same_bytes(states: int, kind: int, dtype: type) -> None:
-    pytest.importorskip("numba")
     rng = np.random.default_rng(states)
     matrices = [np.rint(rng.normal(0, 6, (40, 17))).astype(dtype) for _ in range(3)]
     matrices[0][7, 3] = np.iinfo(dtype).min  # an escape

@@ -1,14 +1,13 @@
-"""Compiled inner loops of the entropy coder. Imported only where numba is installed.
+"""Compiled inner loops of the entropy coder. Imported only where numba can be loaded.
 
 Each computes the same integers as its numpy counterpart in contexts.py or rans.py, and so gives the same bytes.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+from pgolf_post.base.numba import jit
 
 
 @jit

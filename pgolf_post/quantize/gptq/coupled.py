@@ -14,7 +14,7 @@ row that far above becomes, survivors that disagree are dropped, and its error g
 Every column reads all of F, for thousands of rows more than a cache holds, so it is kept as 16-bit integers with one
 scale per row: exact to 2e-5 of the row's largest entry.
 
-Columns are searched on the CPU, one row at a time: compiled where numba is installed (coupled_kernels.py), else in
+Columns are searched on the CPU, one row at a time: compiled where numba can be loaded (coupled_kernels.py), else in
 numpy, some hundred times slower, with the same float32 operations in the same order and so the same symbols. A scalar
 grid needs no search: its rows are rounded one after the other.
 """

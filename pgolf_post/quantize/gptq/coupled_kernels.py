@@ -1,4 +1,4 @@
-"""Compiled inner loops of rounding with coupled rows (coupled.py). Imported only where numba is installed.
+"""Compiled inner loops of rounding with coupled rows (coupled.py). Imported only where numba can be loaded.
 
 As in kernels.py, each does the operations of its numpy counterpart in the same order on the same values.
 """
@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgolf_post.quantize.gptq.kernels import F, feed, jit
+from pgolf_post.base.numba import jit
+from pgolf_post.quantize.gptq.kernels import F, feed
 
 
 class Column(NamedTuple):

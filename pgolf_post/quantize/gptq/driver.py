@@ -14,7 +14,7 @@ way columns are coupled by F alone, and rows by nothing unless feedback comes fr
 through in chunks (panels.py), each a (columns, rows) buffer: of corrections due to columns not yet rounded, of errors
 after. A block of columns first gets what all earlier errors do to it as one matrix product, then each 32 of it
 likewise, then column by column. No result depends on the number of threads, on what else is quantized beside it, or on
-numba being installed.
+numba.
 (On a GPU the matrix products add in another order; its symbols are as good, and not always the same.)
 """
 
@@ -60,7 +60,7 @@ def gptq_jobs(
     jobs: Sequence[Job],
     block_size: int = 128,
     *,
-    compiled: bool | None = None,  # None: where numba is installed and the weight is on the CPU
+    compiled: bool | None = None,  # None: where numba can be loaded and the weight is on the CPU
     advance: Callable[[int], object] = lambda weights: None,
 ) -> list[Tensor]:  # as gptq
     """Return the symbols of many matrices, chunks side by side on torch's threads. Call advance(weights done)."""

@@ -1,4 +1,4 @@
-"""Compiled inner loops of GPTQ and of the trellis search. Imported only where numba is installed.
+"""Compiled inner loops of GPTQ and of the trellis search. Imported only where numba can be loaded.
 
 Each does the operations of its torch counterpart in the same order on the same float32 values, without contraction or
 reassociation, and so gives the same symbols. Literals are spelled float32: a float64 one would widen the arithmetic.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from pgolf_post.base.numba import jit
+
 F = np.float32
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Workspace(NamedTuple):

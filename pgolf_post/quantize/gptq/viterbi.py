@@ -94,7 +94,7 @@ def encode(
     targets: Tensor,  # (rows, columns) float32: weights in units of the union grid's step
     trellis: Trellis,
     largest: int | None = None,  # symbols stay within ±largest; None: within what 16 bits hold
-    compiled: bool | None = None,  # None: where numba is installed and targets are on the CPU
+    compiled: bool | None = None,  # None: where numba can be loaded and targets are on the CPU
 ) -> Tensor:  # (rows, columns) int16
     """Return the symbols whose grid points (`trellis.grid_points`) have the least Σ (u - n)² in every lane.
 
