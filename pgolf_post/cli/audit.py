@@ -26,7 +26,14 @@ from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="Number of tokens that are changed, one at a time.",
+    help="Number of tokens that are changed one at a time, and of suspects that are looked at again.",
+)
+@click.option(
+    "--power",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.99,
+    show_default=True,
+    help="Probability with which a fault on one token in a hundred is to be found; more takes more runs.",
 )
 @click.option(
     "--seed",
@@ -43,6 +50,7 @@ def command(
     data_dir: Path | None,
     tokens: int | None,
     samples: int,
+    power: float,
     seed: int,
     as_json: bool,
     **options: Any,
@@ -53,9 +61,9 @@ def command(
     pgolf-post audit ARTIFACT --protocol sliding
     pgolf-post audit CKPT --protocol ttt --ttt lora --tokens 3000
 
-    The protocol scores an excerpt repeatedly, each time with one token changed: what was scored before it must stay
-    the same bit for bit, also where weights learn. Bytes and documents are counted on the whole split. The exit code is
-    4 if a test fails.
+    The protocol scores an excerpt repeatedly, with one token changed or with many far apart: what was scored before
+    must stay the same bit for bit, also where weights learn. The table says how surely a rare fault is found. Bytes and
+    documents are counted on the whole split. The exit code is 4 if a test fails.
     """
     from pgolf_post.score.audit.findings import require_passed
     from pgolf_post.score.audit.stage import audit_weights
@@ -65,7 +73,9 @@ def command(
     started = time.perf_counter()
     opened = open_scored(checkpoint, weights, data_dir, PhaseTimes())
     protocol = parse_protocol(options, opened.config, "audit")
-    result = audit_weights(opened.name, opened.config, opened.tensors, opened.data, protocol, tokens, samples, seed)
+    result = audit_weights(
+        opened.name, opened.config, opened.tensors, opened.data, protocol, tokens, samples, seed, power
+    )
     print_table(f"{opened.name}, {protocol.protocol}", AUDIT_HEADER, audit_rows(list(result.findings)))
     if as_json:
         seconds = round(time.perf_counter() - started, 3)

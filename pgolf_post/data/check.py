@@ -59,6 +59,11 @@ def check(folder: DataFolder, sample_documents: int = 64) -> list[CheckRow]:
     return rows
 
 
+def check_split(folder: DataFolder, split: Split, sample_documents: int = 64) -> list[CheckRow]:
+    """Recompute what the manifest states of one split; see `check`."""
+    return [_row(name, step) for name, step in _split_steps(folder, split, sample_documents)]
+
+
 Step = Callable[[], tuple[bool, str]]
 
 
@@ -74,16 +79,20 @@ def _steps(folder: DataFolder, sample_documents: int) -> Iterator[tuple[str, Ste
     yield "tokenizer: sha256, vocabulary", lambda: _check_tokenizer(folder)
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        if folder.manifest["splits"].get(split, {}).get("shards"):
-            checks = SplitChecks(folder, split, sample_documents)
-            yield f"{split}: sha256", checks.hashes
-            yield f"{split}: headers, lengths", checks.lengths
-            yield f"{split}: token ids", checks.token_ids
-            yield f"{split}: documents open with BOS", checks.documents
-            yield f"{split}: byte table = decoder", checks.byte_table
-            if checks.sidecars:
-                yield f"{split}: byte sidecar", checks.byte_sidecar
-            yield f"{split}: bytes of text", checks.num_bytes
+        yield from _split_steps(folder, split, sample_documents)
+
+
+def _split_steps(folder: DataFolder, split: Split, sample_documents: int) -> Iterator[tuple[str, Step]]:
+    if folder.manifest["splits"].get(split, {}).get("shards"):
+        checks = SplitChecks(folder, split, sample_documents)
+        yield f"{split}: sha256", checks.hashes
+        yield f"{split}: headers, lengths", checks.lengths
+        yield f"{split}: token ids", checks.token_ids
+        yield f"{split}: documents open with BOS", checks.documents
+        yield f"{split}: byte table = decoder", checks.byte_table
+        if checks.sidecars:
+            yield f"{split}: byte sidecar", checks.byte_sidecar
+        yield f"{split}: bytes of text", checks.num_bytes
 
 
 def _check_tokenizer(folder: DataFolder) -> tuple[bool, str]:

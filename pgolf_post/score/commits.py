@@ -25,6 +25,10 @@ class CommitError(VerificationError):
     """A target scored twice or not at all, or a token asked for training before it was scored."""
 
 
+class ScoreOnceError(CommitError):
+    """A target scored twice, or not at all, or a place that is none."""
+
+
 @dataclass(frozen=True)
 class HandedOut:
     """A range of tokens handed out for training, and how many commits there had been by then."""
@@ -54,14 +58,16 @@ class CommitLog:
         places: np.ndarray,  # (k,) int64, places of targets in the text
         nats: np.ndarray,  # (k,)
     ) -> None:
-        """Record the nats of targets, for good. Raises CommitError for a second time, NumericsError for NaN."""
+        """Record the nats of targets, for good. Raises ScoreOnceError for a second time, NumericsError for NaN."""
         outside = places[(places < 1) | (places > self.num_targets)]
         if len(outside):
-            raise CommitError(f"place {int(outside[0])} is no target; targets are 1..{self.num_targets}")
-        again = places[self.scored[places]]
-        if len(again) or len(np.unique(places)) != len(places):
-            place = int(again[0]) if len(again) else int(places[0])
-            raise CommitError(f"target {place} would be scored twice; a target's first score is its only one")
+            raise ScoreOnceError(f"place {int(outside[0])} is no target; targets are 1..{self.num_targets}")
+        kinds, times = np.unique(places, return_counts=True)
+        again = np.concatenate([places[self.scored[places]], kinds[times > 1]])
+        if len(again):
+            raise ScoreOnceError(
+                f"target {int(again[0])} would be scored twice; a target's first score is its only one"
+            )
         require_finite(self.tokens, places, nats)
         self.nats[places] = nats
         self.turn[places] = self.turns
@@ -82,15 +88,15 @@ class CommitLog:
         return self.tokens[start:stop].astype(np.int64)
 
     def require_complete(self) -> None:
-        """Raise CommitError unless every target has been scored."""
+        """Raise ScoreOnceError unless every target has been scored."""
         missing = np.flatnonzero(~self.scored[1 : self.num_targets + 1]) + 1
         if len(missing):
-            raise CommitError(f"{len(missing)} of {self.num_targets} targets were never scored, first {missing[0]}")
+            raise ScoreOnceError(f"{len(missing)} of {self.num_targets} targets were never scored, first {missing[0]}")
 
     def merge(self, ranks: Ranks, start: int = 0, stop: int | None = None) -> None:
         """Bring together what ranks have scored of places [start, stop) since the last time.
 
-        Raises CommitError if two scored the same target.
+        Raises ScoreOnceError if two scored the same target.
         """
         if ranks.world_size == 1:
             return
@@ -107,7 +113,7 @@ class CommitLog:
         ranks.sum_(times)
         if int(times.max()) > 1:
             place = start + int(times.argmax())
-            raise CommitError(f"target {place} was scored by {int(times.max())} ranks")
+            raise ScoreOnceError(f"target {place} was scored by {int(times.max())} ranks")
 
         # every rank takes over what the others have scored
         ranks.sum_(nats)

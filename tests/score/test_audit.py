@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_post.base.storage import read_json, sha256_file, write_json
 from pgolf_post.data import BOS_ID, DataFolder
+from pgolf_post.data.shards import read_shard, write_shard
 from pgolf_post.errors import VerificationError
 from pgolf_post.score.audit.behaviour import audit_behaviour
 from pgolf_post.score.audit.causality import Audited, earlier_than
@@ -37,7 +41,8 @@ PROTOCOLS: list[Any] = [
 def outcome(bench: Bench, protocol: Protocol, isolates: bool = False, **changes: Any) -> dict[str, Finding]:
     """Test → finding, on the bench's text."""
     audited = replace(Audited.of(bench.module, bench.family, isolates, protocol), **changes)
-    return {finding.test: finding for finding in audit_behaviour(audited, bench.tokens, samples=2, seed=1)}
+    power = 0.2 if protocol.protocol == "ttt" else 0.9  # what trains takes long
+    return {finding.test: finding for finding in audit_behaviour(audited, bench.tokens, 2, 1, power)}
 
 
 def failures(findings: dict[str, Finding]) -> set[str]:
@@ -163,6 +168,49 @@ def test_a_doubled_leading_space_is_caught(pico_data: DataFolder) -> None:
     wrong = {finding.test: finding for finding in audit_text(pico_data, "val", tokens, doubled)}
     assert wrong["implied bytes"].passed is False
     assert wrong["BOS count"].passed
+
+
+def test_a_forged_sidecar_is_caught(pico_data: DataFolder, tmp_path: Path) -> None:
+    """Bytes moved between tokens: the total, which the manifest states, is the same."""
+    forged = sidecar_folder(pico_data, tmp_path / "honest")
+    assert implied_bytes(forged).passed, implied_bytes(forged).evidence
+    counts = read_shard(tmp_path / "honest" / "fineweb_val_bytes_000000.bin").copy()
+    counts[[10, 400]] += np.array([1, -1]).astype(np.uint16)
+    write_shard(tmp_path / "honest" / "fineweb_val_bytes_000000.bin", counts)
+    finding = implied_bytes(forged)
+    assert finding.passed is False
+    assert "sha256: 1 of 2 files are not those recorded: fineweb_val_bytes_000000.bin" in finding.evidence
+
+    # the recorded hash forged along with it: bytes on BOS, which stands for none
+    tokens = folder_text(forged, PlainProtocol(seq_len=16))[0]
+    counts[np.flatnonzero(tokens == BOS_ID)[1]] += 1
+    counts[20] -= 1
+    write_shard(tmp_path / "honest" / "fineweb_val_bytes_000000.bin", counts)
+    finding = implied_bytes(record_sidecar(forged.path))
+    assert finding.passed is False
+    assert "BOS tokens stand for bytes" in finding.evidence
+
+
+def implied_bytes(folder: DataFolder) -> Finding:
+    return audit_text(folder, "val", *folder_text(folder, PlainProtocol(seq_len=16)))[0]
+
+
+def sidecar_folder(data: DataFolder, path: Path) -> DataFolder:
+    """A copy of a data folder whose validation bytes are in a sidecar."""
+    shutil.copytree(data.path, path)
+    tokens, counts = folder_text(data, PlainProtocol(seq_len=16))
+    assert len(tokens) > 400
+    write_shard(path / "fineweb_val_bytes_000000.bin", counts.astype(np.uint16))
+    return record_sidecar(path)
+
+
+def record_sidecar(path: Path) -> DataFolder:
+    manifest = read_json(path / "manifest.json")
+    sidecar = path / "fineweb_val_bytes_000000.bin"
+    entry = {"file": sidecar.name, "sha256": sha256_file(sidecar), "num_tokens": len(read_shard(sidecar))}
+    manifest["splits"]["val"]["byte_sidecars"] = [entry]
+    write_json(path / "manifest.json", manifest)
+    return DataFolder.open(path)
 
 
 # ---- what else it must notice ----------------------------------------------------------------------------------------

@@ -1,45 +1,59 @@
 """An audit of a model under a protocol: the challenge's rules, run on an excerpt of the text.
 
 An audit does not read code, it runs it: the protocol scores the excerpt, then scores it again with tokens changed that
-it must not have known yet (causality.py). The other tests look at the distributions themselves, at the log of what was
-scored and trained on when (commits.py), at documents packed together (isolation.py) and at the weights afterwards. The
-text's bytes and documents are tested apart (text.py).
+it must not have known yet: one at a time (causality.py), and many at once to find the rare ones (screening.py). The
+other tests look at the distributions themselves (sums.py), at the log of what was scored and trained on when
+(commits.py), at documents packed together (isolation.py) and at the weights afterwards. The text's bytes and documents
+are tested apart (text.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.data import BOS_ID
 from pgolf_post.errors import MismatchError
-from pgolf_post.score.audit.causality import Audited, choose_flips, flips, truncation
+from pgolf_post.score.audit.causality import (
+    Audited,
+    Baseline,
+    boundary_flips,
+    flip,
+    scoring_order,
+    spread,
+    truncation,
+    watch,
+)
 from pgolf_post.score.audit.commits import scored_before_update, scored_once
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.audit.isolation import isolates_documents
-from pgolf_post.score.commits import CommitError, CommitLog
+from pgolf_post.score.audit.screening import RARE, Plan, Suspect, plan_screening, screen
+from pgolf_post.score.audit.sums import sums_to_one, watched_targets
+from pgolf_post.score.commits import CommitError, ScoreOnceError
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.score.ttt.weights import weights_sha256
 
-SUM_TOLERANCE = 1e-4  # of a sum of probabilities, and in nats
+POWER = 0.99  # probability with which a fault on RARE of the targets is to be found
 
 
 def audit_behaviour(
     audited: Audited,
     tokens: np.ndarray,  # (n,) the excerpt
-    samples: int = 4,  # tokens that are changed
+    samples: int = 4,  # tokens that are changed alone; and as many suspects again
     seed: int = 0,
+    power: float = POWER,  # probability with which a fault on one target in a hundred is to be found
 ) -> list[Finding]:
     """Run every test of behaviour. A training loop that the log stops is that test's failure."""
     random = np.random.default_rng(seed)
     before = weights_sha256(audited.module)
     try:
-        with progress_bar("audit", samples + 2) as advance:
-            findings = _behaviour(audited, tokens, samples, random, advance)
+        findings = _behaviour(audited, tokens, samples, power, random)
+    except ScoreOnceError as error:
+        findings = [Finding("score once", False, str(error))]
     except CommitError as error:
         findings = [Finding("score before update", False, str(error))]
     after = weights_sha256(audited.module)
@@ -51,36 +65,68 @@ def audit_behaviour(
 
 
 def _behaviour(
-    audited: Audited, tokens: np.ndarray, samples: int, random: np.random.Generator, advance: Callable[..., None]
+    audited: Audited, tokens: np.ndarray, samples: int, power: float, random: np.random.Generator
 ) -> list[Finding]:
-    # twice unchanged: first to know the order of scoring, then watching some distributions
-    first = audited.run(tokens, None)
-    places = choose_flips(first, samples, random)
-    watched = np.unique(np.concatenate([places, choose_flips(first, 4 * samples, random)]))
-    observer = Observer(watched)
-    base = audited.run(tokens, observer)
-    advance()
-    worst = float(np.abs(base.nats - first.nats).max())
-    repeatable = bool(np.array_equal(base.nats, first.nats))
-    once = Finding("repeatable", repeatable, f"run twice, largest difference {worst:.1g} nats")
+    # twice unchanged: first to know the order of scoring and the vocabulary, then watching distributions
+    peek = Observer(np.array([1]))
+    first = audited.run(tokens, peek)
+    vocab_size = max((len(row) for row in peek.log_probs.values()), default=1)
+    watched = watched_targets(first, scoring_order(first), vocab_size, power, random)
+    observer = watch(watched, tokens)
+    base = Baseline(audited, tokens, audited.run(tokens, observer), observer)
+    worst = float(np.abs(base.log.nats - first.nats).max())
+    repeatable = bool(np.array_equal(base.log.nats, first.nats))
+    findings = [Finding("repeatable", repeatable, f"run twice, largest difference {worst:.1g} nats")]
 
     # then with tokens changed
-    flipped = flips(audited, tokens, base, observer, places, random, advance)
-    cut = truncation(audited, tokens, base, random)
+    plan = plan_screening(base, power, random)
+    say(f"{len(plan.runs) + 2 * samples + 6} runs at most, to find a fault on {RARE:.0%} of tokens with p {power:g}")
+    with progress_bar("audit", samples + len(plan.runs) + 2) as advance:
+        findings += [flips(base, plan, samples, random, advance), truncation(base, random)]
+        advance()
+    findings.append(sums_to_one(base.log, base.observer, base.order))
+    return [*findings, scored_once(base.log, audited.protocol.seq_len), scored_before_update(base.log)]
+
+
+def flips(
+    base: Baseline, plan: Plan, samples: int, random: np.random.Generator, advance: Callable[..., None]
+) -> Finding:
+    """Test that no score before a changed token moves, nor the distribution that predicts it."""
+    outcomes: list[tuple[bool, str]] = []
+
+    # some tokens alone, spread over the order of scoring; BOS, which is structure, only where it can be compared
+    for place in spread(base.order[base.tokens[base.order] != BOS_ID], samples, random).tolist():
+        outcomes.append(flip(base, place, random))
+        advance()
+    boundaries = boundary_flips(base, random)
     advance()
-    return [once, flipped, cut, sums_to_one(base, observer), scored_once(base), scored_before_update(base)]
+
+    # many together, and alone those at which something moved
+    failures = [evidence for passed, evidence in [*outcomes, boundaries] if not passed]
+    suspects = [] if failures else screen(base, plan, random, advance)
+    for suspect in suspects[:samples]:
+        passed, evidence = flip(base, suspect.place, random)
+        failures += [] if passed else [evidence]
+    if failures:
+        return Finding("flip", False, failures[0])
+    early = ", ".join(evidence for _, evidence in outcomes)
+    evidence = f"{len(outcomes)} tokens changed; bit-identical: their distributions and {early}"
+    evidence += f"; {boundaries[1]}" if boundaries[1] else ""
+    return Finding("flip", True, f"{evidence}; {_screened(plan, suspects, samples)}")
 
 
-def sums_to_one(log: CommitLog, observer: Observer) -> Finding:
-    """Test that distributions at watched targets sum to one, and that the nats are theirs."""
-    if not observer.log_probs:
-        return Finding("sum to one", False, "the protocol showed no distribution")
-    off = {place: abs(math.fsum(np.exp(row)) - 1) for place, row in observer.log_probs.items()}
-    place = max(off, key=lambda key: off[key])
-    gaps = [abs(-row[int(log.tokens[p])] - log.nats[p]) for p, row in observer.log_probs.items()]
-    evidence = f"{len(off)} distributions: largest |Σp - 1| {off[place]:.1g} (target {place}), "
-    evidence += f"largest gap to the score {max(gaps):.1g} nats"
-    return Finding("sum to one", bool(max(off[place], *gaps) < SUM_TOLERANCE), evidence)
+def _screened(plan: Plan, suspects: Sequence[Suspect], samples: int) -> str:
+    """Return what a screening without a finding says."""
+    told = f"{plan.changed:,} of {plan.targets:,} more in {len(plan.runs)} runs"
+    found = f"a fault on {RARE:.0%} of them is found with p {plan.power:.4f}"
+    if not suspects:
+        return f"{told}: nothing moved before them; {found}"
+    told += (
+        f": {len(suspects)} moved more than those before them, {min(samples, len(suspects))} changed alone: none did"
+    )
+    if len(suspects) <= samples:
+        return f"{told}; {found}"
+    return f"{told}; {found} where it moves a target {suspects[samples].ratio:.3g} times as far as learning does"
 
 
 def excerpt_tokens(protocol: Protocol) -> int:

@@ -1,12 +1,14 @@
 """Tests of causality: what was scored before a token may not depend on it, by a single bit.
 
 "Before" is the order of scoring, which length-sorted queues permute by document; what was learned on the way counts.
+The log of commits tells both, so a protocol of any kind is tested alike, whatever its settings are called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -18,9 +20,8 @@ from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.protocols import Protocol, run_protocol
 from pgolf_post.score.session import Session
-from pgolf_post.score.ttt.settings import TTTProtocol
 
-TOLERANCE = 1e-4  # nats, where a cut-off text is batched otherwise
+TOLERANCE = 1e-4  # nats, where other documents or lengths are batched otherwise
 
 Run = Callable[[np.ndarray, Observer | None], CommitLog]  # tokens (n,) → a complete log
 
@@ -44,11 +45,43 @@ class Audited:
         return cls(module, isolates_documents, protocol, run)
 
 
-def choose_flips(log: CommitLog, count: int, random: np.random.Generator) -> np.ndarray:  # (≤ count,) int64
-    """Draw targets that are not BOS, which is structure: one in each of `count` equal parts of the scoring order."""
-    order = [int(place) for place in scoring_order(log) if log.tokens[place] != BOS_ID]
-    parts = np.array_split(np.array(order), min(count, len(order)))
-    return np.array([int(random.choice(part)) for part in parts])
+@dataclass
+class Baseline:
+    """A run on the unchanged text, with which runs on changed ones are compared."""
+
+    audited: Audited
+    tokens: np.ndarray  # (n,)
+    log: CommitLog
+    observer: Observer
+
+    @cached_property
+    def order(self) -> np.ndarray:  # (targets,) int64
+        return scoring_order(self.log)
+
+    @cached_property
+    def rank(self) -> np.ndarray:  # (n,) int64: how many targets were scored before each; meaningless elsewhere
+        rank = np.zeros(len(self.tokens), dtype=np.int64)
+        rank[self.order] = np.arange(len(self.order))
+        return rank
+
+    def rerun(self, tokens: np.ndarray) -> tuple[CommitLog, np.ndarray]:
+        """Score another text. Returns its log, and how much each target's distribution moved, in nats, (n,) float64."""
+        observer = watch(np.array(sorted(self.observer.watched)), self.tokens)  # the same rows: others round otherwise
+        log = self.audited.run(tokens, observer)
+        moved = movement(self.observer.own, observer.own) + movement(self.observer.mark, observer.mark)
+        return log, np.pad(moved, (0, len(self.tokens) - len(moved)))
+
+
+def watch(places: np.ndarray, tokens: np.ndarray) -> Observer:
+    """Return an observer of what sums up distributions, that keeps none of them whole."""
+    return Observer(places, tokens, whole=np.array([], dtype=np.int64))
+
+
+def movement(one: np.ndarray, other: np.ndarray) -> np.ndarray:  # both (n,)
+    """Return absolute differences: 0 where both are equal or both unknown, infinite where only one is a number."""
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 0.0, np.nan_to_num(np.abs(one - other), nan=np.inf))
 
 
 def scoring_order(log: CommitLog) -> np.ndarray:  # (targets,) int64
@@ -57,73 +90,105 @@ def scoring_order(log: CommitLog) -> np.ndarray:  # (targets,) int64
     return targets[np.lexsort((targets, log.turn[targets]))]
 
 
+def in_text_order(log: CommitLog) -> bool:
+    """Return whether targets were scored from the first to the last, as the log tells."""
+    return bool(np.all(np.diff(scoring_order(log)) > 0))
+
+
 def earlier_than(log: CommitLog, place: int) -> np.ndarray:  # int64
     """Return the targets scored before one."""
     order = scoring_order(log)
     return order[: int(np.flatnonzero(order == place)[0])]
 
 
-def another_token(log: CommitLog, place: int, random: np.random.Generator) -> int:
-    """Draw a token that occurs in the text and is neither BOS nor the one at this place."""
-    candidates = np.setdiff1d(np.unique(log.tokens), [BOS_ID, log.tokens[place]])
+def spread(order: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:  # (≤ count,) int64
+    """Draw targets, one in each of `count` equal parts of the scoring order."""
+    parts = np.array_split(order, min(count, len(order)))
+    return np.array([int(random.choice(part)) for part in parts], dtype=np.int64)
+
+
+def another_token(tokens: np.ndarray, place: int, random: np.random.Generator) -> int:
+    """Draw a token that occurs in the text and is neither BOS nor the one at this place; 0 or 2 if none does."""
+    candidates = np.setdiff1d(np.unique(tokens), [BOS_ID, tokens[place]])
+    if not len(candidates):
+        return 0 if int(tokens[place]) else 2
     return int(random.choice(candidates))
 
 
-def flips(
-    audited: Audited,
-    tokens: np.ndarray,  # (n,)
-    base: CommitLog,
-    observer: Observer,  # what `base` showed at the places and some more
-    places: np.ndarray,  # (k,) targets to change, one at a time
-    random: np.random.Generator,
-    advance: Callable[..., None],
-) -> Finding:
-    """Test that no score before a changed token moves, nor the distribution that predicts it."""
-    outcomes = []
-    for place in places.tolist():
-        outcomes.append(_flip(audited, tokens, base, observer, place, random))
-        advance()
-    failures = [evidence for passed, evidence in outcomes if not passed]
-    if failures:
-        return Finding("flip", False, failures[0])
-    early = ", ".join(evidence for _, evidence in outcomes)
-    return Finding("flip", True, f"{len(outcomes)} tokens changed; bit-identical: their distributions and {early}")
-
-
-def _flip(
-    audited: Audited, tokens: np.ndarray, base: CommitLog, observer: Observer, place: int, random: np.random.Generator
-) -> tuple[bool, str]:
-    """Change one token. Returns whether everything before it stayed, and the evidence."""
-    changed = tokens.copy()
-    changed[place] = another_token(base, place, random)
-    again = Observer(np.array(sorted(observer.watched)))  # the same rows: other shapes, other rounding
-    log = audited.run(changed, again)
-    early = earlier_than(base, place)
-    moved = np.flatnonzero(log.nats[early] != base.nats[early])
-    same = np.array_equal(again.log_probs[place], observer.log_probs[place])
-    if not len(moved) and same:
+def flip(base: Baseline, place: int, random: np.random.Generator) -> tuple[bool, str]:
+    """Change one token. Returns whether everything before it stayed bit for bit, and the evidence."""
+    changed = base.tokens.copy()
+    changed[place] = another_token(base.tokens, place, random)
+    log, shift = base.rerun(changed)
+    early = base.order[: base.rank[place]]
+    moved = np.flatnonzero(log.nats[early] != base.log.nats[early])
+    if not len(moved) and shift[place] == 0:
         return True, f"{len(early):,} earlier targets"
-    shift = float(np.abs(again.log_probs[place] - observer.log_probs[place]).max())
-    return False, f"token {place} changed: {len(moved)} earlier scores moved, its own distribution by {shift:.2g}"
+    return (
+        False,
+        f"token {place} changed: {len(moved)} earlier scores moved, its own distribution by {shift[place]:.2g}",
+    )
 
 
-def truncation(audited: Audited, tokens: np.ndarray, base: CommitLog, random: np.random.Generator) -> Finding:
+def boundary_flips(base: Baseline, random: np.random.Generator) -> tuple[bool, str]:
+    """Change one BOS into a token, and one token into BOS, where a text is scored from its first to its last token.
+
+    Elsewhere documents are structure, by which protocols may sort. Documents may be batched otherwise, so what comes
+    before is the same to within rounding. Returns whether it is, and the evidence, empty where there is nothing to say.
+    """
+    if not in_text_order(base.log):
+        return True, ""
+    marks = base.order[base.tokens[base.order] == BOS_ID]
+    others = base.order[base.tokens[base.order] != BOS_ID]
+    outcomes = [_boundary_flip(base, kind, random) for kind in (marks, others) if len(kind)]
+    failed = [evidence for passed, evidence in outcomes if not passed]
+    tested = [evidence for passed, evidence in outcomes if passed and evidence]
+    return not failed, failed[0] if failed else "; ".join(tested)
+
+
+def _boundary_flip(base: Baseline, places: np.ndarray, random: np.random.Generator) -> tuple[bool, str]:
+    place = int(random.choice(places))
+    is_bos = int(base.tokens[place]) == BOS_ID
+    changed = base.tokens.copy()
+    changed[place] = another_token(base.tokens, place, random) if is_bos else BOS_ID
+    log, shift = base.rerun(changed)
+    if not in_text_order(log):
+        return True, ""
+    early = base.order[: base.rank[place]]
+    worst = max(float(np.abs(log.nats[early] - base.log.nats[early]).max(initial=0.0)), float(shift[place]))
+    what = f"BOS {place} made a token" if is_bos else f"token {place} made BOS"
+    return worst < TOLERANCE, f"{what}: nothing before it moved by more than {worst:.1g} nats"
+
+
+def truncation(base: Baseline, random: np.random.Generator) -> Finding:
     """Test that what was scored in the first half does not depend on the second: overwritten, and cut off."""
     # everything scored after the middle is overwritten, BOS apart
-    order = scoring_order(base)
-    middle = len(order) // 2
-    rest = order[middle:][base.tokens[order[middle:]] != BOS_ID]
-    changed = tokens.copy()
-    changed[rest] = another_token(base, int(rest[0]), random)
-    log = audited.run(changed, None)
-    moved = int(np.count_nonzero(log.nats[order[:middle]] != base.nats[order[:middle]]))
+    middle = len(base.order) // 2
+    early, late = base.order[:middle], base.order[middle:]
+    rest = late[base.tokens[late] != BOS_ID]
+    changed = base.tokens.copy()
+    if len(rest):
+        changed[rest] = another_token(base.tokens, int(rest[0]), random)
+    log = base.audited.run(changed, None)
+    moved = int(np.count_nonzero(log.nats[early] != base.log.nats[early]))
     evidence = f"{len(rest):,} tokens overwritten; {moved} of {middle:,} earlier scores moved"
 
-    # a text cut off after whole windows; other documents would be batched otherwise where a model learns
-    short = tokens[: 1 + middle // audited.protocol.seq_len * audited.protocol.seq_len]
-    if isinstance(audited.protocol, TTTProtocol) or len(short) < 1 + audited.protocol.seq_len:
-        return Finding("truncation", moved == 0, evidence)
-    cut = audited.run(short, None)
-    worst = float(np.abs(cut.nats - base.nats[: len(short)]).max())
+    # the text is cut off after whole windows, where its length alone decides nothing
+    seq_len = base.audited.protocol.seq_len
+    short = base.tokens[: 1 + middle // seq_len * seq_len]
+    why = _why_not_cut(base.log, short, seq_len)
+    if why:
+        return Finding("truncation", moved == 0, f"{evidence}; not cut off: {why}")
+    cut = base.audited.run(short, None)
+    worst = float(np.abs(cut.nats - base.log.nats[: len(short)]).max())
     evidence += f"; cut off after {len(short) - 1:,} targets: largest change {worst:.1g} nats"
     return Finding("truncation", moved == 0 and worst < TOLERANCE, evidence)
+
+
+def _why_not_cut(log: CommitLog, short: np.ndarray, seq_len: int) -> str:
+    """Return why a shorter text cannot be compared, by what the log tells was done; empty where it can."""
+    if log.handed_out:
+        return "what is learned, and on which schedule, may depend on the number of documents"
+    if not in_text_order(log):
+        return "the text's end is not what is scored last"
+    return "" if len(short) > seq_len else "the excerpt's first half has no whole window"

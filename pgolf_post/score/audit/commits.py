@@ -8,11 +8,13 @@ from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.commits import CommitLog, HandedOut
 
 
-def scored_once(log: CommitLog) -> Finding:
-    """Test that each target has one score."""
-    count = int(log.scored[1 : log.num_targets + 1].sum())
+def scored_once(log: CommitLog, seq_len: int = 1) -> Finding:
+    """Test that each target has one score: all of the text's, or those that fill whole windows of seq_len."""
+    count, wanted = int(log.scored[1 : log.num_targets + 1].sum()), (len(log.tokens) - 1) // seq_len * seq_len
     evidence = f"{count:,} of {log.num_targets:,} targets in {log.turns:,} commits, each once"
-    return Finding("score once", count == log.num_targets and not bool(log.scored[0]), evidence)
+    if log.num_targets < wanted:
+        evidence += f"; {wanted - log.num_targets:,} of the text's {wanted:,} are left out"
+    return Finding("score once", max(wanted, log.num_targets) == count and not bool(log.scored[0]), evidence)
 
 
 def scored_before_update(log: CommitLog) -> Finding:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pgolf_post.base.progress import say
 from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, load_module, train_seq_len
-from pgolf_post.score.audit.behaviour import audit_behaviour, document_excerpt, excerpt_tokens
+from pgolf_post.score.audit.behaviour import POWER, audit_behaviour, document_excerpt, excerpt_tokens
 from pgolf_post.score.audit.causality import Audited
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.audit.text import audit_text
@@ -39,8 +39,9 @@ def audit(
     protocol: Protocol | None = None,  # None: plain windows of the model's training length
     *,
     tokens: int | None = None,  # of the excerpt; None: a few windows of the protocol
-    samples: int = 4,  # tokens that are changed
+    samples: int = 4,  # tokens that are changed alone; and as many suspects again
     seed: int = 0,
+    power: float = POWER,  # probability with which a fault on one target in a hundred is to be found
 ) -> Audit:
     """Run the challenge's rules as tests: causality, normalization, score before update, bytes of the text.
 
@@ -50,7 +51,7 @@ def audit(
     """
     name, config, tensors = open_weights(scored)
     protocol = protocol or PlainProtocol(seq_len=train_seq_len(config))
-    return audit_weights(name, config, tensors, data, protocol, tokens, samples, seed)
+    return audit_weights(name, config, tensors, data, protocol, tokens, samples, seed, power)
 
 
 def audit_weights(
@@ -62,16 +63,17 @@ def audit_weights(
     tokens: int | None = None,
     samples: int = 4,
     seed: int = 0,
+    power: float = POWER,
 ) -> Audit:
     """Audit weights that are in memory; see `audit`."""
     # the excerpt is scored again and again, so it is short
     whole = folder_text(data, protocol.model_copy(update={"max_tokens": None}))
     excerpt = document_excerpt(whole[0], tokens or excerpt_tokens(protocol))
-    say(f"excerpt: {len(excerpt):,} tokens of {len(whole[0]):,}, scored {samples + 3} times")
+    say(f"excerpt: {len(excerpt):,} tokens of {len(whole[0]):,}")
 
     # the module is the audit's own: a protocol that learns changes it
     module = load_module(config, {key: tensor.clone() for key, tensor in tensors.items()}, name)
     isolates = bool(config["model"].get("isolate_documents"))
     audited = Audited.of(module, get_family(config["family"]), isolates, protocol)
-    findings = [*audit_behaviour(audited, excerpt, samples, seed), *audit_text(data, protocol.split, *whole)]
+    findings = [*audit_behaviour(audited, excerpt, samples, seed, power), *audit_text(data, protocol.split, *whole)]
     return Audit(tuple(findings), len(excerpt))

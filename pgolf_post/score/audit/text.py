@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgolf_post.data import BOS_ID, DataFolder
+from pgolf_post.data.check import check_split
 from pgolf_post.data.folder import Split
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.byte_ngram import decode_documents
@@ -31,9 +32,17 @@ def _implied_bytes(data: DataFolder, split: Split, tokens: np.ndarray, token_byt
     evidence = f"{counted:,} bytes counted, {recorded:,} recorded"
     passed = counted == recorded
 
+    # the files are those recorded, and a sidecar is in order token by token, not only in all
+    wrong_rows = [row for row in check_split(data, split) if not row.passed]
+    passed = passed and not wrong_rows
+    evidence += "".join(f"; data check: {row.name}: {row.evidence}" for row in wrong_rows)
+
     # without a sidecar the decoded text is the original, whose bytes can be counted
     if data.manifest["splits"][split].get("byte_sidecars"):
-        evidence += " (a sidecar counts the text before its transform)"
+        by_table = data.byte_table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens)
+        others = int(np.count_nonzero(by_table != token_bytes))
+        evidence += f" (a sidecar counts the text before its transform: {others:,} of {len(tokens):,} tokens stand for "
+        evidence += f"other bytes than in the byte table, {counted - int(by_table.sum()):+,} bytes in all)"
     else:
         decoded = sum(map(len, decode_documents(data, tokens)))
         evidence += f", {decoded:,} in the decoded text"

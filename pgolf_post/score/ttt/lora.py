@@ -16,6 +16,7 @@ Source: openai/parameter-golf, PR #1855.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -252,5 +253,9 @@ class _AllRows:
     def __init__(self, adapters: Adapters, hidden: Tensor) -> None:
         self.adapters, self.all = adapters, hidden
 
+    @cached_property
+    def every(self) -> Tensor:  # (rows, vocab_size)
+        return distribution(self.adapters, self.all)
+
     def log_probs(self, numbers: Tensor) -> Tensor:
-        return distribution(self.adapters, self.all)[numbers]
+        return self.every[numbers]

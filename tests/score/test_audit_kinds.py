@@ -1,0 +1,182 @@
+"""The audit judges by what the log of commits tells, and finds faults that are rare, whatever its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pgolf_post.score.audit.behaviour import audit_behaviour
+from pgolf_post.score.audit.causality import Audited, Run
+from pgolf_post.score.audit.findings import Finding
+from pgolf_post.score.audit.screening import LEAST_SPACING, needed_targets, pack, suspicion
+from pgolf_post.score.audit.sums import sums_to_one, watched_targets
+from pgolf_post.score.commits import CommitError, CommitLog, ScoreOnceError
+from pgolf_post.score.nats import Observer
+from pgolf_post.score.plain import PlainProtocol
+from tests.score import audited_runs as runs
+from tests.score.conftest import Bench
+
+PLAIN = PlainProtocol(seq_len=runs.WINDOW, tail="score")
+SEEDS = (0, 3)
+
+
+def audited(bench: Bench, run: Run, seed: int = 0, power: float = 0.99) -> dict[str, Finding]:
+    """Test → finding, of a protocol of one's own."""
+    subject = replace(Audited.of(bench.module, bench.family, False, PLAIN), run=run)
+    return {finding.test: finding for finding in audit_behaviour(subject, bench.tokens, 2, seed, power)}
+
+
+def failures(findings: dict[str, Finding]) -> set[str]:
+    return {test for test, finding in findings.items() if finding.passed is False}
+
+
+# ---- honest protocols of other kinds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handed_out", [True, False])
+@pytest.mark.parametrize("order", ["first to last", "last to first", "shuffled"])
+def test_documents_in_any_order_with_an_online_temperature_pass(bench: Bench, order: str, handed_out: bool) -> None:
+    run = runs.with_temperature(bench, runs.parts_by_document, order, handed_out)
+    findings = audited(bench, run, power=0.5)
+    assert not failures(findings), findings
+    assert findings["score before update"].passed is (True if handed_out else None)
+    cut_off = order == "first to last" and not handed_out
+    assert ("cut off after" in findings["truncation"].evidence) is cut_off
+    assert ("made a token" in findings["flip"].evidence) is (order == "first to last")
+
+
+def test_windows_with_online_learning_pass(bench: Bench) -> None:
+    assert not failures(audited(bench, runs.with_temperature(bench, runs.parts_by_window, "first to last"), power=0.5))
+    assert not failures(audited(bench, runs.with_counts(bench), power=0.5))
+
+
+# ---- rare faults -----------------------------------------------------------------------------------------------------
+
+PEEKS: dict[str, Callable[[int], runs.Rows]] = {
+    "one target in a hundred": lambda seed: runs.boosted(runs.one_in(100, seed)),
+    "one in a hundred, by little": lambda seed: runs.boosted(runs.one_in(100, seed), by=1e-3),
+    "one token in a hundred": lambda seed: runs.boosted(lambda tokens, places: tokens[places] % 40 == 2 + seed),
+    "after BOS": lambda seed: runs.boosted(runs.after_bos),
+    "BOS": lambda seed: runs.boosted(runs.before_bos),
+    "sharper when right": lambda seed: runs.sharpened_when_right(100, seed),
+    "two ahead": lambda seed: runs.ahead_by(1, 100, seed),
+    "far ahead": lambda seed: runs.ahead_by(20, 100, seed),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("peek", PEEKS)
+def test_a_rare_peek_is_caught(bench: Bench, peek: str, seed: int) -> None:
+    findings = audited(bench, runs.changed_rows(bench, PEEKS[peek](seed)), seed)
+    assert {"flip", "truncation"} & failures(findings), findings
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("chosen", "total"), [(runs.after_bos, 1.3), (runs.one_in(100, 7), 1.3), (runs.one_in(490, 9), 1.0005)]
+)
+def test_rare_sums_are_caught(bench: Bench, chosen: Callable[..., np.ndarray], total: float, seed: int) -> None:
+    findings = audited(bench, runs.changed_rows(bench, runs.scaled(chosen, total)), seed, power=0.2)
+    assert failures(findings) == {"sum to one"}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scores_that_are_rarely_not_the_distributions_are_caught(bench: Bench, seed: int) -> None:
+    boost = runs.boosted(runs.one_in(100, seed))
+    shown = audited(bench, runs.changed_rows(bench, boost, shown=False), seed, power=0.2)
+    assert "sum to one" in failures(shown)
+    assert "sum to one" in failures(audited(bench, runs.rescored(runs.with_counts(bench)), seed, power=0.2))
+
+
+def test_a_target_committed_twice_fails_score_once(bench: Bench) -> None:
+    findings = audited(bench, runs.committed_twice(bench, 77))
+    assert failures(findings) == {"score once"}
+    assert "target 77 would be scored twice" in findings["score once"].evidence
+    log = CommitLog(bench.tokens, 400)
+    with pytest.raises(ScoreOnceError, match="target 9 would be scored twice"):
+        log.commit(np.array([8, 9, 9]), np.ones(3))
+    with pytest.raises(CommitError) as early:
+        log.hand_out(1, 5)
+    assert not isinstance(early.value, ScoreOnceError)
+
+
+def test_targets_left_out_fail_score_once(bench: Bench) -> None:
+    honest = runs.with_counts(bench)
+
+    def run(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
+        short = honest(tokens[:401], observer)
+        log = CommitLog(tokens, 400)
+        log.nats[:401], log.turn[:401] = short.nats, short.turn
+        return log
+
+    findings = audited(bench, run, power=0.2)
+    assert "80 of the text's 480 are left out" in findings["score once"].evidence
+    assert "score once" in failures(findings)
+
+
+def test_distributions_that_are_not_shown_fail(bench: Bench) -> None:
+    honest = runs.with_counts(bench)
+
+    class Blind(Observer):
+        def see(self, places: np.ndarray, log_probs: object) -> None:
+            """Nothing."""
+
+    def run(tokens: np.ndarray, observer: Observer | None) -> CommitLog:
+        return honest(tokens, Blind(np.array([1])))
+
+    assert "showed no distribution" in audited(bench, run, power=0.2)["sum to one"].evidence
+    log = CommitLog(bench.tokens, 499)
+    observer = Observer(np.arange(1, 500), bench.tokens)
+    honest_log = runs.with_counts(bench)(bench.tokens, observer)
+    observer.total[17] = np.nan
+    finding = sums_to_one(honest_log, observer, np.arange(1, 500))
+    assert finding.passed is False
+    assert "1 of 499 distributions were not shown" in finding.evidence
+    assert not log.handed_out
+
+
+# ---- power -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_power_is_stated(bench: Bench) -> None:
+    run = runs.changed_rows(bench, lambda rows, tokens, places: rows)
+    findings = audited(bench, run)
+    assert not failures(findings)
+    assert "nothing moved before them; a fault on 1% of them is found with p 0.99" in findings["flip"].evidence
+    assert "499 of 499 distributions" in findings["sum to one"].evidence
+    assert "found with p 0.2" in audited(bench, run, power=0.2)["flip"].evidence
+
+
+def test_what_moves_after_a_still_target_is_suspicious() -> None:
+    still, usual = np.zeros(3), np.full(9, 0.1)
+    assert suspicion(np.concatenate([usual, still]), False) == (0.0, np.inf)
+    assert suspicion(np.concatenate([usual, still, [1e-6, 0.0]]), False) == (1e-6, np.inf)
+    assert suspicion(np.array([0.0, 1e-6]), True) == (1e-6, np.inf)
+    assert suspicion(np.concatenate([usual, [0.5]]), False) == (0.5, pytest.approx(5))
+
+
+def test_needed_targets_have_a_rare_one_among_them() -> None:
+    assert needed_targets(0.99) == 459
+    assert 0.99**459 < 0.01 < 0.99**458
+    assert needed_targets(0.0) == 0
+
+
+def test_places_of_one_run_are_apart() -> None:
+    runs_of = pack([5, 6, 90, 7, 200, 91], LEAST_SPACING)
+    assert sorted(place for run in runs_of for place in run) == [5, 6, 7, 90, 91, 200]
+    assert all(np.diff(run).min(initial=LEAST_SPACING) >= LEAST_SPACING for run in runs_of)
+    assert len(runs_of) == 3
+
+
+def test_of_a_vast_vocabulary_the_odd_targets_are_summed(bench: Bench) -> None:
+    log = runs.with_counts(bench)(bench.tokens, None)
+    order = np.arange(1, 500)
+    assert len(watched_targets(log, order, 320, 0.99, np.random.default_rng(0))) == 499
+    some = watched_targets(log, order, 2**31 // 100, 0.2, np.random.default_rng(0))
+    assert len(some) < 200
+    after_bos = order[bench.tokens[order - 1] == 1]
+    assert set(after_bos.tolist()) <= set(some.tolist())
+    assert int(order[np.argmin(log.nats[order])]) in some
