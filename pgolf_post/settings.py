@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pgolf_post.base.text import decode_text
 from pgolf_post.errors import NotFoundError, SettingsError
 
 
@@ -74,7 +75,7 @@ def read_settings(path: Path, cls: type[S], overrides: Iterable[str] = ()) -> S:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return a TOML file as nested plain values. Raises SettingsError, NotFoundError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise NotFoundError(f"no such settings file: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
