@@ -45,6 +45,16 @@ from pgolf_post.settings import apply_override, read_toml
     show_default=True,
     help="Measure the recorded bpb on this many validation tokens.",
 )
+@click.option(
+    "--trim-vocab",
+    is_flag=True,
+    help="Cut off rows of the vocabulary beyond the tokenizer's, which only pad it; the tokens' logits stay the same.",
+)
+@click.option(
+    "--log-block",
+    type=click.IntRange(min=1),
+    help="Which Hyperparameters block of a log with several that disagree, counted from 1.",
+)
 @threads_option
 @json_option
 def command(
@@ -57,6 +67,8 @@ def command(
     active_loops: int | None,
     phase: str,
     metric_tokens: int,
+    trim_vocab: bool,
+    log_block: int | None,
     as_json: bool,
 ) -> None:
     """Import FILE: a flat or banked state dict (.pt, .safetensors; bare or with model and EMA), or a .ptz.
@@ -72,16 +84,19 @@ def command(
     """
     from pgolf_post.data import DataFolder
     from pgolf_post.errors import SettingsError
-    from pgolf_post.importers.foreign_config import read_log, require_known, split_log
+    from pgolf_post.importers.foreign_config import require_known, split_log
     from pgolf_post.importers.importing import import_file
+    from pgolf_post.importers.log_file import read_log
     from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+]*", phase):
         raise SettingsError(f"--phase {phase!r}: letters, digits, '.', '_' and '+' only")
+    if log_block and not log_path:
+        raise SettingsError("--log-block has no effect without --log")
     given: dict[str, Any] = {}
     if log_path:
-        given, other = split_log(read_log(log_path))
+        given, other = split_log(read_log(log_path, log_block))
         say(f"{log_path}: {len(given)} settings of the model; {len(other)} others passed over: {', '.join(other)}")
     given |= read_toml(config_path) if config_path else {}
     for override in overrides:
@@ -89,7 +104,7 @@ def command(
     require_known(given)
     data = DataFolder.open(data_dir)
     folder = name or file.name.split(".")[0]
-    imported = import_file(file, given, data, folder, active_loops, metric_tokens, phase=phase)
+    imported = import_file(file, given, data, folder, active_loops, metric_tokens, phase=phase, trim_vocab=trim_vocab)
     checkpoint = imported.checkpoint
     views = checkpoint.meta["views"]
     rows = [(view, fields["id"][:12], f"{fields['metric']['bpb']:.6f}") for view, fields in views.items()]
@@ -104,4 +119,12 @@ def command(
     if as_json:
         metrics = {view: fields["metric"] for view, fields in views.items()}
         answer = {"checkpoint": str(checkpoint.path), "checkpoint_id": checkpoint.meta["id"], "views": metrics}
-        print_json({**answer, "format": imported.format, "assumed": dict(imported.assumed), "seconds": seconds})
+        print_json(
+            {
+                **answer,
+                "format": imported.format,
+                "assumed": dict(imported.assumed),
+                "notes": list(imported.notes),
+                "seconds": seconds,
+            }
+        )

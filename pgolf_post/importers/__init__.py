@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.importers import banked, flat
+from pgolf_post.importers.strangers import OWN_FAMILY, call_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,9 @@ def recognise(state: Mapping[str, Tensor], source: str) -> str:
     for name, form in FORMATS.items():
         if form.recognises(state):
             return name
-    shown = ", ".join(sorted(state)[:8])
+    shown, parts = ", ".join(sorted(state)[:8]), call_parts(state)
     raise MismatchError(
         f"{source}: an unknown architecture; its {len(state)} tensors begin {shown}. Known: {', '.join(FORMATS)}"
+        + (f". It has {parts}" if parts else ""),
+        hint=OWN_FAMILY,
     )

@@ -24,12 +24,15 @@ import zstandard
 from torch import Tensor
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
-from pgolf_post.quantize.tensor import Axis, QuantizedTensor, ScaleFactor
+from pgolf_post.importers.file_kinds import AGAIN, KINDS, PICKLE, RESAVE, file_kind, first_bytes
+from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor, ScaleFactor
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold
 MAX_PICKLE_BYTES = 1 << 22  # of its names and shapes
 SHUFFLED, PER_GROUP = b"BSHF", b"PGRP"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MLX_PICKLE = "a plain pickle, as train_gpt_mlx.py writes it; reading it would run code"
+TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")  # nn.Embedding: bfloat16 in every script
 
 
 def read_dictionary(path: Path) -> Mapping[str, Any]:
@@ -53,14 +56,37 @@ def read_dictionary(path: Path) -> Mapping[str, Any]:
 def inflate(content: bytes, path: Path) -> bytes:
     """Undo the codec, which the first bytes name; brotli has no mark of its own. Raises DamagedFileError."""
     name = next((name for name, (mark, _) in CODECS.items() if content.startswith(mark)), "brotli")
+    if name == "brotli":
+        _refuse_other_kinds(content, path)
     try:
         inflated, finished = CODECS[name][1](content) if name in CODECS else _brotli(content)
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, brotli.error, MemoryError) as error:
-        raise DamagedFileError(f"{path}: {name} stream is damaged: {error}") from None
+        raise DamagedFileError(_damage(name, content, path, error), hint=AGAIN) from None
     if not finished:
         limit = f"{MAX_INFLATED_BYTES:,} bytes"
-        raise DamagedFileError(f"{path}: {name} stream is cut short, or larger than {limit}")
+        raise DamagedFileError(f"{path}: {name} stream is cut short, or larger than {limit}", hint=AGAIN)
     return inflated
+
+
+def _refuse_other_kinds(content: bytes, path: Path) -> None:
+    """Raise DamagedFileError if the first bytes are those of another codec, or of no artifact at all."""
+    kind = file_kind(content)
+    if kind.name in OTHER_KINDS:
+        raise DamagedFileError(
+            f"{path} is {kind.words}, not an artifact under {', '.join(CODECS)} or brotli "
+            f"(it begins {first_bytes(content)})",
+            hint=kind.hint.format(path=path),
+        )
+
+
+def _damage(name: str, content: bytes, path: Path, error: Exception) -> str:
+    """Return what is wrong with a stream; a file that no mark fits need not be brotli at all."""
+    if name != "brotli":
+        return f"{path}: {name} stream is damaged: {error}"
+    return (
+        f"{path} begins {first_bytes(content)}, which is the mark of no codec that is known; read as brotli, which has "
+        f"none, it is damaged: {error} (raw LZMA2, without xz's frame, has no mark either)"
+    )
 
 
 def _stored(content: bytes) -> tuple[bytes, bool]:
@@ -95,6 +121,7 @@ def _brotli(content: bytes) -> tuple[bytes, bool]:
     return bytes(inflated), decoder.is_finished()
 
 
+OTHER_KINDS = {kind.name for kind in KINDS} - {"torch", "artifact", "xz", "zstd", "text"}
 CODECS: dict[str, tuple[bytes, Callable[[bytes], tuple[bytes, bool]]]] = {
     # name: (first bytes, content → (inflated, whether the stream ended))
     "stored": (b"PK\x03\x04", _stored),
@@ -125,13 +152,18 @@ def unshuffle(content: bytes, path: Path) -> bytes:
 
 def load_dictionary(content: bytes, path: Path) -> Mapping[str, Any]:
     """Return a torch-saved dictionary of tensors and plain containers. Raises DamagedFileError, MismatchError."""
-    unreadable = f"{path} cannot be read as tensors and plain containers"
+    unreadable, kind = f"{path} cannot be read as tensors and plain containers", file_kind(content)
+    if kind.name != "torch":
+        about = MLX_PICKLE if kind is PICKLE else kind.words
+        hint = kind.hint.format(path=path) if kind.name == "npz" else RESAVE
+        raise DamagedFileError(f"{unreadable}: inflated, it is {about}", hint=hint)
     try:
         _check_zip(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged pickle breaks the reader in any way it likes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DamagedFileError(f"{unreadable}: {reason}") from None
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "it needs classes that would be run" if "weights_only" in str(error) else text
+        raise DamagedFileError(f"{unreadable}: {reason}", hint=RESAVE) from None
     if not isinstance(loaded, Mapping):
         raise MismatchError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
     return loaded
@@ -202,6 +234,14 @@ def factor(name: str, axis: Axis, scale: Tensor, path: Path, group_size: int = 0
     _require(scale.dtype in FLOATS, path, f"{name}'s scale", f"is {scale.dtype}, expected float16 or float32")
     values = scale.detach().reshape(-1)
     return ScaleFactor(axis, (values if values.dtype == torch.float16 else values.float()).numpy().copy(), group_size)
+
+
+def casts_of(model: QuantizedModel, path: Path) -> dict[str, torch.dtype]:
+    """Return the types that the script casts tensors to as it loads them. Raises MismatchError for one that is none."""
+    named = {name: str(dtype) for dtype, names in model.lineage.get("casts", {}).items() for name in names}
+    for name, dtype in named.items():
+        _require(getattr(torch, dtype, None) in FLOATS, path, name, f"is to be cast to {dtype}, expected a float type")
+    return {name: getattr(torch, dtype) for name, dtype in named.items()}
 
 
 def _require(condition: bool, path: Path, name: str, problem: str) -> None:

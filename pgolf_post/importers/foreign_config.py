@@ -8,17 +8,14 @@ The rest comes under the public scripts' hyperparameter names from a TOML file, 
 from __future__ import annotations
 
 import difflib
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
+from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import get_family
 
 FAMILY = "golf_gpt"
@@ -59,7 +56,6 @@ DETAILS = {  # what has no meaning where the shapes say that the model lacks the
     "value_embed_dim": ("value_embed_layers",),
     "attn_gate": ("attn_gate_scale", "attn_gate_source"),
 }
-LOG_LINE = re.compile(r"^\s+([a-z][a-z0-9_]*):\s+(.*?)\s*$")
 
 
 @dataclass(frozen=True)
@@ -227,33 +223,3 @@ def _our_value(key: str, value: object) -> object:
     if key == "value_embed_layers" and isinstance(value, str | int):
         return [layer.strip() for layer in str(value).split(",") if layer.strip()]
     return value if isinstance(value, list | dict) else OTHER_VALUE.get((key, value), value)
-
-
-def read_log(path: Path) -> dict[str, Any]:
-    """Return the "  name: value" lines that a public script prints under "Hyperparameters:".
-
-    Raises NotFoundError, or MismatchError if the log has no such lines.
-    """
-    if not path.is_file():
-        raise NotFoundError(f"no such log: {path}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.strip().startswith("Hyperparameters:")), None)
-    if start is None:
-        raise MismatchError(f"{path} has no 'Hyperparameters:' line", hint="give the settings with --set or --config")
-    logged: dict[str, Any] = {}
-    for line in lines[start + 1 :]:
-        match = LOG_LINE.match(line)
-        if not match:
-            break
-        logged[match[1]] = _value(match[2])
-    return logged
-
-
-def _value(text: str) -> Any:
-    """Read a log's value: Python's True/False/None, else as TOML, else the bare text."""
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

@@ -1,15 +1,13 @@
 """Reading a foreign checkpoint file without running anything in it.
 
-`.pt` files are read with `weights_only=True`, which builds tensors and plain containers and nothing else. A file is a
-bare state dict, or a dictionary that holds one as `model_state_dict` and possibly an EMA as `ema_state`; a `.ptz` file
-is a compressed artifact (`repack.py`), which gives the weights that it decodes to.
+The first bytes say what a file is, not its name. `.pt` files are read with `weights_only=True`, which builds tensors
+and plain containers and nothing else; `wrapped.py` finds the weights in them. A `.ptz` file is a compressed artifact
+(`repack.py`), which gives the weights that it decodes to, rounded to the types that its script loads them in.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,15 @@ from torch import Tensor
 
 from pgolf_post.checkpoint import ViewName, read_tensors
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
+from pgolf_post.importers.artifact_file import casts_of
+from pgolf_post.importers.file_kinds import RESAVE, FileKind, file_kind, first_bytes
+from pgolf_post.importers.plain_weights import plain_weights
 from pgolf_post.importers.repack import read_foreign_artifact
+from pgolf_post.importers.stand_ins import HARMLESS, foreign_names, load_plainly
+from pgolf_post.importers.wrapped import Wrapped, unwrap
 
 ZLIB_HEADER = b"\x78"
-KNOWN_KEYS = {"step", "model_state_dict", "ema_state", "optimizer_states"}
+NO_TENSORS = "cannot be read as tensors and plain containers"
 
 
 @dataclass(frozen=True)
@@ -31,55 +34,89 @@ class ForeignFile:
 
     views: Mapping[ViewName, Mapping[str, Tensor]]
     step: int | None
+    notes: Sequence[str] = ()  # what was read, ignored, renamed or converted, for people
 
 
 def read_foreign(path: Path) -> ForeignFile:
-    """Read a .pt, .safetensors or .ptz file. Raises NotFoundError, DamagedFileError, MismatchError."""
+    """Read a .pt, .safetensors or .ptz file. Raises NotFoundError, DamagedFileError, MismatchError, NumericsError."""
     if not path.is_file():
-        raise NotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        return ForeignFile({"raw": read_tensors(path)}, None)
+        raise NotFoundError(f"{path} is a folder, not a file of weights" if path.is_dir() else f"no such file: {path}")
+    wrapped, notes = _wrapped(path)
+    views: dict[ViewName, Mapping[str, Tensor]] = {}
+    for name, state in wrapped.views.items():
+        plain = plain_weights(state, f"{path} ({name})")
+        views[name] = plain.state if name == "raw" else {key: tensor.float() for key, tensor in plain.state.items()}
+        notes += plain.notes
+    return ForeignFile(views, wrapped.step, list(dict.fromkeys([*wrapped.notes, *notes])))
+
+
+def _wrapped(path: Path) -> tuple[Wrapped, list[str]]:
+    """Read a file as what its first bytes say."""
     content = path.read_bytes()
-    if path.suffix == ".ptz" or content[:1] == ZLIB_HEADER:
-        return ForeignFile({"raw": _dequantized(path)}, None)
-    loaded = _load(content, path)
-    if _is_state(loaded):
-        return ForeignFile({"raw": loaded}, None)
-    return _training_dictionary(loaded, path)
+    kind = file_kind(content)
+    if content[:1] == ZLIB_HEADER or kind.name == "artifact" or (path.suffix == ".ptz" and kind.name not in PLAIN):
+        tensors, notes = _dequantized(path)
+        return unwrap(tensors, str(path)), notes
+    if kind.name == "safetensors":
+        return unwrap(read_tensors(path), str(path)), []
+    if kind.name == "torch" and path.suffix == ".ptz":  # stored, not compressed: the dictionary of an artifact
+        tensors, notes = _dequantized(path)
+        return unwrap(tensors, str(path)), notes
+    if kind.name != "torch":
+        raise not_weights(path, kind, content)
+    return unwrap(_load(content, path), str(path)), []
 
 
-def _training_dictionary(loaded: Mapping[str, Any], path: Path) -> ForeignFile:
-    """Read the {step, model_state_dict, optimizer_states, ema_state} form; optimizer moments are left out."""
-    unknown = sorted(set(loaded) - KNOWN_KEYS)
-    if "model_state_dict" not in loaded or unknown:
-        raise MismatchError(
-            f"{path}: neither a state dict nor a training checkpoint; its keys: {', '.join(map(str, loaded))}"
-        )
-    views: dict[ViewName, Mapping[str, Tensor]] = {"raw": loaded["model_state_dict"]}
-    if loaded.get("ema_state"):
-        views["ema"] = {name: tensor.float() for name, tensor in loaded["ema_state"].items()}
-    bad = [name for name, state in views.items() if not _is_state(state)]
-    if bad:
-        raise MismatchError(f"{path}: {', '.join(bad)} weights are not a dictionary of tensors")
-    return ForeignFile(views, int(loaded["step"]) if "step" in loaded else None)
+PLAIN = (
+    "safetensors",
+    "torch",
+    "empty",
+    "lfs",
+    "html",
+    "npz",
+    "cut zip",
+    "zip",
+    "tar",
+    "gguf",
+    "hdf5",
+    "npy",
+    "pickle",
+)
 
 
-def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+def not_weights(path: Path, kind: FileKind, content: bytes) -> DamagedFileError:
+    """Return the error that says what a file is instead of weights."""
+    begins = f" (it begins {first_bytes(content)})" if content else ""
+    return DamagedFileError(f"{path} {NO_TENSORS}: it is {kind.words}{begins}", hint=kind.hint.format(path=path))
 
 
-def _load(content: bytes, path: Path) -> Any:
+def _load(content: bytes, path: Path) -> Mapping[str, Any]:
+    """Load a file of torch.save. Raises DamagedFileError naming the classes that it would need, MismatchError."""
     try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DamagedFileError(f"{path} cannot be read as tensors and plain containers: {reason}") from None
+        loaded = load_plainly(content)
+    except Exception as error:  # a forged pickle breaks the reader in any way it likes
+        needed = [name for name in foreign_names(content) if name.split(".")[0] not in HARMLESS]
+        reason = f"it needs {', '.join(needed[:4])}, which would be run" if needed else _own_words(error)
+        raise DamagedFileError(f"{path} {NO_TENSORS}: {reason}", hint=RESAVE) from None
     if not isinstance(loaded, Mapping):
-        raise MismatchError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
+        what = "single tensor" if isinstance(loaded, Tensor) else type(loaded).__name__
+        raise MismatchError(f"{path} holds a {what}, expected a dictionary of tensors", hint=RESAVE)
     return loaded
 
 
-def _dequantized(path: Path) -> dict[str, Tensor]:
-    """Return the float32 tensors that a compressed artifact decodes to."""
+def _own_words(error: Exception) -> str:
+    """Return what is wrong with a file of torch.save; torch's advice to switch its check off is left out."""
+    text = str(error)
+    if "weights_only" in text or "Unsupported" in text or not text:
+        return "it holds objects of other classes, or is damaged"
+    return f"it is damaged: {text.splitlines()[0][:160]}"
+
+
+def _dequantized(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a compressed artifact's float32 tensors, rounded to the types its script loads them in, and a note."""
     model = read_foreign_artifact(path).model
-    return {name: torch.from_numpy(array) for name, array in model.tensors().items()}
+    tensors = {name: torch.from_numpy(array) for name, array in model.tensors().items()}
+    casts = casts_of(model, path)
+    tensors |= {name: tensors[name].to(dtype).float() for name, dtype in casts.items() if name in tensors}
+    cast = ", ".join(f"{name} to {str(dtype).removeprefix('torch.')}" for name, dtype in casts.items())
+    return tensors, [f"rounded as the script does when it loads the artifact: {cast}"] if cast else []

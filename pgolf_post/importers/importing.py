@@ -19,6 +19,8 @@ from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.importers import FORMATS, get_format, recognise
 from pgolf_post.importers.foreign_config import FAMILY, infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
+from pgolf_post.importers.strangers import OWN_FAMILY, call_parts
+from pgolf_post.importers.vocabulary import fit_vocabulary, retie
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
 
@@ -31,6 +33,7 @@ class Imported:
     format: str
     assumed: Mapping[str, Any]
     unused: Sequence[str]  # settings given for parts that the model does not have
+    notes: Sequence[str] = ()  # what was read, ignored, renamed, converted, tied or trimmed
 
 
 def import_file(
@@ -42,21 +45,30 @@ def import_file(
     metric_tokens: int | None = 65536,
     root: Path = CHECKPOINT_ROOT,
     phase: str = "imported",
+    trim_vocab: bool = False,
 ) -> Imported:
     """Turn `path` into `<root>/<name>/step_…-<phase>`, raw and EMA views, metrics measured on `data`.
 
     Files of one run imported under one name are one run: they can be averaged, by step or from a phase on.
-    `active_loops` is runtime graph state, which no foreign file records; all configured loops by default, as at the end
-    of a run. Raises SettingsError for settings that are missing, MismatchError for tensors that do not fit.
+    `trim_vocab` cuts rows off that only pad the vocabulary. `active_loops` is runtime graph state, which no foreign
+    file records; all configured loops by default, as at the end of a run. Raises SettingsError for settings that are
+    missing, MismatchError for tensors that do not fit.
     """
-    # tensors in canonical names, and the model that they fit
+    # tensors in canonical names, one head if it is tied, one row per token
     foreign = read_foreign(path)
     form, views = canonical_views(foreign, str(path))
-    inferred = infer_model(views["raw"], given)
-    if inferred.model["vocab_size"] != data.vocab_size:
-        raise MismatchError(
-            f"{path} has a vocabulary of {inferred.model['vocab_size']}, {data.path} of {data.vocab_size}"
-        )
+    rows = views["raw"]["tok_emb.weight"].size(0) if "tok_emb.weight" in views["raw"] else 0
+    views, tied = retie(views, given)
+    views, trimmed = (
+        fit_vocabulary(views, data.vocab_size, trim_vocab, str(path), str(data.path)) if rows else (views, [])
+    )
+    notes = [*foreign.notes, *tied, *trimmed]
+    for note in notes:
+        say(note)
+
+    # the model that they fit; a log states the vocabulary before it was trimmed
+    stated = {k: v for k, v in given.items() if not (trimmed and k == "vocab_size" and v == rows)}
+    inferred = infer_model(views["raw"], stated)
 
     # the config, with runtime graph state
     assumed = dict(inferred.assumed)
@@ -73,12 +85,12 @@ def import_file(
 
     # measured as a training run measures its checkpoints, then saved
     metrics = _measure(config, views, data, metric_tokens)
-    source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed}
+    source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed, "notes": notes}
     step = foreign.step or 0
     meta = {"kind": "imported", "run": name, "phase": phase, "step": step, "parents": [], "source": source}
     folder = root / name / f"step_{step:06d}-{phase}"
     checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
-    return Imported(checkpoint, form, assumed, inferred.unused)
+    return Imported(checkpoint, form, assumed, inferred.unused, notes)
 
 
 def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:
@@ -87,7 +99,18 @@ def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewNa
     if len(set(forms.values())) != 1:
         raise MismatchError(f"{source}: its weights and EMA are of different formats: {forms}")
     form = next(iter(forms.values()))
-    return form, {name: FORMATS[form].to_canonical(state) for name, state in foreign.views.items()}
+    return form, {name: _canonical(form, state, f"{source} ({name})") for name, state in foreign.views.items()}
+
+
+def _canonical(form: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return canonical tensors; an error names the file, and the parts that another architecture has."""
+    try:
+        return FORMATS[form].to_canonical(state)
+    except MismatchError as error:
+        unknown = [name for name in state if name in str(error)]
+        parts = call_parts(unknown)
+        about = f". Of these {parts}" if parts else ""
+        raise MismatchError(f"{source}: {error}{about}", hint=error.hint or (OWN_FAMILY if parts else None)) from None
 
 
 def _measure(

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError
-from pgolf_post.importers.artifact_file import factor, integers, kept, matrix, tensors_of
+from pgolf_post.importers.artifact_file import TABLES, factor, integers, kept, matrix, tensors_of
 from pgolf_post.quantize.tensor import LOW_RANK, Axis, QuantizedModel, QuantizedTensor, ScaleFactor
 
 SYMMETRIC = (".lqA", ".lqAs", ".lqB", ".lqBs")
@@ -59,7 +59,8 @@ def to_quantized(stored: Mapping[str, Any], path: Path) -> QuantizedModel:
             raise MismatchError(f"{path}: {name} is said to be {str(how)[:60]!r}, but there is {held}")
     if tensors:
         raise MismatchError(f"{path}: tensors that 'm' does not explain: {', '.join(sorted(tensors)[:8])}")
-    return QuantizedModel({}, {}, quantized, rest)
+    tables = [name for name in TABLES if name in words]  # in bfloat16 once loaded; all else of a script is float32
+    return QuantizedModel({}, {"casts": {"bfloat16": tables}} if tables else {}, quantized, rest)
 
 
 def _correction(name: str, parts: list[Tensor], asymmetric: bool, path: Path) -> list[QuantizedTensor]:

@@ -22,9 +22,10 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.importers import FORMATS, recognise
-from pgolf_post.importers.foreign_config import infer_model, read_log, split_log, translate
+from pgolf_post.importers.foreign_config import infer_model, split_log, translate
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.importing import export_view, import_file
+from pgolf_post.importers.log_file import read_log
 from pgolf_post.score.metric import verify_metric
 
 PARITY = Path(__file__).parent.parent / "parity"
