@@ -174,7 +174,7 @@ def requant(
     model, _, report = quantize_by_plan(view, stats, plan, factors, text)
 
     def packed() -> bytes:
-        with progress_bar("packing", count_units(model)) as advance:
+        with progress_bar("packing", count_units(model), "units") as advance:
             return pack(model, packing, advance)
 
     facts = {"distill": report.facts()} if report else {}

@@ -127,7 +127,7 @@ class Trainer:
         """Step, save and log until progress is 1. Return the last loss, in nats per token."""
         state, phase_times = self.state, self.state.phase_times
         loss, shown = math.nan, 0
-        with progress_bar(f"training {self.recipe.run.name}", 1000) as advance:
+        with progress_bar(f"training {self.recipe.run.name}", 1000, "‰ of the run") as advance:
             while (at := state.progress) < 1.0:
                 # A boundary met by this step is saved before it, with the graph that it will use.
                 state.update_graph(at)

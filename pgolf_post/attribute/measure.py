@@ -63,7 +63,7 @@ class GroupMeasurer:
         rows = self._kept_rows()
         if rows:
             say(f"going on from {self.partial}: {len(rows)} of {len(named)} groups done")
-        with progress_bar("attributing", len(named) + 1) as advance:
+        with progress_bar("attributing", len(named) + 1, "scores") as advance:
             control = self._control()
             packed = len(pack(self.model, self.packing))
             advance(1 + len(rows))

@@ -94,7 +94,7 @@ def linear_blend(parts: Sequence[Part], allow_different: Sequence[str] = ()) -> 
     digests = [hashlib.sha256() for _ in parts]
     equal = set(range(len(parts)))  # parts that the result has equalled so far
     blended = {}
-    with progress_bar("blending tensors", len(names)) as advance:
+    with progress_bar("blending", len(names), "tensors") as advance:
         for name in names:
             blended[name] = _blend_tensor(parts, name, digests)
             equal = {i for i in equal if _equals(parts[i], name, blended[name])}

@@ -95,7 +95,7 @@ def synthesise(synthesis: Synthesis) -> dict[str, Tensor]:
     parts = synthesis.parts
     shares = [share for _, share in parts]
     blended = {}
-    with progress_bar(f"combining {len(parts)} snapshots", 1) as advance:
+    with progress_bar(f"combining {len(parts)} snapshots", 1, "averages") as advance:
         for name, tensors in stream_tensors([snapshot for snapshot, _ in parts]):
             accumulated = torch.zeros(tensors[0].shape, dtype=torch.float64)
             for share, tensor in zip(shares, tensors, strict=True):

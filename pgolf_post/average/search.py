@@ -144,7 +144,7 @@ def search_blends(
     search = Search(candidates, candidates[0], candidates[0], settings, level, sum(map(len, sample.rounds)))
     for number, chosen in enumerate(sample.rounds, 1):
         alive = [candidate for candidate in candidates if candidate.dropped is None]
-        with progress_bar(f"round {number}, blends on {len(chosen)} windows", len(alive)) as advance:
+        with progress_bar(f"round {number} on {len(chosen)} windows", len(alive), "blends") as advance:
             for candidate in alive:
                 _add(candidate, sample.score(candidate, chosen, allow_different))
                 advance(note=candidate.name)

@@ -50,10 +50,14 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(
+    description: str,
+    total: int,
+    unit: str = "steps",  # plural of what is counted
+) -> Iterator[Callable[..., None]]:
     """Yield `advance(count=1, note="")`: done/total, elapsed and ETA on a terminal, one closing line elsewhere."""
     with _display() as progress:
-        task = progress.add_task(description, total=total, note="")
+        task = progress.add_task(description, total=total, unit=unit, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
             progress.update(task, advance=count)
@@ -64,7 +68,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
             yield advance
             finished = next(other for other in progress.tasks if other.id == task)
             if not progress.console.is_terminal:
-                say(f"{description}: {total} done in {finished.elapsed or 0.0:.1f} s")
+                say(f"{description}: {total:,} {unit} in {finished.elapsed or 0.0:.1f} s")
         finally:
             if _live and progress.tasks and progress.tasks[0].id != task:
                 progress.remove_task(task)  # inner work leaves no line behind
@@ -86,9 +90,11 @@ def _display() -> Iterator[Any]:
         yield _live[0]
         return
     terminal = console()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-    closing = (TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, *closing, console=terminal, disable=not terminal.is_terminal) as progress:
+    counted = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
+    timed = (TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    with Progress(
+        *counted, *timed, TextColumn("{task.fields[note]}"), console=terminal, disable=not terminal.is_terminal
+    ) as progress:
         if terminal.is_terminal:
             _live.append(progress)
         try:

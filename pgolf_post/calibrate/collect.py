@@ -76,7 +76,7 @@ def collect(
     ranks.wait()  # no rank writes before all have read
     # add this rank's share of the batches that are not done
     mine = set(done) if ranks.is_main else set()
-    with progress_bar("calibrating", count) as advance:
+    with progress_bar("calibrating", count, "windows") as advance:
         advance(min(count, len(done) * size))
         for batch in ranks.share(batch for batch in range(-(-count // size)) if batch not in done):
             windows = range(batch * size, min((batch + 1) * size, count))

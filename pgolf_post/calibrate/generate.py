@@ -90,7 +90,7 @@ def _write_share(view: View, settings: CalibrationSettings, count: int, seq_len:
     """Return a text with this rank's windows written and zeros elsewhere."""
     module = load_module(view.config, view.tensors, str(view)).to(ranks.device)
     text = np.zeros((count, seq_len), dtype=np.int64)
-    with progress_bar("writing text", count) as advance:
+    with progress_bar("writing text", count, "windows") as advance:
         for batch in ranks.share(range(-(-count // WINDOWS_AT_ONCE))):
             windows = range(batch * WINDOWS_AT_ONCE, min((batch + 1) * WINDOWS_AT_ONCE, count))
             numbers = uniforms(settings.seed, "generation", windows, seq_len)

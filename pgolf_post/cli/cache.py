@@ -57,7 +57,7 @@ def verify_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
     entries = [entry for entry in list_entries(root) if entry.state in ("complete", "orphan")]
     entries = [entry for entry in entries if not stages or entry.stage in stages]
     damaged: list[str] = []
-    with progress_bar("verifying", len(entries)) as advance:
+    with progress_bar("verifying", len(entries), "entries") as advance:
         for entry in entries:
             try:
                 verify_entry(entry)

@@ -32,7 +32,7 @@ def command(artifact: Path, names: str, as_json: bool) -> None:
 
     wanted = check_names([name.strip() for name in names.split(",")])
     model = read_artifact(find_artifact(artifact)).model
-    with progress_bar("compressing", len(wanted)) as advance:
+    with progress_bar("compressing", len(wanted), "codecs") as advance:
         comparison = compare(model, wanted, lambda name: advance(1, note=name))
     show(comparison)
     if as_json:

@@ -23,12 +23,13 @@ from pgolf_post.cli.common import json_option, threads_option
 @threads_option
 @json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Text → tokens → training → Hessians → requant at three λ → SWA blend → one table. Needs no network and no GPU.
+    """Text → tokens → training → statistics → four quantizers at one byte count. Needs no network and no GPU.
 
-    About three minutes on two CPU cores, 90 seconds of them training.
+    Two to three minutes on two idle CPU cores, a minute of them training. A second table has three λ and an SWA blend.
     """
     from pgolf_post.base.progress import print_json
-    from pgolf_post.demo import Demo, show
+    from pgolf_post.demo.pipeline import Demo
+    from pgolf_post.demo.report import show
     from pgolf_post.ledger.disk import scan
     from pgolf_post.ledger.recording import record
 

@@ -38,7 +38,7 @@ def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
 
     started = time.perf_counter()
     foreign = read_foreign_artifact(file)
-    with progress_bar("repacking", 1) as advance:
+    with progress_bar("repacking", 1, "artifacts") as advance:
         data = repack(foreign, codec)
         advance(1)
     if out is not None:

@@ -52,7 +52,7 @@ def check(folder: DataFolder, sample_documents: int = 64) -> list[CheckRow]:
     """Recompute what the folder's manifest states. Damage does not raise: the failed check says what is wrong."""
     steps = list(_steps(folder, sample_documents))
     rows: list[CheckRow] = []
-    with progress_bar(f"checking {folder.name}", len(steps)) as advance:
+    with progress_bar(f"checking {folder.name}", len(steps), "checks") as advance:
         for name, step in steps:
             rows.append(_row(name, step))
             advance(note=name)

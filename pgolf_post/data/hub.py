@@ -111,7 +111,7 @@ class Repository:
         have = partial.stat().st_size if partial.exists() else 0
         if have:
             say(f"{file.name}: going on after {have / 1e6:.1f} of {file.size_bytes / 1e6:.1f} MB")
-        with progress_bar(f"{file.name}, MB", round(file.size_bytes / 1e6)) as advance:
+        with progress_bar(f"{file.name}", round(file.size_bytes / 1e6), "MB") as advance:
             report = _position_reporter(advance)
             with_retries(
                 f"{self.repository}: {file.path}", lambda: self._attempt(url, file.size_bytes, partial, report)

@@ -33,7 +33,7 @@ def write_split(
     num_bytes = table_bytes = 0
     total_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
     # tokenize batch by batch, counting the bytes of the text and those that the byte table states
-    with progress_bar(f"tokenizing {split}, kB", total_bytes // 1000) as advance:
+    with progress_bar(f"tokenizing {split}", total_bytes // 1000, "kB") as advance:
         for batch in _batches(documents):
             for document, tokens in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
                 shards.add(tokens)

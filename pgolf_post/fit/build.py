@@ -101,7 +101,7 @@ class Builder:
         factors = {name: self._factors(name, constant) for name, constant in constants.items()}
         matrices = {name: self._with_weight(name, weights) for name in constants}
         jobs = [self._job(matrix, factors[name]) for name, matrix in matrices.items()]
-        with progress_bar("quantizing", sum(job.weight.numel() for job in jobs)) as advance:
+        with progress_bar("quantizing", sum(job.weight.numel() for job in jobs), "weights") as advance:
             symbols = gptq_jobs(jobs, advance=advance)
         return {
             job.name: self._finish(matrices[job.name], rounded, factors[job.name], job.trellis, constants[job.name])

@@ -57,7 +57,7 @@ def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
     constant = constant_for(builder.num_weights, MODEL_LOSS)
     quantized = builder.quantize(dict.fromkeys(builder.matrices, constant))
     predicted = {name: float(tensor.facts["predicted_loss"]) for name, tensor in quantized.items()}
-    with progress_bar("measuring sensitivities", len(quantized)) as advance:
+    with progress_bar("measuring sensitivities", len(quantized), "tensors") as advance:
         measured = {}
         for name, tensor in quantized.items():
             measured[name] = probe.divergence({name: torch.from_numpy(tensor.dequantize())})

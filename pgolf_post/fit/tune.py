@@ -96,7 +96,7 @@ class TunedModel:
             optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
         )
 
-        with progress_bar(f"fine-tuning after block {label}", self.steps) as advance:
+        with progress_bar(f"fine-tuning after block {label}", self.steps, "steps") as advance:
             for _ in range(self.steps):
                 optimizer.zero_grad(set_to_none=True)
                 kl = self._backward(torch.from_numpy(next(self.batches)))

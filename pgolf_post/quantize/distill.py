@@ -88,11 +88,11 @@ def distill(
         raise MismatchError(f"the model was quantized from {model.lineage['checkpoint_id']}, the reference is {view}")
     windows = split_windows(text.tokens, settings)
     work = _Work(model, view, settings)
-    with progress_bar("the reference's hidden states", sum(map(len, windows))) as advance:
+    with progress_bar("the reference's hidden states", sum(map(len, windows)), "windows") as advance:
         tune_text, held_out = (work.with_reference(part, advance) for part in windows)
     # Tune, round as stored, and compare on held-out text.
     first = work.losses(held_out)
-    with progress_bar("distilling", settings.steps) as advance:
+    with progress_bar("distilling", settings.steps, "steps") as advance:
         work.tune(tune_text, advance)
     tuned = work.stored()
     work.load(tuned)

@@ -49,7 +49,7 @@ def quantize_entries(
     """Quantize the tensors of entries with grid rules, in the plan's order."""
     factors.fill(entry for entry in entries if entry.method == "gptq")
     prepared = [prepare(entry, stretched.tensors[entry.name], stats) for entry in entries]
-    with progress_bar("quantizing", sum(item.weight.numel() for item in prepared)) as advance:
+    with progress_bar("quantizing", sum(item.weight.numel() for item in prepared), "weights") as advance:
         symbols = round_prepared(prepared, factors, advance)
     quantized = {}
     for item in prepared:

@@ -75,7 +75,7 @@ def score_windows(
     started = time.perf_counter()
     picked = [Span(spans[i][0], spans[i][1], spans[i][1]) for i in chosen]
     nats: list[np.ndarray] = []
-    with progress_bar(description, len(picked)) as advance:
+    with progress_bar(description, len(picked), "windows") as advance:
         for batch in batches_of(picked, fitting(BATCH_TOKENS, module)):
             nats.append(batch_nats(module, tokens, batch, Session()))
             require_finite(tokens, places_of(batch), nats[-1])

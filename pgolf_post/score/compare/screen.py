@@ -158,7 +158,7 @@ def screen(
     looks: list[Look] = []
     tokens = 0
     silent: AbstractContextManager[Callable[..., None]] = nullcontext(lambda *_: None)
-    with silent if quiet else progress_bar("screening", total) as advance:
+    with silent if quiet else progress_bar("screening", total, "windows") as advance:
         for stop in range(settings.look_every, total + settings.look_every, settings.look_every):
             drawn = order[:stop]
             chosen = np.sort(order[stop - settings.look_every : stop])

@@ -1,0 +1,99 @@
+"""The demo, whole and for real, with a few training steps and little text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.checkpoint import default_checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.demo.pipeline import Demo
+from pgolf_post.demo.report import NEXT, show
+from pgolf_post.errors import SettingsError
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.pack.artifact import read_artifact
+from tests.docs.test_pages import unknown_words
+
+FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "model.num_layers=3", "checkpoint.metric_tokens=2048")
+LITTLE_TEXT = CalibrationSettings(tokens=4096, fisher=True)
+QUICK_FIT = FitSettings(trellis_states=4, kappa="role", kappa_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def answers(root: Path) -> list[dict[str, Any]]:
+    """The answers of two demos in one folder."""
+    return [Demo(root, FEW_STEPS, LITTLE_TEXT, QUICK_FIT, score_tokens=8192).run() for _ in range(2)]
+
+
+def all_rows(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*answer["rows"], *answer["more_rows"]]
+
+
+def test_rows_are_real_artifacts(answers: list[dict[str, Any]], root: Path) -> None:
+    answer = answers[-1]
+    for row in all_rows(answer):
+        path = Path(row["artifact"])
+        assert path.stat().st_size == row["artifact_bytes"]
+        assert read_artifact(path).manifest["symbols_sha256"] == row["symbols_sha256"]
+        assert row["gap_bpb"] == pytest.approx(row["bpb"] - answer["pre_quant_bpb"], abs=1e-9)
+        assert row["gap_low_bpb"] < row["gap_bpb"] < row["gap_high_bpb"]
+    assert len({row["symbols_sha256"] for row in all_rows(answer)}) == 8
+    assert default_checkpoint(root / "checkpoints").view_id() == answer["checkpoint_id"]
+
+
+def test_four_quantizers_take_the_record_recipes_bytes_or_a_little_less(answers: list[dict[str, Any]]) -> None:
+    limit, rows = answers[0]["equal_bytes"], answers[0]["rows"]
+    assert [row["name"] for row in rows] == ["round to nearest", "GPTQ with SDClip", "record recipe", "fit"]
+    assert rows[2]["artifact_bytes"] == limit
+    assert rows[2]["command"] == "pgolf-post requant --plan record-1855"  # as published
+    clipped, fitted = [row["artifact_bytes"] for row in rows[:2]], rows[3]["artifact_bytes"]
+    assert all(0.999 * limit <= num_bytes <= limit for num_bytes in clipped)
+    assert limit - 2000 <= fitted <= limit
+
+
+def test_a_second_demo_gets_the_same_numbers(answers: list[dict[str, Any]]) -> None:
+    first, second = (
+        [{key: value for key, value in row.items() if key not in ("seconds", "artifact", "command")} for row in rows]
+        for rows in map(all_rows, answers)
+    )
+    assert first == second
+    assert answers[0]["checkpoint"] != answers[1]["checkpoint"]
+    for key in ("pre_quant_bpb", "byte_ngram_bpb", "equal_bytes", "tokens"):
+        assert answers[0][key] == answers[1][key]
+
+
+def test_only_the_final_checkpoint_is_scored(answers: list[dict[str, Any]]) -> None:
+    run = Path(answers[0]["checkpoint"]).parent
+    scored = [path.name for path in run.glob("step_*") if '"bpb"' in (path / "meta.json").read_text("utf-8")]
+    assert scored == [Path(answers[0]["checkpoint"]).name]
+
+
+def test_the_closing_tables_fit_80_columns(answers: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    show(answers[0], seconds=1.0)
+    printed = capsys.readouterr().err
+    for row in all_rows(answers[0]):
+        assert re.search(rf"{re.escape(row['name'])} +│ +{row['artifact_bytes']:,} │ {row['bpb']:.5f} │", printed)
+    assert max(len(line) for line in printed.splitlines() if line[:1] in "┏┃│└") <= 80
+    assert f"within {answers[0]['equal_bytes']:,} bytes" in printed
+
+
+def test_the_next_commands_exist() -> None:
+    commands = [line.strip().removeprefix("pgolf-post ") for line in NEXT if "pgolf-post" in line]
+    assert [command.split()[0] for command in commands] == ["import", "fit"]
+    assert [unknown_words(command) for command in commands] == [[], []]
+
+
+def test_training_that_fails_ends_the_demo_as_the_trainer_ends(tmp_path: Path, pico_data: DataFolder) -> None:
+    with pytest.raises(SettingsError, match="training failed"):
+        Demo(tmp_path, ("model.no_such_key=1",)).train(pico_data)
+    assert not (tmp_path / "checkpoints").exists()
