@@ -29,7 +29,7 @@ from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
 from pgolf_post.importers.foreign_config import known_keys
 
 COLOUR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
-HEADER = re.compile(r"hyperparameters[ \t]*:(?P<rest>.*)$", re.IGNORECASE)
+HEADER = re.compile(r"hyperparameters[ \t]*:[ \t]*(?P<rest>\{.*|)$", re.IGNORECASE)  # scripts print their source too
 PREFIX_WORD = re.compile(r".*\d.*|\W+|.+[:|\]]|(?i:debug|info|warning|error|root)")  # numbers, marks, levels
 LONGEST_PREFIX = 120  # characters
 SETTING = re.compile(r"""^(?P<indent>\s*)["']?(?P<name>[A-Za-z][A-Za-z0-9_]*)["']?\s*[:=]\s*(?P<value>.*?),?\s*$""")
@@ -50,6 +50,7 @@ class Block:
     conflicts: list[str] = field(default_factory=list)
     repeated: int = 0  # settings that stand there twice, the same
     skipped: list[str] = field(default_factory=list)
+    is_indented: bool = False  # its settings stand further right than its header
     is_cut: bool = False  # the file ends inside it
 
     def add(self, name: str, value: Any, line: int) -> None:
@@ -108,12 +109,14 @@ def read_blocks(lines: Sequence[str]) -> list[Block]:
     gap: list[str] = []  # lines that are no settings since the last one
     for number, line in enumerate(lines, 1):
         header = _header(line)
-        if header and not (current and not current.settings and not current.is_cut):
+        if header:
+            if current and not current.settings:  # written twice, or by every rank
+                blocks.remove(current)
             current, gap = Block(number, header[0]), []
             blocks.append(current)
             _read_inline(current, header[1], number)
-        elif current and not header:
-            setting = _setting(line, current.prefix)
+        elif current:
+            setting = _setting(line, current)
             if setting:
                 current.skipped += [text for text in gap if text.strip()]
                 current.add(*setting, number)
@@ -160,15 +163,21 @@ def _without(line: str, prefix: str) -> str | None:
     return line[match.end() :] if match else None
 
 
-def _setting(line: str, prefix: str) -> tuple[str, Any] | None:
-    """Return the name and value on a line; None if it is no setting."""
-    rest = _without(line, prefix)
+def _setting(line: str, block: Block) -> tuple[str, Any] | None:
+    """Return the name and value on a line; None if it is no setting.
+
+    Where a logger took the indentation off, only single values of known names count.
+    """
+    rest = _without(line, block.prefix)
     match = SETTING.match(rest) if rest is not None else None
     if not match:
         return None
-    name, spaces = match["name"].lower(), len(match["indent"].expandtabs(2))
-    is_indented = spaces > len(prefix) - len(prefix.rstrip())
-    return (name, _value(match["value"])) if is_indented or name in known_keys() else None
+    name, column = match["name"].lower(), len(match["indent"].expandtabs(2))
+    if column > len(block.prefix) - len(block.prefix.rstrip()):
+        block.is_indented = True
+    elif block.is_indented or name not in known_keys() or " " in match["value"]:
+        return None
+    return name, _value(match["value"])
 
 
 def _value(text: str) -> Any:
