@@ -8,7 +8,9 @@ from collections.abc import Iterable
 OWN_FAMILY = "write the architecture as a family of your own: docs/howto/families.md"
 PARTS = {  # a tensor's name: what it belongs to; the first that fits
     r"shared_blocks?\.": "weights shared between layers (one block visited by several, as in universal transformers)",
-    r"(?<![a-z_])(gate_up(_proj)?|gate_proj|up_proj|w_gate|mlp\.gate|mlp\.(w1|w2|w3))(_bank)?\b": "a gated MLP (SwiGLU or GEGLU)",
+    (
+        r"(?<![a-z_])(gate_up(_proj)?|gate_proj|up_proj|w_gate|mlp\.gate|mlp\.(w1|w2|w3))(_bank)?\b"
+    ): "a gated MLP (SwiGLU or GEGLU)",
     r"\bexperts?\.|\brouter\.": "a mixture of experts",
     r"lora_[AB]\b|lora_(a|b)\.": "LoRA adapters beside the weights",
     r"(c_qkv|qkv_proj|qkv|Wqkv|c_attn)\.weight": "queries, keys and values in one matrix",
