@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from pgolf_post.errors import DamagedFileError, NotFoundError, SettingsError
 from pgolf_post.ledger.foreign_columns import (
     Field,
     delta_base,
+    heading,
     is_blank,
     is_failure,
     normal,
-    parse_bytes,
     parse_mapping,
     parse_number,
     parse_verdict,
+    read_cell,
     recognise,
+    summary_of,
 )
 from pgolf_post.ledger.lineage import EXTERNAL
 from pgolf_post.ledger.schema import Kind, Row, iso_utc, priced
@@ -43,6 +45,10 @@ KIND_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("score", ("eval type", "source checkpoint")),
     ("run", ("run id", "run id / model type")),
 )
+
+
+COMMIT = re.compile(r"(?:commit|git|sha|rev|@)?[ :]*(?=[0-9a-f]*\d)([0-9a-f]{7,40})(?:[+-](?:dirty)?)?")
+COMMIT_DIGITS = 7  # that a short hash has
 
 
 class ImportSettings(Settings):
@@ -101,7 +107,7 @@ def read_log(path: Path, settings: ImportSettings) -> Imported:
     run = settings.run or path.stem
     drafts, declared = [], []
     for table in chosen:
-        columns = recognise(table.header, mapping)
+        columns = recognise(table.header, mapping, table.rows)
         rows = _rows_of(table, columns, run, settings)
         drafts += [(row, table) for row in rows]
         declared += _declare(table, columns, rows)
@@ -158,7 +164,7 @@ def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: Imp
                 name=plain(text.get("name", text.get("number", f"row {len(rows) + 1}"))),
                 run=run,
                 settings=_settings(table, columns, named, text, section),
-                result=_result(text),
+                result=_result(text, columns, summary_of(named, text.get("name", ""))),
                 commit=plain(text["commit"]) if "commit" in text else None,
                 device=text.get("device"),
                 seconds=parse_number(text.get("seconds", "")),
@@ -172,7 +178,7 @@ def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: Imp
 
 
 def _kind_of(table: Table) -> Kind:
-    names = {normal(name) for name in table.header}
+    names = {heading(name) for name in table.header}
     return next((kind for kind, signs in KIND_COLUMNS if names & set(signs)), "trial")
 
 
@@ -190,11 +196,11 @@ def _settings(
     return kept
 
 
-def _result(text: Mapping[Field, str]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _result(text: Mapping[Field, str], columns: Mapping[Field, str], summary: str | None) -> dict[str, Any]:
+    """Return the numbers of a row; of one that sums up others, which are no results, what it is."""
+    result: dict[str, Any] = {"summary": summary} if summary else {}
     for key in NUMBERS:
-        read: Callable[[str], float | None] = parse_bytes if key.endswith("_bytes") else parse_number
-        value = read(text[key]) if key in text else None
+        value = read_cell(key, text[key], columns[key]) if key in text and not summary else None
         if value is not None:
             result[key] = value
     if is_failure(text.get("result", "")):
@@ -203,7 +209,7 @@ def _result(text: Mapping[Field, str]) -> dict[str, Any]:
 
 
 def _date(cell: str) -> str | None:
-    matched = re.search(r"\b(\d{4}-\d{2}-\d{2})\b", cell)
+    matched = re.search(r"\b(\d{4}-\d{2}-\d{2})(?![\d-])", cell)
     return f"{matched[1]}T00:00:00.000+00:00" if matched else None
 
 
@@ -220,6 +226,7 @@ def _declare(table: Table, columns: Mapping[Field, str], rows: Sequence[Row]) ->
     lines[0] += f"; in settings: {', '.join(map(repr, kept))}" if kept else ""
     for key in NUMBERS:
         cells = [row[table.header.index(columns[key])] for row in table.rows] if key in columns else []
+        cells = [cell for cell, row in zip(cells, rows, strict=False) if "summary" not in row.result]
         filled, read = sum(not is_blank(cell) for cell in cells), sum(key in row.result for row in rows)
         if filled > read:
             lines.append(f"table {table.number}: {filled - read} of {filled} cells of {columns[key]!r} stay text")
@@ -227,6 +234,12 @@ def _declare(table: Table, columns: Mapping[Field, str], rows: Sequence[Row]) ->
         verdicts = Counter(row.verdict for row in rows if row.settings.get("result"))
         said = ", ".join(f"{count} {verdict or 'without verdict'}" for verdict, count in verdicts.items())
         lines.append(f"table {table.number}: verdicts by {columns['result']!r}: {said or 'none'}")
+    summaries = [row for row in rows if "summary" in row.result]
+    if summaries:
+        names = ", ".join(str(row.result["summary"]) for row in summaries)
+        lines.append(
+            f"table {table.number}: {len(summaries)} rows sum up others, their numbers are no results: {names}"
+        )
     sections = len(set(table.sections) - {""})
     lines += [f"table {table.number}: {sections} lines are headings of the rows below them"] if sections else []
     if table.unsplit:
@@ -259,7 +272,26 @@ def _keys(row: Row) -> list[str]:
     """Return the texts by which another row can name this one as its base."""
     words = re.split(r"[\s(]", row.name, maxsplit=1)
     number = str(row.settings.get("number", ""))
-    return list(dict.fromkeys(key for key in (normal(row.name), normal(words[0]), _number_key(number)) if key))
+    keys = (normal(row.name), normal(words[0]), _number_key(number), _commit_key(row.commit or ""))
+    return list(dict.fromkeys(key for key in keys if key))
+
+
+def _commit_key(text: str) -> str:
+    """`54ee870`, `commit 54ee870ab` and a whole hash as one key; empty for what is no commit."""
+    return f"commit {_hash(text)[:COMMIT_DIGITS]}" if _hash(text) else ""
+
+
+def _hash(text: str) -> str:
+    """The digits of a commit's hash; empty for what is no commit."""
+    matched = COMMIT.fullmatch(normal(plain(text)))
+    return matched[1] if matched else ""
+
+
+def _agree(one: str, other: str) -> bool:
+    """Whether two texts do not name different commits: one hash may be longer."""
+    return (
+        not (_hash(one) and _hash(other)) or _hash(one).startswith(_hash(other)) or _hash(other).startswith(_hash(one))
+    )
 
 
 def _number_key(text: str) -> str:
@@ -288,8 +320,11 @@ def _bare(base: str) -> str:
 
 
 def _look_up(base: str, index: int, drafts: Sequence[tuple[Row, Table]], keys: Mapping[str, list[int]]) -> str | None:
-    for key in dict.fromkeys((normal(plain(base)), normal(_bare(base)), _number_key(_bare(base)))):
+    named = (normal(plain(base)), normal(_bare(base)), _number_key(_bare(base)), _commit_key(_bare(base)))
+    for key in dict.fromkeys(named):
         places = [place for place in keys.get(key, ()) if place != index] if key else []
+        if key == _commit_key(_bare(base)):
+            places = [place for place in places if _agree(drafts[place][0].commit or "", _bare(base))]
         if places:
             home = drafts[index][1].number
             nearest = min(places, key=lambda at: (drafts[at][1].number != home, at > index, abs(at - index)))

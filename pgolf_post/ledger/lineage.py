@@ -1,13 +1,15 @@
 """Lineage: the ledger as trees, each node with its difference to its ancestor.
 
-A difference in bpb is shown only against a number of the same kind: a score against an ancestor's score with the same
-settings (protocol, text), any other number against the nearest ancestor's where tokens and bytes of text agree or are
-not known, as in tables that were imported. A difference in bytes is against the nearest ancestor that has bytes.
+A difference in bpb is shown only against a number of the same text by the same protocol: a score against an ancestor's
+score with the same settings, any other number against the nearest ancestor's where both say the same tokens and bytes
+of text and the same protocol, or are rows of one log that say nothing of either. Where no ancestor's compares, the tree
+says why. A difference in bytes is against the nearest ancestor that has bytes.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,7 @@ class Node:
     row: Row | None = None
     delta_bpb: float | None = None
     delta_bytes: int | None = None
+    not_compared: str = ""  # why no difference in bpb is shown, where ancestors have numbers
     other_parents: tuple[str, ...] = ()
     children: list[Node] = field(default_factory=list)
     scores: dict[str, Row] = field(default_factory=dict, repr=False)  # of this very thing, by settings
@@ -53,7 +56,8 @@ class Node:
         numbers = {"bpb": bpb_of(row), "counted_bytes": counted_bytes(row)} if row else {}
         deltas = {"delta_bpb": self.delta_bpb, "delta_bytes": self.delta_bytes}
         parent = self.parent.id if self.parent else None
-        return {"id": self.id, "parent": parent, "in_ledger": row is not None, **told, **numbers, **deltas}
+        why = {"not_compared": self.not_compared} if self.not_compared else {}
+        return {"id": self.id, "parent": parent, "in_ledger": row is not None, **told, **numbers, **deltas, **why}
 
 
 def trees(rows: Sequence[Row]) -> list[Node]:
@@ -133,6 +137,8 @@ def _measure(root: Node) -> None:
         if node.row is not None:
             line = _ancestors(node)
             node.delta_bpb, node.delta_bytes = _delta_bpb(node.row, line), _delta_bytes(node.row, line)
+            if node.delta_bpb is None:
+                node.not_compared = _why_not_compared(node.row, line)
 
 
 def _ancestors(node: Node) -> list[Node]:
@@ -162,16 +168,70 @@ def _numbers_of(node: Node) -> list[Row]:
     return ([node.row] if node.row is not None else []) + list(node.scores.values())
 
 
+def _why_not_compared(row: Row, line: list[Node]) -> str:
+    """Return how the nearest ancestor's number differs in kind; empty where there is none, or none of the row's own."""
+    others = [other for ancestor in line for other in _numbers_of(ancestor) if other is not row]
+    nearest = next((other for other in others if bpb_of(other) is not None), None)
+    if bpb_of(row) is None or nearest is None:
+        return ""
+    return f"{difference_in_kind(row, nearest)} than {nearest.name or _short(nearest.id)}"
+
+
 def comparable(first: Row, second: Row) -> bool:
-    """Whether two rows' bpb are of the same text by the same protocol, as far as they say."""
-    if {first.kind, second.kind} == {"run", "checkpoint"}:  # a moment of a run and its end
-        return False
-    if first.kind == second.kind == "score" and first.settings_hash != second.settings_hash:
-        return False
-    sums = [(row.result.get("tokens"), row.result.get("bytes")) for row in (first, second)]
-    protocols = [row.settings.get("protocol") or row.result.get("protocol") for row in (first, second)]
-    names = [p.get("protocol") if isinstance(p, dict) else p for p in protocols]
-    return all(a is None or b is None or a == b for a, b in [*zip(*sums, strict=True), tuple(names)])
+    """Whether two rows' bpb are of the same text by the same protocol, as both of them say."""
+    return not difference_in_kind(first, second)
+
+
+def difference_in_kind(first: Row, second: Row) -> str:
+    """Return why two rows' bpb do not compare, as "another text"; empty where they do."""
+    if {first.kind, second.kind} == {"run", "checkpoint"}:
+        return "another moment of the run"
+    if first.kind == second.kind == "score":
+        return "" if first.settings_hash == second.settings_hash else "another protocol or text"
+    one, other = _measured(first), _measured(second)
+    if not one and not other:  # as in imported tables and rows written by hand
+        return "" if first.run == second.run else "a text of another log, perhaps other,"
+    for key, what in MEASURED.items():
+        if one.get(key) != other.get(key):
+            return f"another {what}" if key in one and key in other else f"perhaps another {what} (one does not say)"
+    same = first.result.get("protocols"), second.result.get("protocols")
+    stage = one.get("protocol")
+    if all(isinstance(ids, dict) for ids in same) and len({ids.get(stage) for ids in same if ids}) > 1:
+        return "another protocol"
+    return ""
+
+
+MEASURED = {"text": "text", "tokens": "text", "bytes": "text", "protocol": "protocol"}
+TEXT_COLUMNS = ("data", "dataset", "text", "val", "val set", "val data", "validation", "split", "eval set", "eval data")
+PROTOCOL_COLUMNS = ("protocol", "eval", "eval type", "evaluation", "stride", "eval stride", "eval seq len")
+TOKEN_COLUMNS = ("val tokens", "eval tokens", "tokens scored")
+
+
+def _measured(row: Row) -> dict[str, Any]:
+    """Return what a row says of the text and the protocol of its bpb."""
+    result, stage = _deciding_stage(row)
+    protocol = row.settings.get("protocol") or row.result.get("protocol") or stage
+    said: dict[str, Any] = {key: result.get(key) for key in ("tokens", "bytes")}
+    said["protocol"] = protocol.get("protocol") if isinstance(protocol, dict) else protocol
+
+    # a column of an imported table, by its heading
+    columns = {re.sub(r"[\s_-]+", " ", key).strip().casefold(): value for key, value in row.settings.items()}
+    for what, names in (("text", TEXT_COLUMNS), ("protocol", PROTOCOL_COLUMNS), ("tokens", TOKEN_COLUMNS)):
+        values = [str(columns[name]) for name in names if isinstance(columns.get(name), str | int)]
+        if "table" in row.settings and values and said.get(what) is None:
+            said[what] = ", ".join(values)
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def _deciding_stage(row: Row) -> tuple[dict[str, Any], str | None]:
+    """Return the part of a result that its bpb is of: a trial has it under the name of a stage, which is returned."""
+    stages = row.result.get("protocols")
+    if "tokens" not in row.result and isinstance(stages, dict):
+        for stage in stages:
+            part = row.result.get(stage)
+            if isinstance(part, dict) and part.get("bpb") == row.result.get("bpb"):
+                return part, stage
+    return row.result, None
 
 
 def _delta_bytes(row: Row, line: list[Node]) -> int | None:
@@ -193,7 +253,7 @@ def describe(node: Node) -> str:
     if row.kind == "comparison":
         parts.append(_difference(row))
     elif bpb is not None:
-        parts.append(f"bpb {bpb:.5f}" + (f" ({node.delta_bpb:+.5f})" if node.delta_bpb is not None else ""))
+        parts.append(f"bpb {bpb:.5f}" + _bpb_note(node))
     elif node.delta_bpb is not None:
         parts.append(f"bpb {node.delta_bpb:+.5f}")
     if num_bytes is not None:
@@ -203,6 +263,12 @@ def describe(node: Node) -> str:
     if node.other_parents:
         parts.append("also from " + ", ".join(_short(other) for other in node.other_parents[:4]))
     return f"{row.kind} {row.name or _short(row.id)}" + (f"  {' · '.join(parts)}" if parts else "")
+
+
+def _bpb_note(node: Node) -> str:
+    if node.delta_bpb is not None:
+        return f" ({node.delta_bpb:+.5f})"
+    return f" (not compared: {node.not_compared})" if node.not_compared else ""
 
 
 def _difference(row: Row) -> str:

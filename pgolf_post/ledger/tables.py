@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 from pgolf_post.errors import DamagedFileError, NotFoundError
-from pgolf_post.ledger.foreign_columns import Field, field_of, is_blank
+from pgolf_post.ledger.foreign_columns import Field, field_of, is_blank, parse_number
 
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 Form = Literal["markdown", "csv", "tabs", "rendered"]
 SEPARATOR = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 CLEAR_SEPARATOR = re.compile(
@@ -59,7 +60,7 @@ class Table:
 def read_tables(path: Path) -> list[Table]:
     """Return a file's tables, numbered. Raises NotFoundError if no file or no table is there, DamagedFileError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _text(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError):
         raise NotFoundError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
@@ -72,6 +73,12 @@ def read_tables(path: Path) -> list[Table]:
             hint="pgolf-post ledger import FILE.csv   (a spreadsheet exports CSV)",
         )
     return [replace(table, number=number) for number, table in enumerate(_distinct_titles(tables), start=1)]
+
+
+def _text(data: bytes) -> str:
+    """Return a file's text: UTF-16 where it begins with its mark, else UTF-8; without NULs at its end."""
+    encoding = "utf-16" if data[:2] in UTF16_MARKS and len(data) % 2 == 0 else "utf-8-sig"
+    return data.decode(encoding).rstrip("\0\r\n ").replace("\r\n", "\n") + "\n"
 
 
 def find_tables(text: str) -> list[Table]:
@@ -168,19 +175,38 @@ def _rendered_header(line: str) -> list[tuple[str, Field]] | None:
 
 
 def _sheet(text: str, path: Path) -> Table:
-    """A whole file of separated values; the delimiter is the one that its first line has most of."""
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    """A whole file of separated values; the delimiter is the one that its first line has most of, or `sep=;` names."""
+    first, _, rest = text.partition("\n")
+    named = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)
+    delimiter = named[1] if named else max(",;\t", key=first.count)
     try:
-        cells = [
-            [cell.strip() for cell in row]
-            for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-            if row
-        ]
+        read = csv.reader(io.StringIO(rest if named else text, newline=""), delimiter=delimiter)
+        cells = [[cell.strip() for cell in row] for row in read if row]
+        _require_closed_quotes(rest if named else text, delimiter)
     except csv.Error as error:
         raise DamagedFileError(f"{path} cannot be read as separated values: {error}") from None
     cells = [row for row in cells if any(row)]
+    if cells and any(parse_number(cell) is not None for cell in cells[0]) and not any(map(_is_known, cells[0])):
+        raise DamagedFileError(
+            f"{path}: its first line names no columns: {', '.join(cells[0])[:MAX_TITLE]}",
+            hint="add a line of names, such as name,val_bpb,bytes,notes",
+        )
     return _table(path.stem, "csv", cells[0] if cells else [], cells[1:], 0)
+
+
+def _is_known(name: str) -> bool:
+    """Whether a heading is a name of a number's column: what a line of values does not hold."""
+    return field_of(name) in ("number", "name", "bpb", "delta_bpb", "artifact_bytes", "total_bytes")
+
+
+def _require_closed_quotes(text: str, delimiter: str) -> None:
+    """Raise csv.Error for a quote that is never closed, which would take in all lines after it."""
+    try:
+        for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise csv.Error("a quotation mark is opened and never closed") from None
 
 
 def _table(title: str, form: Form, header: Sequence[str], cells: Sequence[Sequence[str]], at: int) -> Table:

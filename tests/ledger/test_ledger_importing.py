@@ -16,6 +16,7 @@ from pgolf_post.ledger.exporting import to_csv, to_jsonl, to_markdown
 from pgolf_post.ledger.foreign_columns import parse_bytes, parse_number, parse_verdict
 from pgolf_post.ledger.importing import Imported, ImportSettings, read_log
 from pgolf_post.ledger.lineage import trees
+from pgolf_post.ledger.query import best_rows
 from pgolf_post.ledger.tables import find_tables
 
 INDEX = """
@@ -234,6 +235,122 @@ def test_sizes_and_verdicts():
     words = {"New best + faster": "positive", "👑 BEST": "positive", "Worse than E8": "negative", "Goodness": None}
     words |= {"~Same as before": "neutral", "NO-OP": "no-op", "Not run": None, "Slight help": None}
     assert {word: parse_verdict(word) for word in words} == words
+
+
+# ---- tables as people have them --------------------------------------------------------------------------------------
+
+SHEET = [["name", "val_bpb", "bytes", "notes"], ["base", "1.0870", "15,991,930", "control"]]
+SHEET += [["clip 11", "1.0852", "16 104 111", "over"], ["naïve β", "1.0901", "15,900,000", "worse"]]
+NUMBERS = [(1.087, 15_991_930), (1.0852, 16_104_111), (1.0901, 15_900_000)]
+
+
+def sheet(delimiter: str, comma: str = ".") -> str:
+    cells = [[cell.replace("1.0", f"1{comma}0") for cell in row] for row in SHEET]
+    return "\n".join(delimiter.join(f'"{c}"' if delimiter in c else c for c in row) for row in cells) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix"),
+    [
+        (sheet(",").encode(), "csv"),
+        (sheet(",").encode("utf-8-sig"), "csv"),
+        (sheet(",").replace("\n", "\r\n").encode(), "csv"),
+        (sheet(",").encode() + b"\0\0\0\n", "csv"),
+        (sheet("\t").encode("utf-16"), "csv"),
+        (sheet("\t").encode(), "tsv"),
+        (sheet(";", ",").encode(), "csv"),
+        (("sep=;\n" + sheet(";", ",")).encode(), "csv"),
+        (("\ufeffsep=;\r\n" + sheet(";")).encode(), "csv"),
+    ],
+)
+def test_a_sheet_of_any_program_is_the_same_rows(tmp_path, data, suffix):
+    (tmp_path / f"log.{suffix}").write_bytes(data)
+    rows = read_log(tmp_path / f"log.{suffix}", ImportSettings()).rows
+    assert [row.name for row in rows] == ["base", "clip 11", "naïve β"]
+    assert [(row.result["bpb"], row.result["artifact_bytes"]) for row in rows] == NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (sheet(",") + 'unclosed,"1.1,2,3\nnext,1.2,3,4\n', "never closed"),
+        ("\n".join(sheet(",").splitlines()[1:]) + "\n", "its first line names no columns"),
+    ],
+)
+def test_a_sheet_that_would_lose_rows_is_refused(tmp_path, text, message):
+    with pytest.raises(DamagedFileError, match=message):
+        imported(tmp_path, text, "log.csv")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [("Mean", "Std"), ("**Mean**", "**Std**"), ("3-seed mean", "std dev"), ("Average", "σ"), ("mean (3 seeds)", "sd")],
+)
+def test_rows_that_sum_up_others_are_kept_and_are_no_results(tmp_path, mean, std):
+    table = "| Seed | val_bpb | Artifact bytes |\n|---|---|---|\n"
+    table += "| 42 | 1.0871 | 15,900,100 |\n| 1337 | 1.0880 | 15,900,200 |\n"
+    table += f"| {mean} | 1.0876 | 15,900,150 |\n| {std} | 0.0005 | 50 |\n"
+    log = imported(tmp_path, table)
+    assert len(log.rows) == log.rows_in == 4
+    assert [row.result.get("bpb") for row in log.rows] == [1.0871, 1.088, None, None]
+    assert [row.name for row in best_rows(log.rows, None)] == ["42", "1337"]
+    assert all("summary" in row.result for row in log.rows[2:])
+    assert log.rows[3].settings["val_bpb"] == "0.0005"
+    assert any("2 rows sum up others" in line for line in log.declared)
+
+
+def test_a_summary_is_found_in_whatever_column_names_it_and_nowhere_else(tmp_path):
+    table = "| Config | Seed | BPB |\n|---|---|---|\n"
+    table += "| wide | 42 | 1.1 |\n| wide | mean | 1.2 |\n| mean pooling | 1 | 1.3 |\n"
+    assert [row.result.get("bpb") for row in imported(tmp_path, table).rows] == [1.1, None, 1.3]
+    numbered = "| # | Name | Pooling | BPB |\n|---|---|---|---|\n| 1 | a | max | 1.1 |\n| 2 | Mean | - | 1.2 |\n"
+    assert [row.result.get("bpb") for row in imported(tmp_path, numbered).rows] == [1.1, None]
+    unnamed = imported(tmp_path, "| Name | BPB |\n|---|---|\n| a | 1.1 |\n| ± | 0.0005 |\n| b | 1,087 |\n")
+    assert [row.result.get("bpb") for row in unnamed.rows] == [1.1, None, 1.087]
+    assert any("1 of 3 cells of 'BPB' stay text" in line for line in unnamed.declared)
+
+
+@pytest.mark.parametrize(
+    "base", ["54ee870", "`54ee870`", "54ee870abcd", "commit 54ee870", "54ee870 (main)", "@54ee870"]
+)
+def test_a_base_may_name_a_rows_commit(tmp_path, base):
+    sha = "54ee870abcd" + "0" * 29
+    table = (
+        f"| Name | Commit | Base | BPB |\n|---|---|---|---|\n| a | {sha} | | 1.2 |\n| b | 99aabbc | {base} | 1.1 |\n"
+    )
+    first, second = imported(tmp_path, table).rows
+    assert second.parents == (first.id,)
+    other = table.replace(f"| {base} |", "| 54ee871 |")
+    assert imported(tmp_path, other).rows[1].parents == ("external:54ee871",)
+
+
+def test_a_base_that_agrees_with_a_short_hash_only_in_its_first_digits_is_another(tmp_path):
+    table = "| Name | Commit | Base |\n|---|---|---|\n| a | 54ee870abcd | |\n| b | 99aabbc | 54ee870ffff |\n"
+    assert imported(tmp_path, table).rows[1].parents == ("external:54ee870ffff",)
+
+
+@pytest.mark.parametrize("other", ["ts_utc", "memory_mb", "session_id", "timestamp", "peak_mem_mib", "wall_seconds"])
+def test_rows_are_called_by_their_run_id(tmp_path, other):
+    text = f"{other},run_id,val_bpb\n2026-04-01T10:00:00Z,lr_sweep_3,1.1\n"
+    (row,) = imported(tmp_path, text, "log.csv").rows
+    assert (row.name, row.result["bpb"]) == ("lr_sweep_3", 1.1)
+    assert row.created.startswith("2026-04-01") is (other in ("ts_utc", "timestamp"))
+    (nameless,) = imported(tmp_path, f"{other},val_bpb,variant\n7,1.1,wide\n", "log.csv").rows
+    assert nameless.name == "wide"
+    (bare,) = imported(tmp_path, f"{other},val_bpb\n7,1.1\n", "log.csv").rows
+    assert bare.name == "row 1"
+
+
+def test_a_column_of_names_is_not_one_of_bytes(tmp_path):
+    table = (
+        "| Artifact | BPB | Size |\n|---|---|---|\n| final.int6.ptz | 1.1 | 15.9 MB |\n| final.int8.ptz | 1.2 | - |\n"
+    )
+    log = imported(tmp_path, table)
+    assert [row.name for row in log.rows] == ["final.int6.ptz", "final.int8.ptz"]
+    assert [row.result.get("artifact_bytes") for row in log.rows] == [15_900_000, None]
+    units = imported(tmp_path, "name,artifact_mb,Total size (MiB)\na,15.9,16\nb,15 MB,\n", "log.csv")
+    assert units.rows[0].result == {"artifact_bytes": 15_900_000, "total_bytes": 16 * 2**20}
+    assert units.rows[1].result == {"artifact_bytes": 15_000_000}
 
 
 CELL = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=6).filter(

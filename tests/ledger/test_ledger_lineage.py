@@ -44,6 +44,75 @@ def test_scores_of_other_text_or_protocol_are_not_compared():
     assert nodes["s3"].delta_bytes is None  # an artifact's score has that artifact's bytes
 
 
+def measured(id: str, *parents: str, bpb: float, kind: str = "trial", settings=None, **result: object) -> Row:
+    return Row(kind, id, parents, id, settings=settings or {}, result={"bpb": bpb, **result})
+
+
+def test_what_is_not_known_to_be_the_same_text_is_not_subtracted_and_the_tree_says_so():
+    text = {"tokens": 900, "bytes": 2200, "protocol": "plain"}
+    rows = [
+        measured("a", bpb=1.2, **text),
+        measured("same", "a", bpb=1.1, **text),
+        measured("other text", "a", bpb=1.1, **{**text, "tokens": 901}),
+        measured("other bytes", "a", bpb=1.1, **{**text, "bytes": 2201}),
+        measured("other protocol", "a", bpb=1.1, **{**text, "protocol": "sliding"}),
+        measured("silent", "a", bpb=1.1),
+        measured("further", "silent", bpb=1.0, **text),
+    ]
+    nodes = by_id(trees(rows))
+    assert {id: node.delta_bpb is None for id, node in nodes.items()} == {
+        "a": True,
+        "same": False,
+        "other text": True,
+        "other bytes": True,
+        "other protocol": True,
+        "silent": True,
+        "further": False,
+    }
+    assert round(nodes["further"].delta_bpb, 9) == -0.2  # past the silent one
+    assert describe(nodes["other text"]) == "trial other text  bpb 1.10000 (not compared: another text than a)"
+    assert nodes["other protocol"].facts()["not_compared"] == "another protocol than a"
+    assert nodes["silent"].not_compared == "perhaps another text (one does not say) than a"
+    assert nodes["a"].not_compared == ""
+    assert "not_compared" not in nodes["same"].facts()
+
+
+def test_rows_of_logs_compare_within_a_log_where_they_say_nothing_else():
+    told = {"table": "t"}
+    base = Row("trial", "base", (), "base", "log", told, result={"bpb": 1.2})
+    same = Row("trial", "same", ("base",), "same", "log", told, result={"bpb": 1.1})
+    elsewhere = Row("trial", "elsewhere", ("base",), "elsewhere", "other log", told, result={"bpb": 1.1})
+    assert round(by_id(trees([base, same]))["same"].delta_bpb, 9) == -0.1
+    assert by_id(trees([base, elsewhere]))["elsewhere"].delta_bpb is None
+    long, short = ({**told, "Val tokens": count} for count in ("62M", "1M"))
+    first = Row("trial", "first", (), "first", "log", long, result={"bpb": 1.2})
+    second = Row("trial", "second", ("first",), "second", "log", short, result={"bpb": 1.1})
+    assert by_id(trees([first, second]))["second"].not_compared == "another text than first"
+
+
+def test_trials_compare_by_the_stage_that_decides():
+    def staged(id: str, *parents: str, protocol: str = "p1", stage: str = "plain", tokens: int = 900) -> Row:
+        part = {"bpb": 1.2 if not parents else 1.1, "tokens": tokens, "bytes": 2 * tokens}
+        return Row(
+            "trial", id, parents, id, "s", result={"bpb": part["bpb"], stage: part, "protocols": {stage: protocol}}
+        )
+
+    rows = [
+        staged("a"),
+        staged("b", "a"),
+        staged("c", "a", protocol="p2"),
+        staged("d", "a", tokens=3),
+        staged("e", "a", stage="sliding"),
+    ]
+    nodes = by_id(trees(rows))
+    assert [nodes[id].not_compared for id in "bcde"] == [
+        "",
+        "another protocol than a",
+        "another text than a",
+        "another protocol than a",
+    ]
+
+
 def test_a_comparison_shows_what_it_found():
     found = {"bpb": 1.1, "difference_bpb": -0.002, "low_bpb": -0.003, "high_bpb": -0.001}
     scores = [Row("score", id, result={"bpb": 1.1}) for id in ("s1", "s2")]
