@@ -255,7 +255,7 @@ SUMMARIES = re.compile(
 
 
 def summary_of(named: Mapping[str, str], name: str) -> str | None:
-    """What a row says of the rows above it: `mean`, `std` …; None for a row of its own.
+    """Return how a row sums up those above it: `mean`, `std` …; None for a row of its own.
 
     It says so where rows are called something: in its first cell that says anything, its name, or a column of seeds.
     """
