@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf_post.base.storage import OLD_PREFIX, PARTIAL_SUFFIX, TEMPORARY_PREFIX, read_json, sha256_file
+from pgolf_post.base.ownership import TEMPORARY_PREFIX, is_abandoned
+from pgolf_post.base.storage import OLD_PREFIX, PARTIAL_SUFFIX, read_json, sha256_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 State = Literal["complete", "orphan", "partial", "temporary", "incomplete"]
@@ -130,9 +131,8 @@ def verify_entry(entry: CacheEntry) -> None:
 
 
 def is_owned(entry: CacheEntry) -> bool:
-    """Return whether a temporary folder belongs to a process that still runs."""
-    owner = entry.path.name.removeprefix(TEMPORARY_PREFIX).split("-", 1)[0]
-    return owner.isdigit() and Path(f"/proc/{owner}").exists()
+    """Return whether somebody may still work in a temporary folder."""
+    return entry.path.name.startswith(TEMPORARY_PREFIX) and not is_abandoned(entry.path)
 
 
 def choose(

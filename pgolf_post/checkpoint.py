@@ -214,24 +214,44 @@ def point_latest(root: Path, checkpoint: Checkpoint) -> None:
 
 
 def list_checkpoints(root: Path = CHECKPOINT_ROOT) -> list[Checkpoint]:
-    """Return every complete checkpoint folder under `root`, oldest first; incomplete and foreign ones are skipped."""
-    checkpoints = []
-    for meta_path in root.glob("*/*/meta.json"):
-        if meta_path.parent.parent.is_symlink() or meta_path.parent.name.startswith("."):
-            continue
+    """Return every complete checkpoint folder under `root`, oldest first; incomplete and foreign ones are skipped.
+
+    A run's folder can be a link. A folder that is reached in two ways is listed once, under its real name in `root`.
+    """
+    checkpoints: dict[Path, Checkpoint] = {}
+    folders = [meta_path.parent for meta_path in root.glob("*/*/meta.json") if meta_path.parent.name[0] != "."]
+    for folder in sorted(folders, key=lambda folder: (folder.parent.is_symlink(), folder)):
         try:
-            checkpoints.append(Checkpoint.open(meta_path.parent))
+            checkpoints.setdefault(folder.resolve(), Checkpoint.open(folder))
         except PgolfError:
             continue
-    return sorted(checkpoints, key=lambda checkpoint: float(checkpoint.meta.get("created_unix", 0)))
+    return sorted(checkpoints.values(), key=lambda checkpoint: float(checkpoint.meta.get("created_unix", 0)))
 
 
 def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
-    """Return the newest complete final checkpoint of a training run under `root`. Raises NotFoundError."""
+    """Return the newest final checkpoint of a training run under `root`.
+
+    Raises NotFoundError if there is none, DamagedFileError if a newer one cannot be read: an older run is taken only by
+    its name.
+    """
     finals = [c for c in list_checkpoints(root) if c.meta.get("kind") == "raw" and c.meta.get("phase") == "final"]
     if not finals:
+        _refuse_newer_damage(root, 0.0, MAKE_ONE)
         raise NotFoundError(f"no final checkpoint of a training run under {root}/", hint=MAKE_ONE)
-    return finals[-1]
+    newest = finals[-1]
+    _refuse_newer_damage(root, float(newest.meta.get("created_unix", 0)), f"an older one by its name: {newest.path}")
+    return newest
+
+
+def _refuse_newer_damage(root: Path, created_unix: float, hint: str) -> None:
+    """Raise DamagedFileError if a final checkpoint that cannot be read was written after this moment."""
+    for folder in root.glob("*/step_*-final"):
+        try:
+            Checkpoint.open(folder)
+        except PgolfError as error:
+            written = [path.stat().st_mtime for path in (folder / "meta.json", folder) if path.exists()]
+            if written and written[0] >= created_unix:
+                raise DamagedFileError(f"the newest final checkpoint cannot be read: {error}", hint=hint) from error
 
 
 def run_checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.ownership import TEMPORARY_PREFIX
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import (
     OLD_PREFIX,
     PARTIAL_SUFFIX,
-    TEMPORARY_PREFIX,
     atomic_folder,
     read_json,
     sha256_file,

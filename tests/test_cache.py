@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgolf_post.artifacts import requant
+from pgolf_post.base.ownership import kernel_id
 from pgolf_post.cache import choose, list_entries, remove, verify_entry
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
@@ -62,22 +63,23 @@ def test_damage_is_found(root: Path, damage: str) -> None:
 
 def test_prune_takes_leftovers_of_the_dead_and_only_what_is_asked_for_beside(root: Path) -> None:
     stats = next(entry.path for entry in list_entries(root) if entry.stage == "stats").parent
-    dead = 2**22 + 1  # above the largest process id
-    for name in (f".tmp-{dead}-0-x", f".tmp-{os.getpid()}-0-y", ".old-0-z", "incomplete", "0123.partial"):
+    dead, alive = f".tmp-{kernel_id()}-lock-0-x", ".tmp-0123abcd-lock-0-y"  # the second of another machine, just made
+    for name in (dead, alive, ".old-0-z", "incomplete", "0123.partial"):
         (stats / name).mkdir()
     entries = list_entries(root)
     chosen = {entry.path.name for entry in choose(entries)}
-    assert chosen == {f".tmp-{dead}-0-x", ".old-0-z", "incomplete"}
+    assert chosen == {dead, ".old-0-z", "incomplete"}
     assert "0123.partial" in {entry.path.name for entry in choose(entries, stages=("stats",))}
     assert {entry.stage for entry in choose(entries, stages=("artifact",))} == {"artifact"}
     assert not choose(entries, older_than_days=1.0)
     for entry in entries:
-        os.utime(entry.path, (0, 0))
+        if entry.path.name != alive:
+            os.utime(entry.path, (0, 0))
     freed = remove(choose(list_entries(root)))
     assert freed == 0
     assert set(states(root).values()) == {"complete", "partial", "temporary"}
     assert not (stats / "incomplete").exists()
-    assert (stats / f".tmp-{os.getpid()}-0-y").exists()
+    assert (stats / alive).exists()
 
 
 def test_results_of_weights_that_are_gone_are_orphans(root: Path) -> None:

@@ -411,3 +411,37 @@ def test_a_checkpoint_is_among_its_runs_whatever_its_folder_is_called(pico_run: 
     alone = Checkpoint.open(last.path.rename(pico_run / "pico" / "kept"))
     assert [int(checkpoint.meta["step"]) for checkpoint in run_checkpoints(alone)] == steps
     assert next(row.kind for row in rows_at(alone.path)) == "run"
+
+
+def test_a_run_folder_that_is_a_link_is_followed_and_listed_once(pico_run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "other" / "checkpoints"
+    root.mkdir(parents=True)
+    (root / "linked").symlink_to(pico_run / "pico")
+    found = list_checkpoints(root)
+    assert [c.path.name for c in found] == [c.path.name for c in list_checkpoints(pico_run)]
+    assert {c.path.parent for c in found} == {root / "linked"}
+    assert default_checkpoint(root).path == root / "linked" / "step_000012-final"
+    (pico_run / "again").symlink_to("pico")
+    assert {c.path.parent for c in list_checkpoints(pico_run)} == {pico_run / "pico"}
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "gone"])
+def test_a_newest_final_checkpoint_that_cannot_be_read_is_an_error_and_an_older_one_is_taken_by_name(
+    pico_run: Path, damage: str
+) -> None:
+    older = default_checkpoint(pico_run)
+    newest = pico_run / "later" / "step_000012-final"
+    shutil.copytree(older.path, newest)
+    meta = newest / "meta.json"
+    if damage == "gone":
+        meta.unlink()
+    else:
+        meta.write_text(meta.read_text()[:40] if damage == "torn" else "")
+    with pytest.raises(DamagedFileError, match="later/step_000012-final") as caught:
+        default_checkpoint(pico_run)
+    assert str(older.path) in str(caught.value.hint)
+    assert Checkpoint.open(older.path).meta == older.meta
+    for path in (newest, meta):
+        if path.exists():
+            os.utime(path, (0, 0))  # an old run's damage does not concern the newest
+    assert default_checkpoint(pico_run).path == older.path

@@ -5,7 +5,7 @@ Under `torchrun --standalone --nproc_per_node=8 -m trainer RECIPE.toml` the same
 
 from __future__ import annotations
 
-import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import click
 
 from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, say
+from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -79,19 +80,20 @@ def command(
         raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
     recipe = read_settings(recipe_path, Recipe, overrides)
     if dry_run:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if place_of_process().world_size > 1:
             raise SettingsError("--dry-run is for one process; start it without torchrun")
         plan(recipe, str(recipe_path), step_seconds, looped_step_seconds, as_json)
     else:
-        train(recipe, resume, as_json)
+        sets = [word for override in overrides for word in ("--set", override)]
+        train(recipe, resume, as_json, [str(recipe_path), *sets])
 
 
-def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
-    """Train a recipe to its end, and record its checkpoints in the ledger."""
+def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) -> None:
+    """Train a recipe to its end, and record its checkpoints in the ledger; `words` are the command's own arguments."""
     from pgolf_post.checkpoint import run_checkpoints
     from pgolf_post.ledger.recording import record
     from trainer.distributed import TrainingRanks
-    from trainer.loop import Trainer
+    from trainer.loop import StoppedRun, Trainer
 
     ranks = TrainingRanks.join()
     try:
@@ -106,6 +108,9 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
             f"attention {trainer.model.attention_backend.name}, {compiled}"
         )
         checkpoint = trainer.run()
+    except StoppedRun as stopped:
+        say_how_to_go_on(recipe, stopped.path, words, ranks.world_size)
+        raise
     finally:
         ranks.leave()
     if ranks.is_main:
@@ -120,6 +125,15 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool) -> None:
                 "ledger": state.phase_times.as_facts(recipe.schedule.seconds),
             }
         )
+
+
+def say_how_to_go_on(recipe: Recipe, path: Path, words: list[str], world_size: int) -> None:
+    """Print the command that continues a stopped run, if what it saved can be continued."""
+    if not recipe.checkpoint.optimizer_state:
+        say(f"{path} has no optimizer state (checkpoint.optimizer_state = false): the run cannot go on from it")
+        return
+    program = ["torchrun", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else ["python"]
+    say(f"go on: {shlex.join([*program, '-m', 'trainer', *words, '--resume', str(path)])}")
 
 
 def plan(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.model import GolfGPT
 from trainer.optim import assign_groups
+from trainer.preflight import Finding
 from trainer.timeline import Timeline
 
 FLOAT_BYTES = 4
@@ -42,6 +45,27 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     return DiskNeed(
         _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * moments,
         num_tracks * (recipe.optim.power_ema_snapshots + timeline.num_checkpoints) * weights,
+    )
+
+
+def free_bytes(recipe: Recipe) -> int:
+    """Return the bytes that this user may still write where the run's checkpoints go."""
+    place = recipe.run.checkpoint_root.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def check_free(need: DiskNeed, free: int, root: Path) -> Finding | None:
+    """Refuse a run that needs more disk space than there is."""
+    total = need.checkpoints + need.snapshots
+    if total <= free:
+        return None
+    return Finding(
+        "refuse",
+        "run.checkpoint_root",
+        f"run.checkpoint_root {root}: {_human(free)} free, the run writes up to {_human(total)}; free space, choose "
+        'another place, or keep less: checkpoint.keep_last, checkpoint.keep_optimizer_state = "last"',
     )
 
 

@@ -89,13 +89,13 @@ class TrainingRanks(Ranks):
         everyones = rows.new_empty(len(rows) * self.world_size, *rows.shape[1:])
         return Transfer(everyones, ALL_GATHER(everyones, rows, async_op=True), rows)
 
-    def sum_float(self, value: float) -> float:
-        """Return the sum of a number over ranks."""
+    def sum_floats(self, *values: float) -> tuple[float, ...]:
+        """Return the sums of numbers over ranks, in one transfer."""
         if self.world_size == 1:
-            return value
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total)
+            return values
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return tuple(totals.tolist())
 
     def main_float(self, value: float) -> float:
         """Return rank 0's number on every rank: clocks differ, decisions must not."""

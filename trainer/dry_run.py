@@ -14,7 +14,7 @@ from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from trainer.config import Recipe
-from trainer.disk import disk_need
+from trainer.disk import check_free, disk_need, free_bytes
 from trainer.loop import Trainer
 from trainer.measuring import measure_reserve
 from trainer.preflight import Finding, preflight
@@ -66,7 +66,10 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) ->
     findings = preflight(timeline, validation_tokens(recipe))
     show(timeline)
     if need := disk_need(timeline):
-        say(f"disk: {need}")
+        free = free_bytes(recipe)
+        say(f"disk: {need}; {free / 1e9:.1f} GB free")
+        refused = check_free(need, free, recipe.run.checkpoint_root)
+        findings = [*([refused] if refused else []), *findings]
     for finding in findings:
         say(str(finding))
     return timeline, findings

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.signals import stop_requests
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError
@@ -31,12 +33,15 @@ from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
-from trainer.phases import PERIODIC
+from trainer.phases import INTERRUPTED, PERIODIC
 from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
 from trainer.state import RunState
 from trainer.warm_up import say_late_graphs, warm_up
+
+STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
+REPEATED_SIGNAL_SECONDS = 2.0
 
 
 def new_model(recipe: Recipe, vocab_size: int, device: torch.device, autocast: torch.dtype | None) -> GolfGPT:
@@ -52,6 +57,14 @@ def new_model(recipe: Recipe, vocab_size: int, device: torch.device, autocast: t
     return model
 
 
+class StoppedRun(KeyboardInterrupt):
+    """A run that was asked to stop, and what it saved."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
 class Trainer:
     """One run of a recipe: its state, and what moves it from step to step."""
 
@@ -65,6 +78,8 @@ class Trainer:
 
         # Data, model, and how its loss is computed.
         self.recipe, self.ranks = recipe, ranks
+        self.asked: Sequence[int] = []  # signals that asked this rank to stop
+        self.stopping = False  # whether any rank was asked to, as of the last step
         autocast = training_autocast(recipe.run.precision, ranks.device)
         data = DataFolder.open(recipe.data.dir)
         self.sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
@@ -105,14 +120,19 @@ class Trainer:
         self._settle_reserve()
 
         # Every step, then the final checkpoint. All that was handed over is on disk when the writer is left.
-        with self.writer:
+        repeated = REPEATED_SIGNAL_SECONDS if self.ranks.world_size > 1 else 0.0
+        with self.writer, stop_requests(STOPPING, repeated) as self.asked:
             loss = self._step_to_the_end()
+            if self.stopping:
+                self._stop()
             state.update_graph(1.0)
             with phase_times.phase("final"):
                 path = save(state, self.writer, "final")
                 self.writer.drain()
 
         # After training: scores that were put off, and the summary.
+        if self.asked and self.recipe.checkpoint.metric == "end":
+            raise StoppedRun(path)
         if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
             with phase_times.phase("scoring"):
                 score_saved(state)
@@ -148,7 +168,19 @@ class Trainer:
                 permille = int(1000 * state.progress)
                 advance(permille - shown, note=f"step {state.step} loss {loss:.4f}")
                 shown = permille
+                if self.stopping:
+                    break
         return loss
+
+    def _stop(self) -> None:
+        """Save this moment, on all ranks, and raise StoppedRun; a run that just came to its end goes on to finish."""
+        if self.state.progress >= 1.0:
+            return
+        self.state.update_graph(self.state.progress)
+        path = save(self.state, self.writer, INTERRUPTED)
+        self.writer.drain()
+        self.ranks.wait()
+        raise StoppedRun(path)
 
     def _phase_due(self, at: float) -> str | None:
         """Return the phase of the checkpoint to save before this step, if any; a boundary comes before a period."""
@@ -171,7 +203,8 @@ class Trainer:
         schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(state.step)
         loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
-        loss = self.ranks.sum_float(float(loss_share))
+        loss, num_asked = self.ranks.sum_floats(float(loss_share), float(bool(self.asked)))
+        self.stopping = num_asked > 0
         if not math.isfinite(loss):
             raise NumericsError(
                 f"training loss is {loss} at step {state.step}; earlier checkpoints in {state.run_dir} are intact",

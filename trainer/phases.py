@@ -13,6 +13,7 @@ from trainer.config import Recipe
 from trainer.schedule import warmdown_start
 
 PERIODIC = "periodic"  # the phase of a checkpoint that marks no boundary
+INTERRUPTED = "interrupted"  # of one saved because a signal asked the run to stop
 
 Reached = Callable[[int, float], bool]  # (step, progress) → whether the boundary has come
 

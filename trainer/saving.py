@@ -31,7 +31,7 @@ from trainer.averages import snapshots_due
 from trainer.background import BackgroundWriter
 from trainer.config import Recipe
 from trainer.model import GolfGPT
-from trainer.phases import PERIODIC
+from trainer.phases import INTERRUPTED, PERIODIC
 from trainer.retention import apply_retention, checkpoints_of
 from trainer.state import RunState
 
@@ -106,6 +106,8 @@ def save(state: RunState, writer: BackgroundWriter, phase: str) -> Path:
     Rank 0 writes; optimizer state that ranks share out is gathered by all.
     """
     path = state.run_dir / f"step_{state.step:06d}-{phase}"
+    if state.ranks.main_says(phase == INTERRUPTED and (path / "meta.json").is_file()):
+        return path  # the same run was stopped here before
     if phase != PERIODIC:
         _save_power_ema(state, writer)  # so that averages of other lengths can end here too
     training = training_state(state)
@@ -131,7 +133,7 @@ def prepare_checkpoint(
     """Score the views, where the recipe says so, and copy all tensors to host memory."""
     waits, when, views = state.waits, state.recipe.checkpoint.metric, state.averages.views(state.model.state_dict())
     metrics: dict[str, dict[str, Any]] = {}
-    if when == "each" or (when == "final" and phase == "final"):
+    if (when == "each" and phase != INTERRUPTED) or (when == "final" and phase == "final"):
         with waits.scoring(), state.phase_times.phase("scoring"):
             metrics = {name: measure_view(state, tensors) for name, tensors in views.items()}
     with waits.snapshot():

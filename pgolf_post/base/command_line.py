@@ -5,11 +5,12 @@ Shared by `pgolf-post` and the trainer. Nothing here imports torch at start-up, 
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
 
+from pgolf_post.base.signals import exit_code_of_signal, signals_interrupt
+from pgolf_post.base.streams import patient_streams
 from pgolf_post.base.threads import settle_threads
 from pgolf_post.errors import PgolfError
 
@@ -19,29 +20,44 @@ FAILED, INTERRUPTED = 1, 130  # exit codes
 def run_command(command: click.Command) -> None:
     """Run a command and end the process with its exit code.
 
-    A foreseen failure is printed as `error: message` and `next: hint`; only an unforeseen one shows a traceback. Under
+    A foreseen failure is printed as `error: message` and `next: hint`; only an unforeseen one shows a traceback. After
+    SIGINT, SIGTERM or SIGHUP the code is 130, 143 or 129, whatever became of the interruption on its way here. Under
     torchrun the process ends without the interpreter's own clean-up (see `pgolf_post.base.ranks.end_process`).
     """
     settle_threads()
-    code = _exit_code(command)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pgolf_post.base.ranks import end_process
-
-        end_process(code)
+    with patient_streams():
+        code = _interruptible_code(command)
+    ranks = sys.modules.get("pgolf_post.base.ranks")  # not imported: one process
+    if ranks is not None and ranks.has_joined():
+        ranks.end_process(code)
     if code:
         sys.exit(code)
 
 
-def _exit_code(command: click.Command) -> int:
-    """Run a command, print its failure if it fails, and return its exit code."""
+def _interruptible_code(command: click.Command) -> int:
+    """Run a command and return its exit code; if a signal ended it, in whatever way, the signal's."""
+    code: int | None = None
+    try:
+        with signals_interrupt():
+            code = _exit_code(command)
+    except BaseException:
+        if exit_code_of_signal() is None:
+            raise
+    if code is None or (code != 0 and exit_code_of_signal() is not None):
+        click.echo("interrupted; nothing was left half-written", err=True)
+        return exit_code_of_signal() or INTERRUPTED
+    return code
+
+
+def _exit_code(command: click.Command) -> int | None:
+    """Run a command, print its failure if it fails, and return its exit code; None if it was interrupted."""
     try:
         command(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was left half-written", err=True)
-        return INTERRUPTED
+        return None
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         return FAILED

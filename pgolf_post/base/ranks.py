@@ -1,8 +1,8 @@
 """The toolkit's processes under torchrun: several ranks, one result.
 
 A stage that runs on many ranks gives each a share of the work and adds up the sums; only rank 0 writes files and
-prints. The result does not depend on the number of ranks. torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK) are
-the only environment variables that are read.
+prints. The result does not depend on the number of ranks. torchrun's own variables (RANK, WORLD_SIZE, LOCAL_RANK,
+the master's address) are the only environment variables that are read.
 """
 
 from __future__ import annotations
@@ -10,16 +10,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, Self
 
+import click
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pgolf_post.base.progress import silence
-from pgolf_post.errors import SettingsError
+from pgolf_post.base.rank_variables import place_of_process
+from pgolf_post.errors import PgolfError, SettingsError
+
+JOIN_SECONDS = 300  # for all ranks to come; model and data are loaded afterwards
+SAY_SECONDS = 5.0
+ALL_RANKS = "start every rank with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; torchrun does"
+
+_joined: list[bool] = []  # not empty: this process is or was one of several
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,13 @@ class Ranks:
     def join(cls) -> Self:
         """Join the process group that torchrun describes: NCCL where every rank has a GPU, else gloo.
 
-        All ranks but the first print nothing from here on. Raises SettingsError if a GPU machine has fewer GPUs than
-        local ranks.
+        All ranks but the first print nothing from here on. Raises SettingsError if the variables do not fit together
+        or a GPU machine has fewer GPUs than local ranks, PgolfError if a rank does not come in JOIN_SECONDS.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
-            return cls()
-        ranks = cls(int(os.environ["RANK"]), world_size, int(os.environ["LOCAL_RANK"]))
+        place = place_of_process()
+        ranks = cls(place.rank, place.world_size, place.local_rank)
+        if ranks.world_size == 1:
+            return ranks
         if not ranks.is_main:
             silence()
         if torch.cuda.is_available():
@@ -51,7 +61,10 @@ class Ranks:
                     hint=f"torchrun --nproc_per_node={num_gpus}",
                 )
             torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        store = _meet(ranks)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+        _joined.append(True)
         return ranks
 
     def leave(self) -> None:
@@ -119,6 +132,45 @@ class Ranks:
 
 
 ALONE = Ranks()  # one process
+
+
+def has_joined() -> bool:
+    """Return whether this process is or was one of several."""
+    return bool(_joined)
+
+
+def _meet(ranks: Ranks) -> dist.Store:
+    """Return the group's key-value store once all ranks have come. Raises PgolfError that names those that have not."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        return _meet_at(ranks, where)
+    except (RuntimeError, ValueError) as error:  # torch's store: the address is taken, unknown or silent
+        raise PgolfError(
+            f"rank {ranks.rank} of {ranks.world_size} waited for rank 0 at {where} (MASTER_ADDR:MASTER_PORT), at most "
+            f"{JOIN_SECONDS} s: {str(error).splitlines()[0]}",
+            hint=ALL_RANKS,
+        ) from error
+
+
+def _meet_at(ranks: Ranks, where: str) -> dist.Store:
+    """Announce this rank in the store, then wait for the others."""
+    timeout = timedelta(seconds=JOIN_SECONDS)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps the store
+        store = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)))[0]
+    else:
+        host, _, port = where.rpartition(":")
+        store = dist.TCPStore(host, int(port), ranks.world_size, ranks.is_main, timeout, wait_for_workers=False)
+    store.set(f"pgolf-post/{ranks.rank}", "here")
+    deadline, said = time.monotonic() + JOIN_SECONDS, False
+    while away := [rank for rank in range(ranks.world_size) if not store.check([f"pgolf-post/{rank}"])]:
+        waiting = f"rank {ranks.rank} of {ranks.world_size} at {where} waits for rank {', '.join(map(str, away))}"
+        if time.monotonic() > deadline:
+            raise PgolfError(f"{waiting}; gave up after {JOIN_SECONDS} s", hint=ALL_RANKS)
+        if not said and time.monotonic() > deadline - JOIN_SECONDS + SAY_SECONDS:
+            click.echo(f"{waiting}, for at most {JOIN_SECONDS} s", err=True)
+            said = True
+        time.sleep(0.05)
+    return store
 
 
 def end_process(code: int) -> NoReturn:

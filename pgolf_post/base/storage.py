@@ -2,31 +2,34 @@
 
 A folder is built under a hidden temporary name beside its destination, flushed to disk, and appears by one rename.
 Whatever interrupts the build (an exception, Ctrl-C, a full disk, kill -9) leaves the destination as it was; a killed
-process leaves at most a `.tmp-*` folder, which the next build in the same place removes once its owner is gone.
+process leaves at most a `.tmp-*` folder, which the next build in the same place removes once nobody owns it
+(`pgolf_post.base.ownership`). A file is written in such a folder too.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgolf_post.base.ownership import owned_folder, remove_abandoned, temporary_path
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY_PREFIX = ".tmp-"  # being written; the process id follows
 OLD_PREFIX = ".old-"  # replaced or about to be deleted
 PARTIAL_SUFFIX = ".partial"  # what an interrupted stage has done so far
 FREE_SPACE = "free disk space (pgolf-post cache list shows derived folders, which can be deleted), then run it again"
+WRITABLE = "make the folder writable, or work on a copy of it"
 
 
 @contextmanager
@@ -37,22 +40,71 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     """
     if destination.exists() and not replace:
         raise PgolfError(f"{destination} already exists; nothing was written")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(destination.parent)
-    building = destination.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{destination.name}"
-    building.mkdir()
-    try:
+    with _named_failures(destination), _building(destination) as building, _final_paths(building, destination):
         yield building
         _flush_tree(building)
         _move_into_place(building, destination)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):  # the caller's input is missing; nothing of ours can be
-            raise
-        raise PgolfError(
-            f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
-        ) from error
+
+
+def require_new(destination: Path) -> None:
+    """Raise PgolfError if a folder could not be written here: it is there already, or its place is not writable.
+
+    For work that is long: it fails before, not at its end.
+    """
+    if destination.exists():
+        raise PgolfError(f"{destination} already exists; nothing was written", hint="give another name")
+    require_writable(destination)
+
+
+def require_writable(destination: Path) -> None:
+    """Raise PgolfError unless a folder can be made beside a destination; what had to be made for it is removed."""
+    made = [parent for parent in destination.parents if not parent.exists()]
+    try:
+        with _named_failures(destination), _building(destination):
+            pass
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+@contextmanager
+def _building(destination: Path) -> Iterator[Path]:
+    """Yield an owned folder beside a destination, where abandoned ones are removed first."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(destination.parent)
+    with owned_folder(destination) as building:
+        yield building
+
+
+@contextmanager
+def _named_failures(destination: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into an error that names the destination."""
+    try:
+        yield
+    except FileNotFoundError:  # the caller's input is missing; nothing of ours can be
+        raise
+    except OSError as error:
+        hint = WRITABLE if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) else FREE_SPACE
+        raise PgolfError(
+            f"could not write {destination}: {error}; what was there before is unchanged", hint=hint
+        ) from error
+
+
+@contextmanager
+def _final_paths(temporary: Path, destination: Path) -> Iterator[None]:
+    """Let failures name the path that a file was to have, not the temporary one."""
+    try:
+        yield
+    except PgolfError as error:
+        error.args = (str(error).replace(str(temporary), str(destination)), *error.args[1:])
+        error.hint = error.hint and error.hint.replace(str(temporary), str(destination))
+        raise
+    except OSError as error:
+        for name in ("filename", "filename2"):
+            if (path := getattr(error, name)) is not None:
+                setattr(error, name, os.fsdecode(path).replace(str(temporary), str(destination)))
+        raise
 
 
 def _move_into_place(building: Path, destination: Path) -> None:
@@ -82,20 +134,9 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0)
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Delete temporary folders, files and links in `parent` whose process no longer runs."""
-    for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        owner = leftover.name.removeprefix(TEMPORARY_PREFIX).split("-", 1)[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-
-
 def remove_folder(folder: Path) -> None:
     """Delete a folder that others may look for: rename it away in one step, then delete its files. Raises OSError."""
-    aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{folder.name}")
+    aside = temporary_path(folder)
     folder.rename(aside)
     _fsync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
@@ -104,30 +145,21 @@ def remove_folder(folder: Path) -> None:
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it replaces `destination` in one rename. Raises PgolfError."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(destination.parent)
-    temporary = destination.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{destination.name}")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(destination)
-        _fsync(destination.parent)
-    except OSError as error:
-        raise PgolfError(
-            f"could not write {destination}: {error}; what was there before is unchanged", hint=FREE_SPACE
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _named_failures(destination), _building(destination) as building:
+        temporary = building / destination.name
+        with _final_paths(temporary, destination):
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(destination)
+            _fsync(destination.parent)
 
 
 def atomic_symlink(link: Path, target: Path) -> None:
     """Point `link` at `target` (stored relative to the link's folder), replacing an older link in one rename."""
-    temporary = link.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{link.name}")
-    try:
+    with _building(link) as building, _final_paths(building / link.name, link):
+        temporary = building / link.name
         temporary.symlink_to(os.path.relpath(target, link.parent))
         temporary.replace(link)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flush_tree(folder: Path) -> None:

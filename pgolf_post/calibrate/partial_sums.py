@@ -8,7 +8,7 @@ taken, and the batches that only the other held are done again.
 
 from __future__ import annotations
 
-import os
+import secrets
 import time
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class PartialSums:
 
     def __init__(self, folder: Path, batch_windows: int, ranks: Ranks) -> None:
         self.folder, self.batch_windows, self.ranks = folder, batch_windows, ranks
-        self.path = folder / f"{os.getpid()}-{ranks.rank}.safetensors"
+        self.path = folder / f"{secrets.token_hex(8)}-{ranks.rank}.safetensors"
         self.absorbed: list[Path] = []  # files whose sums are part of this process's
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
 

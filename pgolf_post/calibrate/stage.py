@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.ranks import ALONE, Ranks
-from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json
+from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json, require_writable
 from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
 from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.memory import plan_memory, require_memory
@@ -92,7 +92,9 @@ def _collect(
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if fresh and ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-    # refuse before any work if memory does not suffice
+    # refuse before any work if the result could not be written or memory does not suffice
+    if ranks.is_main:
+        require_writable(folder)
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
     plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import say
-from pgolf_post.base.storage import atomic_file, sha256_file
+from pgolf_post.base.storage import atomic_file, require_new, sha256_file
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, View, ViewName, save_checkpoint, write_tensors
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
@@ -70,6 +71,11 @@ def import_file(
     stated = {k: v for k, v in given.items() if not (trimmed and k == "vocab_size" and v == rows)}
     inferred = infer_model(views["raw"], stated)
 
+    # what would fail at the end fails now
+    step = foreign.step or 0
+    folder = root / name / f"step_{step:06d}-{phase}"
+    require_new(folder)
+
     # the config, with runtime graph state
     assumed = dict(inferred.assumed)
     if active_loops is None:
@@ -86,9 +92,7 @@ def import_file(
     # measured as a training run measures its checkpoints, then saved
     metrics = _measure(config, views, data, metric_tokens)
     source = {"file": path.name, "sha256": sha256_file(path), "format": form, "assumed": assumed, "notes": notes}
-    step = foreign.step or 0
     meta = {"kind": "imported", "run": name, "phase": phase, "step": step, "parents": [], "source": source}
-    folder = root / name / f"step_{step:06d}-{phase}"
     checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
     return Imported(checkpoint, form, assumed, inferred.unused, notes)
 
@@ -130,7 +134,9 @@ def export_view(view: View, form: str, out: Path) -> None:
         if out.suffix == ".safetensors":
             write_tensors(temporary, state)
         elif out.suffix == ".pt":
-            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            buffer = io.BytesIO()  # torch reports a full disk as RuntimeError
+            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, buffer)
+            temporary.write_bytes(buffer.getbuffer())
         else:
             raise SettingsError(f"{out}: write a .pt or a .safetensors file")
     say(f"wrote {out}: {len(state)} tensors, format {form}")

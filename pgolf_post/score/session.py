@@ -1,20 +1,18 @@
 """One scoring pass as a list of steps: timed, stopped where it is safe, kept, and continued where it stopped.
 
-Ctrl-C and an exhausted time budget are the same event: at the next step boundary the log of commits and whatever the
-pass has learned go to a file, and the same command goes on from there and ends with the same number. A second Ctrl-C
-stops at once. Under torchrun nothing is kept: the launcher kills its processes.
+Ctrl-C, SIGTERM, SIGHUP and an exhausted time budget are the same event: at the next step boundary the log of commits
+and whatever the pass has learned go to a file, and the same command goes on from there and ends with the same number. A
+second signal stops at once. Under torchrun nothing is kept: the launcher kills its processes.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +21,14 @@ from torch import Tensor
 
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.ranks import ALONE, Ranks
+from pgolf_post.base.signals import stop_requests
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, PgolfError
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.phase_times import PhaseTimes
 
+STOPPING = "stopping after this step; Ctrl-C again to stop at once"
 ESTIMATE_AFTER = 3  # timed steps
 ESTIMATE_WORTH_SECONDS = 10.0
 LOG, WORK = "ledger.", "work."  # in a kept pass: prefix of what was committed, and of what was learned
@@ -73,7 +73,7 @@ class Session:
         """Run all steps of a pass. Raises StoppedError with the partial result kept."""
         first = self._restore(work)
         total = float(work.costs.sum())
-        with interruptible() as interrupted, self._progress(len(work.costs)) as advance:
+        with stop_requests(STOPPING) as interrupted, self._progress(len(work.costs)) as advance:
             advance(first)
             started = time.perf_counter()
             for index in range(first, len(work.costs)):
@@ -146,25 +146,3 @@ class Session:
         self.clock.load(seconds)
         say(f"{self.description}: going on from {self.partial}, {int(work.log.scored.sum()):,} targets scored")
         return index
-
-
-@contextmanager
-def interruptible() -> Iterator[Sequence[bool]]:
-    """Yield a list that fills on the first Ctrl-C; the second one raises KeyboardInterrupt."""
-    asked: list[bool] = []
-    usual = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(True)
-        signal.signal(signal.SIGINT, usual)
-        say("stopping after this step; Ctrl-C again to stop at once")
-
-    try:
-        signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread, which alone may choose what a signal does
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, usual)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pgolf_post.base.storage import TEMPORARY_PREFIX, atomic_file, atomic_folder, atomic_symlink, read_json, write_json
+from pgolf_post.base.ownership import TEMPORARY_PREFIX, kernel_id
+from pgolf_post.base.storage import atomic_file, atomic_folder, atomic_symlink, read_json, write_json
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint, ViewName, save_checkpoint
 from pgolf_post.data import DataFolder
@@ -59,14 +60,6 @@ def old_folder(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "payload").write_bytes(b"old")
     return folder
-
-
-@pytest.fixture
-def dead_pid() -> int:
-    """The id of a process that ran and has ended."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -148,9 +141,7 @@ def test_of_two_writers_of_one_folder_the_result_is_one_s_and_whole(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 @pytest.mark.parametrize("writer", ["folder", "file"])
-def test_temporaries_of_dead_processes_are_removed_and_those_of_living_ones_kept(
-    tmp_path: Path, dead_pid: int, kind: str, writer: str
-) -> None:
+def test_abandoned_temporaries_are_removed_and_others_kept(tmp_path: Path, kind: str, writer: str) -> None:
     def leave(name: str) -> None:
         path = tmp_path / name
         if kind == "folder":
@@ -161,9 +152,12 @@ def test_temporaries_of_dead_processes_are_removed_and_those_of_living_ones_kept
         else:
             path.symlink_to("nowhere")
 
-    kept = [f".tmp-{os.getppid()}-aa-x", f".tmp-{os.getpid()}-bb-x", ".tmp-notes", "tmp-0-cc-x"]
-    for name in [*kept, f".tmp-{dead_pid}-dd-x"]:
+    kept = [".tmp-0123abcd-lock-aa-x", ".tmp-1234-bb-x", ".tmp-notes", "tmp-0-cc-x", f".tmp-{kernel_id()}-none-dd-x"]
+    old = [".tmp-0123abcd-lock-ee-x", f".tmp-{kernel_id()}-none-ff-x", ".tmp-1234-a0-x"]
+    for name in [*kept, *old, f".tmp-{kernel_id()}-lock-a1-x"]:
         leave(name)
+    for path in (each for name in old for each in (tmp_path / name, *(tmp_path / name).rglob("*"))):
+        os.utime(path, (0, 0), follow_symlinks=False)
     with atomic_folder(tmp_path / "new") if writer == "folder" else atomic_file(tmp_path / "new") as temporary:
         if writer == "file":
             temporary.write_bytes(b"new")

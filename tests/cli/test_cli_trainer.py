@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -221,7 +222,10 @@ def test_a_run_that_is_too_slow_exits_1_and_names_the_key(train: Any, recipe: Pa
     assert "run.min_tokens_per_second is 1,000,000,000,000" in answer.err
 
 
-def test_an_interrupted_run_exits_130_and_everything_it_saved_is_complete(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_saves_a_checkpoint_and_says_how_to_go_on(
+    recipe: Path, tmp_path: Path, stop: signal.Signals, code: int
+) -> None:
     overrides = [f"checkpoint.steps={list(range(1, 2000))}", "schedule.steps=100000", "checkpoint.metric_tokens=40"]
     arguments = [part for override in overrides for part in ("--set", override)]
     with subprocess.Popen(
@@ -232,11 +236,18 @@ def test_an_interrupted_run_exits_130_and_everything_it_saved_is_complete(recipe
         for line in process.stderr:  # stop it some saves into the run
             seen += line.startswith("saved ")
             if seen == 5:
-                os.kill(process.pid, signal.SIGINT)
+                os.kill(process.pid, stop)
                 break
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == code
+    assert f"{stop.name}: stopping after this step" in rest
     assert rest.endswith("interrupted; nothing was left half-written\n")
+    (go_on,) = [line for line in rest.splitlines() if line.startswith("go on: ")]
+    words = shlex.split(go_on.removeprefix("go on: "))
+    resumable = tmp_path / words[-1]
+    assert (resumable / "training.safetensors").is_file()
+    assert resumable.name.endswith("-interrupted")
+    assert words[:-1] == ["python", "-m", "trainer", str(recipe), *arguments, "--resume"]
     run = tmp_path / "checkpoints" / "again"
     folders = {path.name for path in run.iterdir() if path.is_dir() and not path.name.startswith(".tmp-")}
     complete = list_checkpoints(tmp_path / "checkpoints")
@@ -246,3 +257,28 @@ def test_an_interrupted_run_exits_130_and_everything_it_saved_is_complete(recipe
         for name in ("raw", "ema"):
             assert checkpoint.load(name).id == checkpoint.view_id(name)
     assert Checkpoint.open(tmp_path / "checkpoints" / "latest").path.name in folders
+
+
+def test_training_goes_on_when_the_reader_of_its_output_goes_away(recipe: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainer", recipe], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0
+    assert list((tmp_path / "checkpoints").glob("*/step_*-final/meta.json"))
+
+
+def test_a_dry_run_refuses_a_run_that_needs_more_disk_space_than_is_free(
+    train: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = train(recipe, "--dry-run", "--step-seconds", "0.1", "--json")
+    assert enough.code == 0, enough.err
+    need = sum(enough.json["disk_bytes"].values())
+    for free, code in ((need, 0), (need - 1, 2)):
+        monkeypatch.setattr("trainer.dry_run.free_bytes", lambda _, free=free: free)
+        answer = train(recipe, "--dry-run", "--step-seconds", "0.1")
+        assert answer.code == code, answer.err
+    assert "run.checkpoint_root" in answer.err
+    assert "free, the run writes up to" in answer.err

@@ -164,7 +164,7 @@ total = sum(range(ranks.world_size))
 assert torch.equal(mixed[0], torch.full((2, 3), float(total)))
 assert torch.equal(mixed[1], torch.full((4,), float(ranks.world_size), dtype=torch.float64))
 assert float(mixed[2]) == ranks.world_size
-assert ranks.sum_float(0.5) == 0.5 * ranks.world_size
+assert ranks.sum_floats(0.5, 1.0) == (0.5 * ranks.world_size, float(ranks.world_size))
 assert ranks.main_float(100.0 + ranks.rank) == 100.0
 model = nn.ModuleList([*(nn.Linear(6, 4, bias=False) for _ in range(4)), nn.Embedding(2, 2)])
 optimizer = Optimizer(model, OptimSettings(), ranks)

@@ -1,0 +1,53 @@
+"""Standard output and error that outlive their reader: `| head` ends the reading, not the work.
+
+When the other end of a pipe closes or a terminal is gone, what would be written there is dropped and the command goes
+on: its results are files. Any other failure of a stream (a full disk) stays an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+GONE = (errno.EPIPE, errno.EIO)  # a pipe without reader, a terminal that hung up
+
+
+class PatientFile(io.FileIO):
+    """A file descriptor whose writes are dropped once nobody reads it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return memoryview(data).nbytes
+
+
+@contextmanager
+def patient_streams() -> Iterator[None]:
+    """Drop what is written to standard output and error in this block after their reader has gone."""
+    usual = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _patient(sys.stdout, 1), _patient(sys.stderr, 2)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = usual
+
+
+def _patient(stream: Any, descriptor: int) -> Any:
+    """Return a stream that writes where `stream` does; `stream` itself if it is not the process's own."""
+    try:
+        if stream.fileno() != descriptor:
+            return stream
+    except (AttributeError, OSError, ValueError):
+        return stream
+    stream.flush()
+    buffer = io.BufferedWriter(PatientFile(descriptor, "wb", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
