@@ -187,10 +187,11 @@ def show_results(
     fitter: Fitter, answers: Sequence[Mapping[str, Any]], has_code: bool, as_json: bool, started: float
 ) -> None:
     """Print the seconds on training data, one row per budget and, if asked, all facts for machines."""
-    from pgolf_post.fit.report import longest, show_budgets, show_training
+    from pgolf_post.fit.report import longest, show_budgets, show_training, show_zeros
 
     spent = longest(answers)
     show_training(fitter, spent)
+    show_zeros(answers)
     show_budgets(answers, has_code)
     if not as_json:
         return

@@ -155,7 +155,7 @@ def _say_build(build: Build) -> None:
 
 def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:
     kappa, quantized = fitter.kappa, solution.model.quantized.values()
-    predicted = sum(float(tensor.facts["predicted_loss"]) * kappa[tensor.name] for tensor in quantized)
+    predicted = sum(float(tensor.facts["predicted_loss"]) * kappa.get(tensor.name, 1.0) for tensor in quantized)
     return {
         "constant": solution.constant,
         "predicted_nats": predicted,

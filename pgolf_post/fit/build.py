@@ -2,7 +2,7 @@
 
 What does not depend on c (sensitivities, factorized Hessians, relative steps) is made once and kept. A build is then
 one pass of GPTQ over all matrices. Only matrices of linear maps and lookup tables are quantized; other parameters, such
-as gains and mixes, stay float.
+as gains and mixes, stay float. Matrices that cost nothing as zeros are zeros in every build (idle.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
+from pgolf_post.fit.idle import as_zeros, zeros_loss, zeros_reason
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.steps import RelativeSteps, relative_steps
@@ -62,18 +63,35 @@ class Builder:
         tables = [lookup.tensor for lookup in family.lookups(module)]
         names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)
         self.roles = {name: family.role(name) for name in view.tensors}
-        self.matrices = self._matrices(names, sensitivities(names, sites, stats, settings))
+        sensitivity = sensitivities(names, sites, stats, settings)
+        self.zeros = self._zeros(sensitivity)
+        self.matrices = self._matrices([name for name in names if name not in self.zeros], sensitivity)
         rule = KeepRule(name="float", dtype=settings.floats)
         self.passthrough = {
             name: keep_tensor(TensorPlan(name, self.roles[name], rule, None, None), tensor)
             for name, tensor in view.tensors.items()
-            if name not in self.matrices
+            if name not in names
         }
 
     @property
     def num_weights(self) -> int:
-        """Number of weights in all matrices."""
+        """Number of weights in all matrices that are rounded; those that are zeros in every build are not counted."""
         return sum(matrix.num_weights for matrix in self.matrices.values())
+
+    @property
+    def identity(self) -> dict[str, list[str]]:
+        """What decides symbols beside the settings: the matrices stored as zeros, if there are any."""
+        return {"zeros": sorted(self.zeros)} if self.zeros else {}
+
+    def _zeros(self, sensitivity: Mapping[str, Sensitivity]) -> dict[str, QuantizedTensor]:
+        """Return the matrices that are stored as zeros."""
+        zeros = {}
+        for name, one in sensitivity.items():
+            tensor = self.view.tensors[name]
+            weight = as_matrix(tensor.float())
+            if reason := zeros_reason(weight, one):
+                zeros[name] = as_zeros(name, self.roles[name], tensor, zeros_loss(weight, one), reason)
+        return zeros
 
     def _matrices(self, names: Iterable[str], sensitivity: Mapping[str, Sensitivity]) -> dict[str, Matrix]:
         """Factorize every matrix's Hessian and derive its relative steps."""
@@ -121,11 +139,11 @@ class Builder:
         """Return a whole model: these matrices, and the floats that are kept."""
         lineage = {"checkpoint_id": self.view.id[:12], **self.stats.lineage()}
         ordered = {name: quantized[name] for name in self.matrices}
-        return QuantizedModel(self.view.config, lineage, ordered, self.passthrough)
+        return QuantizedModel(self.view.config, lineage, {**ordered, **self.zeros}, self.passthrough)
 
     def _factors(self, name: str, constant: float) -> tuple[ScaleFactor, ...]:
         finer, matrix = UNION_GRID if self.settings.trellis_states else 1.0, self.matrices[name]
-        factors = matrix.steps.factors(constant * finer, name)
+        factors = matrix.steps.factors(constant * finer)
         return with_zeros(matrix.weight, factors, finer) if self.settings.zeros else factors
 
     def _job(self, matrix: Matrix, factors: tuple[ScaleFactor, ...]) -> Job:
@@ -169,11 +187,13 @@ def with_zeros(weight: Tensor, factors: tuple[ScaleFactor, ...], finer: float) -
     energy = np.square(weight.numpy() / scale_of(factors, *weight.shape) * finer)  # in steps of the scalar grid
     quiet = {"column": energy.mean(axis=0) < ZERO_ENERGY, "row": (energy.mean(axis=1) < ZERO_ENERGY) & (finer == 1)}
     return tuple(
-        replace(factor, values=np.where(quiet[factor.axis], ZEROING, factor.values).astype(np.int8))
-        if factor.axis in quiet
-        else factor
+        replace(factor, values=_zeroed(factor.values, quiet[factor.axis])) if factor.axis in quiet else factor
         for factor in factors
     )
+
+
+def _zeroed(exponents: np.ndarray, quiet: np.ndarray) -> np.ndarray:  # integers, bool → the same integers
+    return np.where(quiet, np.maximum(exponents, ZEROING), exponents).astype(exponents.dtype)
 
 
 def _towards_centroid(quantized: QuantizedTensor, matrix: Matrix) -> QuantizedTensor:

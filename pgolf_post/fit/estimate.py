@@ -47,6 +47,6 @@ def _matrix_bits(matrix: Matrix, constant: float) -> float:
     weight = matrix.weight.numpy().astype(np.float64)
     overall = np.sqrt(np.square(weight).mean()) + 1e-30
     rows, columns = (np.sqrt(np.square(weight).mean(axis)) + 1e-30 for axis in (1, 0))
-    relative = scale_of(matrix.steps.factors(1.0, matrix.name)[1:], *weight.shape)
+    relative = scale_of(matrix.steps.relative, *weight.shape)
     log_steps = np.log2(relative * matrix.steps.unit * constant)
     return float(gaussian_bits(np.log2(rows[:, None] * columns / overall) - log_steps).sum())

@@ -62,7 +62,7 @@ def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
         for name, tensor in quantized.items():
             measured[name] = probe.divergence({name: torch.from_numpy(tensor.dequantize())})
             advance(1)
-    common = sum(one.mean for one in measured.values()) / sum(predicted.values())
+    common = common_ratio(sum(one.mean for one in measured.values()), sum(predicted.values()))
     kappas = {
         name: Kappa(predicted[name], one.mean, one.error, estimate(predicted[name], one.mean, one.error, common))
         for name, one in measured.items()
@@ -70,6 +70,12 @@ def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
     if by == "tensor":
         return kappas
     return {role: of_role([kappas[name] for name in names]) for role, names in groups_of(builder, by).items()}
+
+
+def common_ratio(measured: float, predicted: float) -> float:
+    """Return the κ of all tensors together; 1 where nothing was predicted or nothing could be measured."""
+    ratio = measured / predicted if predicted > 0 else math.nan
+    return ratio if math.isfinite(ratio) and ratio > 0 else 1.0
 
 
 def of_role(kappas: Sequence[Kappa]) -> Kappa:
@@ -83,13 +89,16 @@ def of_role(kappas: Sequence[Kappa]) -> Kappa:
 def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
     """Return the value below which half of the weight lies; the mean of two where the halves meet between them."""
     order = np.argsort(values)
-    ordered, shares = np.asarray(values)[order], np.cumsum(np.asarray(weights)[order]) / sum(weights)
+    alike = weights if sum(weights) > 0 else [1.0] * len(weights)  # no weight at all: the plain median
+    ordered, shares = np.asarray(values)[order], np.cumsum(np.asarray(alike)[order]) / sum(alike)
     low, high = (int(np.searchsorted(shares, 0.5 + nudge)) for nudge in (-1e-9, 1e-9))
     return float(ordered[low] + ordered[min(high, len(ordered) - 1)]) / 2
 
 
 def estimate(predicted: float, measured: float, error: float, common: float = 1.0) -> float:
     """Return κ from a prediction and a measurement with its standard error; `common` where nothing was measured."""
+    if not predicted > 0:
+        return common
     ratio, spread = measured / predicted / common, error / predicted / common
     if not (math.isfinite(spread) and math.isfinite(ratio)):
         return common

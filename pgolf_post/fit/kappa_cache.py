@@ -12,6 +12,7 @@ from pgolf_post.base.storage import read_json, write_json
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage
 from pgolf_post.fit.build import Builder
+from pgolf_post.fit.idle import require_idle
 from pgolf_post.fit.kappa import Kappa, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
@@ -22,17 +23,23 @@ STAGES = {"tensor": Stage("kappa", 1, "kappa.json"), "role": Stage("kappa", 2, "
 def cached_kappas(
     builder: Builder, data: DataFolder, settings: FitSettings, fresh: bool, ranks: Ranks
 ) -> tuple[dict[str, Kappa], float]:
-    """Return κ by group, and the seconds that measuring took if it was done before: 0 where all ranks measure now."""
+    """Return κ by group, and the seconds that measuring took if it was done before: 0 where all ranks measure now.
+
+    Raises NumericsError as `require_idle` does.
+    """
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = {**settings.model_dump(mode="json", exclude={"distill", "tune_tokens"}), "text_sha256": text.sha256}
+    identity = settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
+    identity |= {"text_sha256": text.sha256, **builder.identity}
     stage = STAGES[settings.kappa]
     folder = view.checkpoint.derived(stage.name, stage.id([view.id, builder.stats.id], identity))
     meta = ranks.main_says(stage.intact_meta(folder) if ranks.is_main and not fresh else None)
     if meta is not None:
         kappas = {group: Kappa(**facts) for group, facts in read_json(folder / stage.payload).items()}
         return kappas, float(meta["seconds"])
-    measured = measure_kappas(builder, Probe(view, text, ranks), settings.kappa)
+    probe = Probe(view, text, ranks)
+    require_idle(probe, builder.zeros)
+    measured = measure_kappas(builder, probe, settings.kappa)
 
     def make(building: Path) -> Mapping[str, Any]:
         write_json(building / stage.payload, {group: one.facts() for group, one in measured.items()})

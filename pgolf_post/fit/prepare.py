@@ -56,7 +56,7 @@ class Fitter:
             if self.texts
             else {}
         )
-        extra = {"distill": DISTILL.model_dump() if self.distills else {}, "tune": tuning}
+        extra = {"distill": DISTILL.model_dump() if self.distills else {}, "tune": tuning, **self.builder.identity}
         return {"fit": settings, "kappa": self.kappa, **{name: value for name, value in extra.items() if value}}
 
 

@@ -65,6 +65,7 @@ def fine_tuned(
     """
     groups = groups_in_order(builder.view, list(builder.matrices))
     tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1))
+    tuned.load(builder.zeros, list(builder.zeros))
     unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 
     # What an interrupted attempt came to.

@@ -15,6 +15,7 @@ SUGGESTED_TOKENS = 1 << 20
 BUDGETS_HEADER = (
     "budget", "artifact", "code", "headroom", "bits/weight", "c", "predicted nats", "bpb", "seconds", "builds",
 )  # fmt: skip
+ZEROS_HEADER = ("stored as zeros", "role", "weights", "why", "predicted nats")
 EXPLAINED_HEADER = ("tensor", "role", "weights", "bits/weight", "share of bits", "predicted nats", "nats per 100 KB")
 
 
@@ -32,6 +33,7 @@ def facts_of(artifact: PackedArtifact, report: SizeReport, score: Mapping[str, A
         "predicted_nats": meta["predicted_nats"],
         "equal_slope_nats": meta["equal_slope_nats"],
         "builds": meta["builds"],
+        "zeros": [tensor for tensor in meta["tensors"] if tensor["method"] == "zeros"],
         "symbols_sha256": artifact.symbols_sha256,
         "artifact_cached": artifact.cached,
         "fit_seconds": meta["seconds"],
@@ -85,10 +87,20 @@ def show_budgets(answers: Sequence[Mapping[str, Any]], has_code: bool) -> None:
         say(answer["artifact"])
 
 
+def show_zeros(answers: Sequence[Mapping[str, Any]]) -> None:
+    """Print the matrices that are stored as zeros, and why, if there are any; all budgets have the same ones."""
+    rows = [
+        (facts["name"], facts["role"], f"{facts['weights']:,}", facts["reason"], f"{facts['predicted_loss']:.1e}")
+        for facts in answers[0]["zeros"]
+    ]
+    if rows:
+        print_table("", ZEROS_HEADER, rows)
+
+
 def show_explained(fitter: Fitter, artifact: PackedArtifact) -> None:
     """Print where the bytes went, by tensor and by role, and what more of them would buy."""
     rows = explain(artifact.meta["tensors"], fitter.kappa)
-    total = sum(row.bits for row in rows)
+    total = sum(row.bits for row in rows) or 1.0
     for title, table in (("by tensor", rows), ("by role", by_role(rows))):
         cells = [
             (

@@ -55,7 +55,8 @@ class Sensitivity:
 def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSettings) -> Sensitivity:
     """Return the sensitivity of one matrix. Raises MismatchError if its statistics lack the backward half.
 
-    Raises NumericsError, naming the matrix, if the loss is insensitive to it: no calibration token reached it.
+    A matrix that the loss does not depend on has moments of zero. Raises NumericsError, naming the matrix, for NaN or
+    infinity in its sums.
     """
     fisher = stats.fisher
     if fisher is None:
@@ -67,22 +68,19 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     if site is not None:
         sides.append((_product_moments(name, site, stats, settings), fisher.mean_rows(name)))
     if name in fisher.lookup_rows:
-        sides.append((fisher.lookup_hessians[name] / fisher.num_tokens, fisher.lookup_rows[name]))
-    total = sum(float(moments.trace()) for moments, _ in sides)
-    if not (math.isfinite(total) and total > 0):
-        raise NumericsError(
-            f"{name}: the loss is insensitive to this matrix (Σ δ²|x|² = {total:g}): no calibration token reached it",
-            hint="calibrate on more text: --calibration-tokens",
-        )
-    # The average row has the sensitivity of all sides together; a row's weight adds what each side brings to it.
+        lookup_rows = fisher.lookup_rows[name]  # Σ over lookups is shared out among them
+        sides.append((fisher.lookup_hessians[name] / fisher.num_tokens / len(lookup_rows), lookup_rows))
     num_rows = len(sides[0][1])
-    weights = torch.zeros(num_rows, dtype=torch.float64)
     moments = torch.zeros_like(sides[0][0])
-    for side, row_sums in sides:
-        is_product = side is sides[0][0] and site is not None
-        per_row = side if is_product else side / num_rows  # Σ over lookups is shared out among the rows
-        moments += per_row
-        weights += per_row.trace() * row_sums / row_sums.mean()
+    _require_finite(name, sides)
+    acting = [(side, row_sums) for side, row_sums in sides if float(side.trace()) and float(row_sums.sum())]
+    if not acting:
+        return Sensitivity(moments, torch.ones(num_rows, dtype=torch.float64))
+    # The average row has the sensitivity of all sides together; a row's weight adds what each side brings to it.
+    weights = torch.zeros(num_rows, dtype=torch.float64)
+    for side, row_sums in acting:
+        moments += side
+        weights += side.trace() * row_sums / row_sums.mean()
     rows = weights / weights.mean()
     if name in fisher.lookup_rows:
         rows = rows.clamp_min(settings.lookup_floor)
@@ -91,6 +89,17 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     if settings.row_feedback and name != fisher.head and name not in fisher.lookup_rows:
         coupling = _coupled(fisher.mean_outputs(name), trusted, settings.ridge)
     return Sensitivity(_shrunk(moments, settings), trusted, coupling)
+
+
+def _require_finite(name: str, sides: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise NumericsError for moments (in, in) or row sums (out,) that hold NaN or infinity."""
+    for moments, row_sums in sides:
+        total = float(moments.sum()) + float(row_sums.sum())
+        if not math.isfinite(total):
+            raise NumericsError(
+                f"{name}: the statistics of its sensitivity hold NaN or infinity (sum {total:g})",
+                hint="collect them again: --fresh",
+            )
 
 
 def sensitivities(
@@ -105,7 +114,7 @@ def _product_moments(name: str, site: Site, stats: Stats, settings: FitSettings)
     """Return the weighted Hessian mixed with the plain one, which is less noisy, at equal trace."""
     assert stats.fisher is not None
     weighted = stats.fisher.mean_weighted(name)
-    if settings.weighted == 1:
+    if settings.weighted == 1 or not float(weighted.trace()):
         return weighted
     plain = stats.mean_hessian(site.name)
     plain *= weighted.trace() / plain.trace()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pgolf_post.base.progress import say
-from pgolf_post.errors import NumericsError, OverBudgetError, SettingsError
+from pgolf_post.errors import OverBudgetError, SettingsError
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.estimate import symbol_bits
 from pgolf_post.fit.steps import constant_for
@@ -26,6 +26,7 @@ PREDICTED_TO = 0.005  # of the aim: closer than this only packing can tell
 MOST_BUILDS = 16
 LARGEST_STEP = 2.0  # octaves of c between builds
 FIRST_LOSS = 0.005  # nats per token
+MOST_BITS = 8  # of a weight, where matrices of zeros leave more bytes than the others need
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Search:
         Raises OverBudgetError naming the least that it can do, SettingsError for a budget that needs no quantization.
         """
         require_solvable(self.builder, limit)
+        if not self.builder.matrices:
+            return self._nothing_to_round(limit)
+        limit = useful_bytes(self.builder, limit)
         aim, constant = limit - WINDOW_BYTES / 2, self.first_constant(limit)
         best: Solution | None = None
         builds: list[Build] = []
@@ -75,14 +79,26 @@ class Search:
                     break
             constant = self._next(builds, aim)
         if best is None:
-            raise NumericsError(
-                f"no artifact of at most {limit:,} bytes in {MOST_BUILDS} builds; the smallest had "
-                f"{min(build.num_bytes for build in builds):,}",
-                hint="give it more bytes: --budget",
+            least = min(build.num_bytes for build in builds)
+            raise OverBudgetError(
+                f"no artifact of at most {limit:,} bytes in {MOST_BUILDS} builds; the smallest had {least:,}",
+                hint=f"raise --budget by {max(WINDOW_BYTES, least - limit):,} bytes",
             )
         if len(best.data) < limit - WINDOW_BYTES:
             say(f"{limit - len(best.data):,} bytes are left over: no build came closer in {MOST_BUILDS}")
         return replace(best, builds=tuple(builds))
+
+    def _nothing_to_round(self, limit: int) -> Solution:
+        """Return the model whose matrices are all zeros. Raises OverBudgetError if its floats do not fit."""
+        model = self.builder.model({})
+        data = pack(model, self.packing)
+        if len(data) > limit:
+            raise OverBudgetError(
+                f"all matrices are zeros, and what is left takes {len(data):,} of {limit:,} bytes for the artifact",
+                hint=f"raise --budget by {len(data) - limit:,} bytes",
+            )
+        say(f"{limit - len(data):,} bytes are left over: all matrices are stored as zeros")
+        return Solution(model, data, 0.0, (Build(0.0, len(data), True),))
 
     def packed_bytes(self, model: QuantizedModel) -> int:
         """Return the bytes that a model takes, packed."""
@@ -147,9 +163,22 @@ def require_solvable(builder: Builder, limit: int) -> None:
             f"the least is about {least:,}",
             hint=f"raise --budget by {least - limit:,} bytes",
         )
-    most = 2 * builder.num_weights + fixed_bytes(builder)
+    num_weights = builder.num_weights + sum(tensor.symbols.size for tensor in builder.zeros.values())
+    most = 2 * num_weights + fixed_bytes(builder)
     if limit >= most:
         raise SettingsError(
-            f"{limit:,} bytes hold all {builder.num_weights:,} weights in fp16 ({most:,}): there is nothing to solve",
-            hint="train a larger model, or lower --budget",
+            f"{limit:,} bytes hold all {num_weights:,} weights in fp16 ({most:,}): there is nothing to solve",
+            hint=f"lower --budget by more than {limit - most:,} bytes, or train a larger model",
         )
+
+
+def useful_bytes(builder: Builder, limit: int) -> int:
+    """Return the bytes to fill: the limit, or less where most matrices are zeros and the others cannot use it."""
+    most = builder.num_weights * MOST_BITS // 8 + fixed_bytes(builder)
+    if not builder.zeros or limit <= most:
+        return limit
+    say(
+        f"{limit - most:,} bytes are left over: {len(builder.zeros)} matrices are stored as zeros, and "
+        f"{MOST_BITS} bits for each of the other {builder.num_weights:,} weights take {most:,}"
+    )
+    return most

@@ -10,7 +10,7 @@ with one constant c for the whole model; weights' own magnitudes do not enter. T
 token (κ in it), whatever its tensor. c is the square root of a loss: 0.0001 to 0.0004 for a few million weights.
 
 Rows and columns are stored as integers v that mean 2^(v/8); rounding them so costs 0.0009 bit per weight. What is left,
-one number per tensor, is fp16, so that c can be anything.
+one number per tensor, is fp16, so that c can be anything; octaves beyond fp16's range go into the rows' integers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.errors import NumericsError
 from pgolf_post.quantize.tensor import ScaleFactor
 
 FP16_RANGE = 6.2e-5, 65504.0  # normal numbers
+STEP_RANGE = 2.0**-80, 2.0**80  # beyond it float32 could not hold the product of all factors
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,19 @@ class RelativeSteps:
     columns: np.ndarray  # (in,) int8, about 0
     unit: float  # the step at exponents 0 and c = 1
 
-    def factors(self, constant: float, name: str) -> tuple[ScaleFactor, ScaleFactor, ScaleFactor]:
-        """Return tensor, row and column factor for c/√κ = `constant`.
+    @property
+    def relative(self) -> tuple[ScaleFactor, ScaleFactor]:
+        """Row and column factor: all steps, relative to `unit`."""
+        return ScaleFactor("row", self.rows), ScaleFactor("column", self.columns)
 
-        Raises NumericsError if fp16 cannot hold the first.
-        """
-        step = constant * self.unit
+    def factors(self, constant: float) -> tuple[ScaleFactor, ScaleFactor, ScaleFactor]:
+        """Return tensor, row and column factor for c/√κ = `constant`."""
+        step, rows = min(max(constant * self.unit, STEP_RANGE[0]), STEP_RANGE[1]), self.rows
         if not FP16_RANGE[0] <= step <= FP16_RANGE[1]:
-            low, high = FP16_RANGE
-            raise NumericsError(f"{name}: a step of {step:.3g} is outside what fp16 holds, {low:g} to {high:g}")
+            octaves = math.floor(math.log2(step))
+            step, rows = step / 2.0**octaves, rows.astype(np.int16) + np.int16(8 * octaves)
         tensor = np.array([step], np.float16)
-        return ScaleFactor("tensor", tensor), ScaleFactor("row", self.rows), ScaleFactor("column", self.columns)
+        return ScaleFactor("tensor", tensor), ScaleFactor("row", rows), ScaleFactor("column", self.columns)
 
 
 def relative_steps(

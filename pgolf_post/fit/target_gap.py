@@ -36,7 +36,10 @@ def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
 def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:
     text = probe_text(fitter.view, fitter.data, fitter.settings.kappa_tokens, fitter.settings.kappa_seed)
     wanted = gap_bpb * np.log(2) * bytes_per_token(fitter.data, text)
-    probe, search = Probe(fitter.view, text), Search(fitter.builder, fitter.kappa, codec)
+    search = Search(fitter.builder, fitter.kappa, codec)
+    if not fitter.builder.matrices:
+        return search.packed_bytes(fitter.builder.model({}))
+    probe = Probe(fitter.view, text)
     constant = constant_for(fitter.builder.num_weights, wanted)
     for _ in range(GAP_BUILDS):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))

@@ -10,7 +10,7 @@ import torch
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, NumericsError
+from pgolf_post.errors import MismatchError
 from pgolf_post.families import Site, build_module, get_family
 from pgolf_post.fit.sensitivity import LARGEST_ROW_RATIO, sensitivities, sensitivity
 from pgolf_post.fit.settings import FitSettings
@@ -109,10 +109,24 @@ def test_statistics_without_the_backward_half_are_refused(stats: Stats, sites: d
     assert caught.value.hint == "pgolf-post calibrate --fisher"
 
 
-def test_a_matrix_that_nothing_reached_is_named(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+def test_a_matrix_that_nothing_reached_costs_nothing(view: View, fisher_stats: Stats, sites: dict[str, Site]) -> None:
     name = "blocks.0.attn.q.weight"
     fisher = fisher_stats.fisher
     assert fisher is not None
     empty = replace(fisher, weighted={name: torch.zeros(16, 16, dtype=torch.float64)})
-    with pytest.raises(NumericsError, match=r"blocks\.0\.attn\.q\.weight"):
-        sensitivity(name, sites[name], replace(fisher_stats, fisher=empty), RAW)
+    minded = sensitivity(name, sites[name], replace(fisher_stats, fisher=empty), RAW)
+    assert minded.loss(view.tensors[name]) == 0
+
+
+def test_a_table_that_only_the_head_uses_has_the_heads_sensitivity(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    """A side that no gradient reaches adds nothing, not 0/0."""
+    name, fisher = "tok_emb.weight", fisher_stats.fisher
+    assert fisher is not None
+    nothing = replace(
+        fisher,
+        lookup_rows={name: torch.zeros_like(fisher.lookup_rows[name])},
+        lookup_hessians={name: torch.zeros_like(fisher.lookup_hessians[name])},
+    )
+    minded = sensitivity(name, sites[name], replace(fisher_stats, fisher=nothing), RAW)
+    assert torch.allclose(minded.moments, fisher.mean_weighted(name), rtol=1e-6, atol=1e-12)
+    assert torch.isfinite(minded.rows).all()

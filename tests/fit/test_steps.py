@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_post.errors import NumericsError
 from pgolf_post.fit.estimate import gaussian_bits
 from pgolf_post.fit.steps import constant_for, expected_loss, relative_steps
 from pgolf_post.quantize.gptq.driver import gptq
@@ -28,7 +27,7 @@ def problem(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 def test_every_weight_costs_the_constant_squared_over_24(seed: int) -> None:
     weight, moments, rows = problem(96, 64, seed)
     factor, constant = factorize("w", moments, 1e-9, act_order=True), 0.02
-    steps = scale_of(relative_steps(rows, factor.column_lengths).factors(constant, "w"), *weight.shape)
+    steps = scale_of(relative_steps(rows, factor.column_lengths).factors(constant), *weight.shape)
     symbols = gptq(weight, factor, torch.from_numpy(steps), None)
     error = (symbols * torch.from_numpy(steps) - weight).double()
     measured = 0.5 * float(((error @ moments) * error).sum(1) @ rows)
@@ -43,7 +42,7 @@ def test_with_coupled_rows_as_well(seed: int) -> None:
     outputs /= outputs.diagonal().mean()
     factor, row_factor = factorize("in", moments, 1e-9, act_order=True), factorize("out", outputs, 1e-9, False)
     pivots, constant = row_factor.lengths.double().square(), 0.01
-    steps = torch.from_numpy(scale_of(relative_steps(pivots, factor.column_lengths).factors(constant, "w"), 96, 64))
+    steps = torch.from_numpy(scale_of(relative_steps(pivots, factor.column_lengths).factors(constant), 96, 64))
     symbols = gptq(weight, factor, steps, None, row_feedback=row_factor.feedback)
     error = (symbols * steps - weight).double()
     measured = 0.5 * float(((outputs @ error @ moments) * error).sum())
@@ -52,13 +51,13 @@ def test_with_coupled_rows_as_well(seed: int) -> None:
 
 def test_steps_are_inverse_to_what_rows_and_columns_mind() -> None:
     rows, lengths = torch.tensor([0.25, 1.0, 1.75], dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0, 8.0])
-    steps = scale_of(relative_steps(rows, lengths).factors(0.1, "w"), 3, 4)
+    steps = scale_of(relative_steps(rows, lengths).factors(0.1), 3, 4)
     wanted = 0.1 / (rows.sqrt()[:, None] * lengths[None, :]).numpy()
     assert np.abs(np.log2(steps / wanted)).max() <= 1 / 8 + 1e-3  # each exponent is rounded to an eighth
 
 
 def test_equal_inputs_and_rows_give_one_step() -> None:
-    steps = scale_of(relative_steps(torch.ones(5).double(), torch.ones(7)).factors(0.3, "w"), 5, 7)
+    steps = scale_of(relative_steps(torch.ones(5).double(), torch.ones(7)).factors(0.3), 5, 7)
     assert np.ptp(steps) == 0
     assert steps.flat[0] == pytest.approx(0.3, rel=1e-3)
 
@@ -69,10 +68,13 @@ def test_without_columns_all_share_the_geometric_mean() -> None:
     assert shape.unit == pytest.approx(0.5)
 
 
-def test_a_step_that_fp16_cannot_hold_is_named() -> None:
-    shape = relative_steps(torch.ones(2).double(), torch.ones(3))
-    with pytest.raises(NumericsError, match=r"blocks\.0.*1e-08.*fp16"):
-        shape.factors(1e-8, "blocks.0")
+@pytest.mark.parametrize("constant", [1e-12, 1e-8, 3e-5, 1.0, 60000.0, 1e6, 1e15])
+def test_a_step_of_any_size_is_stored(constant: float) -> None:
+    """Octaves beyond fp16's range go into the rows' exponents, which then take 16 bits."""
+    steps = relative_steps(torch.ones(2).double(), torch.ones(3))
+    factors = steps.factors(constant)
+    assert scale_of(factors, 2, 3) == pytest.approx(np.full((2, 3), constant), rel=1e-3)
+    assert factors[1].values.dtype == (np.int8 if 6.2e-5 <= constant <= 65504 else np.int16)
 
 
 def test_constant_and_loss_are_inverse() -> None:
