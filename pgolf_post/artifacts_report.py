@@ -40,7 +40,7 @@ def plan_row(entry: TensorPlan) -> tuple[str, ...]:
     if not isinstance(rule, GridRule):
         return *named, entry.method, getattr(rule, "dtype", ""), "", "", entry.site or ""
     bits = str(rule.bits) if rule.bits else "unbounded"
-    scale = f"{rule.scale} {entry.clip:g}" if rule.scale == "sdclip" else rule.scale
+    scale = f"{rule.scale} {entry.clip:g}" if rule.reads_clip else rule.scale
     per = f"{rule.per} of {rule.group_size}" if rule.group_size else rule.per
     return *named, entry.method_text, bits, scale, per, entry.site or entry.reason
 
@@ -59,17 +59,18 @@ def show_plan(plan: Plan, entries: Sequence[TensorPlan]) -> None:
 def show_trial(trial: Trial, has_code: bool) -> None:
     """Print an artifact's tensors with the evidence of each, and its totals."""
     artifact, score = trial.artifact, trial.score
+    settings = [key for key in ("bits", "clip") if any(key in facts for facts in artifact.meta["tensors"])]
     rows = [
         (
             facts["name"],
             facts["method"],
-            *(f"{facts[key]:g}" if key in facts else "" for key in ("bits", "clip")),
+            *(f"{facts[key]:g}" if key in facts else "" for key in settings),
             f"{facts['entropy_bits']:.3f}" if "entropy_bits" in facts else "",
             _evidence(facts),
         )
         for facts in artifact.meta["tensors"]
     ]
-    print_table("Tensors", ("tensor", "method", "bits", "clip", "entropy bits", "Hessian error / damping"), rows)
+    print_table("Tensors", ("tensor", "method", *settings, "entropy bits", "Hessian error / damping"), rows)
     totals = [(key.replace("_", " "), f"{value:,}") for key, value in trial.report.facts().items()]
     totals.append(("symbols sha256", artifact.symbols_sha256[:16]))
     if distilled := artifact.meta.get("distill"):

@@ -184,6 +184,11 @@ class GridRule(Rule):
         """Whether preparing a tensor (not rounding it) reads the diagonal of its Hessian."""
         return bool(CLIP_RULES[self.scale].needs_hessian or self.hessian_lambda or self.prune == "wanda")
 
+    @property
+    def reads_clip(self) -> bool:
+        """Whether `clip` acts on the steps."""
+        return "clip" in CLIP_RULES[self.scale].reads
+
     def without_hessian(self) -> GridRule:
         """Return the rule for a matrix that has no Hessian: steps come from the weights alone."""
         plain = CLIP_RULES[self.scale].without_hessian or self.scale

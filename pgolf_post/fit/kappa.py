@@ -53,7 +53,9 @@ def groups_of(builder: Builder, by: str) -> dict[str, list[str]]:
 
 
 def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
-    """Measure κ of every tensor, and return it by tensor or by role."""
+    """Measure κ of every tensor, and return it by tensor or by role; of no tensor where nothing is rounded."""
+    if not builder.matrices:
+        return {}
     constant = constant_for(builder.num_weights, MODEL_LOSS)
     quantized = builder.quantize(dict.fromkeys(builder.matrices, constant))
     predicted = {name: float(tensor.facts["predicted_loss"]) for name, tensor in quantized.items()}

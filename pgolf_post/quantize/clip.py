@@ -13,6 +13,7 @@ A new rule is a function here with a line in STEPS_BY_RULE, and a row of plan.CL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.plan import GridRule
+from pgolf_post.quantize.stored_steps import octaves_of, to_stored
 
+QUIET = 2.0**-100  # a unit of smaller weights is as good as zero: no activation or norm could tell
 SHARES = tuple(1.0 - 0.02 * place for place in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
 
 
@@ -61,18 +64,28 @@ def grid_steps(
     rule: GridRule,
     clip: float,  # k at the tensor's depth
     hessian_diagonal: Tensor | None = None,  # (in,), where the rule asks for it
-) -> Tensor:  # (out,), (1,) or (out·in/group_size,) float32, each exactly representable in float16
+) -> Tensor:  # (out,), (1,) or (out·in/group_size,) float32, as stored
     """Return the steps that a rule gives a matrix: per row, for the whole tensor, or per group in row-major order.
 
     An all-zero unit takes step 1: any would do. Raises SettingsError for a clip rule that has no function,
-    NumericsError naming the tensor for a step outside fp16's range, or for groups that do not divide the columns.
+    NumericsError naming the tensor for steps too far apart, or for groups that do not divide the columns.
     """
     if rule.scale not in STEPS_BY_RULE:
         raise SettingsError(f"{name}: no such clip rule {rule.scale!r}; valid: {', '.join(STEPS_BY_RULE)}")
     weights, diagonal = _units(name, weight, rule, hessian_diagonal)
-    steps = STEPS_BY_RULE[rule.scale](Units(weights, diagonal, max_symbol(rule.bits), clip, rule))
-    steps = torch.where(weights.abs().amax(dim=1) == 0, torch.ones_like(steps), steps)
-    return to_stored(name, steps, rule.per)
+    units = Units(weights, diagonal, max_symbol(rule.bits), clip, rule)
+    return to_stored(name, _steps(units), rule.per)
+
+
+def _steps(units: Units) -> Tensor:  # (units,) float64
+    """Return the steps of the units' rule, of large and small weights alike."""
+    choose, loud = STEPS_BY_RULE[units.rule.scale], units.weights.abs().amax(dim=1) >= QUIET
+    steps = torch.where(loud, choose(units), 1.0)
+    if not loud.any() or not octaves_of(steps):
+        return steps
+    # Rules round candidates to fp16: let them choose where fp16 has room, the largest step about 1.
+    unit = 2.0 ** math.floor(math.log2(float(units.outermost[loud].max())))
+    return torch.where(loud, choose(units._replace(weights=units.weights / unit)), 1.0) * unit
 
 
 def _units(
@@ -143,16 +156,3 @@ STEPS_BY_RULE: dict[str, Callable[[Units], Tensor]] = {  # keys as in plan.CLIP_
     "percentile": _percentile,
     "percentile-hessian": _percentile_hessian,
 }
-
-
-def to_stored(name: str, steps: Tensor, unit: str) -> Tensor:  # (units,) float64 → float32, exact in float16
-    """Return steps as the artifact stores them. Raises NumericsError naming tensor and unit outside fp16's range."""
-    stored = steps.to(torch.float16).float()
-    bad = ~(torch.isfinite(stored) & (stored > 0))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise NumericsError(
-            f"{name}: the step of {unit} {at} is {float(steps[at]):.3g}, outside fp16's range 6e-8 .. 65504",
-            hint="the weights there are extreme; look at them with pgolf-post show, or keep the tensor in fp16",
-        )
-    return stored

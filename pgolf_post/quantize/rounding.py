@@ -28,7 +28,7 @@ class Prepared:
 
     entry: TensorPlan
     weight: Tensor  # (rows, columns) float32, stretched and pruned
-    unit_steps: Tensor  # (units,) float32, exact in fp16; of the union grid where there is a trellis
+    unit_steps: Tensor  # (units,) float32, as stored; of the union grid where there is a trellis
     shape: tuple[int, ...]  # of the tensor itself
     seconds: float
 

@@ -22,12 +22,13 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.plan import GptqRule, GridRule, KeepRule, TensorPlan
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch
-from pgolf_post.quantize.clip import grid_steps, max_symbol, to_stored
+from pgolf_post.quantize.clip import grid_steps, max_symbol
 from pgolf_post.quantize.gptq.driver import hessian_error
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors, entry_hessian
 from pgolf_post.quantize.gptq.trellis import UNION_GRID, grid_points
 from pgolf_post.quantize.masks import magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.rounding import Prepared, round_prepared, trellis_of
+from pgolf_post.quantize.stored_steps import step_factors, to_stored
 from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor, smallest_dtype
 
 FP16_MAX = 65504.0
@@ -94,7 +95,8 @@ def finish(item: Prepared, symbols: Tensor, hessian: Tensor | None, damping: dic
     array = smallest_dtype(symbols.numpy())
     # What was done, and what it did to the tensor.
     facts: dict[str, Any] = {"method": entry.method, "rule": rule.name, "role": entry.role, "bits": rule.bits}
-    facts |= {"clip": entry.clip, **damping, "entropy_bits": entropy_bits(array)}
+    facts |= {"clip": entry.clip} if rule.reads_clip else {}
+    facts |= {**damping, "entropy_bits": entropy_bits(array)}
     if item.trellis:
         facts["trellis_states"] = item.trellis.states
     if hessian is not None:
@@ -106,8 +108,8 @@ def finish(item: Prepared, symbols: Tensor, hessian: Tensor | None, damping: dic
     if entry.reason:
         facts["reason"] = entry.reason
     facts["seconds"] = round(item.seconds + time.perf_counter() - started, 4)
-    factor = ScaleFactor(rule.per, item.unit_steps.to(torch.float16).numpy(), rule.group_size)
-    return QuantizedTensor(entry.name, array, (factor,), item.shape, item.trellis, facts)
+    factors = step_factors(rule.per, item.unit_steps, rule.group_size)
+    return QuantizedTensor(entry.name, array, factors, item.shape, item.trellis, facts)
 
 
 def entropy_bits(symbols: np.ndarray) -> float:
