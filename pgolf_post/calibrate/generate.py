@@ -42,7 +42,7 @@ def write_windows(
     if not hasattr(module, "start_past"):
         raise SettingsError(
             "this model family cannot write text: its module has no start_past()",
-            hint="--source train, or implement start_past and hidden(tokens, past=…) in the family",
+            hint="--calibration-source train, or implement start_past and hidden(tokens, past=…) in the family",
         )
     model: Any = module
     device = next(module.parameters()).device

@@ -113,7 +113,8 @@ def require_memory(plan: MemoryPlan, device: torch.device, processes: int = 1) -
         raise PgolfError(
             f"calibration needs about {needed:,} bytes{share}: {plan.sums_bytes:,} of sums (largest: {plan.largest}) "
             f"and {plan.activation_bytes:,} of activations; {free:,} are free, of which {SHARE:.0%} may be used",
-            hint="fewer processes, a shorter window (--seq-len), or no --fisher; or free memory and run it again",
+            hint="fewer processes, a shorter window (--calibration-seq-len), or no --fisher; or free memory and run it "
+            "again",
         )
 
 

@@ -90,7 +90,8 @@ class Sums:
                 kind, _, name = key.partition(".")
                 raise NumericsError(
                     f"statistics {kind!r} of {name!r} hold {bad} of {value.numel()} values that are NaN or infinite",
-                    hint="the weights overflow on this text: pgolf-post eval CKPT",
+                    hint="the weights overflow on this text: take another checkpoint (pgolf-post checkpoint list), or "
+                    "--calibration-precision fp32",
                 )
 
 

@@ -84,5 +84,5 @@ def refuse_validation_shards(data: DataFolder) -> None:
             twin = f" (the same content as {same})" if same else ""
             raise MismatchError(
                 f"{data.path}: training shard {shard['file']}{twin} is validation text; {RULE}",
-                hint="calibrate on training text (--data FOLDER) or on the model's own: --source self",
+                hint="calibrate on training text (--data FOLDER) or on the model's own: --calibration-source self",
             )

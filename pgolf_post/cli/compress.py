@@ -27,11 +27,14 @@ def command(artifact: Path, names: str, as_json: bool) -> None:
 
     Codecs marked * are yardsticks, which the shipped decoder does not know. The artifact itself is left as it is.
     """
+    from pgolf_post.cli.foreign_files import require_ours
     from pgolf_post.pack.artifact import find_artifact, read_artifact
     from pgolf_post.pack.report.compare import check_names, compare, show
 
     wanted = check_names([name.strip() for name in names.split(",")])
-    model = read_artifact(find_artifact(artifact)).model
+    path = find_artifact(artifact)
+    require_ours(path)
+    model = read_artifact(path).model
     with progress_bar("compressing", len(wanted), "codecs") as advance:
         comparison = compare(model, wanted, lambda name: advance(1, note=name))
     show(comparison)

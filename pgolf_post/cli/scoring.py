@@ -130,12 +130,15 @@ def open_scored(path: Path | None, weights: str | None, data_dir: Path | None, c
 
 
 def _is_artifact(path: Path) -> bool:
-    from pgolf_post.pack.artifact import find_artifact, is_artifact
+    """Return whether a path is an artifact or its folder. Raises MismatchError for a file that is something else."""
+    from pgolf_post.cli.foreign_files import require_ours
+    from pgolf_post.pack.artifact import find_artifact
 
     try:
-        return is_artifact(find_artifact(path))
+        require_ours(find_artifact(path))
     except NotFoundError:
         return False
+    return True
 
 
 def _open_checkpoint(path: Path | None, weights: str | None, data_dir: Path | None, clock: PhaseTimes) -> Opened:

@@ -8,6 +8,7 @@ import click
 
 from pgolf_post.base import progress
 from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.foreign_files import kind_of, require_ours
 from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
 from pgolf_post.pack.artifact import ArtifactFacts, find_artifact, is_artifact, read_facts
@@ -47,6 +48,10 @@ def command(
     path = find_artifact(artifact)
     report = count(path, code, budget, counted == "convention")
     ours = is_artifact(path)
+    if ours:
+        require_ours(path)
+    else:
+        progress.say(f"{path} is {kind_of(path).words}: counted as it is, not decoded")
     if plot is not None:
         _require_drawable(path, plot, ours)
     facts, rows = (read_facts(path), tensor_table(path)) if ours else (None, [])

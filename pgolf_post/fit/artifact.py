@@ -81,7 +81,10 @@ def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh
 def artifact_limit(total_bytes: int, code_bytes: int) -> int:
     """Return what a budget leaves for the artifact. Raises SettingsError if the code fills it alone."""
     if code_bytes >= total_bytes:
-        raise SettingsError(f"the code takes {code_bytes:,} of {total_bytes:,} bytes: nothing is left for weights")
+        raise SettingsError(
+            f"the code takes {code_bytes:,} of {total_bytes:,} bytes: nothing is left for weights",
+            hint="raise --budget, or shorten the code: pgolf-post pack-code",
+        )
     return total_bytes - code_bytes
 
 

@@ -68,7 +68,7 @@ class Builder:
         self.matrices = self._matrices([name for name in names if name not in self.zeros], sensitivity)
         rule = KeepRule(name="float", dtype=settings.floats)
         self.passthrough = {
-            name: keep_tensor(TensorPlan(name, self.roles[name], rule, None, None), tensor)
+            name: keep_tensor(TensorPlan(name, self.roles[name], rule, None, None), tensor, "--floats bf16")
             for name, tensor in view.tensors.items()
             if name not in names
         }

@@ -136,7 +136,9 @@ def _pruned(weight: Tensor, rule: GridRule, diagonal: Tensor | None) -> Tensor: 
     return weight
 
 
-def keep_tensor(entry: TensorPlan, tensor: Tensor) -> np.ndarray:  # float16, or uint16 bits of bfloat16
+def keep_tensor(
+    entry: TensorPlan, tensor: Tensor, hint: str | None = None
+) -> np.ndarray:  # float16, or uint16 bits of bfloat16
     """Return a tensor as it is stored in 16-bit floats. Raises NumericsError if a value overflows fp16."""
     assert isinstance(entry.rule, KeepRule)
     if entry.rule.dtype == "bf16":
@@ -146,7 +148,7 @@ def keep_tensor(entry: TensorPlan, tensor: Tensor) -> np.ndarray:  # float16, or
     if largest > FP16_MAX:
         raise NumericsError(
             f"{entry.name}: |value| {largest:.4g} does not fit in fp16 (largest {FP16_MAX:g})",
-            hint=f'--set {entry.rule.name}.dtype="bf16"',
+            hint=hint or f"--set {entry.rule.name}.dtype=bf16",
         )
     kept: np.ndarray = tensor.to(torch.float16).numpy()
     return kept

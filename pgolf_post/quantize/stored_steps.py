@@ -30,8 +30,8 @@ def to_stored(name: str, steps: Tensor, unit: str) -> Tensor:  # (units,) float6
     if bad.any():
         at = int(bad.nonzero()[0])
         raise NumericsError(
-            f"{name}: the step of {unit} {at} is {float(steps[at]):.3g} and the largest {float(steps.max()):.3g}; in one "
-            "tensor, steps may differ by a factor of 2^38",
+            f"{name}: the step of {unit} {at} is {float(steps[at]):.3g} and the largest {float(steps.max()):.3g}; "
+            "steps of one tensor may differ by a factor of 2^38",
             hint='keep the tensor as floats: a rule with tensors = "' + name + '" and method = "keep" in a --plan file',
         )
     return stored

@@ -18,6 +18,7 @@ from torch import Tensor
 from pgolf_post.base.workers import map_items
 from pgolf_post.errors import NumericsError
 
+COLLECT_AGAIN = "pgolf-post calibrate --fresh, with the calibration settings of this command"
 MAX_DAMP = 1.0  # of the mean diagonal: beyond this the Hessian says nothing any more
 # What must be left of a diagonal entry once earlier columns have explained theirs, for rounding not to be the rest.
 SMALLEST_PIVOTS = {torch.float32: 1e-4, torch.float64: 1e-12}
@@ -60,7 +61,7 @@ def factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> LDLFa
 
 def _factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> LDLFactor:
     if not is_finite(hessian):
-        raise NumericsError(f"{name}: its Hessian holds NaN or infinity", hint="pgolf-post calibrate --fresh")
+        raise NumericsError(f"{name}: its Hessian holds NaN or infinity", hint=COLLECT_AGAIN)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].double().mean()) if (~dead).any() else 1.0
@@ -77,7 +78,7 @@ def _factorize(name: str, hessian: Tensor, damp: float, act_order: bool) -> LDLF
             raise NumericsError(
                 f"{name}: its Hessian is not positive definite even with damping {damp:g} of the mean diagonal "
                 f"{mean:.3g} (limit {MAX_DAMP:g})",
-                hint="calibrate on more text: --calibration-tokens, or --fresh if the cache is suspect",
+                hint=f"calibrate on more text: --calibration-tokens; if the cache is suspect: {COLLECT_AGAIN}",
             )
         damp *= 10
 

@@ -139,4 +139,7 @@ def check_largest(largest: int | None) -> None:
 def check_range(name: str, symbols: Tensor, largest: int | None) -> None:
     """Raises NumericsError if an unbounded symbol reached the end of what 16 bits hold."""
     if largest is None and symbols.numel() and int(symbols.to(torch.int32).abs().max()) >= LARGEST:
-        raise NumericsError(f"{name}: a symbol beyond ±{LARGEST - 1} is needed", hint="use coarser steps")
+        raise NumericsError(
+            f"{name}: a symbol beyond ±{LARGEST - 1} is needed",
+            hint="coarser steps: a larger --clip; in a fit, a smaller --budget",
+        )

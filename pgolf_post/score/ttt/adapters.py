@@ -10,6 +10,7 @@ parameter-golf, PR #1855).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,11 @@ def adapted_modules(module: nn.Module, family: ModelFamily, settings: AdapterPro
         paths_of["head"].append(HEAD)
     missing = [kind for kind, paths in paths_of.items() if not paths]
     if missing:
-        raise SettingsError(f"this model has nowhere to put adapters on {', '.join(missing)}", hint="see --set adapt=…")
+        possible = [kind for kind in paths_of if kind not in missing]
+        raise SettingsError(
+            f"this model has nowhere to put adapters on {', '.join(missing)}",
+            hint=f"leave them out: --set 'adapt={json.dumps(possible)}'",
+        )
     return [path for paths in paths_of.values() for path in paths]
 
 
