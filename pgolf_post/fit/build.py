@@ -31,6 +31,7 @@ from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFac
 
 ZERO_ENERGY = 1 / 12  # σ² in squared steps, below which rounding leaves more error than zeros do
 ZEROING = 127  # the exponent of a step so large that everything rounds to zero
+MOST_SYMBOL = 16000  # of an outlier; feedback from other columns needs room too
 SMALLEST_DAMP = 1e-6  # the ridge has made the Hessians positive definite already
 
 
@@ -143,7 +144,7 @@ class Builder:
 
     def _factors(self, name: str, constant: float) -> tuple[ScaleFactor, ...]:
         finer, matrix = UNION_GRID if self.settings.trellis_states else 1.0, self.matrices[name]
-        factors = matrix.steps.factors(constant * finer)
+        factors = within_symbols(matrix.weight, matrix.steps.factors(constant * finer))
         return with_zeros(matrix.weight, factors, finer) if self.settings.zeros else factors
 
     def _job(self, matrix: Matrix, factors: tuple[ScaleFactor, ...]) -> Job:
@@ -176,6 +177,18 @@ class Builder:
         }
         facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": matrix.sensitivity.loss(error)}
         return replace(tensor, facts=facts)
+
+
+def within_symbols(weight: Tensor, factors: tuple[ScaleFactor, ...]) -> tuple[ScaleFactor, ...]:  # (out, in)
+    """Return factors whose rows are coarser where an outlier would need a symbol beyond 16 bits."""
+    reach = np.abs(weight.numpy() / scale_of(factors, *weight.shape)).max(axis=1, initial=0) / MOST_SYMBOL
+    if not (reach > 1).any():
+        return factors
+    eighths = np.ceil(8 * np.log2(np.maximum(reach, 1))).astype(np.int16)
+    return tuple(
+        replace(factor, values=factor.values.astype(np.int16) + eighths) if factor.axis == "row" else factor
+        for factor in factors
+    )
 
 
 def with_zeros(weight: Tensor, factors: tuple[ScaleFactor, ...], finer: float) -> tuple[ScaleFactor, ...]:

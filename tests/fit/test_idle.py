@@ -158,6 +158,18 @@ def test_a_model_without_such_parts_has_no_zeros(view: View, pico_data: DataFold
     assert dead.identity["zeros"] == sorted([FC, PROJ])
 
 
+@pytest.mark.parametrize("states", [0, 64])
+def test_an_outlier_makes_its_row_coarser(view: View, pico_data: DataFolder, states: int) -> None:
+    """A weight that would need a symbol beyond 16 bits is stored; other rows are rounded as ever."""
+    builder = fitter_of(view, pico_data, kappa="off", trellis_states=states).builder
+    plain, weight = builder.quantize({FC: 0.0005})[FC].dequantize(), builder.matrices[FC].weight.clone()
+    weight[3, 5] = 3e5
+    builder.matrices[FC] = replace(builder.matrices[FC], weight=weight, row_factor=None)
+    restored = builder.quantize({FC: 0.0005})[FC].dequantize()
+    assert restored[3, 5] == pytest.approx(3e5, rel=1e-3)
+    assert restored[:3] == pytest.approx(plain[:3], abs=0.05)
+
+
 def test_damaged_statistics_are_named(view: View, pico_data: DataFolder) -> None:
     fitter = fitter_of(view, pico_data, kappa="off")
     fisher = fitter.stats.fisher
