@@ -1,4 +1,4 @@
-"""What a file is that is handed over where an artifact of ours is asked for, and the command that takes it.
+"""Kinds of files that are handed over where an artifact of ours is asked for, and the command that takes each.
 
 Our decoder can only say that the first bytes are not its own. Somebody who passes the artifact of a public script, a
 state dict or a half-finished download is told which of these it is.

@@ -81,7 +81,7 @@ class Builder:
 
     @property
     def identity(self) -> dict[str, list[str]]:
-        """What decides symbols beside the settings: the matrices stored as zeros, if there are any."""
+        """Entries of an id beside the settings: the matrices stored as zeros, if there are any."""
         return {"zeros": sorted(self.zeros)} if self.zeros else {}
 
     def _zeros(self, sensitivity: Mapping[str, Sensitivity]) -> dict[str, QuantizedTensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.plan import GridRule
-from pgolf_post.quantize.stored_steps import octaves_of, to_stored
+from pgolf_post.quantize.stored_steps import fits, to_stored
 
 QUIET = 2.0**-100  # a unit of smaller weights is as good as zero: no activation or norm could tell
 SHARES = tuple(1.0 - 0.02 * place for place in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
@@ -81,7 +81,7 @@ def _steps(units: Units) -> Tensor:  # (units,) float64
     """Return the steps of the units' rule, of large and small weights alike."""
     choose, loud = STEPS_BY_RULE[units.rule.scale], units.weights.abs().amax(dim=1) >= QUIET
     steps = torch.where(loud, choose(units), 1.0)
-    if not loud.any() or not octaves_of(steps):
+    if not loud.any() or fits(steps):
         return steps
     # Rules round candidates to fp16: let them choose where fp16 has room, the largest step about 1.
     unit = 2.0 ** math.floor(math.log2(float(units.outermost[loud].max())))

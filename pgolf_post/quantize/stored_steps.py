@@ -37,10 +37,15 @@ def to_stored(name: str, steps: Tensor, unit: str) -> Tensor:  # (units,) float6
     return stored
 
 
+def fits(steps: Tensor) -> bool:  # (units,)
+    """Return whether each of these steps is a positive number in fp16."""
+    halves = steps.to(torch.float16)
+    return bool((torch.isfinite(halves) & (halves > 0)).all())
+
+
 def octaves_of(steps: Tensor) -> int:  # (units,)
     """Return the power of two that is stored beside these steps; 0 where each of them fits in fp16."""
-    halves = steps.to(torch.float16)
-    if bool((torch.isfinite(halves) & (halves > 0)).all()):
+    if fits(steps):
         return 0
     finite = steps[torch.isfinite(steps) & (steps > 0)]
     return math.floor(math.log2(float(finite.max()))) - LARGEST_OCTAVE if len(finite) else 0
