@@ -167,7 +167,8 @@ def test_an_outlier_makes_its_row_coarser(view: View, pico_data: DataFolder, sta
     builder.matrices[FC] = replace(builder.matrices[FC], weight=weight, row_factor=None)
     restored = builder.quantize({FC: 0.0005})[FC].dequantize()
     assert restored[3, 5] == pytest.approx(3e5, rel=1e-3)
-    assert restored[:3] == pytest.approx(plain[:3], abs=0.05)
+    if not states:  # a trellis couples the rows of a column
+        assert restored[:3] == pytest.approx(plain[:3], abs=0.05)
 
 
 def test_damaged_statistics_are_named(view: View, pico_data: DataFolder) -> None:

@@ -88,4 +88,4 @@ def test_a_model_with_small_and_large_matrices_is_decoded(view: View, stats: Sta
     for name in (small, large):
         restored, weight = torch.from_numpy(decoded[name]).double(), tensors[name].double()
         assert np.array_equal(decoded[name], model.quantized[name].dequantize())
-        assert float((restored - weight).norm() / weight.norm()) < 0.5, name
+        assert float((restored - weight).norm() / weight.norm()) < 0.75, name  # zeros would be 1
