@@ -16,6 +16,7 @@ from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, complete_config, re
 from pgolf_post.errors import MismatchError, NotFoundError
 from trainer.architecture import GraphState
 from trainer.averages import Averages
+from trainer.config import Recipe
 from trainer.state import RunState
 
 
@@ -26,6 +27,7 @@ def restore(state: RunState, path: Path) -> None:
     """
     checkpoint = Checkpoint.open(path)
     require_resumable(checkpoint, state.config())
+    require_same_steps(checkpoint, state.recipe)
     # Tensors: weights, averages, moments.
     state.model.load_state_dict(dict(checkpoint.load("raw").tensors))
     _restore_views(state.averages, checkpoint)
@@ -48,6 +50,31 @@ def require_resumable(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None
         raise MismatchError(
             f"{checkpoint.path} cannot be resumed with this recipe: {_differences(theirs, config)}",
             hint="give the recipe that it was trained with, --set included; other data is a run of its own",
+        )
+
+
+STEP_KEYS = ("seq_len", "batch_tokens")  # of the table data: what a step reads
+
+
+def require_same_steps(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise MismatchError if a step reads other tokens than the steps behind the checkpoint did.
+
+    The position in the text and the tokens seen are counted in steps of one size; by other steps, both would be wrong.
+    """
+    there = (checkpoint.meta.get("recipe") or {}).get("data", {})
+    ours = {f"data.{key}": getattr(recipe.data, key) for key in STEP_KEYS}
+    theirs = {f"data.{key}": there.get(key, ours[f"data.{key}"]) for key in STEP_KEYS}
+    step = int(checkpoint.meta["step"])
+    if "batch_tokens" not in there and step:
+        theirs["data.batch_tokens"] = int(checkpoint.meta.get("tokens_seen", step * recipe.data.batch_tokens)) // step
+    wrong = [key for key in ours if ours[key] != theirs[key]]
+    if wrong and step:
+        values = ", ".join(f"{key} is {theirs[key]:,} there, {ours[key]:,} here" for key in wrong)
+        raise MismatchError(
+            f"{checkpoint.path} cannot be resumed with this recipe: {values}; its {step:,} steps would stand for "
+            "another position in the text and other tokens seen",
+            hint=" ".join(["resume it with", *(f"--set {key}={theirs[key]}" for key in wrong)])
+            + "; other steps are a run of their own",
         )
 
 

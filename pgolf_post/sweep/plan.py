@@ -42,6 +42,8 @@ from pgolf_post.sweep.run import Sweep
 from pgolf_post.sweep.settings import SweepSpec, TrialSettings
 from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.state import State
+from pgolf_post.sweep.training import run_name
+from pgolf_post.sweep.training_price import TrainingPrice, training_price
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
 PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/results/codecs.md)
@@ -63,13 +65,15 @@ class PlanRow:
     seconds: float | None
     peak_bytes: int | None
     problem: str = ""
+    note: str = ""  # what the seconds are of, or why they are not known
 
     def facts(self) -> dict[str, Any]:
         """The row as JSON."""
         trial = self.listed.trial
         named = {"id": self.listed.id, "name": trial.name, "role": trial.role, "changes": dict(trial.changes)}
         estimates = {"predicted_bytes": self.predicted_bytes, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
-        return {**named, "done": self.done, "cached": list(self.cached), **estimates, "problem": self.problem}
+        there = {"done": self.done, "cached": list(self.cached)}
+        return {**named, **there, **estimates, "problem": self.problem, "note": self.note}
 
 
 def plan_rows(sweep: Sweep) -> list[PlanRow]:
@@ -88,10 +92,14 @@ def plan_rows(sweep: Sweep) -> list[PlanRow]:
 
 def show_plan(rows: list[PlanRow], state: State, title: str) -> float:
     """Print the plan as a table; returns the seconds that are known of trials to do."""
-    header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "problem")
+    header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "remarks")
     print_table(f"{title}: {state.spec.question}", header, [_cells(row) for row in rows])
     seconds = sum(row.seconds for row in rows if row.seconds is not None and not row.done)
-    say(f"{len(state.open)} of {len(rows)} trials to do, about {seconds:.0f} s on one worker")
+    unknown = [row for row in rows if row.seconds is None and not row.done and not row.problem]
+    partly = [row for row in rows if row.listed.trial.settings.train and row not in unknown and not row.done]
+    told = f", and {len(unknown)} trials of unknown length" if unknown else ""
+    told += f"; of {len(partly)} trials the training alone is counted" if partly else ""
+    say(f"{len(state.open)} of {len(rows)} trials to do, about {seconds:.0f} s on one worker{told}")
     return seconds
 
 
@@ -99,16 +107,16 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     there = "done" if row.done else ", ".join(row.cached)
     numbers = (
         f"{row.predicted_bytes:,}" if row.predicted_bytes is not None else "",
-        f"{row.seconds:.1f}" if row.seconds is not None else "",
+        f"{row.seconds:.1f}" if row.seconds is not None else "" if row.problem else "unknown",
         f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "",
     )
-    return (row.listed.trial.name, there, *numbers, row.problem)
+    return (row.listed.trial.name, there, *numbers, row.problem or row.note)
 
 
 def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float], collected: set[str]) -> PlanRow:
     trial, done, settings = listed.trial, listed.id in state.rows, listed.trial.settings
     if settings.train:
-        return PlanRow(listed, done, (), None, settings.train.seconds, None)
+        return _training_row(sweep, listed, done, collected)
     view = sweep.bench.weights.view(settings)
     cached = _cached(sweep, state.spec, trial, view)
     predicted = predicted_bytes(state.spec, settings, view) if settings.quantize else None
@@ -118,6 +126,21 @@ def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float
     if settings.quantize:
         collected.add(wanted)
     return PlanRow(listed, done, cached, predicted, seconds, peak_bytes(view, settings))
+
+
+def _training_row(sweep: Sweep, listed: Listed, done: bool, begun: set[str]) -> PlanRow:
+    """Return a trial that trains first, at the price of its training; later stages need the weights to be priced."""
+    stage = listed.trial.settings.train
+    assert stage is not None
+    name = run_name(stage)
+    price = TrainingPrice(0.0, "an earlier trial of the list trains it")
+    if name not in begun:
+        runs = sweep.ledger.rows("run")
+        price = training_price(stage, sweep.options.places.root, runs, sweep.provenance.device)
+    begun.add(name)
+    cached = ("run",) if price.seconds == 0 else ()
+    seconds = 0.0 if done else price.seconds
+    return PlanRow(listed, done, cached, None, seconds, None, note=f"training alone: {price.told_by}")
 
 
 def _cached(sweep: Sweep, spec: SweepSpec, trial: Trial, view: View) -> tuple[str, ...]:

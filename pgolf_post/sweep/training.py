@@ -40,17 +40,28 @@ def run_id(stage: TrainStage) -> str:
     return derived_id("train", TRAIN_VERSION, [], {**tree, "run": run})
 
 
+def run_name(stage: TrainStage) -> str:
+    """Return the name of a training's run."""
+    return f"sweep_{run_id(stage)[:12]}"
+
+
+def find_trained(stage: TrainStage, root: Path) -> Checkpoint | None:
+    """Return the final checkpoint of a training under `root`, None where it is not there."""
+    saved = [c for c in list_checkpoints(root) if c.path.parent.name == run_name(stage)]
+    final = [c for c in saved if "final" in str(c.meta.get("phase", "")).split("+")]
+    return final[-1] if final else None
+
+
 def trained(stage: TrainStage, root: Path, scratch: Path) -> Checkpoint:
     """Return the final checkpoint of a training run under `root`: found, continued, or trained from the start.
 
     Raises PgolfError with the trainer's last lines if it fails.
     """
-    name = f"sweep_{run_id(stage)[:12]}"
+    name = run_name(stage)
+    if (final := find_trained(stage, root)) is not None:
+        say(f"{final.path}: trained already")
+        return final
     saved = [c for c in list_checkpoints(root) if c.path.parent.name == name]
-    final = [c for c in saved if "final" in str(c.meta.get("phase", "")).split("+")]
-    if final:
-        say(f"{final[-1].path}: trained already")
-        return final[-1]
     recipe = scratch / f"{name}.toml"
     scratch.mkdir(parents=True, exist_ok=True)
     recipe.write_text(_as_toml(recipe_tree(stage)), encoding="utf-8")

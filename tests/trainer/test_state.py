@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError
 from tests.conftest import pico_recipe
 from trainer.background import BackgroundWriter
 from trainer.loop import Trainer
 from trainer.reserve import Reserve
+from trainer.resuming import require_same_steps
 from trainer.saving import save
 from trainer.state import RunState
 
@@ -104,3 +106,48 @@ def test_a_new_field_of_the_state_is_thought_of_here() -> None:
     numbers = {"step", "train_seconds", "snapshot_step", "reserve", "phases", "periodic", "waits", "phase_times"}
     of_the_process = {"clock", "earlier_wall_seconds", "provenance", "parent"}
     assert {each.name for each in fields(RunState)} == fixed | tensors | numbers | of_the_process
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"batch_tokens": 2}, r"data.batch_tokens is \d+ there, \d+ here; its 3 steps"),
+        ({"seq_len": 2}, r"data.seq_len is \d+ there, \d+ here"),
+    ],
+)
+def test_steps_of_another_size_are_refused_by_name(
+    tmp_path: Path, pico_data: DataFolder, data: dict[str, int], message: str
+) -> None:
+    """Position and tokens seen are counted in steps; factors of the recipe's own sizes are given."""
+    trainer = Trainer(pico_recipe(pico_data, tmp_path))
+    advance(trainer, 3)
+    with BackgroundWriter(0) as writer:
+        path = save(trainer.state, writer, "by_hand")
+    own = trainer.recipe.data
+    smaller = {key: getattr(own, key) // factor for key, factor in data.items()}
+    other = Trainer(pico_recipe(pico_data, tmp_path, data=smaller, run={"name": "other"}))
+    with pytest.raises(MismatchError, match=message) as refused:
+        require_same_steps(Checkpoint.open(path), other.recipe)
+    (key,) = data
+    assert f"--set data.{key}={getattr(own, key)}" in str(refused.value.hint)
+    with pytest.raises(MismatchError):
+        other.resume(path)
+    assert other.state.step == 0
+
+    # micro-batches are a matter of memory: the same tokens, the same position
+    halved = Trainer(pico_recipe(pico_data, tmp_path, data={"micro_batch_tokens": own.seq_len}, run={"name": "halved"}))
+    halved.resume(path)
+    assert halved.state.facts()["tokens_seen"] == 3 * own.batch_tokens
+
+
+def test_a_checkpoint_without_a_recipe_tells_its_steps_by_its_tokens(tmp_path: Path, pico_data: DataFolder) -> None:
+    trainer = Trainer(pico_recipe(pico_data, tmp_path))
+    advance(trainer, 2)
+    with BackgroundWriter(0) as writer:
+        path = save(trainer.state, writer, "by_hand")
+    checkpoint = Checkpoint.open(path)
+    del checkpoint.meta["recipe"]
+    require_same_steps(checkpoint, trainer.recipe)
+    checkpoint.meta["tokens_seen"] *= 2
+    with pytest.raises(MismatchError, match=r"data\.batch_tokens is"):
+        require_same_steps(checkpoint, trainer.recipe)
