@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-OWN_FAMILY = "write the architecture as a family of your own: docs/howto/families.md"
+OWN_FAMILY = (
+    "leave tensors that are no weights out of the file; another architecture is written as a family of your own: "
+    "docs/howto/families.md"
+)
 PARTS = {  # a tensor's name: what it belongs to; the first that fits
     r"shared_blocks?\.": "weights shared between layers (one block visited by several, as in universal transformers)",
     (
