@@ -33,34 +33,57 @@ def command(
     pgolf-post pack-code train_gpt.py --beside artifact.pgolf --beside tokens.bin -- artifact.pgolf tokens.bin
 
     With --beside, script and packed script are run with ARGUMENTS, each in an empty folder beside those files, and must
-    print the same: exit code 4 if not.
+    print the same: exit code 4 if not. Without it, the packed script is run up to its payload, which is compiled only.
+    A script whose source is read while it runs (@triton.jit, torch.jit.script, inspect) keeps it readable.
     """
     from pgolf_post.base.storage import atomic_file
-    from pgolf_post.errors import NotFoundError
-    from pgolf_post.pack.script import MINIFIER_MISSING, check_same_output, local_imports, pack_source, read_script
+    from pgolf_post.errors import NotFoundError, SettingsError
+    from pgolf_post.pack.payload import read_script
+    from pgolf_post.pack.script import (
+        MINIFIER_MISSING,
+        check_same_output,
+        check_unpacks,
+        has_minifier,
+        local_imports,
+        pack_source,
+    )
 
     source = read_script(script)
     packed = pack_source(source)
     for path in beside:
         if not path.is_file():
             raise NotFoundError(f"no such file: {path}")
-    output = check_same_output(source, packed.data, beside, arguments) if beside else None
+    check_unpacks(packed)
+    output = check_same_output(script.read_bytes(), packed.data, beside, arguments) if beside else None
     out = out or script.with_suffix(".packed.py")
     with atomic_file(out) as temporary:
         temporary.write_bytes(packed.data)
-    rows = [(str(script), f"{len(source.encode()):,}"), (f"{out}  ({packed.codec})", f"{len(packed.data):,}")]
+    rows = [(str(script), f"{script.stat().st_size:,}"), (f"{out}  ({packed.codec})", f"{len(packed.data):,}")]
     print_table("Code", ("file", "bytes"), rows)
-    if not packed.minified:
+    if packed.reader:
+        say(f"{packed.reader} reads the script's source, which is kept readable: {packed.keeping_bytes:+,} bytes")
+    if not has_minifier():
         say(MINIFIER_MISSING)
-    for path in local_imports(script):
-        say(f"{script} imports {path}, which is part of the submission and not in the packed file")
+    try:
+        for path in local_imports(script):
+            say(f"{script} imports {path}, which is part of the submission and not in the packed file")
+    except SettingsError as error:  # the packed file is whole; what else belongs to the submission is not known
+        say(f"what else belongs to the submission is not known: {error}")
     if output is not None:
         say(f"run in an empty folder: both print {output.strip()[:200]!r}")
     if as_json:
         answer = {
             "script": str(script),
             "out": str(out),
-            "source_bytes": len(source.encode()),
+            "source_bytes": script.stat().st_size,
             "minified": packed.minified,
         }
-        print_json({**answer, "code_bytes": len(packed.data), "codec": packed.codec, "checked": output is not None})
+        print_json(
+            {
+                **answer,
+                "code_bytes": len(packed.data),
+                "codec": packed.codec,
+                "keeping_bytes": packed.keeping_bytes,
+                "checked": output is not None,
+            }
+        )

@@ -9,13 +9,14 @@ that is over.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf_post.errors import NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.artifact import ArtifactFacts
-from pgolf_post.pack.script import local_imports, pack_source, read_script
+from pgolf_post.pack.payload import read_script
+from pgolf_post.pack.script import local_imports, pack_source
 
 BUDGET_BYTES = 16_000_000
 SKIPPED_FOLDERS = {"__pycache__"}  # written by Python while it runs, not part of a submission
@@ -151,24 +152,18 @@ def _identity(path: Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100 (Path.resolve follows links)
 
 
-def _code_files(code: Iterable[Path]) -> Iterator[Path]:
+def _code_files(code: Sequence[Path]) -> Iterator[Path]:
+    """Yield files, all files of folders, and what files import; a folder that is named needs no following."""
+    folders = {_identity(path) for path in code if path.is_dir()}
     for path in code:
         if path.is_dir():
             yield from _files_below(path)
         elif path.is_file():
             yield path
-            yield from _imports(path)
+            if path.suffix == ".py" and _identity(path.parent) not in folders:
+                yield from local_imports(path)
         else:
             raise NotFoundError(f"no such code file: {path}; a missing file is never counted as 0 bytes")
-
-
-def _imports(path: Path) -> list[Path]:
-    if path.suffix != ".py":
-        return []
-    try:
-        return local_imports(path)
-    except SettingsError:  # not text: nothing to follow
-        return []
 
 
 def _files_below(folder: Path) -> list[Path]:
