@@ -72,9 +72,10 @@ def build_command(
 ) -> None:
     """Turn documents into a data folder: train a tokenizer, tokenize, write shards and manifest.
 
-    INPUT is text files (one document each), .jsonl or .jsonl.zst (one {"text": ...} a line, optionally with "source"
-    and "path"). A document goes to the validation split by the hash of its source and path, or of its text. Tokenizers
-    trained here lose nothing: any UTF-8 text decodes to itself.
+    INPUT is text files (one document each), JSON lines (one {"text": ...} a line, optionally with "source" and "path")
+    or JSON arrays of such objects, plain or compressed (gzip, xz, bzip2, zstd). A document goes to the validation
+    split by the hash of its source and path, or of its text. Tokenizers trained here lose nothing: any UTF-8 text
+    decodes to itself.
 
     \b
     pgolf-post data build --stdlib

@@ -6,7 +6,9 @@ challenge's own download script.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pgolf_post.base.progress import say
 from pgolf_post.base.storage import atomic_file, atomic_folder, sha256_file, write_json
 from pgolf_post.data.counts import count_split, sidecar_bytes
 from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME, DataFolder
+from pgolf_post.data.repeats import hashes_of_shards, say_repeats
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID, ByteTable, load_tokenizer
 from pgolf_post.errors import MismatchError, NotFoundError
@@ -34,10 +37,11 @@ class ShardNames:
 def adopt(shard_folder: Path, tokenizer: Path, out: Path, name: str) -> DataFolder:
     """Make the data folder `out` over the shards of `shard_folder`: hard links where the disk allows, else copies.
 
-    Raises NotFoundError if there are no validation shards, MismatchError for token ids that the tokenizer lacks,
-    PgolfError if `out` exists.
+    Raises NotFoundError if there are no validation shards, MismatchError for equal shards or token ids that the
+    tokenizer lacks, PgolfError if `out` exists.
     """
     shards = find_shards(shard_folder)
+    refuse_equal_shards(shard_folder, [*shards.train, *shards.val])
     with atomic_folder(out) as building:
         shutil.copyfile(tokenizer, building / TOKENIZER_NAME)
         for file_name in [*shards.train, *shards.val, *shards.val_bytes]:
@@ -54,6 +58,18 @@ def find_shards(folder: Path) -> ShardNames:
     if not val:
         raise NotFoundError(f"{folder} has no fineweb_val_*.bin", hint="pgolf-post data download")
     return ShardNames([name for name in names if name.startswith("fineweb_train_")], val, sidecars)
+
+
+def refuse_equal_shards(folder: Path, names: Sequence[str]) -> None:
+    """Raise MismatchError for two shards with the same tokens: a copy is not more text."""
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(hashlib.sha256(read_shard(folder / name).tobytes()).hexdigest(), name)
+        if first != name:
+            raise MismatchError(
+                f"{folder}: {name} has the same tokens as {first}: its text would count twice",
+                hint=f"mv {shlex.quote(str(folder / name))} {shlex.quote(str(folder / name) + '.copy')}",
+            )
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
@@ -79,7 +95,9 @@ def write_manifest(folder: Path, name: str, shards: ShardNames, source: dict[str
         "train": _split_entry(folder, shards.train, [], table),
         "val": _split_entry(folder, shards.val, shards.val_bytes, table),
     }
-    source = {**source, "val_bytes_from": "byte sidecar" if shards.val_bytes else "byte table"}
+    train_paths, val_paths = ([folder / name for name in names] for names in (shards.train, shards.val))
+    repeated = say_repeats(hashes_of_shards(train_paths), hashes_of_shards(val_paths))
+    source = {**source, **repeated, "val_bytes_from": "byte sidecar" if shards.val_bytes else "byte table"}
     with atomic_file(folder / MANIFEST_NAME) as temporary:
         head = {"format_version": FORMAT_VERSION, "name": name}
         write_json(temporary, {**head, "tokenizer": described, "splits": splits, "source": source})

@@ -16,6 +16,7 @@ from pgolf_post.data.corpus import Corpus
 from pgolf_post.data.documents import Document
 from pgolf_post.data.encode import Encoder
 from pgolf_post.data.folder import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME, DataFolder
+from pgolf_post.data.repeats import hashes_of_texts, say_repeats
 from pgolf_post.data.settings import MAX_VOCAB_SIZE, BuildSettings
 from pgolf_post.data.tokenizer import load_tokenizer
 from pgolf_post.data.train_tokenizer import train_tokenizer
@@ -40,6 +41,7 @@ def build(
     """
     refuse_destination(out, force)
     corpus = Corpus.split(documents, val_documents, settings.val_fraction)
+    say_repeats(hashes_of_texts(corpus.train), hashes_of_texts(corpus.val))
     with atomic_folder(out, replace=force) as folder:
         model_path = folder / TOKENIZER_NAME
         model_path.write_bytes(_model_bytes(corpus, settings, tokenizer_path))

@@ -1,22 +1,25 @@
 """Documents: the units of a corpus. Each opens with BOS, and none is in both training and validation.
 
-A corpus is any mix of text files (one document each), `.jsonl` and `.jsonl.zst` (one JSON object a line, with "text"
-and optionally "source" and "path"). Files are streamed. A document's `key` is its identity: its source and path where
-they are given, else the sha256 of its text. The same key always falls on the same side of the split.
+A corpus is any mix of text files (one document each), JSON lines (one object a line, with "text" and optionally
+"source" and "path") and JSON arrays of such objects, plain or compressed; content decides. Lines are streamed.
+A document's `key` is its identity: its source and path where they are given, else the sha256 of its text. The same key
+always falls on the same side of the split.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.data.streams import read_chunks
 from pgolf_post.errors import DamagedFileError, NotFoundError
 
-READ_BYTES = 1 << 20
+LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,83 @@ def text_key(text: str) -> str:
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
-    """Stream the documents of text, .jsonl and .jsonl.zst files, in order. Raises NotFoundError, DamagedFileError."""
+    """Stream the documents of text and JSON files, in order. Raises NotFoundError, DamagedFileError."""
     for path in paths:
         if path.is_dir():
             raise NotFoundError(f"{path} is a folder, expected a file", hint=f"name its files: {path}/*.txt")
         if not path.is_file():
             raise NotFoundError(f"no such file: {path}", hint="pgolf-post data build --help")
-        if path.name.endswith((".jsonl", ".jsonl.zst")):
-            yield from _jsonl_documents(path)
-        else:
-            yield _text_document(path)
+        yield from _file_documents(path)
 
 
-def _text_document(path: Path) -> Document:
-    """Return a whole file as one document, with the newlines that are on disk."""
-    text = _decode(path.read_bytes(), str(path))
-    return Document(text_key(text), text)
+def _file_documents(path: Path) -> Iterator[Document]:
+    """Yield a file's documents: by line, of an array, or the whole file."""
+    lines = _lines(path)
+    head = next((line for line in lines if line.strip()), b"")
+    lines.close()
+    name = path.name.lower()
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield from _text_documents(path, _decode_utf16(path))
+    elif any(f"{suffix}." in f"{name}." for suffix in LINE_SUFFIXES) or _is_record(head):
+        yield from _jsonl_documents(path)
+    else:
+        yield from _text_documents(path, _decode(b"".join(read_chunks(path)), str(path)))
+
+
+def _is_record(line: bytes) -> bool:
+    """Return whether a line is a JSON object with "text", whatever the file is called."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "text" in record
+
+
+def _decode_utf16(path: Path) -> str:
+    try:
+        return b"".join(read_chunks(path)).decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{path}: not UTF-16 text: {error.reason} at offset {error.start}") from None
+
+
+def _text_documents(path: Path, text: str) -> Iterator[Document]:
+    """Yield a text whole as one document, with the newlines that are on disk; of a JSON file, its records."""
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        raise DamagedFileError(
+            f"{path} is a binary file: it has a null byte at character {text.index(chr(0))}",
+            hint='write its documents as .jsonl, one {"text": …} a line',
+        )
+    name = path.name.lower()
+    if any(f"{suffix}." in f"{name}." for suffix in LINE_SUFFIXES):
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield _parse_line(line.encode("utf-8"), f"{path} line {number}")
+    elif ".json." in f"{name}." or (text.lstrip()[:1] == "[" and _is_array(text)):
+        yield from _array_documents(path, text)
+    elif text:
+        yield Document(text_key(text), text)
+
+
+def _is_array(text: str) -> bool:
+    """Return whether a text is a JSON array of objects with "text"."""
+    try:
+        records = json.loads(text)
+    except ValueError:
+        return False
+    return bool(records) and all(isinstance(record, dict) and "text" in record for record in records)
+
+
+def _array_documents(path: Path, text: str) -> Iterator[Document]:
+    """Yield the documents of a JSON array. Raises DamagedFileError for any other JSON."""
+    try:
+        records = json.loads(text)
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(records, list):
+        raise DamagedFileError(f'{path}: a {type(records).__name__}, expected a list of objects with "text"')
+    for number, record in enumerate(records, start=1):
+        yield _record_document(record, f"{path} record {number}")
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -58,16 +122,16 @@ def _decode(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise DamagedFileError(
             f"{where}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason})",
-            hint="convert it first, for example: iconv -f LATIN1 -t UTF-8 FILE",
+            hint="find its encoding (file -i FILE), then convert it: iconv -f ENCODING -t UTF-8 FILE > FILE.utf8",
         ) from None
 
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
     """Yield one document per non-blank line."""
-    lines = _zstd_lines(path) if path.name.endswith(".zst") else _plain_lines(path)
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _parse_line(line, f"{path} line {number}")
+    for number, line in enumerate(_lines(path), start=1):
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if text.strip():
+            yield _parse_line(text, f"{path} line {number}")
 
 
 def _parse_line(line: bytes, where: str) -> Document:
@@ -76,6 +140,11 @@ def _parse_line(line: bytes, where: str) -> Document:
         record = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
         raise DamagedFileError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    return _record_document(record, where)
+
+
+def _record_document(record: Any, where: str) -> Document:
+    """Return one record's document. Raises DamagedFileError if it is no object with "text"."""
     if not isinstance(record, dict):
         raise DamagedFileError(f'{where}: a {type(record).__name__}, expected a JSON object with "text"')
     text = record.get("text")
@@ -104,36 +173,14 @@ def _record_key(record: dict[str, Any], text: str) -> str:
     return json.dumps([record.get("source"), record["path"]], sort_keys=True)
 
 
-def _plain_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from file
-
-
-def _zstd_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a zstd file."""
-    pending = b""
-    for chunk in _zstd_chunks(path):
-        *lines, pending = (pending + chunk).split(b"\n")
-        yield from lines
-    if pending:
-        yield pending
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Yield decompressed pieces across all frames. Raises DamagedFileError for a corrupt or incomplete frame."""
-    import zstandard
-
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    started = False
-    with path.open("rb") as file:
-        while data := file.read(READ_BYTES):
-            while data:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise DamagedFileError(f"{path}: not readable as zstd: {error}") from None
-                started, data = True, frame.unused_data
-    if started and not frame.eof:
-        raise DamagedFileError(f"{path}: the last zstd frame is cut off; the file is incomplete")
+def _lines(path: Path) -> Generator[bytes, None, None]:
+    """Yield the lines of a file, decompressed."""
+    pending: list[bytes] = []
+    for chunk in read_chunks(path):
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join([*pending, line])
+            pending = []
+        pending.append(rest)
+    if any(pending):
+        yield b"".join(pending)
