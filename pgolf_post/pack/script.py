@@ -154,12 +154,12 @@ def check_unpacks(packed: PackedScript) -> None:
         )
 
 
-def local_imports(script: Path) -> list[Path]:
+def local_imports(script: Path, counted: Iterable[Path] = ()) -> list[Path]:
     """Return the files that a script imports, directly or not, from its own folder: they are part of the submission.
 
     Payloads of wrappers are read without running them. Followed are import statements, imports by a constant name, and
     names of Python files beside the script. Raises SettingsError if a part cannot be read and files beside the script
-    are not yet counted: they may be what it imports.
+    are neither imported nor in `counted`: they may be what it imports.
     """
     folder, imported, todo, opaque = script.parent, {script}, [script], []
     while todo:
@@ -176,7 +176,7 @@ def local_imports(script: Path) -> list[Path]:
             if candidate not in imported:
                 imported.add(candidate)
                 todo.append(candidate)
-    if opaque and (missed := _python_beside(folder, imported)):
+    if opaque and (missed := _python_beside(folder, {*imported, *counted})):
         raise SettingsError(
             f"what {script} imports cannot be followed, and {missed[0].name} lies beside it: {'; '.join(opaque)}",
             hint="put the submission's files into a folder of their own and count them all: --code FOLDER",
@@ -187,7 +187,8 @@ def local_imports(script: Path) -> list[Path]:
 def _python_beside(folder: Path, counted: Iterable[Path]) -> list[Path]:
     """Return Python files beside a script, or in packages there, that are not counted."""
     beside = [*folder.glob("*.py"), *folder.glob("*/*.py"), *folder.glob("*.so"), *folder.glob("*.pyc")]
-    return sorted(path for path in set(beside) - set(counted) if path.is_file())
+    known = {path.absolute() for path in counted}
+    return sorted(path for path in set(beside) if path.is_file() and path.absolute() not in known)
 
 
 def _local_files(found: Sequence[Layer], path: Path, folder: Path) -> Iterable[Path]:

@@ -153,15 +153,15 @@ def _identity(path: Path) -> str:
 
 
 def _code_files(code: Sequence[Path]) -> Iterator[Path]:
-    """Yield files, all files of folders, and what files import; a folder that is named needs no following."""
-    folders = {_identity(path) for path in code if path.is_dir()}
+    """Yield files, all files of folders, and what files import."""
+    named = [file for path in code for file in (_files_below(path) if path.is_dir() else [path])]
     for path in code:
         if path.is_dir():
             yield from _files_below(path)
         elif path.is_file():
             yield path
-            if path.suffix == ".py" and _identity(path.parent) not in folders:
-                yield from local_imports(path)
+            if path.suffix == ".py":
+                yield from local_imports(path, named)
         else:
             raise NotFoundError(f"no such code file: {path}; a missing file is never counted as 0 bytes")
 
