@@ -19,7 +19,7 @@ ANNOTATION_READERS = ("get_type_hints", "__annotations__", "custom_op", "triton_
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a script reads of itself; `kernels` and `text` name the first reader of each kind."""
+    """Readers of a script's own source; `kernels` and `text` name the first reader of each kind."""
 
     kernels: str = ""
     text: str = ""

@@ -1,4 +1,4 @@
-"""What a corpus file is, its content says: compressed streams are read, containers refused with a command."""
+"""Corpus files are what their content says: compressed streams are read, containers refused with a command."""
 
 from __future__ import annotations
 
