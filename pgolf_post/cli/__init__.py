@@ -8,38 +8,55 @@ modules import no torch either: a command's own `--help` does not wait for it, i
 from __future__ import annotations
 
 import importlib
+from difflib import get_close_matches
 
 import click
 
 from pgolf_post.base.command_line import run_command
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    # name: (module in pgolf_post.cli, one-line help), in pipeline order
-    "demo": ("demo", "The whole pipeline on this machine: data, training, requant, blend, one table."),
-    "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
-    "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
-    "checkpoint": ("checkpoint", "Verify or list checkpoints."),
-    "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
-    "export": ("exporter", "A checkpoint → a public script's state dict."),
-    "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
-    "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
-    "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
-    "prune": ("prune", "Zero the weights that matter least; bytes and bpb before and after."),
-    "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
-    "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
-    "fit": ("fit", "The lowest loss at a given number of bytes: solves for every step size."),
-    "repack": ("repack", "A public script's compressed artifact → ours, the same weights in fewer bytes."),
-    "attribute": ("attribute", "Which tensors lose the most by being quantized: bpb and bytes of each group."),
-    "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
-    "pack-code": ("pack_code", "A script → the self-extracting file that the convention counts."),
-    "export-decoder": ("export_decoder", "The decoder as a snippet for your own single-file script."),
-    "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
-    "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
-    "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
-    "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
-    "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
-    "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    # stage: name: (module in pgolf_post.cli, one-line help), in pipeline order
+    "Start": {
+        "demo": ("demo", "The whole pipeline on this machine, ending in four quantizers at one byte count."),
+        "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
+        "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
+        "completion": ("completion", "Print the script that completes commands and options in bash, zsh or fish."),
+    },
+    "Checkpoints": {
+        "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
+        "export": ("exporter", "A checkpoint → a public script's state dict."),
+        "checkpoint": ("checkpoint", "Verify or list checkpoints."),
+    },
+    "Average": {
+        "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
+        "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
+    },
+    "Calibrate and quantize": {
+        "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
+        "prune": ("prune", "Zero the weights that matter least; bytes and bpb before and after."),
+        "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
+        "fit": ("fit", "The lowest loss at a given number of bytes: solves for every step size."),
+        "attribute": ("attribute", "Which tensors lose the most by being quantized: bpb and bytes of each group."),
+        "repack": ("repack", "A public script's compressed artifact → ours, the same weights in fewer bytes."),
+    },
+    "Bytes": {
+        "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
+        "pack-code": ("pack_code", "A script → the self-extracting file that the convention counts."),
+        "export-decoder": ("export_decoder", "The decoder as a snippet for your own single-file script."),
+        "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
+    },
+    "Score": {
+        "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
+        "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
+        "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
+    },
+    "Experiments and results": {
+        "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
+        "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
+        "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
+    },
 }
+COMMANDS = {name: row for section in SECTIONS.values() for name, row in section.items()}
 
 
 class LazyGroup(click.Group):
@@ -55,9 +72,20 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the named command. Raises UsageError with the names that come nearest to one that does not exist."""
+        if not args[0].startswith("-") and args[0] not in COMMANDS and not ctx.resilient_parsing:
+            near = get_close_matches(args[0], COMMANDS)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"See {ctx.command_path} --help."
+            raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands, in pipeline order"):
-            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+        for stage, commands in SECTIONS.items():
+            with formatter.section(stage):
+                formatter.write_dl([(name, help_line) for name, (_, help_line) in commands.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

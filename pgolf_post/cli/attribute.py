@@ -21,6 +21,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    quiet_option,
     settings_options,
     threads_option,
     weights_option,
@@ -55,6 +56,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 @allow_stale_option
 @fresh_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from pgolf_post.base.progress import print_json, print_table
-from pgolf_post.cli.common import checkpoint_argument, data_option, json_option, threads_option, weights_option
+from pgolf_post.cli.common import (
+    checkpoint_argument,
+    data_option,
+    json_option,
+    quiet_option,
+    threads_option,
+    weights_option,
+)
 from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
 
 
@@ -43,6 +50,7 @@ from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
     help="Seed by which the changed tokens are drawn.",
 )
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pgolf_post.base.progress import print_json, print_table, progress_bar, say
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 
 if TYPE_CHECKING:
     from pgolf_post.cache import CacheEntry
@@ -48,6 +48,7 @@ def list_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
 @root_option
 @stage_option
 @threads_option
+@quiet_option
 @json_option
 def verify_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
     """Recompute every checksum. Exit code 4 if one is not as recorded; such a result is never used."""

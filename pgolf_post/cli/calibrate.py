@@ -21,6 +21,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    quiet_option,
     settings_options,
     stats_folder,
     threads_option,
@@ -47,6 +48,7 @@ SHORT_FLAGS = {field: f"--{flag.removeprefix('--calibration-')} {flag}" for fiel
 @fresh_option
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -15,6 +15,7 @@ from pgolf_post.cli.common import (
     find_checkpoint,
     find_data,
     json_option,
+    quiet_option,
     threads_option,
 )
 from pgolf_post.errors import VerificationError
@@ -32,6 +33,7 @@ def command() -> None:
 @checkpoint_argument
 @data_option
 @threads_option
+@quiet_option
 @json_option
 def verify_command(checkpoint: Path | None, data_dir: Path | None, as_json: bool) -> None:
     """Check CHECKPOINT's tensors against their ids and recompute the metric it records, to 1e-5 nats per token.

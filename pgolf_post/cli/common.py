@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from pgolf_post.base.progress import say
+from pgolf_post.base.progress import say, tables_alone
 from pgolf_post.base.threads import use_threads
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.settings import Settings, parse_settings
@@ -50,6 +50,14 @@ threads_option = click.option(
     is_eager=True,
     callback=lambda _context, _option, count: use_threads(count) if count else None,
     help="Threads to compute with.  [default: the CPUs that this process may use]",
+)
+quiet_option = click.option(
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda context, _option, quiet: context.with_resource(tables_alone()) if quiet else None,
+    help="Print tables and errors alone: no progress, no remarks.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 

@@ -12,7 +12,7 @@ import numpy as np
 from click.core import ParameterSource
 
 from pgolf_post.base.progress import print_json, print_table, say
-from pgolf_post.cli.common import data_option, dollars_option, json_option, split_view, threads_option
+from pgolf_post.cli.common import data_option, dollars_option, json_option, quiet_option, split_view, threads_option
 from pgolf_post.cli.scoring import Opened, open_scored, parse_protocol, protocol_options
 from pgolf_post.errors import MismatchError
 
@@ -65,6 +65,7 @@ IDLE = {  # way of comparing → options that it does not read
 @click.option("--compile", "compiled", is_flag=True, help="Compile one model for both with torch.compile; not for ttt.")
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(candidate: str, control: str, dollars_per_hour: float | None, as_json: bool, **options: Any) -> None:
     """Measure the bits per byte of CANDIDATE less those of CONTROL; negative is better.

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pgolf_post.base.progress import print_json, progress_bar
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 
 
 @click.command("compress")
@@ -17,6 +17,7 @@ from pgolf_post.cli.common import json_option, threads_option
     "--codecs", "names", default="all", show_default=True, help="Codecs to measure, with commas between them, or all."
 )
 @threads_option
+@quiet_option
 @json_option
 def command(artifact: Path, names: str, as_json: bool) -> None:
     """Pack the model of ARTIFACT again by every codec: bytes, bits/weight, seconds, bytes by role, gap to the entropy.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.base.progress import print_json, print_table, say
-from pgolf_post.cli.common import given_settings, json_option, settings_options
+from pgolf_post.cli.common import given_settings, json_option, quiet_option, settings_options
 from pgolf_post.data.settings import BuildSettings, DownloadSettings
 from pgolf_post.errors import VerificationError
 
@@ -58,6 +58,7 @@ def command() -> None:
 @click.option("--name", help="Name in the manifest.  [default: stdlib, or the first INPUT's name]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: data/NAME]")
 @click.option("--force", is_flag=True, help="Replace the data folder at --out.")
+@quiet_option
 @json_option
 def build_command(
     inputs: tuple[Path, ...],
@@ -139,6 +140,7 @@ def _report(folder: DataFolder, seconds: float, as_json: bool) -> None:
 @settings_options(DownloadSettings, DOWNLOAD_FLAGS)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: data/VARIANT]")
 @click.option("--force", is_flag=True, help="Replace the files of another data folder at --out.")
+@quiet_option
 @json_option
 def download_command(out: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Fetch the challenge's published tokens and tokenizer from the Hugging Face hub.
@@ -170,6 +172,7 @@ def download_command(out: Path | None, force: bool, as_json: bool, **options: An
 )
 @click.option("--name", help="Name in the manifest.  [default: SHARD_FOLDER's name]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: data/NAME]")
+@quiet_option
 @json_option
 def adopt_command(shard_folder: Path, tokenizer: Path, name: str | None, out: Path | None, as_json: bool) -> None:
     """Make a data folder over the fineweb_*.bin files that another program left in SHARD_FOLDER.
@@ -193,6 +196,7 @@ def adopt_command(shard_folder: Path, tokenizer: Path, name: str | None, out: Pa
     show_default=True,
     help="Number of documents to decode and compare with the byte table.",
 )
+@quiet_option
 @json_option
 def check_command(path: Path, sample_documents: int, as_json: bool) -> None:
     """Recompute everything that FOLDER's manifest states: checksums, lengths, ids, documents, bytes.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 
 
 @click.command("demo")
@@ -21,6 +21,7 @@ from pgolf_post.cli.common import json_option, threads_option
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the training recipe. Repeatable."
 )
 @threads_option
+@quiet_option
 @json_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → statistics → four quantizers at one byte count. Needs no network and no GPU.

@@ -16,6 +16,7 @@ from pgolf_post.cli.common import (
     find_checkpoint,
     find_data,
     json_option,
+    quiet_option,
     threads_option,
 )
 
@@ -50,6 +51,7 @@ class Numbers(click.ParamType):
 )
 @data_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -15,6 +15,7 @@ from pgolf_post.cli.common import (
     dollars_option,
     fresh_option,
     json_option,
+    quiet_option,
     threads_option,
     weights_option,
 )
@@ -35,6 +36,7 @@ from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
 @fresh_option
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -12,6 +12,7 @@ from pgolf_post.cli.common import (
     find_checkpoint,
     json_option,
     load_view,
+    quiet_option,
     threads_option,
     weights_option,
 )
@@ -24,6 +25,7 @@ from pgolf_post.importers import FORMATS
 @click.option("--format", "form", required=True, type=click.Choice(list(FORMATS)), help="The script's format.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Write to this .pt or .safetensors file.")
 @threads_option
+@quiet_option
 @json_option
 def command(checkpoint: Path | None, weights: str | None, form: str, out: Path, as_json: bool) -> None:
     """Write CHECKPOINT's weights as a bare state dict in a public script's names, every tensor identical."""

@@ -23,6 +23,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    quiet_option,
     settings_options,
     stats_folder,
     threads_option,
@@ -96,6 +97,7 @@ FIT_FLAGS = {
 @fresh_option
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

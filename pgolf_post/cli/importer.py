@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pgolf_post.base.progress import print_json, print_table, say
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 from pgolf_post.settings import apply_override, read_toml
 
 
@@ -56,6 +56,7 @@ from pgolf_post.settings import apply_override, read_toml
     help="Which Hyperparameters block of a log with several that disagree, counted from 1.",
 )
 @threads_option
+@quiet_option
 @json_option
 def command(
     file: Path,

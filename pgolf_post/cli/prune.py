@@ -19,6 +19,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    quiet_option,
     settings_options,
     threads_option,
     weights_option,
@@ -48,6 +49,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 @data_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pgolf_post.base.progress import print_json, print_table, progress_bar, say
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 from pgolf_post.pack.codecs import CHOICES
 
 
@@ -21,6 +21,7 @@ from pgolf_post.pack.codecs import CHOICES
     "--codec", type=click.Choice(CHOICES), default="best", show_default=True, help="The codec of the artifact."
 )
 @threads_option
+@quiet_option
 @json_option
 def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
     """Read FILE, a compressed artifact of a public script, and pack the same weights as ours: bytes before and after.

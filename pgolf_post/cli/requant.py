@@ -24,6 +24,7 @@ from pgolf_post.cli.common import (
     given_settings,
     json_option,
     load_view,
+    quiet_option,
     settings_options,
     stats_folder,
     threads_option,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 @fresh_option
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pgolf_post.base import progress
-from pgolf_post.cli.common import json_option, threads_option
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
 from pgolf_post.cli.foreign_files import kind_of, require_ours
 from pgolf_post.cli.packing import budget_option, code_option
 from pgolf_post.errors import MismatchError
@@ -33,6 +33,7 @@ from pgolf_post.pack.report.tensor_bytes import TensorBytes, role_table, tensor_
 @click.option("--tensors", "by_tensor", is_flag=True, help="List the bytes of every tensor, too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the bytes into this .svg, .png or .pdf file.")
 @threads_option
+@quiet_option
 @json_option
 def command(
     artifact: Path, code: tuple[Path, ...], budget: int, counted: str, by_tensor: bool, plot: Path | None, as_json: bool

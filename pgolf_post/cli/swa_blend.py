@@ -19,6 +19,7 @@ from pgolf_post.cli.common import (
     find_data,
     given_settings,
     json_option,
+    quiet_option,
     settings_options,
     split_view,
     threads_option,
@@ -75,6 +76,7 @@ Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was th
 @data_option
 @dollars_option
 @threads_option
+@quiet_option
 @json_option
 def command(
     checkpoint: Path | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pgolf_post.base.progress import print_json, say
-from pgolf_post.cli.common import data_option, dollars_option, json_option, threads_option
+from pgolf_post.cli.common import data_option, dollars_option, json_option, quiet_option, threads_option
 
 if TYPE_CHECKING:
     from pgolf_post.ledger import Row
@@ -80,6 +80,7 @@ def chosen_options(options: dict[str, Any], **more: Any) -> Options:
 @command.command("plan")
 @sweep_options
 @threads_option
+@quiet_option
 @json_option
 def plan_command(as_json: bool, **options: Any) -> None:
     """List the trials of SPEC: what is there already, bytes, seconds and peak memory, before any work."""
@@ -132,6 +133,7 @@ def plan_command(as_json: bool, **options: Any) -> None:
 )
 @click.option("--plots/--no-plots", default=False, help="Draw figures beside the table (extra `plots`).")
 @threads_option
+@quiet_option
 @json_option
 def run_command(
     engine: str,
