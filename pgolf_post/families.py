@@ -241,8 +241,13 @@ def train_seq_len(config: Mapping[str, Any]) -> int:
 
 def build_module(config: Mapping[str, Any]) -> nn.Module:
     """Return an uninitialised module on the meta device, from a checkpoint's config (family, model, graph)."""
-    with torch.device("meta"):
-        return get_family(config["family"]).build(config["model"], config["graph"])
+    try:
+        with torch.device("meta"):
+            return get_family(config["family"]).build(config["model"], config["graph"])
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it left torch's stack of modes uneven, hence the error
+            raise KeyboardInterrupt from error
+        raise
 
 
 def load_module(

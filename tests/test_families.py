@@ -17,6 +17,7 @@ from pgolf_post import families
 from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.families import build_module, get_family
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_family.py"
 SOURCE = f"{EXAMPLE}:TinyGPTFamily"
@@ -127,3 +128,15 @@ def test_a_file_whose_class_is_no_family_is_refused(tmp_path: Path, code: str, w
 def test_an_unknown_family_names_the_installed_ones() -> None:
     with pytest.raises(SettingsError, match="golf_gpt"):
         families.get_family("tiny_gpt")
+
+
+def test_an_interrupt_amid_torchs_own_bookkeeping_stays_an_interrupt(
+    pico_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        torch.overrides._pop_mode()  # as where an interrupt falls between torch's pop and its push
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(get_family("golf_gpt")), "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_module(pico_checkpoint.config)

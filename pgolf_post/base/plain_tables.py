@@ -1,7 +1,7 @@
 """Tables as plain lines, for files and pipes: no box characters, at most 80 columns, no value cut.
 
 A table that is too wide folds its first column. If the others alone are too wide, each row becomes a block of lines,
-one a value.
+one a value. Only a value that is wider than a line itself makes a line wider.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def _folded(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _block(header: Sequence[str], row: Sequence[str]) -> Iterator[str]:
-    """Yield a row as a line of its first cell and a line for each other cell that is not empty."""
+    """Yield a row as a line of its first cell and a line for each other cell that is not empty; a pair as one line."""
+    if len(row) == 2:
+        yield GAP.join(row)
+        return
     space = max(map(len, header[1:]))
     yield row[0]
     yield from (f"{GAP}{name.ljust(space)}{GAP}{cell}" for name, cell in zip(header[1:], row[1:], strict=True) if cell)

@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 @click.command("completion")
 @click.argument("shell", type=click.Choice(SHELLS))
 def command(shell: str) -> None:
-    """Print the completion script of SHELL. Load it when the shell starts:
+    """Print the completion script of SHELL, to be loaded when the shell starts.
 
     \b
     bash:  echo 'eval "$(pgolf-post completion bash)"' >> ~/.bashrc

@@ -32,6 +32,10 @@ def test_a_row_that_is_too_wide_becomes_lines_of_one_value_each() -> None:
     assert lines == ["a", *(f"  column {n}  0.123456789" for n in range(7))]
 
 
+def test_a_pair_stays_on_one_line_however_wide() -> None:
+    assert plain_table(("", "value"), [("hint", "x" * 90)]) == ["hint  " + "x" * 90]
+
+
 @given(st.integers(1, 7).flatmap(lambda n: st.lists(st.lists(CELLS, min_size=n, max_size=n), min_size=1, max_size=5)))
 def test_every_word_of_every_table_is_printed(rows: list[list[str]]) -> None:
     header = [f"h{n}" for n in range(len(rows[0]))]

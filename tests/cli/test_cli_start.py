@@ -51,7 +51,7 @@ def test_help_imports_nothing_heavy_and_lists_every_command(tmp_path: Path) -> N
     assert done.returncode == 0
     assert HEAVY & set(done.stderr.split()) == set()
     assert "click" in done.stderr.split()
-    listed = [line.split()[0] for line in done.stdout.partition("pipeline order:")[2].splitlines() if line.strip()]
+    listed = [line.split()[0] for line in done.stdout.partition("Start:")[2].splitlines() if line.strip()]
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
 
 
