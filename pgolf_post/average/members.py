@@ -14,14 +14,19 @@ from pgolf_post.checkpoint import Checkpoint, run_checkpoints
 from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
 
 WARMDOWN = "warmdown"
+INTERRUPTED = "interrupted"  # phase of a checkpoint saved because the run was asked to stop, wherever that was
 SAVE_MORE = 'train with checkpoint.phases including "warmdown_start", or checkpoint.fractions = [0.7, 0.85]'
 
 
 def select_members(final: Checkpoint, selection: Selection) -> list[Checkpoint]:
-    """Return the members among the run's checkpoints up to `final`, in step order. Raises NotFoundError."""
+    """Return the members among the run's checkpoints up to `final`, in step order. Raises NotFoundError.
+
+    Checkpoints of interruptions take part only where their steps are named: a run's average does not depend on them.
+    """
     saved = [c for c in run_checkpoints(final) if int(c.meta["step"]) <= int(final.meta["step"])]
     if selection.steps is not None:
         return [_at_step(saved, step, final) for step in sorted(selection.steps)]
+    saved = [c for c in saved if c.meta["phase"] != INTERRUPTED or c.path == final.path]
     if selection.last is not None:
         if len(saved) < selection.last:
             raise NotFoundError(f"{_run(final, saved)}: there are no {selection.last} of them", hint=SAVE_MORE)

@@ -58,11 +58,12 @@ def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence
 def signals_interrupt() -> Iterator[None]:
     """Let each of the three signals raise KeyboardInterrupt in this block."""
     _received.clear()
-    usual = sys.unraisablehook
+    usual, timers = sys.unraisablehook, list[threading.Timer]()
 
     def resend(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt and _received:  # dropped, in a finalizer for example
-            threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), _received[0])).start()
+            timers.append(threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), _received[0])))
+            timers[-1].start()
         else:
             usual(unraisable)
 
@@ -72,6 +73,8 @@ def signals_interrupt() -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook = usual
+        for timer in timers:  # what was to be interrupted is over
+            timer.cancel()
 
 
 @contextmanager

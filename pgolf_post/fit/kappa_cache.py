@@ -11,6 +11,7 @@ from pgolf_post.base.ranks import Ranks
 from pgolf_post.base.storage import read_json, write_json
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage
+from pgolf_post.errors import SettingsError
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.idle import require_idle
 from pgolf_post.fit.kappa import Kappa, measure_kappas
@@ -25,7 +26,7 @@ def cached_kappas(
 ) -> tuple[dict[str, Kappa], float]:
     """Return κ by group, and the seconds that measuring took if it was done before: 0 where all ranks measure now.
 
-    Raises NumericsError as `require_idle` does.
+    Raises SettingsError if the text is a single window, NumericsError as `require_idle` does.
     """
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
@@ -37,6 +38,11 @@ def cached_kappas(
     if meta is not None:
         kappas = {group: Kappa(**facts) for group, facts in read_json(folder / stage.payload).items()}
         return kappas, float(meta["seconds"])
+    if len(text.tokens) < 2:
+        raise SettingsError(
+            f"kappa_tokens = {settings.kappa_tokens} is one window of {view.train_seq_len} tokens: the error of κ needs two",
+            hint=f"--kappa-tokens {2 * view.train_seq_len} or more, or --kappa off",
+        )
     probe = Probe(view, text, ranks)
     require_idle(probe, builder.zeros)
     measured = measure_kappas(builder, probe, settings.kappa)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pgolf_post.calibrate import CalibrationSettings, calibrate
-from pgolf_post.checkpoint import View
+from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
 from pgolf_post.fit.artifact import fit_artifact
@@ -210,3 +210,9 @@ def test_a_damaged_kappa_is_measured_again(
     again = prepare(view, pico_data, CALIBRATION, SETTINGS)
     assert again.kappas == fitter.kappas
     assert "recomputing" in capsys.readouterr().err
+
+
+def test_a_kappa_text_of_one_window_is_refused_since_it_has_no_error(pico_run: Path, pico_data: DataFolder) -> None:
+    view = Checkpoint.open(pico_run / "latest").load()
+    with pytest.raises(SettingsError, match="one window of"):
+        prepare(view, pico_data, CALIBRATION, FitSettings(kappa_tokens=view.train_seq_len))
