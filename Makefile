@@ -1,4 +1,5 @@
 # make demo    the whole pipeline on this machine, ending in a table
+# make quick   the tests that train nothing and start no process, and ruff: while you edit
 # make test    everything a change must pass: ruff, mypy, pytest
 # make test-long   the same with whole campaigns (fuzzing, kills)
 # make bench   measurements, as ratios against named baselines in the same run
@@ -15,13 +16,17 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # Tests run in one process a core, each with one thread; a machine with many cores would only fill its memory.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-long bench bench-train lint docs clean
+.PHONY: demo quick test test-long bench bench-train lint docs clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
 
 test: lint
 	$(PYTEST)
+
+quick: .venv/installed-test
+	$(BIN)/ruff check .
+	$(PYTEST) --quick
 
 test-long: lint
 	$(PYTEST) --long

@@ -47,14 +47,23 @@ PICO_RECIPE = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run whole campaigns, not their small samples")
+    parser.addoption("--quick", action="store_true", help="run what trains nothing and starts no process")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--long"):
         return
-    long = [item for item in items if "long" in item.keywords]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if "long" not in item.keywords]
+    quick = config.getoption("--quick")
+    left_out = {item for item in items if "long" in item.keywords or (quick and not is_quick(item))}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether a test needs no trained model, starts no process and is not one of thousands of help texts."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    module = getattr(item, "module", None)
+    return not (fixtures & {"pico_run", "pico_checkpoint", "trained_run"} or hasattr(module, "subprocess"))
 
 
 def pico_documents() -> Iterator[Document]:

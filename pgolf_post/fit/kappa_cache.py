@@ -40,7 +40,7 @@ def cached_kappas(
         return kappas, float(meta["seconds"])
     if len(text.tokens) < 2:
         raise SettingsError(
-            f"kappa_tokens = {settings.kappa_tokens} is one window of {view.train_seq_len} tokens: the error of κ needs two",
+            f"kappa_tokens = {settings.kappa_tokens} is one window of {view.train_seq_len} tokens; κ's error needs two",
             hint=f"--kappa-tokens {2 * view.train_seq_len} or more, or --kappa off",
         )
     probe = Probe(view, text, ranks)

@@ -35,6 +35,7 @@ ARRAY = json.dumps([{"text": text} for text in TEXTS])
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
         ("renamed", bz2.compress(LINES.encode())),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # compressed bytes hold the time of day
 )
 def test_records_are_found_by_content(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
@@ -63,6 +64,7 @@ def packed(kind: str) -> bytes:
         ("a.json", b'{"rows": 1}', "a dict, expected a list", None),
         ("cut.gz", gzip.compress(LINES.encode())[:-9], "not readable as gzip", "again"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # compressed bytes hold the time of day
 )
 def test_containers_are_refused_by_name(tmp_path: Path, name: str, data: bytes, message: str, hint: str | None) -> None:
     (tmp_path / name).write_bytes(data)
