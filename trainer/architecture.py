@@ -106,9 +106,11 @@ class ArchitectureSettings(Settings):
             check_layers("visits", self.visits, self.num_layers)
             if not self.visits:
                 raise ValueError("visits is empty; leave it out for one visit of each layer")
-            layer = visit_after_lanes(self)
-            if layer is not None:
-                raise ValueError(f"visits: layer {layer} comes after the lanes split at lanes_start {self.lanes_start}")
+        if (layer := visit_after_lanes(self)) is not None:
+            raise ValueError(
+                f"{'visits' if self.visits is not None else 'loops'}: layer {layer} comes after the lanes split at "
+                f"lanes_start {self.lanes_start}, where the public scripts give it a stream that nothing reads"
+            )
         longest = len(visit_list(self, self.max_active_loops))
         if self.encoder_visits is not None and self.encoder_visits > longest:
             raise ValueError(f"encoder_visits {self.encoder_visits} exceeds the {longest} visits of the list")
@@ -223,9 +225,9 @@ def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int
 
 
 def visit_after_lanes(config: ArchitectureSettings) -> int | None:
-    """Return the first layer below lanes_start that the full list visits after the lanes split; None without one."""
-    late = visits_in_lanes(config, config.max_active_loops)
-    return next((layer for layer in late if layer < (config.lanes_start or 0)), None)
+    """Return the first layer below lanes_start that some list visits after the lanes split; None without one."""
+    lists = (visits_in_lanes(config, active_loops) for active_loops in range(config.max_active_loops + 1))
+    return next((layer for late in lists for layer in late if layer < (config.lanes_start or 0)), None)
 
 
 def revisit_in_lanes(config: ArchitectureSettings) -> int | None:

@@ -320,6 +320,18 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({"visits": []}, "visits is empty"),
         ({"visits": [0, 1], **LOOP}, "visits replaces loop_start, loop_end and num_loops"),
         ({"visits": [0, 1, 2, 3, 1], "lanes_start": 3}, "layer 1 comes after the lanes split at lanes_start 3"),
+        (
+            {"num_layers": 2, "loop_start": 0, "loop_end": 1, "num_loops": 2, "lanes_start": 1},
+            "loops: layer 0 comes after the lanes split at lanes_start 1",
+        ),
+        (
+            {"num_layers": 11, "loop_start": 3, "loop_end": 5, "num_loops": 2, "lanes_start": 5},
+            "loops: layer 3 comes after the lanes split at lanes_start 5",
+        ),
+        (
+            {"num_layers": 11, "loop_start": 6, "loop_end": 8, "num_loops": 2, "lanes_start": 8},
+            "loops: layer 6 comes after the lanes split at lanes_start 8",
+        ),
         ({"encoder_visits": 5}, "encoder_visits 5 exceeds the 4 visits"),
         ({"encoder_visits": -1}, "encoder_visits = -1"),
         ({"carry": "frozen"}, "need a layer that is visited twice"),
@@ -328,7 +340,7 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({**LOOP, "carry": "frozen", "carry_beta": [1.0]}, r"carry_beta must have 2 columns.*\[1, 2\]"),
         ({**LOOP, "carry": "frozen", "carry_alpha": [[1.0, 0.0]]}, "carry_alpha has 1 rows, must have 2"),
         ({**LOOP, "carry": "frozen", "carry_alpha": [[1.0], [0.0, 1.0]]}, "carry_alpha must have 2 columns"),
-        ({**LOOP, "carry": "frozen", "lanes_start": 2}, "layer 2 is re-visited after lanes split"),
+        ({**LOOP, "carry": "frozen", "lanes_start": 1}, "layer [12] is re-visited after lanes split"),
         ({"bigram_buckets": 1}, "bigram_buckets 1"),
         ({"trigram": True}, "do nothing with bigram_buckets 0"),
         ({"value_embed_layers": [4], "value_embed_dim": 2}, "value_embed_layers: 4 is not a layer"),
