@@ -353,7 +353,7 @@ def test_the_default_is_the_newest_complete_final_of_a_training_run(pico_run: Pa
             lambda meta, changes=changes: meta.update(created_unix=created + 120, **changes),
         )
     assert default_checkpoint(pico_run).path == newer
-    (newer / "meta.json").unlink()
+    shutil.rmtree(newer)
     assert default_checkpoint(pico_run).path == first.path
 
 

@@ -126,5 +126,5 @@ def write_phase_times(path: Path, facts: Mapping[str, Any]) -> None:
     try:
         with atomic_file(path) as building:
             write_json(building, facts)
-    except OSError as error:
-        raise PgolfError(f"could not write the phase times {path}: {error}", hint=FREE_SPACE) from error
+    except (OSError, PgolfError) as error:
+        raise PgolfError(f"the phase times: {error}", hint=getattr(error, "hint", None) or FREE_SPACE) from error

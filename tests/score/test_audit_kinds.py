@@ -61,7 +61,7 @@ PEEKS: dict[str, Callable[[int], runs.Rows]] = {
     "one token in a hundred": lambda seed: runs.boosted(lambda tokens, places: tokens[places] % 40 == 2 + seed),
     "after BOS": lambda seed: runs.boosted(runs.after_bos),
     "BOS": lambda seed: runs.boosted(runs.before_bos),
-    "sharper when right": lambda seed: runs.sharpened_when_right(100, seed),
+    "sharper when right": lambda seed: runs.sharpened_when_right(50, seed),
     "two ahead": lambda seed: runs.ahead_by(1, 100, seed),
     "far ahead": lambda seed: runs.ahead_by(20, 100, seed),
 }
