@@ -74,7 +74,7 @@ def test_isolated_documents_equal_the_public_scripts(name: str, monkeypatch: pyt
 
 
 def test_isolated_documents_score_as_if_each_stood_alone() -> None:
-    model = pico_model(smear_gate=True, attn_gate="sparse", lanes_start=2)
+    model = pico_model(smear_gate=True, attn_gate="sparse", lanes_start=1)
     tokens = torch.randint(2, 50, (1, 12), generator=torch.Generator().manual_seed(3))
     tokens[0, [0, 5]] = 1  # BOS opens each document
     document = torch.tensor([[0] * 5 + [1] * 7])
@@ -142,7 +142,7 @@ def pico_model(**overrides: Any) -> GolfGPT:
     "overrides",
     [
         {},
-        {"smear_gate": True, "attn_gate": "sparse", "lanes_start": 2},
+        {"smear_gate": True, "attn_gate": "sparse", "lanes_start": 1},
         {"attn_gate": "dense", "gptj_start": 1, "activation": "swiglu"},
         {"attn_gate": "double_sigmoid", "attn_gate_source": "query", "activation": "gelu2", "embedding_dim": 16},
     ],
