@@ -157,8 +157,15 @@ def test_damage_is_refused_or_changes_nothing_at_length(traced: None) -> None:
     assert check_damage(seed=2, num_mutations=20_000) > 18_000
 
 
-@pytest.mark.parametrize("codec", ["zlib", "rans"])
-@pytest.mark.parametrize("shape", [(512, 256), (2, 1 << 16)])
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        ("zlib", (512, 256)),
+        ("rans", (512, 256)),
+        pytest.param("zlib", (2, 1 << 16), marks=pytest.mark.long),
+        pytest.param("rans", (2, 1 << 16), marks=pytest.mark.long),  # half a minute: every allocation is traced
+    ],
+)
 def test_an_honest_file_is_decoded_within_the_stated_memory(traced: None, codec: str, shape: tuple[int, int]) -> None:
     symbols = np.random.default_rng(0).integers(-31, 32, shape).astype(np.int8)
     factors = (ScaleFactor("row", np.ones(shape[0], np.float16)),)
