@@ -60,10 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """Whether a test needs no trained model, starts no process and is not one of thousands of help texts."""
-    fixtures = set(getattr(item, "fixturenames", ()))
-    module = getattr(item, "module", None)
-    return not (fixtures & {"pico_run", "pico_checkpoint", "trained_run"} or hasattr(module, "subprocess"))
+    """Whether a test needs no trained model, stands in a module that starts no process, and is not marked slow."""
+    trains = "pico_run_original" in getattr(item, "fixturenames", ())
+    starts_processes = hasattr(getattr(item, "module", None), "subprocess")
+    return not (trains or starts_processes or "slow" in item.keywords)
 
 
 def pico_documents() -> Iterator[Document]:

@@ -22,8 +22,7 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int
     if free < min(widths[0], LEAST_FIRST):
         return [line for row in cells[1:] for line in _block(cells[0], row)]
     widths[0] = min(widths[0], free)
-    lines = [line for row in cells for line in _folded(row, widths)]
-    return [line for line in lines if line] if not any(header) else lines
+    return [line for row in cells if any(row) for line in _folded(row, widths)]
 
 
 def _folded(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

@@ -87,7 +87,7 @@ def progress_bar(
             if note:
                 progress.update(task, note=note)
             if not progress.console.is_terminal:
-                say_if_due(f"{description}: {_state(task_of())} {note}".rstrip())
+                say_if_due(lambda: f"{description}: {_state(task_of())} {note}".rstrip())
 
         def task_of() -> Any:
             return next(other for other in progress.tasks if other.id == task)
@@ -97,18 +97,18 @@ def progress_bar(
         try:
             yield advance
             if not progress.console.is_terminal:
-                say_if_due(f"{description}: {total:,} {unit} in {task_of().elapsed or 0.0:.1f} s")
+                say_if_due(lambda: f"{description}: {total:,} {unit} in {task_of().elapsed or 0.0:.1f} s")
         finally:
             if _live and progress.tasks and progress.tasks[0].id != task:
                 progress.remove_task(task)  # inner work leaves no line behind
 
 
-def say_if_due(message: str) -> None:
+def say_if_due(line: Callable[[], str]) -> None:
     """Print a line of progress unless another was printed less than LINE_SECONDS ago."""
     now = time.monotonic()
     if now - _last_line[0] >= LINE_SECONDS:
         _last_line[:] = [now]
-        say(message)
+        say(line())
 
 
 def _state(task: Any) -> str:

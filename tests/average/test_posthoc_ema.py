@@ -22,6 +22,8 @@ from tests.conftest import pico_recipe
 from trainer.averages import PowerEMA
 from trainer.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 240
 TRACKS = {"power_ema_sigmas": (0.05, 0.10), "power_ema_snapshots": 16, "ema_decay": 0.95}
 

@@ -21,6 +21,8 @@ from pgolf_post.settings import read_settings
 from tests.docs.test_pages import unknown_words
 from trainer.config import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "tiny_cpu.toml"
 FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "model.num_layers=3", "checkpoint.metric_tokens=1024")
 LITTLE_TEXT = CalibrationSettings(tokens=2048, fisher=True)

@@ -28,6 +28,8 @@ from pgolf_post.pack.artifact import read_artifact, unpack
 from pgolf_post.pack.codecs import CHOICES
 from tests.importers.test_import import fixture_state
 
+pytestmark = pytest.mark.slow
+
 
 def saved(stored: Any) -> bytes:
     buffer = io.BytesIO()

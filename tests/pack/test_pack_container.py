@@ -27,6 +27,8 @@ from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFac
 from pgolf_post.settings import parse_settings
 from tests.pack import goldens
 
+pytestmark = pytest.mark.slow
+
 GOLDEN_BROTLI = ("1.1", "1.2")  # releases whose encoder gives the golden bytes
 
 NAMES = [

@@ -15,6 +15,8 @@ from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.pack import script
 from pgolf_post.pack.report.size import count_code
 
+pytestmark = pytest.mark.slow
+
 NEIGHBOUR = "x = 1\n" * 1437
 INNER = b"import neighbour\n"
 RAW = [{"id": lzma.FILTER_LZMA2}]

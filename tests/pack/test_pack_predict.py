@@ -15,6 +15,8 @@ from pgolf_post.quantize.tensor import QuantizedModel, ScaleFactor
 from tests.pack.samples import sample_model
 from tests.pack.test_pack_rans import gaussian_model
 
+pytestmark = pytest.mark.slow
+
 
 def floating(model: QuantizedModel) -> QuantizedModel:
     """The model with fp16 scales."""

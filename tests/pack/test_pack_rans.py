@@ -23,6 +23,8 @@ from pgolf_post.pack.report import compare
 from pgolf_post.quantize.gptq.trellis import Trellis, first_bits
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 
+pytestmark = pytest.mark.slow
+
 
 def gaussian_model(row_spread: float, column_spread: float, blocks: int = 2, seed: int = 0) -> QuantizedModel:
     """Two roles of Gaussian symbols whose deviation varies log-normally over rows and columns."""

@@ -23,6 +23,8 @@ from pgolf_post.quantize.gptq.trellis import Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor
 from tests.pack.samples import sample_model
 
+pytestmark = pytest.mark.slow
+
 
 def artifact_of(path: Path, model: QuantizedModel, codec: str = "rans") -> Path:
     write_artifact(path, pack(model, PackSettings(codec=codec)))

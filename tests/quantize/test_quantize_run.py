@@ -24,6 +24,8 @@ from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_entries
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def plan_of(*overrides: str, source: str = "sdclip-1394") -> Plan:
     return read_plan(source, overrides)

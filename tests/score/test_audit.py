@@ -30,6 +30,8 @@ from pgolf_post.score.sliding import SlidingProtocol
 from pgolf_post.score.ttt.chunks import ChunkPass
 from tests.score.conftest import Bench, record_model, ttt
 
+pytestmark = pytest.mark.slow
+
 PLAIN = PlainProtocol(seq_len=32, tail="score")
 PROTOCOLS: list[Any] = [
     PLAIN,

@@ -19,6 +19,8 @@ from pgolf_post.score.plain import PlainProtocol
 from tests.score import audited_runs as runs
 from tests.score.conftest import Bench
 
+pytestmark = pytest.mark.slow
+
 PLAIN = PlainProtocol(seq_len=runs.WINDOW, tail="score")
 SEEDS = (0, 3)
 

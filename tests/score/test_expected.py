@@ -19,6 +19,8 @@ from pgolf_post.score.protocols import protocol_spans
 from pgolf_post.score.spans import Span, num_targets
 from tests.score.conftest import record_model
 
+pytestmark = pytest.mark.slow
+
 SEQ_LEN, WINDOWS = 8, 128
 
 

@@ -22,6 +22,8 @@ from pgolf_post.score.ttt.phased import PhasedPass
 from pgolf_post.score.ttt.weights import weights_sha256
 from tests.score.conftest import Bench, ttt
 
+pytestmark = pytest.mark.slow
+
 PASSES: list[tuple[Any, type]] = [
     (SlidingProtocol(seq_len=32, stride=8, tail="score"), SpanPass),
     (ttt("sgd", "chunk_tokens=80", "optimizer=adamw", "learning_rate=0.01"), ChunkPass),

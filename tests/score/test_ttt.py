@@ -25,6 +25,8 @@ from pgolf_post.score.ttt.methods import PRESETS, ttt_protocol
 from pgolf_post.score.ttt.weights import restored, weights_sha256
 from tests.score.conftest import Bench, record_model, ttt
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("sgd", "scales", "lora", "phased")
 
 

@@ -23,6 +23,8 @@ from pgolf_post.score.ttt.documents import deal
 from tests.score.conftest import Bench, ttt
 from tests.trainer.test_distributed import torchrun
 
+pytestmark = pytest.mark.slow
+
 PROTOCOLS = {
     "sgd": ttt("sgd", max_tokens=600),
     "scales": ttt("scales", "optimizer=adamw", max_tokens=600),

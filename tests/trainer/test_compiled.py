@@ -21,6 +21,8 @@ from trainer.compiled import compiled_loss, compiles, num_compiled_graphs, train
 from trainer.loop import Trainer
 from trainer.warm_up import graphs_ahead, rehearse, state_restored, synthetic_batch, warm_up
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"num_layers": 2, "xsa_last_n": 1, "loop_end": 1, "num_loops": 2, "isolate_documents": True}
 SINGLE = {**SMALL, "num_layers": 1, "loop_start": 0, "loop_end": 0, "num_loops": 0}
 TWO_PHASES = {"steps": 6, "loops_at": 0.3, "all_loops_at": 0.6}

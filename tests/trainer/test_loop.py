@@ -17,6 +17,8 @@ from trainer.batches import WindowSampler
 from trainer.log import StepClock
 from trainer.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING: dict[str, dict[str, Any]] = {  # that a resumed run must take up where it was
     "model": {"num_loops": 2},
     "optim": {"ema_every": 2, "swa_start": 0.25, "swa_every": 2, "momentum_cycle_steps": 5},

@@ -17,6 +17,8 @@ from trainer.loop import Trainer
 from trainer.phases import Periodic
 from trainer.retention import apply_retention
 
+pytestmark = pytest.mark.slow
+
 PERIODIC: dict[str, Any] = {"phases": ("init", "warmdown_start", "final"), "fractions": (), "every_steps": 2}
 KEEP_ONE = CheckpointSettings(every_steps=2, keep_last=1)
 

@@ -19,6 +19,8 @@ from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 from trainer.state import RunState
 
+pytestmark = pytest.mark.slow
+
 EVERY_STEP = {"steps": list(range(13)), "fractions": (), "metric_tokens": 40}
 
 
