@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import print_table, progress_bar
-from pgolf_post.plan import RtnRule
 from pgolf_post.quantize.clip import grid_steps
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.factorize import FactorCache
 from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.rules import RtnRule
 
 REPEATS, DAMP, LARGEST = 3, 0.01, 31
 BLOCKS, WIDTH, VOCABULARY = 11, 512, 8192

@@ -32,11 +32,12 @@ from pgolf_post.data import DataFolder
 from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.pack.artifact import unpack
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.plan import GridRule, Plan, read_plan
+from pgolf_post.plan import Plan, read_plan
 from pgolf_post.quantize import rows
 from pgolf_post.quantize.clip import grid_steps, to_stored
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.tensor import QuantizedModel
+from pgolf_post.rules import GridRule
 from pgolf_post.score.bpb import Score
 from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.compare.pieces import cut_documents

@@ -10,7 +10,8 @@ from pgolf_post.artifacts import PackedArtifact, is_no_op
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.calibrate import Stats
 from pgolf_post.pack.report.size import SizeReport
-from pgolf_post.plan import GridRule, Plan, TensorPlan
+from pgolf_post.plan import Plan, TensorPlan
+from pgolf_post.rules import GridRule
 
 PLAN_HEADER = ("tensor", "role", "rule", "method", "bits", "scale", "per", "Hessian")
 SUMS = ("bpb", "nats", "tokens", "bytes")

@@ -28,6 +28,7 @@ pgolf_post.checkpoint
 pgolf_post.derived
 pgolf_post.cache pgolf_post.provenance
 pgolf_post.presets
+pgolf_post.rules
 pgolf_post.plan
 pgolf_post.data
 pgolf_post.ledger

@@ -10,21 +10,11 @@ import pytest
 
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import get_family
-from pgolf_post.plan import (
-    CLIP_RULES,
-    METHODS,
-    GptqRule,
-    GridRule,
-    Plan,
-    TensorPlan,
-    depth_name,
-    make_plan,
-    parse_plan,
-    read_plan,
-)
+from pgolf_post.plan import Plan, TensorPlan, depth_name, make_plan, parse_plan, read_plan
 from pgolf_post.presets import preset_names
 from pgolf_post.quantize.gptq.trellis import POLYNOMIALS
 from pgolf_post.quantize.rounding import ROUNDING
+from pgolf_post.rules import CLIP_RULES, METHODS, GptqRule, GridRule
 from pgolf_post.settings import canonical_json
 from tests.conftest import PICO_RECIPE
 from trainer.architecture import GraphState, ModelConfig

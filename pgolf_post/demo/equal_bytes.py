@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from pgolf_post.errors import OverBudgetError
-from pgolf_post.plan import GridRule, Plan, read_plan
+from pgolf_post.plan import Plan, read_plan
+from pgolf_post.rules import GridRule
 
 CLOSE_SHARE = 0.0005  # of the limit: at most so far below it
 MAX_BUILDS = 10

@@ -22,12 +22,13 @@ from pgolf_post.fit.idle import as_zeros, zeros_loss, zeros_reason
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.steps import RelativeSteps, relative_steps
-from pgolf_post.plan import KeepRule, TensorPlan
+from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor
 from pgolf_post.quantize.gptq.trellis import UNION_GRID, Trellis
 from pgolf_post.quantize.rows import as_matrix, entropy_bits, keep_tensor
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, scale_of, smallest_dtype
+from pgolf_post.rules import KeepRule
 
 ZERO_ENERGY = 1 / 12  # σ² in squared steps, below which rounding leaves more error than zeros do
 ZEROING = 127  # the exponent of a step so large that everything rounds to zero

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pgolf_post.calibrate import Stats
 from pgolf_post.families import Fold
-from pgolf_post.plan import GridRule, TensorPlan
+from pgolf_post.plan import TensorPlan
+from pgolf_post.rules import GridRule
 
 FLOOR = 1e-4  # of the largest mean |x|: a column that hardly ever acts is not squeezed beyond what fp16 can undo
 

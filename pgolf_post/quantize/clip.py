@@ -8,7 +8,7 @@
 *percentile*  the share of the largest weight, out of a fixed list, that leaves the least squared error after rounding;
               *percentile-hessian* weighs each column's error by the Hessian's diagonal.
 
-A new rule is a function here with a line in STEPS_BY_RULE, and a row of plan.CLIP_RULES that says what it reads.
+A new rule is a function here with a line in STEPS_BY_RULE, and a row of rules.CLIP_RULES that says what it reads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import NumericsError, SettingsError
-from pgolf_post.plan import GridRule
 from pgolf_post.quantize.stored_steps import fits, to_stored
+from pgolf_post.rules import GridRule
 
 QUIET = 2.0**-100  # a unit of smaller weights is as good as zero: no activation or norm could tell
 SHARES = tuple(1.0 - 0.02 * place for place in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
@@ -150,7 +150,7 @@ def _least_error(units: Units, importance: Tensor | None) -> Tensor:  # (units,)
     return chosen
 
 
-STEPS_BY_RULE: dict[str, Callable[[Units], Tensor]] = {  # keys as in plan.CLIP_RULES
+STEPS_BY_RULE: dict[str, Callable[[Units], Tensor]] = {  # keys as in rules.CLIP_RULES
     "sdclip": _sdclip,
     "absmax": _absmax,
     "percentile": _percentile,

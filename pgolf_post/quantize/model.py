@@ -12,12 +12,13 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.families import build_module, get_family
-from pgolf_post.plan import GridRule, KeepRule, Plan, TensorPlan, make_plan
+from pgolf_post.plan import Plan, TensorPlan, make_plan
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.lqer import corrections
 from pgolf_post.quantize.rows import keep_tensor, quantize_part
 from pgolf_post.quantize.sequential import quantize_in_order
 from pgolf_post.quantize.tensor import QuantizedModel
+from pgolf_post.rules import GridRule, KeepRule
 
 
 def quantize_view(

@@ -1,7 +1,7 @@
 """Round prepared tensors to symbols: one function per method of a plan.
 
-A new method is a function here with a line in ROUNDING, and a rule class with a row of plan.METHODS. The function takes
-all tensors of its method at once, so that it may round them side by side.
+A new method is a function here with a line in ROUNDING, and a rule class with a row of rules.METHODS. The function
+takes all tensors of its method at once, so that it may round them side by side.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from functools import cached_property
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.plan import GptqRule, GridRule, TensorPlan
+from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.clip import max_symbol
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.gptq.trellis import Trellis
 from pgolf_post.quantize.rtn import round_to_nearest
+from pgolf_post.rules import GptqRule, GridRule
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _gptq(items: Sequence[Prepared], factors: StatsFactors, advance: Advance) ->
     return symbols
 
 
-ROUNDING: dict[str, Rounding] = {"rtn": _rtn, "gptq": _gptq}  # keys as in plan.METHODS, those that keep floats apart
+ROUNDING: dict[str, Rounding] = {"rtn": _rtn, "gptq": _gptq}  # keys as in rules.METHODS, those that keep floats apart
 
 
 def round_prepared(items: Sequence[Prepared], factors: StatsFactors, advance: Advance) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import build_module, get_family
-from pgolf_post.plan import GptqRule, GridRule, KeepRule, TensorPlan
+from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.awq import Stretched, stored_factor, stretch
 from pgolf_post.quantize.clip import grid_steps, max_symbol
 from pgolf_post.quantize.gptq.driver import hessian_error
@@ -30,6 +30,7 @@ from pgolf_post.quantize.masks import magnitude_mask, ones_mask, wanda_mask
 from pgolf_post.quantize.rounding import Prepared, round_prepared, trellis_of
 from pgolf_post.quantize.stored_steps import step_factors, to_stored
 from pgolf_post.quantize.tensor import QuantizedTensor, ScaleFactor, smallest_dtype
+from pgolf_post.rules import GptqRule, GridRule, KeepRule
 
 FP16_MAX = 65504.0
 

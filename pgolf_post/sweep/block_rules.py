@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 
 from pgolf_post.errors import SettingsError
-from pgolf_post.plan import Plan, Rule, parse_rule, read_plan
+from pgolf_post.plan import Plan, read_plan
+from pgolf_post.rules import Rule, parse_rule
 from pgolf_post.sweep.settings import TrialSettings
 
 EACH_BLOCK = "@each."  # stands for every block in turn (expand.py)

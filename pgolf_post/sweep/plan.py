@@ -28,11 +28,12 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.families import load_module
 from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.ledger import Row
-from pgolf_post.plan import GridRule, Plan, TensorPlan
+from pgolf_post.plan import Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_steps
 from pgolf_post.quantize.model import plan_view
 from pgolf_post.quantize.rounding import spread_steps
 from pgolf_post.quantize.rows import as_matrix
+from pgolf_post.rules import GridRule
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.expand import Trial

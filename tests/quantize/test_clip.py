@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import NumericsError, SettingsError
-from pgolf_post.plan import CLIP_RULES, GridRule, RtnRule
 from pgolf_post.quantize.clip import STEPS_BY_RULE, grid_steps, max_symbol, row_importance
 from pgolf_post.quantize.rounding import spread_steps
 from pgolf_post.quantize.rtn import round_to_nearest
+from pgolf_post.rules import CLIP_RULES, GridRule, RtnRule
 
 
 def weight_of(seed: int = 0) -> Tensor:

@@ -16,11 +16,12 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NumericsError, SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.pack.artifact import read_artifact
-from pgolf_post.plan import KeepRule, Plan, TensorPlan, make_plan, read_plan
+from pgolf_post.plan import Plan, TensorPlan, make_plan, read_plan
 from pgolf_post.quantize.awq import Stretched
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_entries
+from pgolf_post.rules import KeepRule
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 

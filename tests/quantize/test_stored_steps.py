@@ -13,12 +13,13 @@ from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError
 from pgolf_post.pack.artifact import unpack
 from pgolf_post.pack.container import pack
-from pgolf_post.plan import CLIP_RULES, RtnRule, read_plan
+from pgolf_post.plan import read_plan
 from pgolf_post.quantize.clip import grid_steps, max_symbol
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.rtn import round_to_nearest
 from pgolf_post.quantize.stored_steps import octaves_of, step_factors, to_stored
 from pgolf_post.quantize.tensor import scale_of
+from pgolf_post.rules import CLIP_RULES, RtnRule
 
 STEPS = torch.tensor([0.3, 1.7, 2.0 - 2.0**-12, 40.0], dtype=torch.float64)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pgolf_post.calibrate import Stats
 from pgolf_post.errors import MismatchError
-from pgolf_post.plan import GptqRule, GridRule, TensorPlan
+from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.awq import column_scales, stretched_hessian
 from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor
+from pgolf_post.rules import GptqRule, GridRule
 
 
 def entry_hessian(entry: TensorPlan, stats: Stats) -> Tensor | None:  # (in, in) float64, fresh

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError, NumericsError
-from pgolf_post.plan import RtnRule
 from pgolf_post.quantize.clip import grid_steps, max_symbol
 from pgolf_post.quantize.gptq.driver import FactorCache, Job, factorize, gptq, gptq_jobs, hessian_error
 from pgolf_post.quantize.gptq.trellis import Trellis, grid_points
 from pgolf_post.quantize.gptq.viterbi import encode
 from pgolf_post.quantize.rtn import round_to_nearest
+from pgolf_post.rules import RtnRule
 
 
 def problem(seed: int, rows: int = 12, width: int = 20, tokens: int = 64) -> tuple[Tensor, Tensor]:
