@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,25 @@ from pgolf_post.data import DataFolder
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
-# The command line with batches of two windows; every batch is saved, and takes a while where a pause is given.
+# The command line with batches of two windows, each saved; killed before its batch of the number given, if one is.
 SMALL_BATCHES = """
-import sys, time
+import os, signal, sys
 import pgolf_post.calibrate.collect as collect, pgolf_post.calibrate.partial_sums as partial
 from pgolf_post.cli import main
 
-pause = float(sys.argv.pop(1))
+last = int(sys.argv.pop(1))
+added = []
 collect.FORWARD_TOKENS = collect.FISHER_TOKENS = 32
 partial.SAVE_SECONDS, partial.SAVE_SHARE = 0.0, 1e9
 add_batch = collect.Observed.add_batch
 
-def slow(*arguments):
-    time.sleep(pause)
+def mortal(*arguments):
+    if len(added) + 1 == last:
+        os.kill(os.getpid(), signal.SIGKILL)
     add_batch(*arguments)
+    added.append(None)
 
-collect.Observed.add_batch = slow
+collect.Observed.add_batch = mortal
 main()
 """
 
@@ -130,24 +132,15 @@ def test_a_killed_calibration_is_taken_up_where_it_was(
 ) -> None:
     settings = CalibrationSettings(tokens=640, fisher=True)
     killed = copy_of(pico_checkpoint, "killed")
-    command = [sys.executable, str(small_batches), "0.1", "calibrate", str(killed.path), "--data", str(pico_data.path)]
-    process = subprocess.Popen(
-        [*command, "--tokens", "640", "--fisher"],
-        cwd=REPOSITORY,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not list(killed.path.glob("derived/stats/*.partial/[0-9]*.safetensors")):
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, str(small_batches), "8", "calibrate", str(killed.path), "--data", str(pico_data.path)]
+    command += ["--tokens", "640", "--fisher"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     capsys.readouterr()
     resumed = calibrate(killed.load(), pico_data, settings)
     said = capsys.readouterr().err
     assert "resuming: " in said
-    assert 1 <= int(said.split("resuming: ")[1].split()[0]) < 20
+    assert int(said.split("resuming: ")[1].split()[0]) == 7
     require_same(calibrate(pico_checkpoint.load(), pico_data, settings), resumed)
     assert not list(killed.path.glob("derived/stats/*.partial"))
 
