@@ -153,7 +153,7 @@ def assert_arrays_equal(found: Any, expected: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # arbitrary factors overflow float32
 @given(model=models(), codec=st.sampled_from(codecs.CHOICES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_decode_undoes_pack(model: QuantizedModel, codec: str) -> None:
     assert_same(unpack(pack(model, PackSettings(codec=codec))), model)
 

@@ -7,6 +7,7 @@ but must never crash, hang or allocate much, and cannot change a symbol without 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -28,6 +29,18 @@ MIB = 1 << 20
 PEAK_FACTOR = 24  # decoding may hold 24 times the declared size of the arrays …
 FIXED_BYTES = 20 * MIB  # … and this whatever the file: the coder's tables, or lzma's dictionary
 BROTLI_BOMB_BYTES = 64 * MIB  # a few input bytes may give brotli's whole 16 MiB window
+
+
+@functools.cache
+def packed_sample(codec: str = PackSettings().codec) -> bytes:
+    """The artifact of the sample model, packed once: what these tests attack is its decoder."""
+    return pack(sample_model(), PackSettings(codec=codec))
+
+
+@functools.cache
+def zeros_by(codec: str) -> bytes:
+    """A stream of a few bytes that a codec makes 16 MiB of."""
+    return codecs.CODECS[codec].compress(bytes(16 * MIB))
 
 
 def contents(decoded: tuple[Any, Any, Any]) -> object:
@@ -124,7 +137,7 @@ def traced() -> Iterator[None]:
 def check_damage(seed: int, num_mutations: int) -> int:
     """Mutate artifacts of every codec; return how many were refused."""
     rng = np.random.default_rng(seed)
-    originals = [pack(sample_model(), PackSettings(codec=codec)) for codec in codecs.CHOICES]
+    originals = [packed_sample(codec) for codec in codecs.CHOICES]
     expected = [contents(decode.decode(original)) for original in originals]
     limit_bytes = [peak_limit_bytes(original) for original in originals]
     refused = 0
@@ -151,7 +164,7 @@ def peak_limit_bytes(original: bytes) -> int:
 
 
 def test_damage_is_refused_or_changes_nothing(traced: None) -> None:
-    assert check_damage(seed=1, num_mutations=1000) > 900
+    assert check_damage(seed=1, num_mutations=400) > 360
 
 
 @pytest.mark.long
@@ -164,7 +177,7 @@ def test_damage_is_refused_or_changes_nothing_at_length(traced: None) -> None:
     [
         ("zlib", (1024, 512)),
         ("zlib", (2, 1 << 18)),
-        ("rans", (256, 128)),
+        ("rans", (96, 64)),
         pytest.param("rans", (1024, 512), marks=pytest.mark.long),  # minutes: every allocation is traced
         pytest.param("rans", (2, 1 << 18), marks=pytest.mark.long),
     ],
@@ -181,7 +194,7 @@ def test_an_honest_file_is_decoded_within_the_stated_memory(traced: None, codec:
 
 
 def test_every_single_byte_counts() -> None:
-    data = pack(sample_model())
+    data = packed_sample()
     for at in range(len(data)):
         with pytest.raises(decode.ArtifactError):
             decode.decode(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
@@ -218,7 +231,7 @@ def forge(data: bytes, rng: np.random.Generator) -> bytes:
 
 def check_forgery(seed: int, num_mutations: int) -> None:
     rng = np.random.default_rng(seed)
-    originals = [pack(sample_model(), PackSettings(codec=codec)) for codec in codecs.CHOICES]
+    originals = [packed_sample(codec) for codec in codecs.CHOICES]
     limit_bytes = [peak_limit_bytes(original) + BROTLI_BOMB_BYTES for original in originals]
     symbols_sha256 = sample_model().symbols_sha256()
     for number in range(num_mutations):
@@ -228,7 +241,7 @@ def check_forgery(seed: int, num_mutations: int) -> None:
 
 
 def test_forged_files_never_crash_and_never_change_a_symbol(traced: None) -> None:
-    check_forgery(seed=3, num_mutations=1000)
+    check_forgery(seed=3, num_mutations=300)
 
 
 @pytest.mark.long
@@ -237,10 +250,10 @@ def test_forged_files_never_crash_and_never_change_a_symbol_at_length(traced: No
 
 
 @pytest.mark.parametrize("codec", ["none", "brotli", "lzma", "zlib"])
-@pytest.mark.parametrize("number", [0, 1, -2, -1])
+@pytest.mark.parametrize("number", [0, 1, -1])
 def test_a_decompression_bomb_is_refused(traced: None, codec: str, number: int) -> None:
-    units = units_of(pack(sample_model()))
-    units[number] = (codecs.CODECS[codec].id, codecs.CODECS[codec].compress(bytes(16 * MIB)))
+    units = units_of(packed_sample())
+    units[number] = (codecs.CODECS[codec].id, zeros_by(codec))
     data = frame_units(units)
     artifact, peak_bytes = outcome(data)
     assert artifact is None
@@ -299,7 +312,7 @@ def test_a_factor_that_is_spread_too_far_takes_no_memory(traced: None, each: int
     for factor in factors:
         factor[2] = each
     _, peak_bytes = outcome(frame_units([(0, json.dumps(manifest).encode()), *units]))
-    assert peak_bytes < peak_limit_bytes(pack(sample_model(), PackSettings(codec="rans")))
+    assert peak_bytes < peak_limit_bytes(packed_sample("rans"))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +350,7 @@ def test_a_low_rank_pair_may_not_grow_beyond_its_matrix(traced: None) -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"[" * 100_000, b"{}", b"[]", b"\xff", b"null", b'{"tensors":[]}', b"1" * 9999])
 def test_a_manifest_that_is_not_one_is_refused(raw: bytes) -> None:
-    units = units_of(pack(sample_model()))
+    units = units_of(packed_sample())
     with pytest.raises(decode.ArtifactError):
         decode.decode(frame_units([(0, raw), *units[1:]]))
 
@@ -350,7 +363,7 @@ def test_a_manifest_that_is_not_one_is_refused(raw: bytes) -> None:
         (b"PGLF\x01" + bytes(100), "no PGLF 2 artifact"),
         (b"PGLF\x02", "missing 1 required positional argument"),
         (b"PGLF\x02\x00", "requires a buffer"),
-        (pack(sample_model()) + b"\0" * 9, "unit 14 is damaged"),
+        (packed_sample() + b"\0" * 9, "unit 14 is damaged"),
     ],
 )
 def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
@@ -359,7 +372,7 @@ def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
 
 
 def test_symbols_of_another_tensor_are_caught_by_the_sha256() -> None:
-    units = units_of(pack(sample_model(), PackSettings(codec="none")))
+    units = units_of(packed_sample("none"))
     sizes = [len(stream) for _, stream in units]
     first, second = next(
         (a, b) for a, b in itertools.combinations(range(1, len(units)), 2) if sizes[a] == sizes[b] == 288
