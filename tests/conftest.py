@@ -21,8 +21,9 @@ from pgolf_post.data.documents import Document
 from trainer.config import Recipe
 from trainer.loop import Trainer
 
-# Started in the background, a test run ignores Ctrl-C and so would the processes that its tests interrupt.
+# Started in the background, a test run ignores Ctrl-C and hang-ups; the processes that its tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PICO_RECIPE = {
     "run": {"name": "pico", "precision": "fp32", "log_every": 1000, "seed": 7},

@@ -45,11 +45,12 @@ def test_partial_and_senseless_ones_are_refused_by_name(change: dict[str, str | 
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"WORLD_SIZE": "all"}])
-def test_a_command_that_shares_work_names_the_variable_and_exits_2(pico_run: Path, variables: dict[str, str]) -> None:
-    done = run_eval(pico_run, variables)
+def test_a_command_that_shares_work_names_the_variable_and_exits_2(pico_run: Path) -> None:
+    command = [sys.executable, "-m", "pgolf_post", "eval", str(pico_run / "latest")]
+    variables = {**os.environ, "WORLD_SIZE": "2"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-    assert next(iter(variables)) in done.stderr
+    assert "WORLD_SIZE" in done.stderr
     assert "next: start it with torchrun" in done.stderr
 
 
@@ -77,8 +78,3 @@ def test_a_rank_that_waits_says_for_whom_and_gives_up(rank: str, named: str) -> 
     assert f"localhost:{port}" in done.stdout
     if rank == "0":
         assert "waits for rank 1, 2, for at most 2 s" in done.stderr
-
-
-def run_eval(run: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pgolf_post", "eval", str(run / "latest")]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)

@@ -89,9 +89,14 @@ def require_same(ours: Stats, theirs: Stats) -> None:
 @pytest.mark.parametrize(
     ("processes", "arguments", "settings"),
     [
-        (2, ("--tokens", "160"), CalibrationSettings(tokens=160)),
-        (3, ("--tokens", "160", "--fisher"), CalibrationSettings(tokens=160, fisher=True)),
-        (3, ("--tokens", "64", "--source", "self"), CalibrationSettings(tokens=64, source="self")),  # two batches
+        pytest.param(2, ("--tokens", "160"), CalibrationSettings(tokens=160), marks=pytest.mark.long),
+        (3, ("--tokens", "64", "--fisher"), CalibrationSettings(tokens=64, fisher=True)),
+        pytest.param(
+            3,
+            ("--tokens", "64", "--source", "self"),
+            CalibrationSettings(tokens=64, source="self"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_any_number_of_processes_gives_the_same_sums_and_key(
@@ -117,6 +122,7 @@ def test_any_number_of_processes_gives_the_same_sums_and_key(
     assert not list(shared.path.glob("derived/stats/*.partial"))
 
 
+@pytest.mark.long  # the short run starts `-m pgolf_post` under torchrun in tests/cli/test_cli_fit.py
 def test_the_module_is_an_entry_point_under_torchrun(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "pgolf_post", "calibrate"]
     words += [str(pico_checkpoint.path), "--data", str(pico_data.path), "--tokens", "64"]

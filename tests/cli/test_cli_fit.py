@@ -1,4 +1,4 @@
-"""`pgolf-post fit` as its users run it: in a process of its own, and under torchrun."""
+"""`pgolf-post fit` as its users run it, by itself and under torchrun."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from pgolf_post.data import DataFolder
 FIT = ("--calibration-tokens", "512", "--kappa-tokens", "256")
 
 
-def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    launcher = [*torchrun, "pgolf_post"] if ranks > 1 else [sys.executable, "-m", "pgolf_post"]
+def on_two_ranks(*arguments: object) -> dict[str, Any]:
+    """Return what `fit` answers under torchrun with two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pgolf_post"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [*launcher, "fit", *map(str, arguments), *FIT]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def answer(done: subprocess.CompletedProcess[str]) -> dict:
+    command += ["fit", *map(str, arguments), *FIT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
-    found: dict = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pico_run: Path, pico_data: DataFolder) -> None:
+def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pgolf: Any, pico_run: Path, pico_data: DataFolder) -> None:
     checkpoint, code = pico_run / "latest", pico_run / "code.py"
     code.write_text("print(1)\n")
     options = (checkpoint, "--budget", 9000, "--code", code, "--data", pico_data.path, "--json")
-    first = answer(run(*options, "--explain", "--eval"))
+    first = pgolf("fit", *options, "--explain", "--eval", *FIT).json
     assert 9000 - 2000 <= first["total_bytes"] <= 9000
     assert first["code_bytes"] == 9
     assert first["artifact_bytes"] + first["code_bytes"] == first["total_bytes"]
     assert first["headroom_bytes"] == 9000 - first["total_bytes"]
     assert first["bpb"] > 0
     assert set(first["train_seconds"]) == {"statistics", "kappa"}
-    again = answer(run(*options, "--fresh", ranks=2))
+    again = on_two_ranks(*options, "--fresh")
     assert not again["artifact_cached"]
     assert again["symbols_sha256"] == first["symbols_sha256"]
 
@@ -56,17 +53,16 @@ def test_a_cached_fit_reports_the_training_data_that_making_it_read(pgolf: Any, 
     assert again["train_seconds"] == first["train_seconds"]
 
 
-def test_a_front_of_budgets_shares_its_statistics(pico_run: Path, pico_data: DataFolder) -> None:
-    done = run(pico_run / "latest", "--budgets", "7e3,9e3,12e3", "--data", pico_data.path, "--json")
-    fits = answer(done)["fits"]
+def test_a_front_of_budgets_shares_its_statistics(pgolf: Any, pico_data: DataFolder) -> None:
+    fits = pgolf("fit", "--budgets", "7e3,9e3,12e3", "--data", pico_data.path, "--json", *FIT).json["fits"]
     assert [fit["budget_bytes"] for fit in fits] == [7000, 9000, 12000]
     assert all(0 <= fit["headroom_bytes"] <= 2000 for fit in fits)
     losses = [fit["predicted_nats"] for fit in fits]
     assert losses == sorted(losses, reverse=True)
 
 
-def test_bytes_for_a_gap(pico_run: Path, pico_data: DataFolder) -> None:
-    found = answer(run(pico_run / "latest", "--target-gap", 0.01, "--data", pico_data.path, "--json"))
+def test_bytes_for_a_gap(pgolf: Any, pico_data: DataFolder) -> None:
+    found = pgolf("fit", "--target-gap", 0.01, "--data", pico_data.path, "--json", *FIT).json
     assert 0 <= found["headroom_bytes"] <= 2000
 
 
@@ -82,9 +78,9 @@ def test_bytes_for_a_gap(pico_run: Path, pico_data: DataFolder) -> None:
     ],
 )
 def test_bad_input_says_what_to_do(
-    pico_run: Path, pico_data: DataFolder, options: tuple[object, ...], code: int, message: str
+    pgolf: Any, pico_data: DataFolder, options: tuple[object, ...], code: int, message: str
 ) -> None:
-    done = run(pico_run / "latest", *options, "--data", pico_data.path)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = pgolf("fit", *options, "--data", pico_data.path, *FIT)
+    assert done.code == code, done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
