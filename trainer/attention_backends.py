@@ -12,6 +12,7 @@ take all documents as one ragged batch and never look across a boundary.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -30,6 +31,7 @@ BackendName = Literal["sdpa", "flex", "varlen", "fa3"]
 BackendChoice = Literal["auto", "sdpa", "flex", "varlen", "fa3"]
 
 HALF = (torch.float16, torch.bfloat16)
+VARLEN_TOLERANCE = 0.03  # bfloat16 has 8 bits: its own rounding of such values is below 0.01
 
 Unavailable = str  # why a backend cannot run, as the end of a sentence
 
@@ -174,15 +176,51 @@ def _half_on_cuda(device: torch.device, dtype: torch.dtype, capability: tuple[in
     return None
 
 
-def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
-    """Return why torch's varlen attention cannot run: torch has it from 2.10 on, with groups and windows later."""
+def _varlen_parameters() -> frozenset[str]:
+    """Return the names of the parameters that this torch's varlen_attn has; none where there is no varlen_attn."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+        return frozenset()
     from torch.nn.attention.varlen import varlen_attn
 
-    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return f"varlen_attn of torch {torch.__version__} takes no window_size or enable_gqa"
-    return _half_on_cuda(device, dtype, (8, 0))
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+VARLEN_PARAMETERS = _varlen_parameters()
+
+
+def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
+    """Return why torch's varlen attention cannot run: torch has it from 2.10 on, with windows from 2.11 on.
+
+    Before it had `enable_gqa` its kernel grouped queries all the same, which is not documented: it must then give what
+    SDPA gives, once in this process.
+    """
+    if not VARLEN_PARAMETERS:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if "window_size" not in VARLEN_PARAMETERS:
+        return f"varlen_attn of torch {torch.__version__} takes no window_size"
+    reason = _half_on_cuda(device, dtype, (8, 0))
+    if reason or "enable_gqa" in VARLEN_PARAMETERS:
+        return reason
+    return varlen_disagrees(device, dtype)
+
+
+@lru_cache
+@torch.no_grad()
+def varlen_disagrees(device: torch.device, dtype: torch.dtype) -> Unavailable | None:
+    """Return why varlen attention is not to be trusted here: an error, or other values than SDPA's in float32."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 48, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    document = (torch.arange(48) // 20)[None]
+    try:
+        found = varlen_attend(q, k, v, document_boundaries(document, document, device)).float()
+    except RuntimeError as error:
+        return f"varlen_attn of torch {torch.__version__} fails: {str(error).splitlines()[0]}"
+    k, v = (x.float().repeat_interleave(2, dim=1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=document_mask(document, document, device))
+    worst = float((found - expected).abs().max())
+    if not worst < VARLEN_TOLERANCE:
+        return f"varlen_attn of torch {torch.__version__} differs from SDPA by {worst:.3g} with grouped queries"
+    return None
 
 
 def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -190,27 +228,48 @@ def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     from torch.nn.attention.varlen import varlen_attn
 
     batch_size, heads, seq_len, head_dim = q.shape
+    grouped = {"enable_gqa": heads != k.size(1)} if "enable_gqa" in VARLEN_PARAMETERS else {}
     out = varlen_attn(
-        _ragged(q), _ragged(k), _ragged(v), cu_seqlens, cu_seqlens, seq_len, seq_len,
-        window_size=(-1, 0), enable_gqa=heads != k.size(1),
-    )  # fmt: skip
+        _ragged(q), _ragged(k), _ragged(v), cu_seqlens, cu_seqlens, seq_len, seq_len, window_size=(-1, 0), **grouped
+    )
     assert isinstance(out, Tensor)
     return out.view(batch_size, seq_len, heads, head_dim).transpose(1, 2)
 
 
 def fa3_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
     """Return why FlashAttention-3 cannot run: it is a package of its own, for Hopper GPUs."""
-    if importlib.util.find_spec("flash_attn_interface") is None:
+    if not fa3_installed():
         return "the package flash_attn_interface (FlashAttention-3) is not installed"
-    return _half_on_cuda(device, dtype, (9, 0))
+    return fa3_broken() or _half_on_cuda(device, dtype, (9, 0))
 
 
-def packed_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return cu_seqlens of isolated documents; None for whole windows, which FlashAttention-3 takes as they are."""
-    return None if document is None else document_boundaries(tokens, document, device)
+def fa3_installed() -> bool:
+    """Return whether there is a package of FlashAttention-3, be it of use here or not."""
+    return importlib.util.find_spec("flash_attn_interface") is not None
 
 
-def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def fa3_broken() -> Unavailable | None:
+    """Return why the installed FlashAttention-3 cannot be used: its binary may have been built for another torch."""
+    try:
+        importlib.import_module("flash_attn_interface")
+    except Exception as error:  # whatever loading a foreign binary may raise
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"flash_attn_interface cannot be imported with torch {torch.__version__}: {problem}"
+    return None
+
+
+def packed_boundaries(tokens: Tensor, document: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return cu_seqlens of isolated documents, of queries and of keys; None for whole windows, taken as they are.
+
+    The two are equal and yet two tensors: torch.compile refuses an autograd function that is given one tensor twice.
+    """
+    if document is None:
+        return None
+    boundaries = document_boundaries(tokens, document, device)
+    return boundaries, boundaries.clone()
+
+
+def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor] | None) -> Tensor:
     """Attend by FlashAttention-3: flash_attn_func over whole windows, flash_attn_varlen_func over documents."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
@@ -218,9 +277,10 @@ def fa3_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Te
     if cu_seqlens is None:
         out = flash_attn_func(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), causal=True)
     else:
+        of_queries, of_keys = cu_seqlens
         out = flash_attn_varlen_func(
             _ragged(q), _ragged(k), _ragged(v),
-            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=seq_len, max_seqlen_k=seq_len, causal=True,
+            cu_seqlens_q=of_queries, cu_seqlens_k=of_keys, max_seqlen_q=seq_len, max_seqlen_k=seq_len, causal=True,
         )  # fmt: skip
     if isinstance(out, tuple):  # earlier releases give (output, log-sum-exp)
         out = out[0]
@@ -239,6 +299,26 @@ SDPA = BACKENDS["sdpa"]
 
 AUTO_ISOLATED: tuple[BackendName, ...] = ("fa3", "varlen", "sdpa")  # the first that is available
 AUTO_PACKED: tuple[BackendName, ...] = ("fa3", "sdpa")  # over whole rows SDPA is a flash kernel already
+
+
+def warning_of(
+    choice: BackendChoice, backend: Backend, device: torch.device, isolated: bool, windows: int, seq_len: int
+) -> str | None:
+    """Return what to tell about the backend that "auto" chose: a package left unused, or a mask and its cost."""
+    if choice != "auto" or device.type != "cuda":
+        return None
+    said = []
+    if fa3_installed() and (broken := fa3_broken()):
+        said.append(f"FlashAttention-3 is installed but not used: {broken}")
+    if isolated and backend.name == "sdpa":
+        mask = windows * seq_len * seq_len
+        said.append(
+            f"attention is SDPA with a mask ({windows}, 1, {seq_len}, {seq_len}) of {mask / 2**20:,.0f} MiB, which "
+            "every block visit reads, and with keys and values repeated for each query head: it computes all pairs of "
+            f"positions, documents or not; install FlashAttention-3, take torch >= 2.11 for varlen, or try "
+            "--set run.attention=flex"
+        )
+    return "warning: " + "; ".join(said) if said else None
 
 
 def choose_backend(

@@ -46,8 +46,9 @@ def compiled_loss(eager: LossFunction) -> LossFunction:
     compiled = torch.compile(own, backend=COMPILER, fullgraph=True, dynamic=False)
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:
-        if isinstance(reach.within, Tensor) and reach.within.ndim == 1:  # as many boundaries as documents
-            torch._dynamo.maybe_mark_dynamic(reach.within, 0)
+        for within in reach.within if isinstance(reach.within, tuple) else (reach.within,):
+            if isinstance(within, Tensor) and within.ndim == 1:  # as many boundaries as documents
+                torch._dynamo.maybe_mark_dynamic(within, 0)
         result: Tensor = compiled(model, inputs, targets, reach)
         return result
 

@@ -22,7 +22,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError
 from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
-from trainer.attention_backends import choose_backend
+from trainer.attention_backends import choose_backend, warning_of
 from trainer.background import BackgroundWriter
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
@@ -85,6 +85,9 @@ class Trainer:
         self.sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
         self.model = new_model(recipe, data.vocab_size, ranks.device, autocast)
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens)
+        shape, isolated = (micro_tokens // recipe.data.seq_len, recipe.data.seq_len), recipe.model.isolate_documents
+        if warning := warning_of(recipe.run.attention, self.model.attention_backend, ranks.device, isolated, *shape):
+            say(warning)
 
         # What changes as the run goes on, and where it is written.
         facts = {

@@ -298,7 +298,7 @@ class GolfGPT(nn.Module):
         for index, layer in enumerate(decoder):
             if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
                 lanes = x, x
-            has_skip = index < self.skip_weights.size(0) and bool(skips)
+            has_skip = index < self.skip_weights.size(0) and len(skips) > 0  # torch 2.11 compiles no bool(list)
             if lanes is None:
                 x = self._skip(x, skips.pop(), index) if has_skip else x
                 x = self._visit(layer, x, x0, context, recurrence)

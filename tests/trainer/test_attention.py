@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,16 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_model import BANKED, TOLERANCE, load_fixture, pico_model
-from trainer.attention_backends import BACKENDS, SDPA, BackendName, Reach, choose_backend, document_boundaries
+from trainer import attention_backends
+from trainer.attention_backends import (
+    BACKENDS,
+    SDPA,
+    BackendName,
+    Reach,
+    choose_backend,
+    document_boundaries,
+    warning_of,
+)
 from trainer.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -88,6 +98,42 @@ def varlen_on_cpu() -> None:
     give_varlen_cpu_kernels()
 
 
+class StandInVarlen(torch.autograd.Function):
+    """FlashAttention-3's form: an autograd function of all tensors that are given to it, boundaries included."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v, cu_seqlens_q)
+        return fa3_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        return *fa3_backward(grad_out.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+@torch.library.custom_op("pgolf_test::fa3_forward", mutates_args=())
+def fa3_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_seqlen: int) -> Tensor:
+    assert torch.equal(cu_q, cu_k)
+    assert max_seqlen >= int(cu_q.diff().max())
+    return naive_ragged(q, k, v, cu_q)
+
+
+@torch.library.custom_op("pgolf_test::fa3_backward", mutates_args=())
+def fa3_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiate() -> tuple[Tensor, ...]:
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(naive_ragged(*inputs, cu_seqlens), inputs, grad_out)
+
+    with ThreadPoolExecutor(1) as elsewhere:  # inside an operator this thread records no gradients
+        return elsewhere.submit(differentiate).result()  # type: ignore[return-value]
+
+
+fa3_forward.register_fake(lambda q, k, v, cu_q, cu_k, max_seqlen: torch.empty_like(q))
+fa3_backward.register_fake(lambda grad_out, q, k, v, cu_seqlens: tuple(map(torch.empty_like, (q, k, v))))
+
+
 @pytest.fixture
 def fa3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module in FlashAttention-3's place."""
@@ -102,10 +148,10 @@ def fa3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
         assert causal
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
-        return naive_ragged(q, k, v, cu_seqlens_q), None
+        assert max_seqlen_q == max_seqlen_k
+        return StandInVarlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q), None
 
+    module.__spec__ = ModuleSpec("flash_attn_interface", None)
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
 
@@ -214,6 +260,65 @@ def test_auto_takes_the_fastest_that_is_available(
         reason = None if name in available else "it is not here"
         monkeypatch.setitem(BACKENDS, name, replace(backend, unavailable=lambda *_, reason=reason: reason))
     assert choose_backend("auto", CPU, torch.float32, isolated).name == chosen
+
+
+def test_varlen_without_a_word_for_groups_is_called_without_it(
+    monkeypatch: pytest.MonkeyPatch, varlen_on_cpu: None
+) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    inputs, document = queries_keys_values(2), DOCUMENT
+    expected = attend("varlen", inputs, document)
+    asked: list[set[str]] = []
+
+    def groups_natively(q, k, v, cu_q, cu_k, max_q, max_k, **rest):  # type: ignore[no-untyped-def]
+        asked.append(set(rest))
+        return naive_ragged(q, k, v, cu_q)
+
+    monkeypatch.setattr(varlen, "varlen_attn", groups_natively)
+    monkeypatch.setattr(attention_backends, "VARLEN_PARAMETERS", frozenset({"window_size"}))
+    torch.testing.assert_close(attend("varlen", inputs, document), expected)
+    assert asked == [{"window_size"}]
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.0, None), (0.1, "differs from SDPA by"), (None, "fails: no kernel")])
+def test_a_varlen_that_groups_unasked_must_give_what_sdpa_gives(
+    error: float | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups_natively(q, k, v, cu_q, cu_k, max_q, max_k, **rest):  # type: ignore[no-untyped-def]
+        if error is None:
+            raise RuntimeError("no kernel\nfor this")
+        return naive_ragged(q, k, v, cu_q) + error
+
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", groups_natively)
+    monkeypatch.setattr(attention_backends, "VARLEN_PARAMETERS", frozenset({"window_size"}))
+    monkeypatch.setattr(attention_backends, "_half_on_cuda", lambda *_: None)
+    attention_backends.varlen_disagrees.cache_clear()
+    reason = BACKENDS["varlen"].unavailable(CPU, torch.bfloat16, True)
+    attention_backends.varlen_disagrees.cache_clear()
+    assert reason is None if said is None else said in str(reason)
+
+
+def test_flash_attention_3_of_another_torch_is_told_of_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    gpu = torch.device("cuda")
+    reason = BACKENDS["fa3"].unavailable(gpu, torch.bfloat16, True)
+    assert "undefined symbol: _ZN3c10" in str(reason)
+    warning = warning_of("auto", BACKENDS["varlen"], gpu, True, 16, 2048)
+    assert warning is not None
+    assert "FlashAttention-3 is installed but not used" in warning
+    assert warning_of("varlen", BACKENDS["varlen"], gpu, True, 16, 2048) is None
+
+
+def test_masks_that_auto_ends_at_on_a_gpu_are_told_of_with_their_cost() -> None:
+    gpu = torch.device("cuda")
+    assert "a mask (16, 1, 2048, 2048) of 64 MiB" in str(warning_of("auto", SDPA, gpu, True, 16, 2048))
+    assert warning_of("auto", SDPA, gpu, False, 16, 2048) is None
+    assert warning_of("auto", SDPA, CPU, True, 16, 2048) is None
 
 
 def test_a_run_records_its_kernels_and_its_model_does_not(pico_checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ import torch
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, read_tensors
 from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
-from tests.trainer.test_attention import give_varlen_cpu_kernels
+from tests.trainer.test_attention import fa3_on_cpu, give_varlen_cpu_kernels  # noqa: F401
 from tests.trainer.test_model import pico_model
 from trainer import compiled
 from trainer.architecture import GraphState
@@ -61,7 +61,8 @@ def test_a_run_that_skips_the_warm_up_says_what_was_compiled_on_its_clock(
     assert "3 graphs were compiled on the training clock" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sdpa", "varlen"])
+@pytest.mark.usefixtures("fa3_on_cpu")
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "fa3"])
 def test_where_documents_lie_makes_no_new_graph(
     name: BackendName, tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
