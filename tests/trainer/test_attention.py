@@ -29,6 +29,7 @@ from trainer import attention_backends
 from trainer.attention_backends import (
     BACKENDS,
     SDPA,
+    VARLEN_PARAMETERS,
     BackendName,
     Reach,
     choose_backend,
@@ -71,7 +72,7 @@ def _cpu_varlen(query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale, w
     assert is_causal
     assert scale is None
     assert max_q == max_k >= int(cu_q.diff().max())
-    assert enable_gqa == (query.size(1) != key.size(1))
+    assert enable_gqa == ("enable_gqa" in VARLEN_PARAMETERS and query.size(1) != key.size(1))
     out = naive_ragged(query, key, value, cu_q)
     return out, query.new_zeros(query.size(1), query.size(0)), torch.zeros(2, dtype=torch.uint64)
 
