@@ -228,7 +228,7 @@ def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     from torch.nn.attention.varlen import varlen_attn
 
     batch_size, heads, seq_len, head_dim = q.shape
-    grouped = {"enable_gqa": heads != k.size(1)} if "enable_gqa" in VARLEN_PARAMETERS else {}
+    grouped: dict[str, Any] = {"enable_gqa": heads != k.size(1)} if "enable_gqa" in VARLEN_PARAMETERS else {}
     out = varlen_attn(
         _ragged(q), _ragged(k), _ragged(v), cu_seqlens, cu_seqlens, seq_len, seq_len, window_size=(-1, 0), **grouped
     )

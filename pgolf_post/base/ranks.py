@@ -26,10 +26,14 @@ from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import PgolfError, SettingsError
 
 JOIN_SECONDS = 300  # for all ranks to come; model and data are loaded afterwards
+COLLECTIVE_SECONDS = 900  # for one transfer between ranks; NCCL's own limit of 600 is taken for no reason of ours
+WAIT_SECONDS = 6 * 3600  # for a rank that works alone while the others wait: rank 0 scores whole texts
 SAY_SECONDS = 5.0
 ALL_RANKS = "start every rank with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; torchrun does"
 
-_joined: list[bool] = []  # not empty: this process is or was one of several
+_joined: list[dist.Store] = []  # the group's store; not empty: this process is or was one of several
+_waited: list[int] = [0]  # how often this process has waited for all others
+_own_gpu: list[int] = []  # the GPU that this process was given, where that is not the one of its local rank
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,18 @@ class Ranks:
                     f"rank {ranks.rank} has no GPU of its own: local rank {ranks.local_rank}, {num_gpus} GPUs here",
                     hint=f"torchrun --nproc_per_node={num_gpus}",
                 )
-            torch.cuda.set_device(ranks.local_rank)
+            use_gpu(ranks.local_rank)
         store = _meet(ranks)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
-        _joined.append(True)
+        backend, device = ("nccl", ranks.device) if torch.cuda.is_available() else ("gloo", None)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            device_id=device,  # NCCL then connects at once, on this GPU
+        )
+        _joined.append(store)
         return ranks
 
     def leave(self) -> None:
@@ -74,7 +85,7 @@ class Ranks:
         """
         if self.world_size > 1 and dist.is_initialized():
             if sys.exc_info()[0] is None:
-                dist.barrier()
+                self.wait()
             dist.destroy_process_group()
 
     @property
@@ -85,7 +96,9 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """The device this rank computes on."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", _own_gpu[0] if _own_gpu else self.local_rank)
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor, in place, by its sum over ranks."""
@@ -126,12 +139,36 @@ class Ranks:
         return list(items)[self.rank :: self.world_size]
 
     def wait(self) -> None:
-        """Wait until every rank has called this."""
-        if self.world_size > 1:
+        """Wait until every rank has called this, at most WAIT_SECONDS: the others may have long work to do alone.
+
+        The wait is for the group's store, not a transfer, which would be given up after COLLECTIVE_SECONDS.
+        """
+        if self.world_size == 1:
+            return
+        if not _joined:  # the group was made elsewhere
             dist.barrier()
+            return
+        _waited[0] += 1
+        come = [f"pgolf-post/wait/{_waited[0]}/{rank}" for rank in range(self.world_size)]
+        _joined[-1].set(come[self.rank], "here")
+        deadline, pause = time.monotonic() + WAIT_SECONDS, 0.001
+        while not _joined[-1].check(come):
+            if time.monotonic() > deadline:
+                raise PgolfError(
+                    f"rank {self.rank} of {self.world_size} waited {WAIT_SECONDS:,} s for the others and gave up",
+                    hint="see what the other ranks printed last",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
 
 
 ALONE = Ranks()  # one process
+
+
+def use_gpu(index: int) -> None:
+    """Make a GPU this process's own: whatever it computes alone, in whichever thread, is computed there."""
+    torch.cuda.set_device(index)
+    _own_gpu[:] = [index]
 
 
 def has_joined() -> bool:

@@ -135,6 +135,20 @@ def test_an_expected_score_is_the_weights_loss_and_the_divergence_from_them(lab:
     assert trial.result["noise_floor_bpb"] > 0
 
 
+def test_a_compiled_sweep_learns_on_the_eager_model(lab: Lab) -> None:
+    text = (
+        'question = "?"\nnoise_repeats = 0\nbaselines = []\nrank_by = "ttt"\n[grid]\nttt.learning_rate = [0.0, 0.01]\n'
+    )
+    stage = '[stages.ttt]\npreset = "sgd"\nset = ["chunk_tokens=64", "epochs=1", "stride=8"]\nmax_tokens = 200\n'
+    compiled, eager = (
+        by_name(lab.run(spec_text(text + stage).replace("[stages.screen]\ntokens = 320", ""), name, compiled=choice))
+        for name, choice in (("compiled", True), ("eager", False))
+    )
+    assert {name: row.result["ttt"]["bpb"] for name, row in compiled.items()} == {
+        name: row.result["ttt"]["bpb"] for name, row in eager.items()
+    }
+
+
 def test_a_codec_changes_bytes_and_no_symbol(lab: Lab) -> None:
     text = 'question = "?"\nnoise_repeats = 0\nrank_by = "bytes"\n[grid]\ncodec = ["none", "rans", "brotli"]'
     rows = by_name(lab.run(spec_text(text)))

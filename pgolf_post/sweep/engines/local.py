@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from pgolf_post.base.progress import silence
+from pgolf_post.base.ranks import ALONE, use_gpu
 from pgolf_post.errors import PgolfError, SettingsError
 from pgolf_post.ledger import Row
 from pgolf_post.sweep.run import Options, Sweep, check_control, work
@@ -79,8 +80,8 @@ def _worker(options: Options, index: int, workers: int) -> None:
     """Work in a process with its own GPU, or its share of the processor's threads."""
     silence()
     if torch.cuda.is_available():
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        use_gpu(index)
+        device = ALONE.device
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -57,6 +57,7 @@ class Scorer:
     ranks: Ranks
     pool: ModelPool
     reference_pool: ModelPool
+    learning_pool: ModelPool = field(default_factory=ModelPool)  # never compiled: adapters hang on the eager forward
     texts: dict[str, Any] = field(default_factory=dict)
 
 

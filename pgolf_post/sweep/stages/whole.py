@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pgolf_post.score.cached import score_model
 from pgolf_post.score.session import Session
+from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.sweep.stages.base import Job, Scorer, StageScore, TrialStage
 
 
@@ -21,4 +22,5 @@ class WholeTextStage(TrialStage):
 def score(scorer: Scorer, job: Job) -> StageScore:
     """Score the text by the job's protocol, cached as `eval` does."""
     session = Session(ranks=scorer.ranks, quiet=True)
-    return score_model(job.model.subject, job.model.tensors, job.data, job.protocol, False, session, scorer.pool)
+    pool = scorer.learning_pool if isinstance(job.protocol, TTTProtocol) else scorer.pool
+    return score_model(job.model.subject, job.model.tensors, job.data, job.protocol, False, session, pool)
