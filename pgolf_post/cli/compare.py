@@ -13,18 +13,27 @@ from click.core import ParameterSource
 
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import data_option, dollars_option, json_option, quiet_option, split_view, threads_option
-from pgolf_post.cli.scoring import Opened, open_scored, parse_protocol, protocol_options
+from pgolf_post.cli.scoring import (
+    PROTOCOL_NAMES,
+    Opened,
+    breakdown_option,
+    open_scored,
+    parse_protocol,
+    protocol_options,
+)
 from pgolf_post.errors import MismatchError
 
 if TYPE_CHECKING:
     from pgolf_post.score.bpb import Score
+    from pgolf_post.score.compare.comparison import Comparison
     from pgolf_post.score.compare.expected import ExpectedWindows
     from pgolf_post.score.pool import ModelPool
+    from pgolf_post.score.stage import StoredScore
 
 IDLE = {  # way of comparing → options that it does not read
     "paired": ("bytes_per_token", "variant", "reference"),
-    "record": ("level", "seed", "reference"),
-    "until_ci": ("bytes_per_token", "variant", "compiled"),
+    "record": ("level", "seed", "reference", "kinds", "control_protocol"),
+    "until_ci": ("bytes_per_token", "variant", "compiled", "kinds", "control_protocol"),
 }
 
 
@@ -33,6 +42,12 @@ IDLE = {  # way of comparing → options that it does not read
 @click.argument("control")
 @data_option
 @protocol_options
+@click.option(
+    "--control-protocol",
+    type=click.Choice([name for name in PROTOCOL_NAMES if name != "ttt"]),
+    help="Score CONTROL by this protocol instead, with the same windows and text: what did test-time training win?",
+)
+@breakdown_option
 @click.option(
     "--record", is_flag=True, help="Apply the challenge's rule to groups of seeds, each a comma-separated list."
 )
@@ -73,6 +88,8 @@ def command(candidate: str, control: str, dollars_per_hour: float | None, as_jso
     \b
     pgolf-post compare ARTIFACT CKPT                                 paired by document: t, bootstrap, sign test
     pgolf-post compare CKPT:ema CKPT:raw                             two sets of weights of one folder
+    pgolf-post compare ARTIFACT CKPT --breakdown token-class,repeat  what did quantization break?
+    pgolf-post compare CKPT CKPT --protocol ttt --ttt lora --control-protocol plain --breakdown document
     pgolf-post compare A B --until-ci 0.0003                         as little text as the question needs
     pgolf-post compare A B --until-ci 0.0001 --reference CKPT        far less yet, for two quantizations of CKPT
     pgolf-post compare --record 1.0791,1.0802,1.0799 1.0812,1.0810,1.0808 --variant sp8192
@@ -126,9 +143,9 @@ def _open(text: str, options: dict[str, Any]) -> Opened:
     return open_scored(path, view, options["data_dir"], PhaseTimes())
 
 
-def _score(opened: Opened, options: dict[str, Any], pool: ModelPool) -> tuple[Score, Path]:
-    stored = opened.score(parse_protocol(options, opened.config, "compare"), pool=pool)
-    return stored.sums, stored.folder
+def _score(opened: Opened, options: dict[str, Any], pool: ModelPool) -> StoredScore:
+    protocol = parse_protocol(options, opened.config, "compare")
+    return opened.score(protocol, pool=pool, breakdown=bool(options["kinds"]))
 
 
 def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], list[Path]]:
@@ -136,18 +153,48 @@ def _scores(names: list[str], options: dict[str, Any]) -> tuple[list[Score], lis
     from pgolf_post.score.pool import ModelPool
 
     pool = ModelPool(options["compiled"])
-    pairs = [_score(_open(name, options), options, pool) for name in names]
-    return [score for score, _ in pairs], [folder for _, folder in pairs]
+    stored = [_score(_open(name, options), options, pool) for name in names]
+    return [score.sums for score in stored], [score.folder for score in stored]
 
 
 def _paired(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     from pgolf_post.score.compare.comparison import compare
     from pgolf_post.score.compare.report import HEADER, paired_rows
+    from pgolf_post.score.pool import ModelPool
 
-    (first, second), folders = _scores([candidate, control], options)
+    pool = ModelPool(options["compiled"])
+    first = _score(_open(candidate, options), options, pool)
+    second = _score(_open(control, options), _control_options(options), pool)
     comparison = compare(first, second, level=options["level"], seed=options["seed"])
     print_table(f"{candidate} against {control}", HEADER, paired_rows(comparison))
-    return comparison.facts(), folders
+    bins = _compare_bins(first, second, comparison, options["kinds"]) if options["kinds"] else {}
+    return {**comparison.facts(), **bins}, [first.folder, second.folder]
+
+
+def _control_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the control is scored by; those that --control-protocol does not read are left out."""
+    kind = options["control_protocol"]
+    if kind is None:
+        return options
+    stride = options["stride"] if kind == "sliding" else None
+    return {**options, "protocol": kind, "stride": stride, "ttt": None, "overrides": ()}
+
+
+def _compare_bins(
+    candidate: StoredScore, control: StoredScore, comparison: Comparison, kinds: tuple[str, ...]
+) -> dict[str, Any]:
+    """Print the paired difference of every bin, and return it as JSON facts."""
+    from pgolf_post.score.breakdown.difference import ScoreSums, bin_differences
+    from pgolf_post.score.breakdown.kinds import KINDS
+    from pgolf_post.score.breakdown.report import DIFFERENCES_HEADER, difference_rows, summary_line
+
+    mine, theirs = (ScoreSums(one.sums, one.breakdown) for one in (candidate, control))
+    differences = {kind: bin_differences(mine, theirs, kind, comparison.by_t.level) for kind in kinds}
+    for kind, rows in differences.items():
+        print_table(f"by {KINDS[kind].title}", DIFFERENCES_HEADER, difference_rows(rows, kind))
+    for name, one in (("candidate", candidate), ("control", control)):
+        say(f"{name}: {summary_line(one.breakdown)}")
+    return {"bins": {kind: [one.facts() for one in rows] for kind, rows in differences.items()}}
 
 
 def _record(candidate: str, control: str, options: dict[str, Any]) -> Compared:

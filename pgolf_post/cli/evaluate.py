@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pgolf_post.base.progress import print_json, print_table
+from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
@@ -19,7 +19,16 @@ from pgolf_post.cli.common import (
     threads_option,
     weights_option,
 )
-from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
+from pgolf_post.cli.scoring import (
+    breakdown_facts,
+    breakdown_option,
+    open_scored,
+    parse_protocol,
+    protocol_options,
+)
+
+if TYPE_CHECKING:
+    from pgolf_post.score.breakdown.sums import Breakdown
 
 
 @click.command("eval")
@@ -27,6 +36,7 @@ from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
 @weights_option
 @data_option
 @protocol_options
+@breakdown_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model with torch.compile first; not for ttt.")
 @click.option(
     "--time-budget",
@@ -43,6 +53,7 @@ def command(
     weights: str | None,
     data_dir: Path | None,
     compiled: bool,
+    kinds: tuple[str, ...],
     time_budget: float | None,
     fresh: bool,
     dollars_per_hour: float | None,
@@ -55,6 +66,7 @@ def command(
     pgolf-post eval CKPT                                        the challenge's plain windows
     pgolf-post eval CKPT --protocol sliding --stride 64
     pgolf-post eval CKPT --protocol ttt --ttt record-1855 --seq-len 512 --set "phases=[44,88]"
+    pgolf-post eval CKPT --breakdown token-class,repeat         where the nats lie; also: all
     torchrun --standalone --nproc_per_node=8 -m pgolf_post eval CKPT --protocol sliding
 
     Sums by document are kept beside what was scored, so that `compare` can pair two scores by document. Ctrl-C and an
@@ -74,18 +86,29 @@ def command(
         opened = open_scored(checkpoint, weights, data_dir, session.clock)
         protocol = parse_protocol(options, opened.config, "eval")
         session.description = f"scoring ({protocol.protocol})"
-        score = opened.score(protocol, fresh, session, ModelPool(compiled))
+        score = opened.score(protocol, fresh, session, ModelPool(compiled), bool(kinds))
     finally:
         ranks.leave()
     if not ranks.is_main:
         return
     print_table(opened.name, SCORE_HEADER, score_rows(score.facts, score.cached))
+    if kinds:
+        _print_breakdown(score.breakdown, kinds)
     seconds = round(time.perf_counter() - started, 3)
     record(score.folder, dollars_per_hour=dollars_per_hour, seconds=seconds)
     if as_json:
         sums = {key: score.facts[key] for key in ("bpb", "nats", "tokens", "bytes", "documents")}
         phases = {key: value for key, value in score.facts.items() if key.endswith("_seconds")}
         named = {"path": str(checkpoint or opened.name), "protocol": protocol.model_dump(mode="json")}
-        print_json(
-            {**named, **sums, **learning_facts(score.facts), **phases, "cached": score.cached, "seconds": seconds}
-        )
+        learned = learning_facts(score.facts)
+        by_bin = {"breakdown": breakdown_facts(score.breakdown, kinds)} if kinds else {}
+        print_json({**named, **sums, **learned, **by_bin, **phases, "cached": score.cached, "seconds": seconds})
+
+
+def _print_breakdown(breakdown: Breakdown, kinds: tuple[str, ...]) -> None:
+    from pgolf_post.score.breakdown.kinds import KINDS
+    from pgolf_post.score.breakdown.report import BINS_HEADER, bin_rows, summary_line
+
+    for kind in kinds:
+        print_table(f"by {KINDS[kind].title}", BINS_HEADER, bin_rows(breakdown.kinds[kind].of_bins(), kind))
+    say(summary_line(breakdown))

@@ -11,6 +11,7 @@ import click
 
 from pgolf_post.cli.common import find_checkpoint, find_data, load_view
 from pgolf_post.errors import NotFoundError
+from pgolf_post.score.breakdown import KIND_NAMES
 from pgolf_post.score.ttt.methods import PRESETS
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pgolf_post.checkpoint import View
     from pgolf_post.data import DataFolder
     from pgolf_post.pack.artifact import DecodedArtifact
+    from pgolf_post.score.breakdown.sums import Breakdown
     from pgolf_post.score.phase_times import PhaseTimes
     from pgolf_post.score.pool import ModelPool
     from pgolf_post.score.protocols import Protocol
@@ -85,6 +87,33 @@ def protocol_options(function: F) -> F:
     return function
 
 
+def _parse_kinds(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Read a comma-separated list of kinds of bins. Raises BadParameter naming those there are."""
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if "all" in names:
+        return KIND_NAMES
+    unknown = [name for name in names if name not in KIND_NAMES]
+    if unknown or (text is not None and not names):
+        raise click.BadParameter(f"no kind of bins {text!r}; there are: {', '.join(KIND_NAMES)}, all")
+    return names
+
+
+breakdown_option = click.option(
+    "--breakdown",
+    "kinds",
+    metavar="KIND,…",
+    callback=_parse_kinds,
+    help=f"Sum nats, tokens and bytes by bins, too: {', '.join(KIND_NAMES)}, or all.",
+)
+
+
+def breakdown_facts(breakdown: Breakdown, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Return a breakdown as JSON facts: accuracies, and the sums of every bin of some kinds."""
+    summary = breakdown.summary()
+    bins = {kind: [one.facts() for one in breakdown.kinds[kind].of_bins()] for kind in kinds}
+    return {**{key: summary[key] for key in ("top1_accuracy", "top5_accuracy", "calibration_error")}, "bins": bins}
+
+
 def parse_protocol(options: dict[str, Any], config: Mapping[str, Any], command: str) -> Protocol:
     """Return the protocol that the options name. Raises UsageError for an option that the protocol does not read."""
     from pgolf_post.families import train_seq_len
@@ -115,12 +144,18 @@ class Opened:
     decoded: DecodedArtifact | None = None
 
     def score(
-        self, protocol: Protocol, fresh: bool = False, session: Session | None = None, pool: ModelPool | None = None
+        self,
+        protocol: Protocol,
+        fresh: bool = False,
+        session: Session | None = None,
+        pool: ModelPool | None = None,
+        breakdown: bool = False,
     ) -> StoredScore:
         """Score it under a protocol, or find its score."""
         from pgolf_post.score.stage import score
 
-        return score(self.scored, self.data, protocol, fresh=fresh, session=session, pool=pool, decoded=self.decoded)
+        how: dict[str, Any] = {"fresh": fresh, "session": session, "pool": pool, "breakdown": breakdown}
+        return score(self.scored, self.data, protocol, decoded=self.decoded, **how)
 
 
 def open_scored(path: Path | None, weights: str | None, data_dir: Path | None, clock: PhaseTimes) -> Opened:

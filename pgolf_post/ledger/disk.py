@@ -161,7 +161,7 @@ def _knobs(config: Mapping[str, Any]) -> list[str]:
 def _score(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     """A score's parent is a view, or the artifact whose file has the sha256 that was scored."""
     subject, config = str(meta["subject_id"]), entry.config
-    result = {key: meta[key] for key in (*SUMS, "documents")}
+    result = {key: meta[key] for key in (*SUMS, "documents")} | dict(meta.get("breakdown", {}))
     name = str(config["protocol"]) + (f", stride {config['stride']}" if config.get("stride") else "")
     for artifact, artifact_meta in _siblings(entry, "artifact"):
         if artifact_meta.get("payload_sha256") == subject:

@@ -104,6 +104,8 @@ def run_protocol(
     with session.clock.phase("score"):  # waiting for the slowest rank is part of it
         work.log.close(session.ranks)
     work.log.require_complete()
+    if session.details is not None:
+        session.details.close(work.log, session.ranks)
     return work.log, work
 
 

@@ -24,6 +24,7 @@ from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.base.signals import stop_requests
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, PgolfError
+from pgolf_post.score.breakdown.details import Details
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import Observer
 from pgolf_post.score.phase_times import PhaseTimes
@@ -31,7 +32,8 @@ from pgolf_post.score.phase_times import PhaseTimes
 STOPPING = "stopping after this step; Ctrl-C again to stop at once"
 ESTIMATE_AFTER = 3  # timed steps
 ESTIMATE_WORTH_SECONDS = 10.0
-LOG, WORK = "ledger.", "work."  # in a kept pass: prefix of what was committed, and of what was learned
+# in a kept pass: prefix of what was committed, of what was learned, and of what was noted
+LOG, WORK, DETAILS = "ledger.", "work.", "details."
 
 
 class StoppedError(PgolfError):
@@ -64,6 +66,7 @@ class Session:
     clock: PhaseTimes = field(default_factory=PhaseTimes)
     ranks: Ranks = ALONE
     observer: Observer | None = None
+    details: Details | None = None  # notes beside the nats, for a breakdown
     partial: Path | None = None  # where a stopped pass is kept
     identity: str = ""  # of subject, text and protocol: a partial result of another is not continued
     description: str = "scoring"
@@ -121,10 +124,16 @@ class Session:
         assert self.partial is not None
         arrays = {f"{LOG}{key}": torch.from_numpy(np.ascontiguousarray(x)) for key, x in work.log.state().items()}
         tensors = {f"{WORK}{key}": value.detach().cpu().contiguous().clone() for key, value in work.state().items()}
-        what = f"{self.identity} in {len(work.costs)} steps"
-        note = {"identity": what, "step": str(index), "seconds": json.dumps(self.clock.seconds)}
+        if self.details is not None:
+            noted = self.details.state()
+            arrays |= {f"{DETAILS}{key}": torch.from_numpy(x) for key, x in noted.items()}
+        note = {"identity": self._identity(work), "step": str(index), "seconds": json.dumps(self.clock.seconds)}
         with atomic_file(self.partial) as path:
             save_file({**arrays, **tensors}, path, note)
+
+    def _identity(self, work: Pass) -> str:
+        noting = ", with details" if self.details is not None else ""
+        return f"{self.identity} in {len(work.costs)} steps{noting}"
 
     def _restore(self, work: Pass) -> int:
         """Return the step to begin with: 0, or where a kept pass of the same identity stopped."""
@@ -139,10 +148,13 @@ class Session:
             index, seconds = int(note["step"]), json.loads(note["seconds"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DamagedFileError(f"{self.partial} is not a kept pass: {error}", hint=f"rm {self.partial}") from None
-        if note["identity"] != f"{self.identity} in {len(work.costs)} steps":
+        if note["identity"] != self._identity(work):
             return 0
         work.log.load_state({key.removeprefix(LOG): x.numpy() for key, x in tensors.items() if key.startswith(LOG)})
         work.load_state({key.removeprefix(WORK): x for key, x in tensors.items() if key.startswith(WORK)})
+        if self.details is not None:
+            noted = {key.removeprefix(DETAILS): x.numpy() for key, x in tensors.items() if key.startswith(DETAILS)}
+            self.details.load_state(noted)
         self.clock.load(seconds)
         say(f"{self.description}: going on from {self.partial}, {int(work.log.scored.sum()):,} targets scored")
         return index

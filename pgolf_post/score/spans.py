@@ -44,6 +44,11 @@ def places_of(spans: list[Span]) -> np.ndarray:  # (Σ scored,) int64
     return np.concatenate([np.arange(*span.targets) for span in spans])
 
 
+def context_of(spans: list[Span]) -> np.ndarray:  # (Σ scored,) int64
+    """Return how many tokens each scored target's window holds before it, in the order of `places_of`."""
+    return np.concatenate([np.arange(span.length - span.scored, span.length) + 1 for span in spans])
+
+
 def batches_of(spans: list[Span], batch_tokens: int) -> list[list[Span]]:
     """Return batches of neighbouring spans of equal shape, `batch_tokens` input tokens at most (or one span)."""
     batches = []
@@ -77,6 +82,8 @@ def batch_nats(module: LanguageModel, tokens: np.ndarray, batch: list[Span], ses
         hidden, targets = scored_hidden(module, tokens, part)
         nats = target_nats(module, hidden, targets)
         observe(session.observer, module, hidden, places_of(part))
+        if session.details is not None:
+            session.details.note(module, hidden, targets, places_of(part), context_of(part), len(tokens))
         return nats.double().cpu().numpy()
 
     return halving(work, batch)

@@ -21,6 +21,8 @@ from pgolf_post.errors import NotFoundError
 from pgolf_post.families import train_seq_len
 from pgolf_post.pack.artifact import DecodedArtifact, find_artifact, is_artifact, read_artifact
 from pgolf_post.score.bpb import Score
+from pgolf_post.score.breakdown.sums import FILE as BREAKDOWN_FILE
+from pgolf_post.score.breakdown.sums import Breakdown
 from pgolf_post.score.cached import SCORE, score_artifact, score_view
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.pool import ModelPool
@@ -63,6 +65,11 @@ class StoredScore:
         """The sums by document and by unit, read from disk. Raises DamagedFileError."""
         return Score.load(self.folder / SCORE.payload)
 
+    @cached_property
+    def breakdown(self) -> Breakdown:
+        """The sums by bin. Raises NotFoundError where the score was made without `breakdown=True`, DamagedFileError."""
+        return Breakdown.load(self.folder / BREAKDOWN_FILE)
+
 
 def score(
     scored: Scorable,
@@ -73,6 +80,7 @@ def score(
     session: Session | None = None,
     pool: ModelPool | None = None,
     decoded: DecodedArtifact | None = None,  # what the artifact was decoded to, where that is in memory already
+    breakdown: bool = False,  # keep the sums by bin, too, at the cost of one more product with the head
 ) -> StoredScore:
     """Return the score of a model on a text, from disk where it was scored before.
 
@@ -87,14 +95,14 @@ def score(
     opened, session = _opened(scored), session or Session()
     if isinstance(opened, View):
         protocol = protocol or PlainProtocol(seq_len=opened.train_seq_len)
-        return _stored(*score_view(opened, data, protocol, fresh, session, pool))
+        return _stored(*score_view(opened, data, protocol, fresh, session, pool, breakdown))
     if decoded is None and isinstance(scored, PackedArtifact):
         decoded = scored.verified
     if decoded is None:
         with session.clock.phase("decompress"):
             decoded = read_artifact(opened)
     protocol = protocol or PlainProtocol(seq_len=train_seq_len(decoded.manifest["config"]))
-    return _stored(*score_artifact(opened, data, protocol, fresh, session, pool, decoded))
+    return _stored(*score_artifact(opened, data, protocol, fresh, session, pool, decoded, breakdown))
 
 
 def open_weights(scored: Scorable) -> tuple[str, Mapping[str, Any], Mapping[str, Tensor]]:

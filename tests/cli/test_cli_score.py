@@ -184,3 +184,37 @@ def test_another_tokenizer_is_refused(pgolf: Call, other_data: DataFolder) -> No
     answer = pgolf("audit", CKPT, "--data", other_data.path)
     assert answer.code == 1
     assert "has tokenizer" in answer.err
+
+
+def test_eval_and_compare_by_bins(pgolf: Call) -> None:
+    answer = pgolf("eval", CKPT, "--breakdown", "token-class,calibration", *SHORT)
+    assert answer.code == 0, answer.err
+    bins = answer.json["breakdown"]["bins"]
+    assert list(bins) == ["token-class", "calibration"]
+    for rows in bins.values():
+        assert sum(row["tokens"] for row in rows) == answer.json["tokens"]
+        assert sum(row["nats"] for row in rows) == pytest.approx(answer.json["nats"], rel=1e-14)
+    assert "by class of token" in answer.err
+    assert "expected calibration error" in answer.err
+    row = pgolf("ledger", "export", "--format", "jsonl", "--kind", "score")
+    assert '"top1_accuracy"' in row.out
+    learned = ("--protocol", "ttt", "--ttt", "lora", *LORA_SET, "--control-protocol", "plain")
+    compared = pgolf("compare", CKPT, CKPT, *learned, "--breakdown", "document", *SHORT)
+    assert compared.code == 0, compared.err
+    rows = compared.json["bins"]["document"]
+    assert sum(row["difference_bpb"] for row in rows) == pytest.approx(compared.json["difference_bpb"], abs=1e-12)
+    assert "by tokens of the document before it" in compared.err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("eval", CKPT, "--breakdown", "colour"), "no kind of bins 'colour'; there are: position, token-class"),
+        (("eval", CKPT, "--breakdown", ","), "no kind of bins"),
+        (("compare", "--record", "1,2", "1,2", "--variant", "sp1024", "--breakdown", "all"), "does not read"),
+    ],
+)
+def test_kinds_of_bins_that_there_are_not_are_refused(pgolf: Call, command: tuple[Any, ...], message: str) -> None:
+    answer = pgolf(*command)
+    assert answer.code == 2
+    assert message in answer.err

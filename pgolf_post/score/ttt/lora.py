@@ -204,7 +204,23 @@ class LoraPass:
         places[real] = np.concatenate(chunks)
 
         observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
+        self._note(documents, hidden, tokens[:, first - stop :].flatten(), places, chunk)
         self.log.commit(places[real], nats.double().cpu().numpy()[real])
+
+    def _note(
+        self,
+        documents: list[Document],
+        hidden: Tensor,  # (rows · chunk's targets, dim)
+        targets: Tensor,  # (rows · chunk's targets,) int64
+        places: np.ndarray,  # (rows · chunk's targets,) int64, -1 beyond a document's end
+        chunk: int,
+    ) -> None:
+        """Note what a breakdown needs beside the nats, if one is made."""
+        if self.session.details is None:
+            return
+        begin, first, stop = self.window(chunk)
+        context = np.tile(np.arange(first, stop) - begin, len(documents))
+        self.session.details.note(self.adapters, hidden, targets, places, context, len(self.log.tokens))
 
     def scored_tokens(self, document: Document, begin: int, stop: int) -> np.ndarray:  # (stop - begin,) int64
         """Return a document's tokens at offsets [begin, stop) from the log; its own BOS is known from the start."""
