@@ -23,7 +23,7 @@ from pgolf_post.score.compare.paired import Clusters, t_interval
 
 @dataclass(frozen=True)
 class BinDifference:
-    """What a bin adds to the candidate's bits per byte less the control's; negative is better."""
+    """A bin's part of the candidate's bits per byte less the control's; negative is better."""
 
     name: str
     bpb: float

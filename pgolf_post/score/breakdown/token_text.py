@@ -1,4 +1,4 @@
-"""What each token of a vocabulary is, to a reader: its class, its text, and whether a sentence ends with it."""
+"""Tokens of a vocabulary as a reader sees them: class, text, and whether a sentence ends there."""
 
 from __future__ import annotations
 
