@@ -45,7 +45,7 @@ IDLE = {  # way of comparing → options that it does not read
 @click.option(
     "--control-protocol",
     type=click.Choice([name for name in PROTOCOL_NAMES if name != "ttt"]),
-    help="Score CONTROL by this protocol instead, with the same windows and text: what did test-time training win?",
+    help="Score CONTROL by this protocol instead, on the same text: shows what test-time training wins.",
 )
 @breakdown_option
 @click.option(
