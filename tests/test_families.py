@@ -6,18 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import pgolf_post.cli
 from pgolf_post import families
 from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family
+from tests.cli.conftest import caller
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_family.py"
 SOURCE = f"{EXAMPLE}:TinyGPTFamily"
@@ -63,8 +65,23 @@ def foreign(tmp_path: Path, registered: families.ModelFamily, pico_data: DataFol
     return save_checkpoint(tmp_path / "checkpoints" / "mine" / "final", config, {"raw": module.state_dict()}, meta)
 
 
-def pgolf(folder: Path, *arguments: object) -> dict:
-    """Run a command in a process of its own, which knows the family from --family alone; return its JSON."""
+@pytest.fixture
+def pgolf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict]:
+    """A command in this process, which knows the family from --family alone; it returns its JSON."""
+    monkeypatch.chdir(tmp_path)
+    call = caller(pgolf_post.cli.main, "pgolf-post", monkeypatch, capsys)
+
+    def run(*arguments: object) -> dict:
+        families.forget_families()
+        answer = call("--family", SOURCE, *arguments, "--json")
+        assert answer.code == 0, answer.err + answer.out
+        return answer.json
+
+    return run
+
+
+def as_process(folder: Path, *arguments: object) -> dict:
+    """Run a command in a process of its own; return its JSON."""
     command = [sys.executable, "-m", "pgolf_post", "--family", SOURCE, *map(str, arguments), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
@@ -73,17 +90,19 @@ def pgolf(folder: Path, *arguments: object) -> dict:
     return answer
 
 
-def test_another_model_is_calibrated_quantized_fitted_and_scored(tmp_path: Path, foreign: Checkpoint) -> None:
+def test_another_model_is_calibrated_quantized_fitted_and_scored(
+    tmp_path: Path, foreign: Checkpoint, pgolf: Callable[..., dict]
+) -> None:
     text = ("--calibration-tokens", 1024)
-    stats = pgolf(tmp_path, "calibrate", foreign.path, "--tokens", 1024)
+    stats = pgolf("calibrate", foreign.path, "--tokens", 1024)
     assert stats["tokens"] == 1024
-    plain = pgolf(tmp_path, "eval", foreign.path)
-    requant = pgolf(tmp_path, "requant", foreign.path, *text, "--eval")
+    plain = pgolf("eval", foreign.path)
+    requant = as_process(tmp_path, "requant", foreign.path, *text, "--eval")
     smaller = requant["artifact_bytes"] - 500
-    fit = pgolf(tmp_path, "fit", foreign.path, *text, "--kappa-tokens", 512, "--budget", smaller, "--eval")
+    fit = pgolf("fit", foreign.path, *text, "--kappa-tokens", 512, "--budget", smaller, "--eval")
     assert fit["artifact_bytes"] <= smaller
     assert plain["bpb"] < fit["bpb"] < requant["bpb"], "fit loses less in fewer bytes"
-    artifact = pgolf(tmp_path, "eval", next((foreign.path / "derived" / "artifact").glob("*/artifact.pgolf")))
+    artifact = pgolf("eval", next((foreign.path / "derived" / "artifact").glob("*/artifact.pgolf")))
     assert artifact["bpb"] in (fit["bpb"], requant["bpb"])
 
 

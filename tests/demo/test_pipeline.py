@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import default_checkpoint
 from pgolf_post.data import DataFolder
+from pgolf_post.data.stdlib_corpus import stdlib_documents
+from pgolf_post.demo import pipeline
 from pgolf_post.demo.pipeline import Demo
 from pgolf_post.demo.report import NEXT, show
 from pgolf_post.errors import SettingsError
@@ -24,18 +27,23 @@ from trainer.config import Recipe
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "trainer" / "recipes" / "tiny_cpu.toml"
-FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "model.num_layers=3", "checkpoint.metric_tokens=1024")
+FEW_STEPS = ("schedule.steps=8", "optim.momentum_warmup_steps=2", "checkpoint.metric_tokens=1024")
+SMALL = ("model.num_layers=2", "model.loop_end=1", "model.model_dim=64", "model.rope_dims=8", "model.xsa_last_n=2")
+NUM_DOCUMENTS = 400  # of the standard library's
 LITTLE_TEXT = CalibrationSettings(tokens=2048, fisher=True)
 QUICK_FIT = FitSettings(trellis_states=4, kappa="role", kappa_tokens=1024)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo's folder, while its text is the first part of the standard library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "stdlib_documents", lambda: islice(stdlib_documents(), NUM_DOCUMENTS))
+        yield tmp_path_factory.mktemp("demo")
 
 
 def run_demo(root: Path) -> dict[str, Any]:
-    return Demo(root, FEW_STEPS, LITTLE_TEXT, QUICK_FIT, score_tokens=2048).run()
+    return Demo(root, (*FEW_STEPS, *SMALL), LITTLE_TEXT, QUICK_FIT, score_tokens=2048).run()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
 
 CALIBRATION = CalibrationSettings(tokens=512)
-SETTINGS = FitSettings(kappa_tokens=256)
+SETTINGS = FitSettings(kappa_tokens=256, trellis_states=8)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def changed(view: View, edit: Edit) -> View:
 
 
 def fitter_of(view: View, data: DataFolder, **settings: object) -> Fitter:
-    chosen = FitSettings(kappa_tokens=256).model_copy(update=settings)
+    chosen = FitSettings(kappa_tokens=256, trellis_states=8).model_copy(update=settings)
     return prepare(view, data, CalibrationSettings(tokens=512), chosen)
 
 

@@ -164,7 +164,7 @@ def test_ranks_give_the_same_number(
 ) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{RANKS_SCRIPT}")
-    done = torchrun(3, str(script), str(pico_checkpoint.path), str(pico_data.path))
+    done = torchrun(2, str(script), str(pico_checkpoint.path), str(pico_data.path))
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [cached for _, _, cached in answers] == [False, True, False, True]

@@ -26,11 +26,11 @@ from tests.trainer.test_distributed import torchrun
 pytestmark = pytest.mark.slow
 
 PROTOCOLS = {
-    "sgd": ttt("sgd", max_tokens=600),
-    "scales": ttt("scales", "optimizer=adamw", max_tokens=600),
-    "lora": ttt("lora", "lanes=3", max_tokens=1200),
-    "one lane": ttt("lora", "lanes=1", max_tokens=600),
-    "phased": ttt("phased", "lanes=2", max_tokens=1200),
+    "sgd": ttt("sgd", max_tokens=300),
+    "scales": ttt("scales", "optimizer=adamw", max_tokens=300),
+    "lora": ttt("lora", "lanes=3", max_tokens=600),
+    "one lane": ttt("lora", "lanes=1", max_tokens=300),
+    "phased": ttt("phased", "lanes=2", max_tokens=600),
 }
 
 SCRIPT = """
@@ -174,6 +174,7 @@ def test_two_ranks_that_score_one_target_are_caught() -> None:
         log.merge(Two([torch.tensor([0, 0, 1, 0, 0, 0])]))
 
 
+@pytest.mark.long  # the short run has an eval on several ranks in test_sliding.py
 def test_the_command_on_two_ranks_keeps_one_score(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
     words = ["--protocol", "ttt", "--ttt", "lora", "--set", "rank=2", "--set", "alpha=4", "--set", "batch_documents=2"]
     words += ["--max-tokens", "300", "--data", str(pico_data.path), "--set", "chunk_tokens=16", "--json"]

@@ -23,7 +23,7 @@ from pgolf_post.sweep.run import Sweep
 from tests.sweep.conftest import LAMBDAS, Lab, lasting, spec_text
 
 REPOSITORY = Path(__file__).parents[2]
-TRIALS = LAMBDAS.replace("0.6]", "0.4, 0.6, 0.8]") + '[[trials]]\nname = "bad"\ncheckpoint = "nowhere"\n'
+TRIALS = LAMBDAS.replace("0.6]", "0.4]") + '[[trials]]\nname = "bad"\ncheckpoint = "nowhere"\n'
 
 
 def command(lab: Lab, *more: str, root: Path | None = None) -> list[str]:
@@ -82,7 +82,7 @@ def free_port() -> int:
 def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
     lab.run(spec_text(TRIALS))
     expected = rows_of(lab.root)
-    assert len(expected) == 8
+    assert len(expected) == 6
     assert "error" in expected["bad"]["result"]  # type: ignore[operator]
     roots = {name: copied(lab, name) for name in ("workers", "torchrun")}
     run_process([sys.executable, *command(lab, "--workers", "2", root=roots["workers"])], lab.folder)
@@ -159,7 +159,7 @@ def kill_through(lab: Lab, kills: int) -> int:
 
 
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(lab: Lab) -> None:
-    kill_and_compare(lab, 2)
+    kill_and_compare(lab, 1)
 
 
 @pytest.mark.long

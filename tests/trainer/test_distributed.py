@@ -95,6 +95,7 @@ def test_two_processes_are_one_process_after_20_steps(alone: Checkpoint, pair: C
     assert losses_of(alone) == pytest.approx(losses_of(pair), abs=2e-6)  # logged to six digits
 
 
+@pytest.mark.long
 def test_two_processes_are_one_process_in_float32_to_its_rounding(
     tmp_path: Path, pico_data: DataFolder, alone: Checkpoint
 ) -> None:
@@ -102,6 +103,7 @@ def test_two_processes_are_one_process_in_float32_to_its_rounding(
     assert losses_of(two) == pytest.approx(losses_of(alone), abs=1e-3)
 
 
+@pytest.mark.long
 def test_three_processes_that_no_bank_divides_among_are_one_process(tmp_path: Path, pico_data: DataFolder) -> None:
     """Banks of 1 to 6 matrices, some unused before the loops; micro-batches; no clipping, whose path differs."""
     changes = {"data": {"micro_batch_tokens": 16}, "optim": {"grad_clip": 0.0}}
@@ -111,6 +113,7 @@ def test_three_processes_that_no_bank_divides_among_are_one_process(tmp_path: Pa
     assert farthest(one, three) < 1e-9
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, pico_data: DataFolder, alone: Checkpoint, pair: Checkpoint
 ) -> None:
@@ -179,7 +182,7 @@ end_process(0)
 """
 
 
-@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_what_ranks_share_does_not_depend_on_how_many_they_are(tmp_path: Path, num_processes: int) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{RANKS_SCRIPT}")

@@ -88,7 +88,7 @@ def run_through_kills(data: DataFolder, folder: Path, times: int) -> tuple[Check
     return Checkpoint.open(root / "latest"), kills
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.long)])
 def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_undisturbed_one_does(
     tmp_path: Path, pico_data: DataFolder, times: int
 ) -> None:

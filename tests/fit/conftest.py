@@ -1,0 +1,30 @@
+"""The pico run of the fit tests has the statistics and factors most of them ask for: measured once, found by all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.fit.prepare import prepare
+from pgolf_post.fit.settings import FitSettings
+
+
+@pytest.fixture(scope="session")
+def prepared_run(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Path, pico_data: DataFolder) -> Path:
+    root = tmp_path_factory.mktemp("prepared") / "checkpoints"
+    shutil.copytree(pico_run_original, root, symlinks=True)
+    view = Checkpoint.open(root / "latest").load()
+    prepare(view, pico_data, CalibrationSettings(tokens=512), FitSettings(kappa_tokens=256, trellis_states=8))
+    return root
+
+
+@pytest.fixture
+def pico_run(tmp_path: Path, prepared_run: Path) -> Path:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(prepared_run, root, symlinks=True)
+    return root
