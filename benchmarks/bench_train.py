@@ -31,7 +31,7 @@ from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.provenance import accelerator_name
 from pgolf_post.settings import read_settings
 from trainer.activations import activation_of
-from trainer.architecture import ModelConfig, visit_list
+from trainer.architecture import ModelConfig, mlp_width, visit_list
 from trainer.attention_backends import BACKENDS
 from trainer.config import Recipe
 from trainer.loop import Trainer
@@ -148,7 +148,7 @@ def bench_small(folder: Path) -> None:
 def flops_per_token(config: ModelConfig, active_loops: int) -> float:
     """Of forward and backward: 6 per matrix entry and visit, and attention as if each document filled its window."""
     dim, kv_dim = config.model_dim, config.num_kv_heads * config.model_dim // config.num_heads
-    mlp = (3 if activation_of(config.activation).gated else 2) * dim * int(config.mlp_mult * dim)
+    mlp = (3 if activation_of(config.activation).gated else 2) * dim * mlp_width(config)
     visits = len(visit_list(config, active_loops))
     matrices = visits * (2 * dim * dim + 2 * dim * kv_dim + mlp) + config.vocab_size * (config.embedding_dim or dim)
     return 6.0 * matrices + visits * 6.0 * config.train_seq_len * dim

@@ -23,6 +23,11 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def relu3(x: Tensor) -> Tensor:
+    """max(x, 0)³."""
+    return F.relu(x).pow(3)
+
+
 def leaky_relu2(x: Tensor, leaky_slope: float) -> Tensor:
     """(x above 0, leaky_slope · x below)²: unlike relu², never without a gradient."""
     return F.leaky_relu(x, leaky_slope).square()
@@ -65,6 +70,7 @@ ACTIVATIONS: dict[str, Activation] = {
         kernel_slope=lambda leaky_slope: leaky_slope,
         source="openai/parameter-golf #549 and the record line after it",
     ),
+    "relu3": Activation(relu3, power=3.0, source="openai/parameter-golf: forks of the record line"),
     "silu2": Activation(silu2, source="the square of SiLU, Elfwing et al. 2018, arXiv:1702.03118"),
     "gelu2": Activation(gelu2, source="the square of GELU, Hendrycks & Gimpel 2016, arXiv:1606.08415"),
     "swiglu": Activation(F.silu, gated=True, power=1.0, source="Shazeer 2020, arXiv:2002.05202"),

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 from trainer.activations import ActivationName
+from trainer.smear import ChannelSmear
 
 AttentionGate = Literal["none", "sparse", "dense", "double_sigmoid"]
 LaneOutput = Literal["mean", "attn", "mlp"]
@@ -30,6 +31,7 @@ class ArchitectureSettings(Settings):
     num_heads: int = Field(8, ge=1, description="query heads")
     num_kv_heads: int = Field(4, ge=1, description="key-value heads, each shared by a group of query heads")
     mlp_mult: float = Field(4.0, gt=0, description="hidden width = int(mlp_mult · model_dim)")
+    mlp_hidden: int | None = Field(None, ge=1, description="hidden width itself, in place of mlp_mult")
     activation: ActivationName = Field("leaky_relu2", description="a name in trainer/activations.py")
     leaky_slope: float = Field(0.5, ge=0, le=1, description="slope of leaky_relu2 below 0, before it is squared")
     tie_embeddings: bool = Field(True, description="use the embedding as the head's matrix")
@@ -37,10 +39,17 @@ class ArchitectureSettings(Settings):
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     rope_dims: int = Field(16, ge=0, description="rotated dimensions per head; 0 = all")
     rope_ntk: bool = Field(True, description="stretch the rotary base beyond the training length")
+    rope_ntk_from: int | None = Field(
+        None, ge=2, description="tokens beyond which rope_ntk stretches the base; default the training length"
+    )
     q_gain_init: float = Field(4.0, description="starting gain of each head's query")
     xsa_last_n: int = Field(11, ge=0, description="XSA on the last n layers")
     ln_scale: bool = Field(True, description="scale layer i's normalised input by 1/√(i+1)")
     skip_gates: bool = Field(True, description="gate each U-Net skip per channel")
+    stored_skips: int | None = Field(
+        None, ge=0, description="rows of skip_weights; default as many as the longest list of visits can use"
+    )
+    reuse_last_skip: bool = Field(False, description="visits beyond stored_skips use its last row; false = no skip")
     loop_start: int = Field(0, ge=0, description="first block of the loop")
     loop_end: int = Field(0, ge=0, description="last block of the loop")
     num_loops: int = Field(0, ge=0, description="extra visits of blocks loop_start..loop_end")
@@ -59,7 +68,11 @@ class ArchitectureSettings(Settings):
     untied_loop_mlps: bool = Field(False, description="an MLP of its own for each re-visit of a block")
     gptj_start: int | None = Field(None, ge=0, description="from this layer on, attention and MLP read the same input")
     embedding_init_std: float = Field(0.005, gt=0, description="standard deviation of the initial embedding")
-    smear_gate: bool = Field(False, description="mix each token's embedding with its predecessor's, gated, BOS-safe")
+    smear_gate: bool = Field(False, description="add a gated share of the predecessor's embedding to each token's")
+    smear_across_bos: bool = Field(False, description="the smear gate does not stop at BOS, which opens a document")
+    channel_smear: ChannelSmear = Field(
+        "none", description="blend each token's embedding with its predecessor's per channel, after or before the norm"
+    )
     attn_gate: AttentionGate = Field("none", description="gate on each head's output")
     attn_gate_scale: float = Field(0.5, gt=0, description="factor of the sparse gate's logit")
     attn_gate_source: Literal["input", "query"] = Field("input", description="input of the double-sigmoid gate")
@@ -75,7 +88,7 @@ class ArchitectureSettings(Settings):
         None, ge=2, description="isolated documents are cut into pieces of so many tokens that do not see each other"
     )
     value_residual: bool = Field(False, description="mix each attention's values with those of the first visit")
-    value_embed_layers: tuple[int, ...] = Field((), description="layers whose values get a token embedding, ascending")
+    value_embed_layers: tuple[int, ...] = Field((), description="layers whose values get a token embedding")
     value_embed_dim: int = Field(0, ge=0, description="width of the value embedding's table")
     bigram_buckets: int = Field(0, ge=0, description="rows of the hashed bigram table; 0 = none")
     bigram_dim: int | None = Field(None, ge=1, description="width of the bigram table; default that of the embedding")
@@ -114,6 +127,10 @@ class ArchitectureSettings(Settings):
         longest = len(visit_list(self, self.max_active_loops))
         if self.encoder_visits is not None and self.encoder_visits > longest:
             raise ValueError(f"encoder_visits {self.encoder_visits} exceeds the {longest} visits of the list")
+        if self.stored_skips is not None and self.stored_skips > usable_skips(self):
+            raise ValueError(f"stored_skips {self.stored_skips} exceeds the {usable_skips(self)} that visits can use")
+        if self.reuse_last_skip and self.stored_skips is None:
+            raise ValueError("reuse_last_skip does nothing without stored_skips")
         return self
 
     @model_validator(mode="after")
@@ -141,10 +158,12 @@ class ArchitectureSettings(Settings):
         if not self.bigram_buckets and (self.trigram or self.bigram_dim is not None):
             raise ValueError("trigram and bigram_dim do nothing with bigram_buckets 0")
         check_layers("value_embed_layers", self.value_embed_layers, self.num_layers)
-        if list(self.value_embed_layers) != sorted(set(self.value_embed_layers)):
-            raise ValueError(f"value_embed_layers must ascend without repeats, got {list(self.value_embed_layers)}")
+        if len(self.value_embed_layers) != len(set(self.value_embed_layers)):
+            raise ValueError(f"value_embed_layers names a layer twice: {list(self.value_embed_layers)}")
         if bool(self.value_embed_layers) != bool(self.value_embed_dim):
             raise ValueError("value_embed_layers and value_embed_dim go together: set both or neither")
+        if self.smear_across_bos and not self.smear_gate:
+            raise ValueError("smear_across_bos does nothing without smear_gate = true")
         return self
 
     @model_validator(mode="after")
@@ -200,7 +219,17 @@ def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[
     return visits[:size], visits[size:]
 
 
+def mlp_width(config: ArchitectureSettings) -> int:
+    """Return the hidden width of the MLP."""
+    return int(config.mlp_mult * config.model_dim) if config.mlp_hidden is None else config.mlp_hidden
+
+
 def num_skips(config: ArchitectureSettings) -> int:
+    """Return the number of stored skip weights."""
+    return usable_skips(config) if config.stored_skips is None else config.stored_skips
+
+
+def usable_skips(config: ArchitectureSettings) -> int:
     """Return the largest number of skips that any of the config's visit lists can use."""
     halves = (split_visits(config, active) for active in {0, config.max_active_loops})
     return max(min(len(encoder), len(decoder)) for encoder, decoder in halves)

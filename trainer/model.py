@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
 from trainer.activations import activation_of
-from trainer.architecture import GraphState, ModelConfig, looped_layers, num_skips, revisits, split_visits
+from trainer.architecture import GraphState, ModelConfig, looped_layers, mlp_width, num_skips, revisits, split_visits
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
+from trainer.smear import channel_smear, narrow_smear
 
 ZERO_INIT = re.compile(
     r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         super().__init__()
         activation = activation_of(config.activation)
         self.gated, self.act = activation.gated, activation.bind(config)
-        hidden_dim = int(config.mlp_mult * config.model_dim)
+        hidden_dim = mlp_width(config)
         self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
         if self.gated:
             self.gate = nn.Linear(config.model_dim, hidden_dim, bias=False)
@@ -138,6 +139,10 @@ class GolfGPT(nn.Module):
         if config.smear_gate:
             self.smear_gate = nn.Parameter(torch.zeros(1, config.gate_window))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.channel_smear == "after_norm":
+            self.channel_smear = nn.Parameter(torch.zeros(embedding_dim))  # logits of the predecessor's share
+        elif config.channel_smear == "before_norm":
+            self.channel_keep = nn.Parameter(torch.full((embedding_dim,), 3.0))  # logits of the token's own share
         if embedding_dim != config.model_dim:
             self.embed_proj = nn.Linear(embedding_dim, config.model_dim, bias=False)
             self.head_proj = nn.Linear(config.model_dim, embedding_dim, bias=False)
@@ -188,27 +193,38 @@ class GolfGPT(nn.Module):
         dims = config.rope_dims or config.model_dim // config.num_heads
         base = config.rope_base
         longest = min(seq_len, config.document_cut or seq_len)  # what attention can see
-        if config.rope_ntk and longest > config.train_seq_len:
-            base *= (longest / config.train_seq_len) ** (dims / (dims - 2))
+        unstretched = config.rope_ntk_from or config.train_seq_len
+        if config.rope_ntk and longest > unstretched:
+            base *= (longest / unstretched) ** (dims / (dims - 2))
         return rotary_angles(seq_len, dims, base, device, at_least_float32(self.tok_emb.weight.dtype))
 
-    def _skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """Add the U-Net skip of second-half visit `index`, gated where the model has gates."""
-        weighted = self.skip_weights[index] * skip
+    def _skip_row(self, index: int) -> int | None:
+        """Return the row of skip_weights that second-half visit `index` uses; None if there is none for it."""
+        stored = self.skip_weights.size(0)
+        if self.config.reuse_last_skip:
+            index = min(index, stored - 1)
+        return index if 0 <= index < stored else None
+
+    def _skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """Add a U-Net skip with a row of the weights, gated where the model has gates."""
+        weighted = self.skip_weights[row] * skip
         if self.config.skip_gates:
-            return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+            return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
         return x + weighted
 
     def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
-        """Return the embedding: tokens, bigrams, smear gate, norm, and the projection to model_dim if widths differ."""
+        """Return the embedding: tokens, bigrams, smear gates, norm, and the projection if widths differ."""
+        config = self.config
         x = self.tok_emb(tokens)
-        if self.config.bigram_buckets:
+        if config.bigram_buckets:
             x = x + self.bigram(tokens)
-        if self.config.smear_gate:
-            gate = torch.sigmoid(F.linear(x[:, 1:, : self.config.gate_window], self.smear_gate))
-            gate = self.smear_lambda * gate * (tokens[:, 1:, None] != BOS_ID)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        if config.smear_gate:
+            x = narrow_smear(x, tokens, self.smear_gate, self.smear_lambda, config.smear_across_bos)
+        if config.channel_smear == "before_norm":
+            x = channel_smear(x, self.channel_keep, of_predecessor=False)
         x = rms_norm(x)
+        if config.channel_smear == "after_norm":
+            x = channel_smear(x, self.channel_smear, of_predecessor=True)
         return self.embed_proj(x) if hasattr(self, "embed_proj") else x
 
     def _recurrence(self) -> Recurrence:
@@ -298,12 +314,12 @@ class GolfGPT(nn.Module):
         for index, layer in enumerate(decoder):
             if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
                 lanes = x, x
-            has_skip = index < self.skip_weights.size(0) and len(skips) > 0  # torch 2.11 compiles no bool(list)
+            row = self._skip_row(index) if len(skips) > 0 else None
             if lanes is None:
-                x = self._skip(x, skips.pop(), index) if has_skip else x
+                x = x if row is None else self._skip(x, skips.pop(), row)
                 x = self._visit(layer, x, x0, context, recurrence)
             else:
-                first = self._skip(lanes[0], skips.pop(), index) if has_skip else lanes[0]
+                first = lanes[0] if row is None else self._skip(lanes[0], skips.pop(), row)
                 lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context, recurrence)
 
         # One stream again, normalised and as wide as the head reads it.

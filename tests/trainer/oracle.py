@@ -84,6 +84,14 @@ def ngram_vector(w: Weights, config: Config, tokens: list[int], t: int) -> ndarr
     return w["bigram.scale"] * vector
 
 
+def blended(rows: list[ndarray], own: ndarray) -> list[ndarray]:
+    """Each row and its predecessor, `own` of the former; before the first row there is nothing."""
+    mixed = [own * rows[0]]
+    for t in range(1, len(rows)):
+        mixed.append(own * rows[t] + (1.0 - own) * rows[t - 1])
+    return mixed
+
+
 def embed(w: Weights, config: Config, tokens: list[int]) -> list[ndarray]:
     """x0 at every position."""
     rows = []
@@ -95,11 +103,15 @@ def embed(w: Weights, config: Config, tokens: list[int]) -> list[ndarray]:
     smeared = []
     for t, token in enumerate(tokens):
         row = rows[t]
-        if config["smear_gate"] and t > 0 and token != BOS:
+        if config["smear_gate"] and t > 0 and (token != BOS or config["smear_across_bos"]):
             gate = sigmoid(float(w["smear_gate"][0] @ row[: config["gate_window"]]))
             row = row + w["smear_lambda"][0] * gate * rows[t - 1]
         smeared.append(row)
+    if "channel_keep" in w:
+        smeared = blended(smeared, sigmoid(w["channel_keep"]))
     normed = [rms_norm(row) for row in smeared]
+    if "channel_smear" in w:
+        normed = blended(normed, 1.0 - sigmoid(w["channel_smear"]))
     if "embed_proj.weight" in w:
         return [w["embed_proj.weight"] @ row for row in normed]
     return normed
@@ -112,8 +124,9 @@ def rotate(config: Config, vector: ndarray, t: int, seq_len: int) -> ndarray:
     """One head's query or key, turned to position t."""
     d = config["rope_dims"] or len(vector)
     base = config["rope_base"]
-    if config["rope_ntk"] and seq_len > config["train_seq_len"]:
-        base = base * (seq_len / config["train_seq_len"]) ** (d / (d - 2))
+    short = config["train_seq_len"] if config["rope_ntk_from"] is None else config["rope_ntk_from"]
+    if config["rope_ntk"] and seq_len > short:
+        base = base * (seq_len / short) ** (d / (d - 2))
     turned = vector.copy()
     for k in range(d // 2):
         angle = t * base ** (-2 * k / d)
@@ -206,12 +219,13 @@ class Pass:
             z = w[f"{at}.gate.weight"] @ x
             return w[f"{at}.proj.weight"] @ (z * sigmoid(z) * h)
         activations: dict[str, Callable[[ndarray], ndarray]] = {
-            "relu2": lambda h: np.maximum(h, 0),
-            "leaky_relu2": lambda h: np.where(h > 0, h, config["leaky_slope"] * h),
-            "silu2": lambda h: h * sigmoid(h),
-            "gelu2": lambda h: h * 0.5 * (1 + erf(h / math.sqrt(2))),
+            "relu2": lambda h: np.maximum(h, 0) ** 2,
+            "relu3": lambda h: np.maximum(h, 0) ** 3,
+            "leaky_relu2": lambda h: np.where(h > 0, h, config["leaky_slope"] * h) ** 2,
+            "silu2": lambda h: (h * sigmoid(h)) ** 2,
+            "gelu2": lambda h: (h * 0.5 * (1 + erf(h / math.sqrt(2)))) ** 2,
         }
-        return w[f"{at}.proj.weight"] @ activations[kind](h) ** 2
+        return w[f"{at}.proj.weight"] @ activations[kind](h)
 
     def norm_scale(self, layer: int) -> float:
         return 1 / math.sqrt(layer + 1) if self.config["ln_scale"] else 1.0
@@ -277,6 +291,8 @@ class Pass:
     def skip(self, k: int, stored: list[list[ndarray]], xs: list[ndarray]) -> list[ndarray]:
         """Take back the last stored output before second-half visit k."""
         w = self.w
+        if self.config["reuse_last_skip"] and k >= len(w["skip_weights"]) > 0:
+            k = len(w["skip_weights"]) - 1
         if not stored or k >= len(w["skip_weights"]):
             return xs
         back = stored.pop()

@@ -69,6 +69,15 @@ CASES: dict[str, dict[str, Any]] = {
     "trigrams": {"bigram_buckets": 2, "trigram": True, "bigram_dim": 3},
     "double-sigmoid gate of the query": {"attn_gate": "double_sigmoid", "attn_gate_source": "query", "num_kv_heads": 2},
     "dense gate, one lane's output": {"attn_gate": "dense", "lanes_start": 2, "lane_output": "mlp"},
+    "smear across BOS": {"smear_gate": True, "smear_across_bos": True},
+    "channels smeared after the norm": {"channel_smear": "after_norm", "bigram_buckets": 9, "bigram_dim": 3},
+    "channels smeared before the norm": {"channel_smear": "before_norm", "embedding_dim": 12},
+    "an odd hidden width": {"mlp_hidden": 13, "mlp_mult": 2.0},
+    "rotary stretched from before the training length": {"rope_ntk_from": 3, "train_seq_len": 6},
+    "fewer skips stored than visits could use": {**LOOP, "stored_skips": 2},
+    "the last stored skip used again": {**LOOP, "stored_skips": 2, "reuse_last_skip": True, "skip_gates": False},
+    "no skip stored": {"stored_skips": 0, "reuse_last_skip": True},
+    "value embeddings in descending order": {"value_embed_layers": [3, 0, 2], "value_embed_dim": 3},
     "full rotary, no stretch": {"rope_dims": 0, "rope_ntk": False, "ln_scale": False, "logit_softcap": 4.0},
     **{f"activation {kind}": {"activation": kind} for kind in tuple(ACTIVATIONS)},
 }
@@ -131,6 +140,10 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             "ln_scale": (True, False),
             "skip_gates": (True, False),
             "smear_gate": (True, False),
+            "channel_smear": ("none", "after_norm", "before_norm"),
+            "mlp_hidden": (None, 13),
+            "rope_ntk_from": (None, 3),
+            "stored_skips": (None, 0, 1),
             "attn_gate": ("none", "sparse", "dense", "double_sigmoid"),
             "attn_gate_source": ("input", "query"),
             "lane_output": ("mean", "attn", "mlp"),
@@ -143,7 +156,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             [
                 {},
                 {"value_embed_layers": [0, 2], "value_embed_dim": 8},
-                {"value_embed_layers": [3], "value_embed_dim": 3},
+                {"value_embed_layers": [3, 1], "value_embed_dim": 3},
             ]
         )
     )
@@ -158,6 +171,10 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         drawn["carry"] = draw(st.sampled_from(["none", "frozen", "learnable"]))
         drawn["carry_per_pass"] = drawn["carry"] != "none" and draw(st.booleans())
     drawn["encoder_visits"] = draw(st.sampled_from([None, 0, 1, 4]))
+    drawn["smear_across_bos"] = drawn["smear_gate"] and draw(st.booleans())
+    if drawn["encoder_visits"] in (0, 4):  # the plain list then has no skips
+        drawn["stored_skips"] = None
+    drawn["reuse_last_skip"] = drawn["stored_skips"] is not None and draw(st.booleans())
     return drawn
 
 
@@ -344,7 +361,10 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({"bigram_buckets": 1}, "bigram_buckets 1"),
         ({"trigram": True}, "do nothing with bigram_buckets 0"),
         ({"value_embed_layers": [4], "value_embed_dim": 2}, "value_embed_layers: 4 is not a layer"),
-        ({"value_embed_layers": [2, 1], "value_embed_dim": 2}, "must ascend"),
+        ({"value_embed_layers": [2, 1, 2], "value_embed_dim": 2}, r"names a layer twice: \[2, 1, 2\]"),
+        ({"smear_across_bos": True}, "does nothing without smear_gate"),
+        ({"stored_skips": 3}, "stored_skips 3 exceeds the 2 that visits can use"),
+        ({"reuse_last_skip": True}, "does nothing without stored_skips"),
         ({"value_embed_layers": [2]}, "go together"),
         ({"value_embed_dim": 2}, "go together"),
     ],
