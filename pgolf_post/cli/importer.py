@@ -85,9 +85,9 @@ def command(
     """
     from pgolf_post.data import DataFolder
     from pgolf_post.errors import SettingsError
-    from pgolf_post.importers.foreign_config import require_known, split_log
     from pgolf_post.importers.importing import import_file
     from pgolf_post.importers.log_file import read_log
+    from pgolf_post.importers.script_words import require_known, split_log
     from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()

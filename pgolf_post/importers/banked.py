@@ -34,7 +34,7 @@ BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
     "mlp_down_bank": ("mlp.proj",),
 }
 
-KEPT = re.compile(rf"{PARTS}|recur_(alpha|beta)|parallel_(post|resid)_lambdas")
+KEPT = re.compile(PARTS)
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:

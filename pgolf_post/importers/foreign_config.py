@@ -7,54 +7,30 @@ The rest comes under the public scripts' hyperparameter names from a TOML file, 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import get_family
+from pgolf_post.families import build_module, get_family
+from pgolf_post.importers.from_shapes import settings_from_shapes
+from pgolf_post.importers.script_words import FAMILY, require_computed, switched_off, translate
 
-FAMILY = "golf_gpt"
-OTHER_NAME = {
-    "rope_yarn": "rope_ntk",
-    "parallel_residual_start": "gptj_start",
-    "parallel_start_layer": "lanes_start",
-    "parallel_final_lane": "lane_output",
-    "sparse_attn_gate_scale": "attn_gate_scale",
-    "attn_out_gate_src": "attn_gate_source",
-    "qk_gain_init": "q_gain_init",
-    "tied_embed_init_std": "embedding_init_std",
-    "rope_train_seq_len": "train_seq_len",
-    "skip_gates_enabled": "skip_gates",
-    "smear_gate_enabled": "smear_gate",
-    "untie_loop_mlps": "untied_loop_mlps",
-    "bigram_vocab_size": "bigram_buckets",
-    "ve_dim": "value_embed_dim",
-    "ve_layers": "value_embed_layers",
-}
-OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says only what the model is not
-    "gated_attn_enabled": ("attn_gate", "dense"),
-    "sparse_attn_gate_enabled": ("attn_gate", "sparse"),
-    "attn_out_gate_enabled": ("attn_gate", "double_sigmoid"),
-    "ve_enabled": None,
-}
-OTHER_VALUE = {
-    ("activation", "relu_squared"): "relu2",
-    ("activation", "leaky_relu_0.5_squared"): "leaky_relu2",
-    ("attn_gate_source", "proj"): "input",
-    ("attn_gate_source", "q"): "query",
-    ("rope_dims", "all"): 0,
-    ("gptj_start", -1): None,
-}
-DETAILS = {  # what has no meaning where the shapes say that the model lacks the part; scripts state it anyway
+DETAILS = {  # what has no meaning where the model lacks the part; scripts state it anyway
     "num_loops": ("loop_start", "loop_end"),
+    "rope_ntk": ("rope_ntk_from",),
+    "smear_gate": ("smear_across_bos",),
     "bigram_buckets": ("bigram_dim", "trigram"),
     "value_embed_dim": ("value_embed_layers",),
     "attn_gate": ("attn_gate_scale", "attn_gate_source"),
+}
+LANE_TENSORS = ("parallel_post_lambdas",)
+ASKED = {  # a key that no log states: how to know it
+    "smear_across_bos": "true for scripts up to PR #1797 (2026-04-16 to 04-25), false from #1851 on (`not_bos` in it)",
+    "rope_ntk_from": "1024 for the 11-layer scripts of 2026-03-20 to 03-31, which trained at 2048",
+    "reuse_last_skip": "true if the script uses min(i, num_skip_weights - 1), as 2026-04-03 does; else false",
 }
 
 
@@ -67,53 +43,29 @@ class Inferred:
     unused: Sequence[str]  # given, but about a part that the model does not have
 
 
-@cache
-def our_keys() -> frozenset[str]:
-    """Return the names of the family's model settings, as config.json has them."""
-    return frozenset(get_family(FAMILY).complete({"vocab_size": 2, "train_seq_len": 2}))
-
-
-def known_keys() -> frozenset[str]:
-    """Return every name that a setting may be given by: ours, and the public scripts'."""
-    return our_keys() | OTHER_NAME.keys() | OTHER_SWITCH.keys()
-
-
-def require_known(given: Mapping[str, Any]) -> None:
-    """Raise SettingsError naming each key that is neither ours nor the public scripts', and the nearest that are."""
-    unknown = []
-    for name in given:
-        if name not in known_keys():
-            close = difflib.get_close_matches(name, sorted(known_keys()), n=3)
-            unknown.append(f"{name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""))
-    if unknown:
-        raise SettingsError(
-            f"not a setting of the model: {', '.join(unknown)}",
-            hint=f"settings are {', '.join(sorted(known_keys()))}",
-        )
-
-
-def split_log(logged: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split a log into settings of the model and the names of all others (optimizer, paths and so on)."""
-    other = [name for name in logged if name not in known_keys()]
-    return {name: value for name, value in logged.items() if name in known_keys()}, other
-
-
 def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Inferred:
     """Return settings for canonical tensors. `given` is in our names or the public scripts'.
 
-    Raises SettingsError for names of neither and for keys that no shape determines and nobody gave, MismatchError where
-    a given value contradicts the shapes.
+    Raises SettingsError for names of neither, for options that ours does not compute, and for keys that no shape
+    determines and nobody gave; MismatchError where a given value contradicts the shapes.
     """
     # what the shapes say, and what was given
+    require_computed(given)
     shapes, stated = settings_from_shapes(tensors), translate(given)
     if stated.get("embedding_dim") == shapes["model_dim"]:
         stated["embedding_dim"] = None  # our word for "as wide as the model"
+    shapes |= _width(shapes.pop("mlp_width"), shapes["model_dim"], stated)
+    stated = _without_repeated_length(_with_loops(stated, shapes["num_layers"]))
     known = {**stated, **shapes}
 
     # details of parts that the model lacks are reported, and dropped
     idle = {detail for part in DETAILS if known.get(part) in (0, "none") for detail in DETAILS[part]}
-    unused = sorted(idle & stated.keys())
-    stated, known = ({key: value for key, value in tree.items() if key not in idle} for tree in (stated, known))
+    idle |= switched_off(given, shapes) | _idle_lanes(tensors, stated, given, shapes["num_layers"])
+    if known.get("num_loops") == 0 and not known.get("visits") and not shapes["untied_loop_mlps"]:
+        idle.add("untied_loop_mlps")
+    unused = sorted(key for key in idle & stated.keys() if stated[key] not in (None, False))
+    stated = {key: value for key, value in stated.items() if key not in idle}
+    known = {**stated, **shapes}
 
     # what is given must not contradict the shapes, and nothing may be missing
     contradictions = [
@@ -125,12 +77,9 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
         raise MismatchError("settings contradict the tensors: " + "; ".join(contradictions))
     taken = {"carry": "frozen"} if "recur_beta" in tensors and "carry" not in known else {}  # buffers in the scripts
     known |= taken
-    missing = [key for key in required_keys(tensors, known) if key not in known]
-    if missing:
-        raise SettingsError(
-            f"no shape determines these settings and nobody gave them: {', '.join(missing)}",
-            hint="give them with --set key=value, --config FILE.toml, or --log train.log of the run",
-        )
+    _require(required_keys(tensors, known), known)
+    known, without_meaning = _with_skips(tensors, known)
+    idle |= without_meaning
 
     # the family fills in the rest
     complete = get_family(FAMILY).complete(known)
@@ -138,10 +87,21 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     return Inferred(complete, assumed, unused)
 
 
+def _require(keys: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Raise SettingsError naming the keys that nobody gave."""
+    missing = [key for key in keys if key not in known]
+    if missing:
+        how = "".join(f"; {key}: {ASKED[key]}" for key in missing if key in ASKED)
+        raise SettingsError(
+            f"no shape determines these settings and nobody gave them: {', '.join(missing)}",
+            hint=f"give them with --set key=value, --config FILE.toml, or --log train.log of the run{how}",
+        )
+
+
 def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> list[str]:
     """Return the keys that must be given for these tensors."""
     required = ["activation", "logit_softcap", "rope_base", "rope_dims", "rope_ntk", "xsa_last_n", "ln_scale"]
-    required += ["num_loops", "train_seq_len"]
+    required += ["train_seq_len"] if known.get("visits") else ["num_loops", "train_seq_len"]
     if known.get("num_loops"):
         required += ["loop_start", "loop_end"]
     if known["attn_gate"] == "sparse":
@@ -152,74 +112,95 @@ def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
         required += ["lanes_start", "lane_output"]
     if known["value_embed_dim"]:
         required.append("value_embed_layers")
+    if known["smear_gate"]:
+        required.append("smear_across_bos")
+    if known["channel_smear"] != "none" and known.get("rope_ntk"):
+        required.append("rope_ntk_from")
     return required
 
 
-def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the shapes determine. Raises MismatchError if the basic matrices are not there."""
-    basic = ("tok_emb.weight", "blocks.0.attn.k.weight", "blocks.0.attn.q_gain", "blocks.0.mlp.fc.weight")
-    absent = [name for name in basic if name not in tensors]
-    if absent:
-        raise MismatchError(f"not a whole model: missing {', '.join(absent)}")
-    vocab_size, embedding_dim = tensors["tok_emb.weight"].shape
-    hidden_dim, model_dim = tensors["blocks.0.mlp.fc.weight"].shape
-    num_heads = tensors["blocks.0.attn.q_gain"].numel()
-    if num_heads == 0 or model_dim % num_heads:
-        raise MismatchError(f"{num_heads} query gains do not divide a width of {model_dim}")
-    gate = tensors.get("blocks.0.attn.gate")
-    double_gate = tensors.get("blocks.0.attn.double_gate")
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "embedding_dim": embedding_dim if embedding_dim != model_dim else None,
-        "num_layers": sum(name.endswith(".attn.q.weight") for name in tensors),
-        "model_dim": model_dim,
-        "num_heads": num_heads,
-        "num_kv_heads": tensors["blocks.0.attn.k.weight"].size(0) // (model_dim // num_heads),
-        "mlp_mult": hidden_dim / model_dim,
-        "tie_embeddings": "lm_head.weight" not in tensors,
-        "skip_gates": "skip_gates" in tensors,
-        "smear_gate": "smear_gate" in tensors,
-        "attn_gate": "none",
-        "untied_loop_mlps": any(name.startswith("override_mlps.") for name in tensors),
-        "value_residual": any(name.endswith(".attn.value_mix") for name in tensors),
-        **_settings_of_tables(tensors, embedding_dim),
-    }
-    if gate is not None:
-        settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
-    if double_gate is not None:
-        settings["attn_gate"] = "double_sigmoid"
-    if "recur_beta" in tensors:
-        settings["carry_per_pass"] = tensors["recur_beta"].ndim == 2
-    windows = [t for t in (tensors.get("smear_gate"), double_gate, gate) if t is not None and t.size(1) != model_dim]
-    return {**settings, "gate_window": windows[0].size(1)} if windows else settings
+# settings that scripts state in several ways
 
 
-def _settings_of_tables(tensors: Mapping[str, Tensor], embedding_dim: int) -> dict[str, Any]:
-    """Return the settings of n-gram and value-embedding tables; 0 rows or columns where there is none."""
-    bigram, values = tensors.get("bigram.embed.weight"), tensors.get("value_embed.embed.weight")
-    settings: dict[str, Any] = {"bigram_buckets": 0, "value_embed_dim": 0 if values is None else values.size(1)}
-    if bigram is not None:
-        settings["bigram_buckets"], width = bigram.shape
-        settings["bigram_dim"] = width if width != embedding_dim else None
-    return settings
+def _width(hidden: int, dim: int, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the hidden width as a multiple or, where none gives it, as a number; what is stated of it is used up.
+
+    Raises MismatchError if it contradicts the shapes.
+    """
+    given, mult = stated.pop("mlp_hidden", None), stated.pop("mlp_mult", None)
+    if given not in (None, 0, hidden):
+        raise MismatchError(f"settings contradict the tensors: mlp_hidden: shapes say {hidden}, given {given!r}")
+    if mult is not None and not given and int(mult * dim) != hidden:
+        raise MismatchError(
+            f"settings contradict the tensors: mlp_mult: shapes say {hidden / dim!r}, given {mult!r} "
+            f"(int({mult!r} · {dim}) = {int(mult * dim)}, not {hidden})"
+        )
+    for multiple in (mult, hidden / dim):
+        if multiple is not None and int(multiple * dim) == hidden:
+            return {"mlp_mult": float(multiple), "mlp_hidden": None}
+    return {"mlp_mult": hidden / dim, "mlp_hidden": hidden}
 
 
-def translate(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the public scripts' names and values into ours. Raises SettingsError for names of neither."""
-    require_known(given)
-    translated: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in OTHER_SWITCH:
-            meaning = OTHER_SWITCH[name]
-            translated |= dict([meaning]) if meaning and value else {}
-        else:
-            key = OTHER_NAME.get(name, name)
-            translated[key] = _our_value(key, value)
-    return translated
+def _with_loops(stated: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return settings with `recur_layers` in our words: loops if the layers follow each other, else a list of visits.
+
+    Raises SettingsError if they are no layers, or the loops are given twice.
+    """
+    if "recur_layers" not in stated:
+        return dict(stated)
+    rest = {key: value for key, value in stated.items() if key != "recur_layers"}
+    layers: list[int] = stated["recur_layers"]
+    twice = [key for key in ("visits", "num_loops", "loop_start", "loop_end") if rest.get(key)]
+    if layers and twice:
+        raise SettingsError(f"recur_layers and {', '.join(twice)} both say which layers are visited again; give one")
+    if any(not 0 <= layer < num_layers for layer in layers):
+        raise SettingsError(f"recur_layers: {layers} are not all layers; layers are 0..{num_layers - 1}")
+    if not layers:
+        return {"num_loops": 0, **rest}
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return {**rest, "num_loops": 1, "loop_start": layers[0], "loop_end": layers[-1]}
+    rest = {key: value for key, value in rest.items() if key not in ("num_loops", "loop_start", "loop_end")}
+    return {**rest, "visits": [*range(layers[-1] + 1), *layers, *range(layers[-1] + 1, num_layers)]}
 
 
-def _our_value(key: str, value: object) -> object:
-    """Translate a value as the public scripts write it; lists and tables stay."""
-    if key == "value_embed_layers" and isinstance(value, str | int):
-        return [layer.strip() for layer in str(value).split(",") if layer.strip()]
-    return value if isinstance(value, list | dict) else OTHER_VALUE.get((key, value), value)
+def _without_repeated_length(stated: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which rope_ntk_from is left out if it is the training length, which is its default."""
+    if "rope_ntk_from" in stated and stated["rope_ntk_from"] == stated.get("train_seq_len"):
+        stated["rope_ntk_from"] = None
+    return stated
+
+
+def _idle_lanes(
+    tensors: Mapping[str, Tensor], stated: Mapping[str, Any], given: Mapping[str, Any], num_layers: int
+) -> set[str]:
+    """Return what says nothing in a file without lanes. Raises MismatchError for lanes that would need some tensors."""
+    if any(name in tensors for name in LANE_TENSORS):
+        return set()
+    start = stated.get("lanes_start")
+    if start is not None and 0 < start < num_layers and given.get("parallel_residual") is not False:
+        raise MismatchError(
+            f"lanes_start (parallel_start_layer) is given as {start}, but the file has no {' or '.join(LANE_TENSORS)}",
+            hint="if the script's lanes were off: --set parallel_residual=false; if attention and MLP read one input: "
+            "--set gptj_start=LAYER, and leave lanes_start out",
+        )
+    return {"lanes_start", "lane_output"}
+
+
+def _with_skips(tensors: Mapping[str, Tensor], known: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return settings with the number of skips that the file stores, if the visits could use more; and what is idle.
+
+    Raises SettingsError if nobody said what the visits without a skip of their own do.
+    """
+    complete = {**known, "stored_skips": None, "reuse_last_skip": False}
+    config = {"family": FAMILY, "model": get_family(FAMILY).complete(complete), "graph": {"active_loops": 0}}
+    usable = build_module(config).get_parameter("skip_weights").size(0)
+    stored = tensors["skip_weights"].size(0) if "skip_weights" in tensors else usable
+    if stored >= usable:
+        idle = {key for key in ("stored_skips", "reuse_last_skip") if not known.get(key)}
+        return {key: value for key, value in known.items() if key not in idle}, idle
+    if "reuse_last_skip" not in known:
+        raise SettingsError(
+            f"skip_weights has {stored} rows, and the visits could use {usable}: nobody gave reuse_last_skip",
+            hint=f"--set reuse_last_skip=…: {ASKED['reuse_last_skip']}; if no layer was visited twice, num_loops is 0",
+        )
+    return {**known, "stored_skips": stored}, set()

@@ -18,8 +18,9 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.importers import FORMATS, get_format, recognise
-from pgolf_post.importers.foreign_config import FAMILY, infer_model
+from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
+from pgolf_post.importers.script_words import FAMILY
 from pgolf_post.importers.strangers import OWN_FAMILY, call_parts
 from pgolf_post.importers.vocabulary import fit_vocabulary, retie
 from pgolf_post.score.metric import measure_module

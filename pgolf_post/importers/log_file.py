@@ -26,7 +26,8 @@ from pgolf_post.base.progress import say
 from pgolf_post.base.text import decode_text
 from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
 from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
-from pgolf_post.importers.foreign_config import known_keys
+from pgolf_post.importers.script_source import smear_across_bos
+from pgolf_post.importers.script_words import known_keys
 
 COLOUR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 HEADER = re.compile(r"hyperparameters[ \t]*:[ \t]*(?P<rest>\{.*|)$", re.IGNORECASE)  # scripts print their source too
@@ -71,7 +72,8 @@ def read_log(path: Path, block: int | None = None) -> dict[str, Any]:
     """
     if not path.is_file():
         raise NotFoundError(f"no such log: {path}")
-    blocks = read_blocks(_lines(path))
+    lines = _lines(path)
+    blocks = read_blocks(lines)
     if not blocks:
         raise MismatchError(f"{path} has no 'Hyperparameters:' line", hint=NOTHING_ELSE)
     empty = [str(found.line) for found in blocks if not found.settings]
@@ -89,7 +91,16 @@ def read_log(path: Path, block: int | None = None) -> dict[str, Any]:
         )
     for note in notes_on(chosen):
         say(f"{path}: {note}")
-    return chosen.settings
+    return chosen.settings | _from_source(lines, chosen, path)
+
+
+def _from_source(lines: Sequence[str], block: Block, path: Path) -> dict[str, Any]:
+    """Return what only the script's source says, if the log begins with it."""
+    across = smear_across_bos(lines)
+    if across is None or "smear_across_bos" in block.settings or not block.settings.get("smear_gate_enabled"):
+        return {}
+    say(f"{path} holds the script's source: its smear gate {'mixes across' if across else 'stops at'} BOS")
+    return {"smear_across_bos": across}
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
 Names of parts are those of the public scripts (openai/parameter-golf): hashed n-grams (`bigram`), value embeddings
 (`ve_shared`, one scale per layer in `ve_layer_scales`), value residual (`vr_lambda`), untied loop MLPs
-(`override_mlps.{block}_p{re-visit}`), head gates, the smear gate. The older `smear.gate`, one gate per channel, is
-another formula and is not read.
+(`override_mlps.{block}_p{re-visit}`), head gates, the smear gate, and the older ones with one share per channel:
+`smear.gate` is the predecessor's, `smeargate.gate` the token's own. What two lanes and a carry consist of stands in
+banked files and in every compressed artifact, which names its matrices as flat files do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PART_RENAMES = {  # foreign suffix: canonical suffix
     ".attn.attn_gate_proj.weight": ".attn.double_gate",
     ".attn.vr_lambda": ".attn.value_mix",
     "smear_gate.weight": "smear_gate",
+    "smear.gate": "channel_smear",
+    "smeargate.gate": "channel_keep",
     "ve_shared.embed.weight": "value_embed.embed.weight",
     "ve_shared.proj.weight": "value_embed.proj.weight",
     "ve_shared.scale": "value_embed.scale",
@@ -29,10 +32,11 @@ PART_RENAMES = {  # foreign suffix: canonical suffix
 
 PARTS = (
     r"tok_emb\.weight|lm_head\.weight|embed_proj\.weight|head_proj\.weight|skip_weights|skip_gates"
-    r"|smear_gate\.weight|smear_lambda|bigram\.(embed\.weight|proj\.weight|scale)"
+    r"|smear_gate\.weight|smear_lambda|smear(gate)?\.gate|bigram\.(embed\.weight|proj\.weight|scale)"
     r"|ve_shared\.(embed\.weight|proj\.weight|scale)|ve_layer_scales\.\d+"
     r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
     r"|blocks\.\d+\.attn\.(q_gain|vr_lambda|attn_gate_w|attn_gate_proj\.weight)"
+    r"|recur_(alpha|beta)|parallel_(post|resid)_lambdas"
 )
 
 LAYER_SCALE = re.compile(r"ve_layer_scales\.(\d+)")

@@ -4,7 +4,7 @@
         NAME.q, NAME.scale                    symbols, one scale per row
         NAME.gq, NAME.gs                      the same for attention gates
         NAME.lqA, .lqAs, .lqB, .lqBs          low-rank correction: factors, scales by row or by rank
-        NAME.lqA_a, .lqAs_a, .lqB_a, .lqBs_a  asymmetric: A with one scale, B with one per 64 of its values in a row
+        NAME.lqA_a, .lqAs_a, .lqB_a, .lqBs_a  asymmetric: A with one scale, B with one per 64 (or n) of its values
     m   NAME → how it was stored, in words
 
 The correction's factors come over bit for bit; their product is a matrix product of the machine that decodes.
@@ -87,6 +87,9 @@ def _grid(name: str, symbols: Tensor, scale: Tensor, axis: str, path: Path) -> S
     axes: dict[int, Axis] = (
         {1: "tensor", rows: "row"} if axis == "group" else {1: "tensor", columns: "column", rows: "row"}
     )
+    size, rest = divmod(symbols.numel(), max(num_scales, 1))
+    if axis == "group" and num_scales not in axes and not rest:  # LQER_ASYM_GROUP is a setting of the scripts
+        return factor(name, "group", scale, path, size)
     if num_scales not in axes:
         raise MismatchError(f"{path}: {name} has {num_scales} scales for {rows} × {columns} symbols")
     return factor(name, axes[num_scales], scale, path)

@@ -22,10 +22,11 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.importers import FORMATS, recognise
-from pgolf_post.importers.foreign_config import infer_model, split_log, translate
+from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.importing import export_view, import_file
 from pgolf_post.importers.log_file import read_log
+from pgolf_post.importers.script_words import split_log, translate
 from pgolf_post.score.metric import verify_metric
 
 PARITY = Path(__file__).parent.parent / "parity"
@@ -39,7 +40,7 @@ FIXTURES = {
     "banked_out_gate": "banked",
 }
 ANNOTATIONS = {"format", "eps", "bos_id", "skips", "phases"}  # what the fixtures say about themselves
-STATED = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0}
+STATED = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0, "smear_across_bos": False}
 
 
 def fixture_state(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -339,10 +340,9 @@ def test_a_training_log_gives_the_hyperparameters(tmp_path: Path) -> None:
 def test_a_format_without_a_place_for_a_tensor_says_which(pico_checkpoint: Checkpoint, tmp_path: Path) -> None:
     _, state = fixture_state("banked_record")
     canonical = FORMATS["banked"].to_canonical(state)
-    with pytest.raises(
-        MismatchError, match=r"flat format has no place for: parallel_post_lambdas, parallel_resid_lambdas"
-    ):
-        FORMATS["flat"].from_canonical(canonical)
+    gate = {"blocks.0.mlp.gate.weight": torch.zeros(2, 2)}
+    with pytest.raises(MismatchError, match=r"flat format has no place for: blocks\.0\.mlp\.gate\.weight"):
+        FORMATS["flat"].from_canonical({**canonical, **gate})
     with pytest.raises(SettingsError, match=r"write a \.pt or a \.safetensors file"):
         export_view(pico_checkpoint.load(), "flat", tmp_path / "model.bin")
     assert not (tmp_path / "model.bin").exists()

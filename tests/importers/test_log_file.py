@@ -13,9 +13,9 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.cli.importer import command
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
-from pgolf_post.importers.foreign_config import known_keys
 from pgolf_post.importers.importing import export_view
 from pgolf_post.importers.log_file import MAX_GAP, read_log
+from pgolf_post.importers.script_words import known_keys
 
 SETTINGS = (
     "  activation: leaky_relu2\n  attn_gate: none\n  ln_scale: True\n  logit_softcap: 30.0\n  matrix_lr: 0.02\n"

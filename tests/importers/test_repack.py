@@ -156,6 +156,29 @@ def test_weights_and_meta_keep_every_symbol_and_scale(tmp_path: Path, codec: str
         np.testing.assert_allclose(decoded.tensors[name], expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("group", [16, 32, 64, 96, 128, 384])
+def test_the_corrections_groups_may_have_any_size(tmp_path: Path, group: int) -> None:
+    torch.manual_seed(1)
+    q, scale = rows_of(torch.randn(48, 96), 31)
+    a, b = torch.randint(-2, 2, (48, 4), dtype=torch.int8), torch.randint(-8, 8, (4, 96), dtype=torch.int8)
+    b_scale = (torch.rand(b.numel() // group) / 9).half()
+    parts = {
+        ".q": q,
+        ".scale": scale,
+        ".lqA_a": a,
+        ".lqAs_a": torch.tensor(0.01).half(),
+        ".lqB_a": b,
+        ".lqBs_a": b_scale,
+    }
+    stored = {"w": {f"x{suffix}": part for suffix, part in parts.items()}, "m": {"x": "gptq (int6)+lqer_asym"}}
+    path = tmp_path / "m.ptz"
+    path.write_bytes(brotli.compress(saved(stored), quality=1))
+    found = unpack(repack(read_foreign_artifact(path))).tensors["x"]
+    spread = (b.double().view(-1, group) * b_scale.double()[:, None]).view(4, 96)
+    expected = q.double() * scale.double()[:, None] + a.double() * float(torch.tensor(0.01).half()) @ spread
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
 # refused
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.importers import FORMATS, recognise
-from pgolf_post.importers.foreign_config import infer_model, split_log
+from pgolf_post.importers.foreign_config import infer_model
+from pgolf_post.importers.script_words import split_log
 from pgolf_post.settings import parse_settings
 from trainer.architecture import GraphState, ModelConfig, visit_list
 from trainer.family import GolfGPTFamily
@@ -37,7 +38,7 @@ def load_fixture(name: str) -> tuple[GolfGPT, dict[str, Tensor]]:
     public, tensors = read_fixture(name)
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     canonical = FORMATS[recognise(state, name)].to_canonical(state)
-    stated = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0, **split_log(public)[0]}
+    stated = {"train_seq_len": 32, "rope_ntk": False, "num_loops": 0, "smear_across_bos": False, **split_log(public)[0]}
     model = GolfGPT(ModelConfig(**infer_model(canonical, stated).model), GraphState())
     model.load_state_dict(canonical)
     return model, tensors

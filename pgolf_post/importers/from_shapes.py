@@ -1,0 +1,62 @@
+"""The settings of a model that the names and shapes of its tensors determine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pgolf_post.errors import MismatchError
+
+CHANNEL_SMEARS = {"channel_smear": "after_norm", "channel_keep": "before_norm"}  # tensor: where it blends
+
+
+def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings that the shapes determine. Raises MismatchError if the basic matrices are not there."""
+    basic = ("tok_emb.weight", "blocks.0.attn.k.weight", "blocks.0.attn.q_gain", "blocks.0.mlp.fc.weight")
+    absent = [name for name in basic if name not in tensors]
+    if absent:
+        raise MismatchError(f"not a whole model: missing {', '.join(absent)}")
+    vocab_size, embedding_dim = tensors["tok_emb.weight"].shape
+    hidden_dim, model_dim = tensors["blocks.0.mlp.fc.weight"].shape
+    num_heads = tensors["blocks.0.attn.q_gain"].numel()
+    if num_heads == 0 or model_dim % num_heads:
+        raise MismatchError(f"{num_heads} query gains do not divide a width of {model_dim}")
+    gate = tensors.get("blocks.0.attn.gate")
+    double_gate = tensors.get("blocks.0.attn.double_gate")
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "embedding_dim": embedding_dim if embedding_dim != model_dim else None,
+        "num_layers": sum(name.endswith(".attn.q.weight") for name in tensors),
+        "model_dim": model_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": tensors["blocks.0.attn.k.weight"].size(0) // (model_dim // num_heads),
+        "mlp_width": hidden_dim,  # a setting under one of two names: see foreign_config.with_width
+        "tie_embeddings": "lm_head.weight" not in tensors,
+        "skip_gates": "skip_gates" in tensors,
+        "smear_gate": "smear_gate" in tensors,
+        "channel_smear": next((form for name, form in CHANNEL_SMEARS.items() if name in tensors), "none"),
+        "attn_gate": "none",
+        "untied_loop_mlps": any(name.startswith("override_mlps.") for name in tensors),
+        "value_residual": any(name.endswith(".attn.value_mix") for name in tensors),
+        **_settings_of_tables(tensors, embedding_dim),
+    }
+    if gate is not None:
+        settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
+    if double_gate is not None:
+        settings["attn_gate"] = "double_sigmoid"
+    if "recur_beta" in tensors:
+        settings["carry_per_pass"] = tensors["recur_beta"].ndim == 2
+    windows = [t for t in (tensors.get("smear_gate"), double_gate, gate) if t is not None and t.size(1) != model_dim]
+    return {**settings, "gate_window": windows[0].size(1)} if windows else settings
+
+
+def _settings_of_tables(tensors: Mapping[str, Tensor], embedding_dim: int) -> dict[str, Any]:
+    """Return the settings of n-gram and value-embedding tables; 0 rows or columns where there is none."""
+    bigram, values = tensors.get("bigram.embed.weight"), tensors.get("value_embed.embed.weight")
+    settings: dict[str, Any] = {"bigram_buckets": 0, "value_embed_dim": 0 if values is None else values.size(1)}
+    if bigram is not None:
+        settings["bigram_buckets"], width = bigram.shape
+        settings["bigram_dim"] = width if width != embedding_dim else None
+    return settings
