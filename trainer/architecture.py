@@ -17,6 +17,8 @@ from pgolf_post.settings import Settings
 from trainer.activations import ActivationName
 from trainer.smear import ChannelSmear
 
+LaneKind = Literal["routed", "sequential", "separate"]
+BigramHash = Literal["xor", "product"]
 AttentionGate = Literal["none", "sparse", "dense", "double_sigmoid"]
 LaneOutput = Literal["mean", "attn", "mlp"]
 Carry = Literal["none", "frozen", "learnable"]
@@ -82,6 +84,9 @@ class ArchitectureSettings(Settings):
         ge=0,
         description="two residual lanes from this layer on, in the decoder half; 0 = weights kept, unused",
     )
+    lane_kind: LaneKind = Field(
+        "routed", description="both parts read what the last visit left, or one after the other, or each its own lane"
+    )
     lane_output: LaneOutput = Field("mean", description="the lane, or the mean of both, that the last norm reads")
     isolate_documents: bool = Field(False, description="attention stays within a document, each opened by BOS")
     document_cut: int | None = Field(
@@ -92,6 +97,9 @@ class ArchitectureSettings(Settings):
     value_embed_dim: int = Field(0, ge=0, description="width of the value embedding's table")
     bigram_buckets: int = Field(0, ge=0, description="rows of the hashed bigram table; 0 = none")
     bigram_dim: int | None = Field(None, ge=1, description="width of the bigram table; default that of the embedding")
+    bigram_hash: BigramHash = Field(
+        "xor", description="hash of the bigram table, and whether it has a scale (xor) or none (product)"
+    )
     trigram: bool = Field(False, description="look trigrams up in the bigram table too")
 
     @model_validator(mode="after")
@@ -119,7 +127,12 @@ class ArchitectureSettings(Settings):
             check_layers("visits", self.visits, self.num_layers)
             if not self.visits:
                 raise ValueError("visits is empty; leave it out for one visit of each layer")
-        if (layer := visit_after_lanes(self)) is not None:
+        if self.lane_kind == "sequential" and (layer := visit_before_lanes(self)) is not None:
+            raise ValueError(
+                f"layer {layer} comes before the decoder half; lanes, here from lanes_start {self.lanes_start} on, "
+                "begin in that half"
+            )
+        if self.lane_kind != "separate" and (layer := visit_after_lanes(self)) is not None:
             raise ValueError(
                 f"{'visits' if self.visits is not None else 'loops'}: layer {layer} comes after the lanes split at "
                 f"lanes_start {self.lanes_start}, where the public scripts give it a stream that nothing reads"
@@ -153,10 +166,12 @@ class ArchitectureSettings(Settings):
 
     @model_validator(mode="after")
     def _embeddings_consistent(self) -> ArchitectureSettings:
-        if self.bigram_buckets == 1:
+        if self.bigram_buckets == 1 and self.bigram_hash == "xor":
             raise ValueError("bigram_buckets 1 leaves no bucket to hash into: the last one stands for no predecessor")
         if not self.bigram_buckets and (self.trigram or self.bigram_dim is not None):
             raise ValueError("trigram and bigram_dim do nothing with bigram_buckets 0")
+        if self.bigram_hash == "product" and (self.trigram or not self.bigram_buckets):
+            raise ValueError("bigram_hash 'product' needs a bigram table, and has no trigrams")
         check_layers("value_embed_layers", self.value_embed_layers, self.num_layers)
         if len(self.value_embed_layers) != len(set(self.value_embed_layers)):
             raise ValueError(f"value_embed_layers names a layer twice: {list(self.value_embed_layers)}")
@@ -257,6 +272,13 @@ def visit_after_lanes(config: ArchitectureSettings) -> int | None:
     """Return the first layer below lanes_start that some list visits after the lanes split; None without one."""
     lists = (visits_in_lanes(config, active_loops) for active_loops in range(config.max_active_loops + 1))
     return next((layer for late in lists for layer in late if layer < (config.lanes_start or 0)), None)
+
+
+def visit_before_lanes(config: ArchitectureSettings) -> int | None:
+    """Return the first layer from lanes_start on that some list visits in its encoder half; None without one."""
+    start = config.lanes_start or config.num_layers
+    early = (split_visits(config, active_loops)[0] for active_loops in range(config.max_active_loops + 1))
+    return next((layer for visits in early for layer in visits if layer >= start), None)
 
 
 def revisit_in_lanes(config: ArchitectureSettings) -> int | None:

@@ -1,7 +1,8 @@
 """Embeddings beside the token embedding: hashed bigrams and trigrams, and tokens added to attention's values.
 
 A bigram table gives the model the previous token for free: (t_{i-1}, t_i) is hashed into one of V_b - 1 buckets; the
-last bucket stands for positions with too short a past. Trigrams are looked up in the same table and added. A value
+last bucket stands for positions with too short a past. Trigrams are looked up in the same table and added. One early
+script (#65) hashes by a product instead, with token 0 before the first, and adds the table's rows unscaled. A value
 embedding puts the token's identity back into the values of chosen layers, through one shared table.
 Source of hash and forms: the public scripts of openai/parameter-golf.
 """
@@ -9,11 +10,13 @@ Source of hash and forms: the public scripts of openai/parameter-golf.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
 
 MULTIPLIERS = (36313, 27191, 51497)  # of the token itself, its predecessor, and the one before
+FACTOR = 92821  # of the predecessor, in the hash by a product
 
 
 def ngram_hash(
@@ -34,6 +37,12 @@ def ngram_hash(
     return hashed
 
 
+def product_hash(tokens: Tensor, buckets: int) -> Tensor:  # (batch, seq_len) → the same, int64
+    """Return (92821·t_{i-1} + t_i) mod buckets, with t_{-1} = 0."""
+    tokens = tokens.long()
+    return (FACTOR * F.pad(tokens[:, :-1], (1, 0)) + tokens) % buckets
+
+
 class NgramEmbedding(nn.Module):
     """An addition to the token embedding: scale · proj(table[bigram] (+ table[trigram]))."""
 
@@ -43,11 +52,15 @@ class NgramEmbedding(nn.Module):
         embedding_dim = config.embedding_dim or config.model_dim
         dim = config.bigram_dim or embedding_dim
         self.embed = nn.Embedding(config.bigram_buckets, dim)
-        if dim != embedding_dim:
+        if dim != embedding_dim or config.bigram_hash == "product":
             self.proj = nn.Linear(dim, embedding_dim, bias=False)
-        self.scale = nn.Parameter(torch.tensor(0.05))
+        if config.bigram_hash == "xor":
+            self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, embedding_dim)
+        if self.config.bigram_hash == "product":
+            projected: Tensor = self.proj(self.embed(product_hash(tokens, self.config.bigram_buckets)))
+            return projected
         x = self.embed(ngram_hash(tokens, 2, self.config.bigram_buckets))
         if self.config.trigram:
             x = x + self.embed(ngram_hash(tokens, 3, self.config.bigram_buckets))

@@ -23,6 +23,7 @@ from trainer.architecture import GraphState, ModelConfig, looped_layers, mlp_wid
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
+from trainer.lanes import START, Lanes, lanes_with_skip, visit_routed, visit_separate, visit_sequential
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
 from trainer.smear import channel_smear, narrow_smear
@@ -31,8 +32,6 @@ ZERO_INIT = re.compile(
     r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"
     r"|bigram\.embed\.weight|value_embed\.proj\.weight"
 )
-
-Lanes = tuple[Tensor, Tensor]  # each (batch, seq_len, model_dim): what attention reads, what the MLP reads
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +92,8 @@ class Block(nn.Module):
     def _normed(self, x: Tensor) -> Tensor:
         return rms_norm(x) * self.norm_scale
 
-    def _mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Return the block's input: the stream and the embedding, weighed per channel."""
         return self.resid_mix[0] * x + self.resid_mix[1] * x0
 
     def forward(
@@ -103,23 +103,21 @@ class Block(nn.Module):
         context: Context,
         mlp: MLP,  # the block's own, or a re-visit's
     ) -> Tensor:
-        x = self._mixed(x, x0)
+        x = self.mixed(x, x0)
         normed = self._normed(x)
         attended = x + self.attn_scale * self.attn(normed, context)
         mlp_input = normed if self.parallel else self._normed(attended)
         return attended + self.mlp_scale * mlp(mlp_input)
 
-    def updates(
-        self,
-        attn_lane: Tensor,  # (batch, seq_len, model_dim)
-        mlp_lane: Tensor,  # (batch, seq_len, model_dim)
-        x0: Tensor,
-        context: Context,
-        mlp: MLP,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the additions of attention and MLP, each from its own lane; only attention's is mixed with x0."""
-        attention = self.attn_scale * self.attn(self._normed(self._mixed(attn_lane, x0)), context)
-        return attention, self.mlp_scale * mlp(self._normed(mlp_lane))
+    def attention_update(self, x: Tensor, context: Context) -> Tensor:  # (batch, seq_len, model_dim) → the same
+        """Return what attention adds, from its lane after the mix."""
+        update: Tensor = self.attn_scale * self.attn(self._normed(x), context)
+        return update
+
+    def mlp_update(self, x: Tensor, mlp: nn.Module) -> Tensor:  # (batch, seq_len, model_dim) → the same
+        """Return what the MLP adds, from its lane."""
+        update: Tensor = self.mlp_scale * mlp(self._normed(x))
+        return update
 
 
 class GolfGPT(nn.Module):
@@ -151,9 +149,11 @@ class GolfGPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(num_skips(config), config.model_dim))
         if config.skip_gates:
             self.skip_gates = nn.Parameter(torch.zeros(num_skips(config), config.model_dim))
-        if config.lanes_start is not None:
+        if config.lanes_start is not None and config.lane_kind == "separate":
+            self.lane_merge = nn.Parameter(torch.tensor(0.5))
+        elif config.lanes_start is not None:
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
-            self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), 1.1))
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), START[config.lane_kind]))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
         self.head_out = nn.Identity()  # and the head's product, before the soft-cap
         if not config.tie_embeddings:
@@ -212,6 +212,14 @@ class GolfGPT(nn.Module):
             return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
         return x + weighted
 
+    def _skip_lanes(self, lanes: Lanes, skip: Tensor | None, row: int | None, has_just_split: bool) -> Lanes:
+        """Add a U-Net skip to the lanes that take it."""
+        if skip is None or row is None:
+            return lanes
+        takes = lanes_with_skip(self.config.lane_kind, has_just_split)
+        first, second = (self._skip(lane, skip, row) if t else lane for lane, t in zip(lanes, takes, strict=True))
+        return first, second
+
     def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
         """Return the embedding: tokens, bigrams, smear gates, norm, and the projection if widths differ."""
         config = self.config
@@ -246,16 +254,18 @@ class GolfGPT(nn.Module):
         return recurrence.carry(layer, revisit, output)
 
     def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context, recurrence: Recurrence) -> Lanes:
-        """Visit a block with two residual lanes: attention reads the first, the MLP the second, both write to both."""
-        block = self.blocks[layer]
+        """Visit a block with two residual lanes."""
+        block, mlp = self.blocks[layer], self._mlp(layer, recurrence.enter(layer))
         assert isinstance(block, Block)
-        attention, mlp = block.updates(*lanes, x0, context, self._mlp(layer, recurrence.enter(layer)))
+        if self.config.lane_kind == "separate":
+            return visit_separate(block, lanes, x0, context, mlp)
+        visit = visit_routed if self.config.lane_kind == "routed" else visit_sequential
         keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-        first = keep[0] * lanes[0] + post[0, 0] * attention + post[1, 0] * mlp
-        second = keep[1] * lanes[1] + post[0, 1] * attention + post[1, 1] * mlp
-        return first, second
+        return visit(block, lanes, x0, context, mlp, keep, post)
 
     def _merge(self, lanes: Lanes) -> Tensor:
+        if self.config.lane_kind == "separate":
+            return self.lane_merge * lanes[0] + (1 - self.lane_merge) * lanes[1]
         if self.config.lane_output == "mean":
             return 0.5 * (lanes[0] + lanes[1])
         return lanes[0] if self.config.lane_output == "attn" else lanes[1]
@@ -312,15 +322,17 @@ class GolfGPT(nn.Module):
         # Decoder: every visit takes a skip back, the last one first; from lanes_start on, in two residual lanes.
         lanes: Lanes | None = None
         for index, layer in enumerate(decoder):
-            if lanes is None and self.config.lanes_start and layer >= self.config.lanes_start:
+            has_just_split = bool(lanes is None and self.config.lanes_start and layer >= self.config.lanes_start)
+            if has_just_split:
                 lanes = x, x
             row = self._skip_row(index) if len(skips) > 0 else None
+            skip = None if row is None else skips.pop()
             if lanes is None:
-                x = x if row is None else self._skip(x, skips.pop(), row)
+                x = x if skip is None or row is None else self._skip(x, skip, row)
                 x = self._visit(layer, x, x0, context, recurrence)
             else:
-                first = lanes[0] if row is None else self._skip(lanes[0], skips.pop(), row)
-                lanes = self._visit_lanes(layer, (first, lanes[1]), x0, context, recurrence)
+                lanes = self._skip_lanes(lanes, skip, row, has_just_split)
+                lanes = self._visit_lanes(layer, lanes, x0, context, recurrence)
 
         # One stream again, normalised and as wide as the head reads it.
         x = rms_norm(x if lanes is None else self._merge(lanes))

@@ -18,10 +18,10 @@ from pgolf_post.errors import MismatchError
 from pgolf_post.importers.names import (
     PART_RENAMES,
     PARTS,
-    gather_layer_scales,
+    gather_parts,
     rename,
     reversed_names,
-    spread_layer_scales,
+    spread_parts,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     problems += [f"unknown {name}" for name in sorted(state) if name not in BANKS and not KEPT.fullmatch(name)]
     if problems:
         raise MismatchError("not a whole banked state dict: " + "; ".join(problems))
-    rest = gather_layer_scales({name: tensor for name, tensor in state.items() if name not in BANKS})
+    rest = gather_parts({name: tensor for name, tensor in state.items() if name not in BANKS})
     canonical = {rename(name, PART_RENAMES): tensor for name, tensor in rest.items()}
     for bank in BANKS:
         canonical.update(_split_bank(bank, state[bank]))
@@ -78,7 +78,7 @@ def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {bank: torch.stack([tensors[name] for name in names[bank]]) for bank in BANKS}
     banked = {name for bank in names.values() for name in bank}
     back = reversed_names(PART_RENAMES)
-    spread = spread_layer_scales(tensors)
+    spread = spread_parts(tensors)
     rest = {rename(name, back): tensor for name, tensor in spread.items() if name not in banked}
     unknown = sorted(name for name in rest if not KEPT.fullmatch(name))
     if unknown:

@@ -14,10 +14,10 @@ from pgolf_post.errors import MismatchError
 from pgolf_post.importers.names import (
     PART_RENAMES,
     PARTS,
-    gather_layer_scales,
+    gather_parts,
     rename,
     reversed_names,
-    spread_layer_scales,
+    spread_parts,
 )
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"tensors that are not part of the flat format: {', '.join(unknown)}")
-    return {rename(name, RENAMES): tensor for name, tensor in gather_layer_scales(state).items()}
+    return {rename(name, RENAMES): tensor for name, tensor in gather_parts(state).items()}
 
 
 def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the flat state dict. Raises MismatchError for tensors that the format cannot hold."""
     back = reversed_names(RENAMES)
-    state = {rename(name, back): tensor for name, tensor in spread_layer_scales(tensors).items()}
+    state = {rename(name, back): tensor for name, tensor in spread_parts(tensors).items()}
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"the flat format has no place for: {', '.join(unknown)}")

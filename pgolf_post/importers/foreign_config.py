@@ -18,15 +18,15 @@ from pgolf_post.families import build_module, get_family
 from pgolf_post.importers.from_shapes import settings_from_shapes
 from pgolf_post.importers.script_words import FAMILY, require_computed, switched_off, translate
 
-DETAILS = {  # what has no meaning where the model lacks the part; scripts state it anyway
+DETAILS: dict[str, tuple[str, ...]] = {  # what has no meaning where the model lacks the part; scripts state it anyway
     "num_loops": ("loop_start", "loop_end"),
     "rope_ntk": ("rope_ntk_from",),
     "smear_gate": ("smear_across_bos",),
-    "bigram_buckets": ("bigram_dim", "trigram"),
+    "bigram_buckets": ("bigram_dim", "bigram_hash", "trigram"),
     "value_embed_dim": ("value_embed_layers",),
     "attn_gate": ("attn_gate_scale", "attn_gate_source"),
 }
-LANE_TENSORS = ("parallel_post_lambdas",)
+LANE_TENSORS = ("parallel_post_lambdas", "lane_merge")
 ASKED = {  # a key that no log states: how to know it
     "smear_across_bos": "true for scripts up to PR #1797 (2026-04-16 to 04-25), false from #1851 on (`not_bos` in it)",
     "rope_ntk_from": "1024 for the 11-layer scripts of 2026-03-20 to 03-31, which trained at 2048",
@@ -63,8 +63,7 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     idle |= switched_off(given, shapes) | _idle_lanes(tensors, stated, given, shapes["num_layers"])
     if known.get("num_loops") == 0 and not known.get("visits") and not shapes["untied_loop_mlps"]:
         idle.add("untied_loop_mlps")
-    unused = sorted(key for key in idle & stated.keys() if stated[key] not in (None, False))
-    stated = {key: value for key, value in stated.items() if key not in idle}
+    said, stated = stated, {key: value for key, value in stated.items() if key not in idle}
     known = {**stated, **shapes}
 
     # what is given must not contradict the shapes, and nothing may be missing
@@ -84,6 +83,7 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     # the family fills in the rest
     complete = get_family(FAMILY).complete(known)
     assumed = {key: value for key, value in complete.items() if (key not in known and key not in idle) or key in taken}
+    unused = sorted(key for key in idle & said.keys() if said[key] not in (None, False))
     return Inferred(complete, assumed, unused)
 
 
@@ -108,8 +108,10 @@ def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
         required.append("attn_gate_scale")
     if known["attn_gate"] == "double_sigmoid":
         required.append("attn_gate_source")
+    if any(name in tensors for name in LANE_TENSORS):
+        required.append("lanes_start")
     if "parallel_post_lambdas" in tensors:
-        required += ["lanes_start", "lane_output"]
+        required.append("lane_output")
     if known["value_embed_dim"]:
         required.append("value_embed_layers")
     if known["smear_gate"]:
@@ -175,6 +177,8 @@ def _idle_lanes(
 ) -> set[str]:
     """Return what says nothing in a file without lanes. Raises MismatchError for lanes that would need some tensors."""
     if any(name in tensors for name in LANE_TENSORS):
+        if given.get("parallel_residual") is False:
+            raise MismatchError("settings contradict the tensors: parallel_residual = False, but the file has lanes")
         return set()
     start = stated.get("lanes_start")
     if start is not None and 0 < start < num_layers and given.get("parallel_residual") is not False:
@@ -183,7 +187,7 @@ def _idle_lanes(
             hint="if the script's lanes were off: --set parallel_residual=false; if attention and MLP read one input: "
             "--set gptj_start=LAYER, and leave lanes_start out",
         )
-    return {"lanes_start", "lane_output"}
+    return {"lanes_start", "lane_output", "lane_kind"}
 
 
 def _with_skips(tensors: Mapping[str, Tensor], known: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -196,7 +200,7 @@ def _with_skips(tensors: Mapping[str, Tensor], known: dict[str, Any]) -> tuple[d
     usable = build_module(config).get_parameter("skip_weights").size(0)
     stored = tensors["skip_weights"].size(0) if "skip_weights" in tensors else usable
     if stored >= usable:
-        idle = {key for key in ("stored_skips", "reuse_last_skip") if not known.get(key)}
+        idle = set() if known.get("stored_skips") else {"stored_skips", "reuse_last_skip"}
         return {key: value for key, value in known.items() if key not in idle}, idle
     if "reuse_last_skip" not in known:
         raise SettingsError(

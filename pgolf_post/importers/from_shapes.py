@@ -46,6 +46,8 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         settings["attn_gate"] = "dense" if gate.size(1) == model_dim else "sparse"
     if double_gate is not None:
         settings["attn_gate"] = "double_sigmoid"
+    if "lane_merge" in tensors:
+        settings["lane_kind"] = "separate"
     if "recur_beta" in tensors:
         settings["carry_per_pass"] = tensors["recur_beta"].ndim == 2
     windows = [t for t in (tensors.get("smear_gate"), double_gate, gate) if t is not None and t.size(1) != model_dim]
@@ -59,4 +61,5 @@ def _settings_of_tables(tensors: Mapping[str, Tensor], embedding_dim: int) -> di
     if bigram is not None:
         settings["bigram_buckets"], width = bigram.shape
         settings["bigram_dim"] = width if width != embedding_dim else None
+        settings["bigram_hash"] = "xor" if "bigram.scale" in tensors else "product"
     return settings

@@ -33,11 +33,17 @@ PART_RENAMES = {  # foreign suffix: canonical suffix
 PARTS = (
     r"tok_emb\.weight|lm_head\.weight|embed_proj\.weight|head_proj\.weight|skip_weights|skip_gates"
     r"|smear_gate\.weight|smear_lambda|smear(gate)?\.gate|bigram\.(embed\.weight|proj\.weight|scale)"
+    r"|bigram_hash\.(table|proj)\.weight"
     r"|ve_shared\.(embed\.weight|proj\.weight|scale)|ve_layer_scales\.\d+"
     r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
     r"|blocks\.\d+\.attn\.(q_gain|vr_lambda|attn_gate_w|attn_gate_proj\.weight)"
-    r"|recur_(alpha|beta)|parallel_(post|resid)_lambdas"
+    r"|recur_(alpha|beta)|parallel_(post|resid)_lambdas|lane_merge"
 )
+
+PRODUCT_HASH = {  # of the script that hashes bigrams by a product (#65): its table has no scale
+    "bigram_hash.table.weight": "bigram.embed.weight",
+    "bigram_hash.proj.weight": "bigram.proj.weight",
+}
 
 LAYER_SCALE = re.compile(r"ve_layer_scales\.(\d+)")
 LAYER_SCALES = "value_embed.layer_scales"
@@ -56,15 +62,15 @@ def reversed_names(suffixes: Mapping[str, str]) -> dict[str, str]:
     return {canonical: foreign for foreign, canonical in suffixes.items()}
 
 
-def gather_layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join `ve_layer_scales.0`, `.1`, … of one element each to one canonical vector; everything else stays.
+def gather_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join `ve_layer_scales.0`, `.1`, … of one element each to one canonical vector, and name bigrams as all others do.
 
     Raises MismatchError if one of them is missing or has more than one element.
     """
     import torch  # here, so that naming the formats does not load it
 
     scales = {int(match[1]): tensor for name, tensor in state.items() if (match := LAYER_SCALE.fullmatch(name))}
-    rest = {name: tensor for name, tensor in state.items() if not LAYER_SCALE.fullmatch(name)}
+    rest = {PRODUCT_HASH.get(name, name): t for name, t in state.items() if not LAYER_SCALE.fullmatch(name)}
     if not scales:
         return rest
     wrong = [f"ve_layer_scales.{i} is {tuple(t.shape)}" for i, t in sorted(scales.items()) if t.numel() != 1]
@@ -74,8 +80,9 @@ def gather_layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**rest, LAYER_SCALES: torch.cat([scales[i].reshape(1) for i in range(len(scales))])}
 
 
-def spread_layer_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `gather_layer_scales`: the canonical vector → foreign vectors of one element."""
-    rest = {name: tensor for name, tensor in tensors.items() if name != LAYER_SCALES}
+def spread_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `gather_parts`: the canonical vector → foreign vectors of one element, a table without scale → its name."""
+    own = {} if "bigram.scale" in tensors else reversed_names(PRODUCT_HASH)
+    rest = {own.get(name, name): tensor for name, tensor in tensors.items() if name != LAYER_SCALES}
     scales = tensors.get(LAYER_SCALES, ())
     return {**rest, **{f"ve_layer_scales.{i}": scale.reshape(1).clone() for i, scale in enumerate(scales)}}

@@ -44,13 +44,13 @@ OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says
     "ve_enabled": None,
     "bigram_enabled": None,
     "use_smeargate": None,
-    "parallel_residual": None,
+    "parallel_residual": ("lane_kind", "sequential"),
 }
 SWITCHED_OFF = {  # a public switch: the part that the model lacks when it is off, and what else then says nothing
     "ve_enabled": ("value_embed_dim", "value_embed_layers"),
-    "bigram_enabled": ("bigram_buckets", "bigram_dim", "trigram"),
+    "bigram_enabled": ("bigram_buckets", "bigram_dim", "bigram_hash", "trigram"),
     "use_smeargate": ("channel_smear",),
-    "parallel_residual": ("lanes_start", "lane_output"),
+    "parallel_residual": ("lanes_start", "lane_output", "lane_kind"),
 }
 EXTRA = frozenset({"recur_layers"})  # theirs without a name of ours: see foreign_config.py
 NOT_COMPUTED = {  # an option of some scripts: values that leave the model as it is, what any other one does

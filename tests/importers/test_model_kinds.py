@@ -33,6 +33,13 @@ LOG_0403 = {  # the settings of the model in the log of 2026-04-03, at this size
     "rope_dims": 4, "rope_train_seq_len": 16, "skip_gates_enabled": True, "tie_embeddings": True, "train_seq_len": 16,
     "ve_dim": 5, "ve_enabled": True, "ve_layers": "4,5", "vocab_size": 32, "xsa_last_n": 6,
 }  # fmt: skip
+LOG_0404 = {  # of 2026-04-04
+    "embedding_dim": 16, "eval_seq_len": 16, "ln_scale": True, "logit_softcap": 30.0, "mlp_mult": 2.0, "model_dim": 16,
+    "num_heads": 2, "num_kv_heads": 1, "num_layers": 6, "parallel_start_layer": 4, "qk_gain_init": 5.0,
+    "recur_layers": "2,3", "recur_start_step": 3000, "rope_base": 10000.0, "rope_dims": 4, "rope_train_seq_len": 16,
+    "skip_gates_enabled": True, "tie_embeddings": True, "train_seq_len": 16, "ve_dim": 5, "ve_enabled": True,
+    "ve_layers": "4,5", "vocab_size": 32, "xsa_last_n": 6,
+}  # fmt: skip
 NOT_LOGGED = {"activation": "leaky_relu2", "rope_ntk": True, "reuse_last_skip": True}
 VALUES = {"value_embed_dim": 5, "value_embed_layers": [4, 5], "q_gain_init": 4.0}
 LATE = {"gate_window": 6, "skip_gates": True, "smear_gate": True, "lanes_start": 0}
@@ -52,8 +59,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "banked",
     ),
     "the token's own share": (
-        {"channel_smear": "before_norm", "skip_gates": False, "rope_ntk": False, "ln_scale": False},
-        {"use_smeargate": True, "rope_ntk": False, "ln_scale": False},
+        {"channel_smear": "before_norm", "skip_gates": False, "rope_ntk": False, "ln_scale": False}
+        | {"bigram_buckets": 12, "bigram_dim": 4, "bigram_hash": "product"},
+        {"use_smeargate": True, "rope_ntk": False, "ln_scale": False, "bigram_hash_buckets": 12, "bigram_hash_dim": 4},
         "smeargate.gate",
         "flat",
     ),
@@ -91,6 +99,19 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {**LOG_0403, **NOT_LOGGED, "recur_layers_str": ""},
         "ve_shared.scale",
         "flat",
+    ),
+    "2026-04-04 as it was run": (
+        {**VALUES, "q_gain_init": 5.0, "num_loops": 1, "loop_start": 2, "loop_end": 3, "stored_skips": 3}
+        | {"lanes_start": 4, "lane_kind": "separate"},
+        {**LOG_0404, **NOT_LOGGED, "reuse_last_skip": False},
+        "lane_merge",
+        "flat",
+    ),
+    "lanes of which the MLP's reads the other's update": (
+        {"lanes_start": 4, "lane_kind": "sequential"},
+        {"parallel_residual": True, "parallel_start_layer": 4, "lane_output": "mean"},
+        "parallel_post_lambdas",
+        "banked",
     ),
     "layers that do not follow each other": (
         {"visits": [0, 1, 2, 3, 4, 1, 2, 4, 5], "stored_skips": 3},
@@ -188,7 +209,12 @@ def test_what_no_file_and_no_log_shows_is_asked_for(what: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "lanes without tensors": ({}, {"parallel_start_layer": 4}, "given as 4, but the file has no parallel_post_lambdas"),
+    "lanes off but there": ({**LATE, "lanes_start": 4}, {"parallel_residual": False}, "but the file has lanes"),
+    "lanes without tensors": (
+        {},
+        {"parallel_start_layer": 4},
+        "given as 4, but the file has no parallel_post_lambdas or lane_merge",
+    ),
     "values switched off but there": (
         {"value_embed_dim": 5, "value_embed_layers": [1]},
         {"ve_enabled": False},
@@ -227,7 +253,7 @@ GUARDED = """
             inside = (input_ids[:, 1:] != BOS_ID).to(x.dtype).unsqueeze(-1)
             x = torch.cat([x[:, :1], x[:, 1:] + g * x[:, :-1] * inside], dim=1)
 """
-UNGUARDED = "\n".join(line for line in GUARDED.splitlines() if "inside =" not in line).replace(" * inside", "  # BOS")
+UNGUARDED = "".join(line for line in GUARDED.splitlines(True) if "inside =" not in line).replace("* inside", "# BOS")
 SETTINGS = "Hyperparameters:\n  smear_gate_enabled: True\n  num_layers: 11\nstep:1/2\n"
 
 

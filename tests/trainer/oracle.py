@@ -70,6 +70,9 @@ def looped_layers(config: Config) -> list[int]:
 def ngram_vector(w: Weights, config: Config, tokens: list[int], t: int) -> ndarray:
     """What position t gets from the hashed tables."""
     buckets = config["bigram_buckets"]
+    if config["bigram_hash"] == "product":
+        before = tokens[t - 1] if t >= 1 else 0
+        return w["bigram.proj.weight"] @ w["bigram.embed.weight"][(92821 * before + tokens[t]) % buckets]
     bucket = buckets - 1
     if t >= 1:
         bucket = ((36313 * tokens[t]) ^ (27191 * tokens[t - 1])) % (buckets - 1)
@@ -271,19 +274,32 @@ class Pass:
     def visit_lanes(
         self, layer: int, lane0: list[ndarray], lane1: list[ndarray]
     ) -> tuple[list[ndarray], list[ndarray]]:
-        w, s = self.w, self.norm_scale(layer)
+        w, s, kind = self.w, self.norm_scale(layer), self.config["lane_kind"]
         revisit = self.visited.count(layer)
         self.visited.append(layer)
         m0, m1 = w[f"blocks.{layer}.resid_mix"]
         mixed = [m0 * x + m1 * x0 for x, x0 in zip(lane0, self.x0, strict=True)]
         attended = self.attention(layer, [rms_norm(x) * s for x in mixed])
-        r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
         new0, new1 = [], []
         for t in range(len(lane0)):
             a = w[f"blocks.{layer}.attn_scale"] * attended[t]
-            b = w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(lane1[t]) * s)
-            new0.append(r[0] * lane0[t] + post[0][0] * a + post[1][0] * b)
-            new1.append(r[1] * lane1[t] + post[0][1] * a + post[1][1] * b)
+            first, second = lane0[t], lane1[t]
+            read = second
+            if kind == "sequential":
+                r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
+                first, second = r[0] * first + post[0][0] * a, r[0] * second + post[0][1] * a
+                read = m0 * second + m1 * self.x0[t]
+            b = w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(read) * s)
+            if kind == "separate":
+                first, second = mixed[t] + a, second + b
+            elif kind == "sequential":
+                first, second = r[1] * first + post[1][0] * b, r[1] * second + post[1][1] * b
+            else:
+                r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
+                first = r[0] * first + post[0][0] * a + post[1][0] * b
+                second = r[1] * second + post[0][1] * a + post[1][1] * b
+            new0.append(first)
+            new1.append(second)
         return new0, new1
 
     # ---- the U-Net -----------------------------------------------------------------------------------------------
@@ -315,15 +331,26 @@ class Pass:
             xs = self.visit(layer, xs)
             stored.append(xs)
         lane1: list[ndarray] | None = None  # before the lanes split there is only xs, afterwards xs is lane 0
+        kind = config["lane_kind"]
         for k, layer in enumerate(decoder):
-            if lane1 is None and config["lanes_start"] and layer >= config["lanes_start"]:
-                lane1 = xs
-            xs = self.skip(k, stored, xs)
+            splits = lane1 is None and config["lanes_start"] and layer >= config["lanes_start"]
+            kept = list(stored)
+            joined = self.skip(k, stored, xs)
+            if lane1 is None:
+                lane1 = {"routed": xs, "sequential": joined, "separate": joined}[kind] if splits else None
+                xs = joined
+            elif kind == "sequential":
+                xs, lane1 = joined, self.skip(k, kept, lane1)
+            elif kind == "routed":
+                xs = joined
             if lane1 is None:
                 xs = self.visit(layer, xs)
             else:
                 xs, lane1 = self.visit_lanes(layer, xs, lane1)
-        if lane1 is not None and config["lane_output"] == "mean":
+        if lane1 is not None and kind == "separate":
+            m = float(w["lane_merge"])
+            xs = [m * a + (1 - m) * b for a, b in zip(xs, lane1, strict=True)]
+        elif lane1 is not None and config["lane_output"] == "mean":
             xs = [(a + b) / 2 for a, b in zip(xs, lane1, strict=True)]
         elif lane1 is not None and config["lane_output"] == "mlp":
             xs = lane1

@@ -18,7 +18,7 @@ from tests.trainer import oracle
 from tests.trainer.test_model import BANKED, FLAT, load_fixture
 from trainer.activations import ACTIVATIONS
 from trainer.architecture import GraphState, ModelConfig, num_skips, split_visits
-from trainer.embeddings import ngram_hash
+from trainer.embeddings import ngram_hash, product_hash
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
 
@@ -66,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "value residual in a loop from block 0": {"visits": [1, 0, 1, 2, 3, 0], "value_residual": True},
     "value embeddings as wide as the values": {"value_embed_layers": [0, 2], "value_embed_dim": 8, "num_kv_heads": 1},
     "bigrams as wide as the embedding": {"bigram_buckets": 9, "smear_gate": True},
+    "bigrams hashed by a product": {"bigram_buckets": 9, "bigram_dim": 3, "bigram_hash": "product"},
+    "bigrams hashed by a product, as wide": {"bigram_buckets": 1, "bigram_hash": "product", "bigram_dim": 16},
     "trigrams": {"bigram_buckets": 2, "trigram": True, "bigram_dim": 3},
     "double-sigmoid gate of the query": {"attn_gate": "double_sigmoid", "attn_gate_source": "query", "num_kv_heads": 2},
     "dense gate, one lane's output": {"attn_gate": "dense", "lanes_start": 2, "lane_output": "mlp"},
@@ -78,6 +80,9 @@ CASES: dict[str, dict[str, Any]] = {
     "the last stored skip used again": {**LOOP, "stored_skips": 2, "reuse_last_skip": True, "skip_gates": False},
     "no skip stored": {"stored_skips": 0, "reuse_last_skip": True},
     "value embeddings in descending order": {"value_embed_layers": [3, 0, 2], "value_embed_dim": 3},
+    "lanes one after the other": {**LOOP, "lanes_start": 3, "lane_kind": "sequential", "lane_output": "attn"},
+    "lanes of their own": {"lanes_start": 2, "lane_kind": "separate", "skip_gates": False},
+    "lanes of their own, entered by a loop": {**LOOP, "lanes_start": 2, "lane_kind": "separate", "carry": "none"},
     "full rotary, no stretch": {"rope_dims": 0, "rope_ntk": False, "ln_scale": False, "logit_softcap": 4.0},
     **{f"activation {kind}": {"activation": kind} for kind in tuple(ACTIVATIONS)},
 }
@@ -150,7 +155,8 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             "value_residual": (True, False),
         }.items()
     }
-    drawn |= draw(st.sampled_from([{}, {"gptj_start": 1}, {"lanes_start": 3}, {"lanes_start": 0}]))
+    kinds = [{"lanes_start": 3, "lane_kind": kind} for kind in ("routed", "sequential", "separate")]
+    drawn |= draw(st.sampled_from([{}, {"gptj_start": 1}, *kinds, {"lanes_start": 0}]))
     drawn |= draw(
         st.sampled_from(
             [
@@ -161,7 +167,14 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         )
     )
     drawn |= draw(
-        st.sampled_from([{}, {"bigram_buckets": 7}, {"bigram_buckets": 12, "bigram_dim": 5, "trigram": True}])
+        st.sampled_from(
+            [
+                {},
+                {"bigram_buckets": 7},
+                {"bigram_buckets": 12, "bigram_dim": 5, "trigram": True},
+                {"bigram_buckets": 5, "bigram_hash": "product"},
+            ]
+        )
     )
     lists = [{}, LOOP, {"loop_start": 0, "loop_end": 0, "num_loops": 1}, {"visits": [0, 1, 2, 0, 2, 1, 3]}]
     chosen = draw(st.sampled_from(lists))
@@ -171,6 +184,8 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         drawn["carry"] = draw(st.sampled_from(["none", "frozen", "learnable"]))
         drawn["carry_per_pass"] = drawn["carry"] != "none" and draw(st.booleans())
     drawn["encoder_visits"] = draw(st.sampled_from([None, 0, 1, 4]))
+    if drawn.get("lane_kind") == "sequential" and drawn["encoder_visits"] == 4:
+        drawn["encoder_visits"] = None
     drawn["smear_across_bos"] = drawn["smear_gate"] and draw(st.booleans())
     if drawn["encoder_visits"] in (0, 4):  # the plain list then has no skips
         drawn["stored_skips"] = None
@@ -231,6 +246,8 @@ def test_hashes_by_hand() -> None:
     assert max(trigrams) > 2**31  # int32 would have wrapped
     assert ngram_hash(tokens, 3, 100).tolist() == [[99, 99, *(value % 99 for value in trigrams)]]
     assert ngram_hash(tokens[:, :1], 3, 100).tolist() == [[99]]
+    products = [3, 92821 * 3 + 8, 92821 * 8 + 8, 92821 * 8 + 65535]
+    assert product_hash(tokens, 100).tolist() == [[value % 100 for value in products]]
 
 
 def test_the_carry_sends_no_gradient_into_the_first_visit() -> None:
@@ -359,10 +376,12 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({**LOOP, "carry": "frozen", "carry_alpha": [[1.0], [0.0, 1.0]]}, "carry_alpha must have 2 columns"),
         ({**LOOP, "carry": "frozen", "lanes_start": 1}, "layer [12] is re-visited after lanes split"),
         ({"bigram_buckets": 1}, "bigram_buckets 1"),
+        ({"bigram_hash": "product"}, "needs a bigram table"),
         ({"trigram": True}, "do nothing with bigram_buckets 0"),
         ({"value_embed_layers": [4], "value_embed_dim": 2}, "value_embed_layers: 4 is not a layer"),
         ({"value_embed_layers": [2, 1, 2], "value_embed_dim": 2}, r"names a layer twice: \[2, 1, 2\]"),
         ({"smear_across_bos": True}, "does nothing without smear_gate"),
+        ({"lanes_start": 1, "lane_kind": "sequential"}, "layer 1 comes before the decoder half"),
         ({"stored_skips": 3}, "stored_skips 3 exceeds the 2 that visits can use"),
         ({"reuse_last_skip": True}, "does nothing without stored_skips"),
         ({"value_embed_layers": [2]}, "go together"),
