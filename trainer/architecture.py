@@ -67,6 +67,10 @@ class ArchitectureSettings(Settings):
     carry_alpha: tuple[tuple[float, ...], ...] | None = Field(
         None, description="starting α, one row per block; default 0"
     )
+    visit_controls: bool = Field(
+        False, description="gains and mixes of each place in the list of visits, not of layers"
+    )
+    first_attention: bool = Field(True, description="block 0 has attention; false = only its MLP")
     untied_loop_mlps: bool = Field(False, description="an MLP of its own for each re-visit of a block")
     gptj_start: int | None = Field(None, ge=0, description="from this layer on, attention and MLP read the same input")
     embedding_init_std: float = Field(0.005, gt=0, description="standard deviation of the initial embedding")
@@ -151,6 +155,13 @@ class ArchitectureSettings(Settings):
         size = len(looped_layers(self))
         if (self.carry != "none" or self.untied_loop_mlps) and not size:
             raise ValueError("carry and untied_loop_mlps need a layer that is visited twice: set num_loops or visits")
+        lists = [visit_list(self, active) for active in range(self.max_active_loops + 1)]
+        if not self.first_attention and any(0 in visits_in_lanes(self, active) for active in range(len(lists))):
+            raise ValueError("first_attention = false: block 0 cannot be visited in lanes")
+        if not self.first_attention and self.visit_controls and any(visits[:1] != [0] for visits in lists):
+            raise ValueError("first_attention = false with visit_controls: lists must begin with block 0")
+        if self.visit_controls and num_places(self) <= self.num_layers:
+            raise ValueError("visit_controls needs a list with more visits than layers: set num_loops or visits")
         if self.carry == "none" and (self.carry_per_pass or self.carry_beta or self.carry_alpha):
             raise ValueError("carry_per_pass, carry_beta and carry_alpha do nothing with carry 'none'")
         for key, rows in (("carry_beta", [self.carry_beta]), ("carry_alpha", self.carry_alpha or [None])):
@@ -172,7 +183,8 @@ class ArchitectureSettings(Settings):
             raise ValueError("trigram and bigram_dim do nothing with bigram_buckets 0")
         if self.bigram_hash == "product" and (self.trigram or not self.bigram_buckets):
             raise ValueError("bigram_hash 'product' needs a bigram table, and has no trigrams")
-        check_layers("value_embed_layers", self.value_embed_layers, self.num_layers)
+        places = num_places(self) if self.visit_controls else self.num_layers
+        check_layers("value_embed_layers", self.value_embed_layers, places)
         if len(self.value_embed_layers) != len(set(self.value_embed_layers)):
             raise ValueError(f"value_embed_layers names a layer twice: {list(self.value_embed_layers)}")
         if bool(self.value_embed_layers) != bool(self.value_embed_dim):
@@ -222,6 +234,11 @@ def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
         return list(config.visits)
     a, b = config.loop_start, config.loop_end
     return layers[:a] + layers[a : b + 1] * (active_loops + 1) + layers[b + 1 :]
+
+
+def num_places(config: ArchitectureSettings) -> int:
+    """Return the number of visits in the longest list."""
+    return max(len(visit_list(config, active)) for active in {0, config.max_active_loops})
 
 
 def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[int], list[int]]:

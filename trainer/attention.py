@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.architecture import ModelConfig
 from trainer.attention_backends import Reach
+from trainer.controls import Controls
 from trainer.past import Past
 
 NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
@@ -120,14 +121,14 @@ class Attention(nn.Module):
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
         return gates.transpose(1, 2).unsqueeze(-1)
 
-    def _values(self, x: Tensor, context: Context) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
+    def _values(self, x: Tensor, context: Context, place: int) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
         """Return projected values plus the token's value embedding, mixed with those of the first visit.
 
         The first visit's own values are not mixed.
         """
         flat = self.v(x)
-        if self.layer in context.value_embeddings:
-            flat = flat + context.value_embeddings[self.layer].to(flat.dtype)
+        if place in context.value_embeddings:
+            flat = flat + context.value_embeddings[place].to(flat.dtype)
         v = self._heads(flat, self.num_kv_heads)
         if not self.config.value_residual:
             return v
@@ -141,15 +142,21 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (batch, seq_len, model_dim), normalised
         context: Context,
+        controls: Controls | None = None,  # of a place that has its own; else the layer's
     ) -> Tensor:  # (batch, seq_len, model_dim)
+        gain, use_xsa, place = (
+            (self.q_gain, self.use_xsa, self.layer)
+            if controls is None
+            else (controls.q_gain, controls.use_xsa, controls.place)
+        )
         query = self.q(x)
         q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), context.cos, context.sin)
         k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
-        v = self._values(x, context)
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        v = self._values(x, context, place)
+        q = q * gain.to(q.dtype)[:, None, None]
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
         y = context.reach.attend(q, keys, values)
-        if self.use_xsa:
+        if use_xsa:
             y = remove_own_value(y, v)
         if self.config.attn_gate != "none":
             y = y * self._gate(x, query)

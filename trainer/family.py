@@ -66,7 +66,9 @@ class GolfGPTFamily:
             revisit = seen.get(layer, 0)
             seen[layer] = revisit + 1
             if revisit == 0:
-                sites += [*_attention_sites(f"blocks.{layer}.attn"), *_mlp_sites(module, f"blocks.{layer}.mlp")]
+                has_attention = layer > 0 or module.config.first_attention
+                sites += _attention_sites(f"blocks.{layer}.attn") if has_attention else []
+                sites += _mlp_sites(module, f"blocks.{layer}.mlp")
             elif module.config.untied_loop_mlps:
                 sites += _mlp_sites(module, f"override_mlps.{layer}_p{revisit}")
         for path in PROJECTIONS:

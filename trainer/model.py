@@ -19,9 +19,19 @@ from torch import Tensor, nn
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
 from trainer.activations import activation_of
-from trainer.architecture import GraphState, ModelConfig, looped_layers, mlp_width, num_skips, revisits, split_visits
+from trainer.architecture import (
+    GraphState,
+    ModelConfig,
+    looped_layers,
+    mlp_width,
+    num_places,
+    num_skips,
+    revisits,
+    split_visits,
+)
 from trainer.attention import Attention, Context, rms_norm, rotary_angles
 from trainer.attention_backends import SDPA, Reach
+from trainer.controls import Controls, Place, norm_scale
 from trainer.embeddings import NgramEmbedding, ValueEmbedding
 from trainer.lanes import START, Lanes, lanes_with_skip, visit_routed, visit_separate, visit_sequential
 from trainer.past import LOOK_BACK, Past
@@ -81,20 +91,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.model_dim
-        self.attn = Attention(config, layer)
+        self.has_attention = layer > 0 or config.first_attention
+        if self.has_attention:
+            self.attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.attn_scale = nn.Parameter(torch.ones(dim))
+        if self.has_attention:
+            self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))  # (2, model_dim)
-        self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.norm_scale = norm_scale(config, layer)
         self.parallel = config.gptj_start is not None and layer >= config.gptj_start
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.norm_scale
-
-    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Return the block's input: the stream and the embedding, weighed per channel."""
-        return self.resid_mix[0] * x + self.resid_mix[1] * x0
 
     def forward(
         self,
@@ -102,22 +108,34 @@ class Block(nn.Module):
         x0: Tensor,  # (batch, seq_len, model_dim), the embedding
         context: Context,
         mlp: MLP,  # the block's own, or a re-visit's
+        controls: Controls | None = None,  # of a place that has its own; else the block's
     ) -> Tensor:
-        x = self.mixed(x, x0)
-        normed = self._normed(x)
-        attended = x + self.attn_scale * self.attn(normed, context)
-        mlp_input = normed if self.parallel else self._normed(attended)
-        return attended + self.mlp_scale * mlp(mlp_input)
+        own: Block | Controls = self if controls is None else controls
+        x = own.resid_mix[0] * x + own.resid_mix[1] * x0
+        normed = rms_norm(x) * own.norm_scale
+        attended = x + own.attn_scale * self.attn(normed, context, controls) if self.has_attention else x
+        mlp_input = normed if self.parallel else rms_norm(attended) * own.norm_scale
+        return attended + own.mlp_scale * mlp(mlp_input)
+
+
+class BlockVisit:
+    """A block with the gains of one visit, as lanes use it."""
+
+    def __init__(self, block: Block, controls: Controls | None) -> None:
+        self.block, self.controls = block, controls
+        self.own: Block | Controls = block if controls is None else controls
+
+    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Return the block's input: the stream and the embedding, weighed per channel."""
+        return self.own.resid_mix[0] * x + self.own.resid_mix[1] * x0
 
     def attention_update(self, x: Tensor, context: Context) -> Tensor:  # (batch, seq_len, model_dim) → the same
         """Return what attention adds, from its lane after the mix."""
-        update: Tensor = self.attn_scale * self.attn(self._normed(x), context)
-        return update
+        return self.own.attn_scale * self.block.attn(rms_norm(x) * self.own.norm_scale, context, self.controls)
 
     def mlp_update(self, x: Tensor, mlp: nn.Module) -> Tensor:  # (batch, seq_len, model_dim) → the same
         """Return what the MLP adds, from its lane."""
-        update: Tensor = self.mlp_scale * mlp(self._normed(x))
-        return update
+        return self.own.mlp_scale * mlp(rms_norm(x) * self.own.norm_scale)
 
 
 class GolfGPT(nn.Module):
@@ -164,6 +182,9 @@ class GolfGPT(nn.Module):
         self.looped = looped_layers(config)
         if config.carry != "none":
             self.recur_beta, self.recur_alpha = carry_coefficients(config)
+        if config.visit_controls:
+            beyond = range(config.num_layers, num_places(config))
+            self.places = nn.ModuleDict({str(place): Place(config) for place in beyond})
         if config.untied_loop_mlps:
             keys = [f"{layer}_p{k}" for layer, count in revisits(config).items() for k in range(1, count + 1)]
             self.override_mlps = nn.ModuleDict({key: MLP(config) for key in keys})
@@ -247,21 +268,40 @@ class GolfGPT(nn.Module):
         assert isinstance(mlp, MLP)
         return mlp
 
+    def _controls(self, place: int) -> Controls | None:
+        """Return the gains of a place in the list of visits; None if layers have them."""
+        if not self.config.visit_controls:
+            return None
+        if place >= self.config.num_layers:
+            beyond = self.places[str(place)]
+            assert isinstance(beyond, Place)
+            return beyond.controls(self.config, place)
+        block = self.blocks[place]
+        assert isinstance(block, Block)
+        if not block.has_attention:  # only ever visited at its own place
+            return None
+        use_xsa = place >= num_places(self.config) - self.config.xsa_last_n
+        return Controls(
+            block.attn_scale, block.mlp_scale, block.resid_mix, block.attn.q_gain, block.norm_scale, use_xsa, place
+        )
+
     def _visit(self, layer: int, x: Tensor, x0: Tensor, context: Context, recurrence: Recurrence) -> Tensor:
         """Visit a block with a single residual stream."""
+        controls = self._controls(recurrence.place)
         revisit = recurrence.enter(layer)
-        output: Tensor = self.blocks[layer](x, x0, context, self._mlp(layer, revisit))
+        output: Tensor = self.blocks[layer](x, x0, context, self._mlp(layer, revisit), controls)
         return recurrence.carry(layer, revisit, output)
 
     def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context, recurrence: Recurrence) -> Lanes:
         """Visit a block with two residual lanes."""
-        block, mlp = self.blocks[layer], self._mlp(layer, recurrence.enter(layer))
+        block, controls = self.blocks[layer], self._controls(recurrence.place)
         assert isinstance(block, Block)
+        visited, mlp = BlockVisit(block, controls), self._mlp(layer, recurrence.enter(layer))
         if self.config.lane_kind == "separate":
-            return visit_separate(block, lanes, x0, context, mlp)
+            return visit_separate(visited, lanes, x0, context, mlp)
         visit = visit_routed if self.config.lane_kind == "routed" else visit_sequential
         keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-        return visit(block, lanes, x0, context, mlp, keep, post)
+        return visit(visited, lanes, x0, context, mlp, keep, post)
 
     def _merge(self, lanes: Lanes) -> Tensor:
         if self.config.lane_kind == "separate":

@@ -41,12 +41,14 @@ class Recurrence:
     ) -> None:
         self.looped, self.beta, self.alpha = looped, beta, alpha
         self.visits: dict[int, int] = {}
+        self.place = 0  # of the next visit in the list
         self.first: dict[int, Tensor] = {}  # layer → (batch, seq_len, model_dim)
 
     def enter(self, layer: int) -> int:
         """Count a visit. Return 0 on a block's first visit, k on its k-th re-visit."""
         revisit = self.visits.get(layer, 0)
         self.visits[layer] = revisit + 1
+        self.place += 1
         return revisit
 
     def carry(

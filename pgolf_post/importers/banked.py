@@ -23,6 +23,7 @@ from pgolf_post.importers.names import (
     reversed_names,
     spread_parts,
 )
+from pgolf_post.importers.visits import name_places, unname_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,7 @@ BANKS = {  # bank: canonical matrices it holds, in order, each for all layers
     "mlp_down_bank": ("mlp.proj",),
 }
 
+FC = re.compile(r"blocks\.\d+\.mlp\.fc\.weight")
 KEPT = re.compile(PARTS)
 
 
@@ -52,7 +54,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     canonical = {rename(name, PART_RENAMES): tensor for name, tensor in rest.items()}
     for bank in BANKS:
         canonical.update(_split_bank(bank, state[bank]))
-    return canonical
+    return name_places(canonical)
 
 
 def _split_bank(bank: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -73,12 +75,15 @@ def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the banked state dict. Raises MismatchError for tensors that the format cannot hold."""
     import torch  # here, so that naming the formats does not load it
 
-    num_layers = sum(name.endswith(".attn.q.weight") for name in tensors)
+    num_layers = sum(bool(FC.fullmatch(name)) for name in tensors)
+    absent = [name for bank in BANKS for name in _bank_names(bank, num_layers) if name not in tensors]
+    if absent:
+        raise MismatchError(f"the banked format holds every matrix of every layer; missing: {', '.join(absent)}")
     names = {bank: _bank_names(bank, num_layers) for bank in BANKS}
     state = {bank: torch.stack([tensors[name] for name in names[bank]]) for bank in BANKS}
     banked = {name for bank in names.values() for name in bank}
     back = reversed_names(PART_RENAMES)
-    spread = spread_parts(tensors)
+    spread = spread_parts(unname_places(tensors))
     rest = {rename(name, back): tensor for name, tensor in spread.items() if name not in banked}
     unknown = sorted(name for name in rest if not KEPT.fullmatch(name))
     if unknown:

@@ -19,6 +19,7 @@ from pgolf_post.importers.names import (
     reversed_names,
     spread_parts,
 )
+from pgolf_post.importers.visits import name_places, unname_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,8 @@ KNOWN = re.compile(rf"{PARTS}|blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight|bloc
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Return whether there is a separate query matrix of block 0."""
-    return "blocks.0.attn.c_q.weight" in state
+    """Return whether there is a separate query matrix of one of the first blocks (#1204 may have none in block 0)."""
+    return any(f"blocks.{layer}.attn.c_q.weight" in state for layer in (0, 1))
 
 
 def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,13 +44,13 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"tensors that are not part of the flat format: {', '.join(unknown)}")
-    return {rename(name, RENAMES): tensor for name, tensor in gather_parts(state).items()}
+    return name_places({rename(name, RENAMES): tensor for name, tensor in gather_parts(state).items()})
 
 
 def from_canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the flat state dict. Raises MismatchError for tensors that the format cannot hold."""
     back = reversed_names(RENAMES)
-    state = {rename(name, back): tensor for name, tensor in spread_parts(tensors).items()}
+    state = {rename(name, back): tensor for name, tensor in spread_parts(unname_places(tensors)).items()}
     unknown = sorted(name for name in state if not KNOWN.fullmatch(name))
     if unknown:
         raise MismatchError(f"the flat format has no place for: {', '.join(unknown)}")

@@ -54,6 +54,11 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     shapes, stated = settings_from_shapes(tensors), translate(given)
     if stated.get("embedding_dim") == shapes["model_dim"]:
         stated["embedding_dim"] = None  # our word for "as wide as the model"
+    if not shapes["first_attention"] and stated.get("first_attention") is not False:
+        raise MismatchError(
+            "not a whole model: block 0 has no attention",
+            hint="if the script had switched it off: --set disable_layer0_attn=true",
+        )
     shapes |= _width(shapes.pop("mlp_width"), shapes["model_dim"], stated)
     stated = _without_repeated_length(_with_loops(stated, shapes["num_layers"]))
     known = {**stated, **shapes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,29 +10,34 @@ from torch import Tensor
 
 from pgolf_post.errors import MismatchError
 
+FC = re.compile(r"blocks\.(\d+)\.mlp\.fc\.weight")
 CHANNEL_SMEARS = {"channel_smear": "after_norm", "channel_keep": "before_norm"}  # tensor: where it blends
 
 
 def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings that the shapes determine. Raises MismatchError if the basic matrices are not there."""
-    basic = ("tok_emb.weight", "blocks.0.attn.k.weight", "blocks.0.attn.q_gain", "blocks.0.mlp.fc.weight")
+    layers = sorted(int(match[1]) for name in tensors if (match := FC.fullmatch(name)))
+    first = 0 if "blocks.0.attn.q.weight" in tensors or len(layers) < 2 else 1  # #1204 may leave out that of block 0
+    basic = ("tok_emb.weight", f"blocks.{first}.attn.k.weight", f"blocks.{first}.attn.q_gain", "blocks.0.mlp.fc.weight")
     absent = [name for name in basic if name not in tensors]
     if absent:
         raise MismatchError(f"not a whole model: missing {', '.join(absent)}")
     vocab_size, embedding_dim = tensors["tok_emb.weight"].shape
     hidden_dim, model_dim = tensors["blocks.0.mlp.fc.weight"].shape
-    num_heads = tensors["blocks.0.attn.q_gain"].numel()
+    num_heads = tensors[f"blocks.{first}.attn.q_gain"].numel()
     if num_heads == 0 or model_dim % num_heads:
         raise MismatchError(f"{num_heads} query gains do not divide a width of {model_dim}")
-    gate = tensors.get("blocks.0.attn.gate")
-    double_gate = tensors.get("blocks.0.attn.double_gate")
+    gate = tensors.get(f"blocks.{first}.attn.gate")
+    double_gate = tensors.get(f"blocks.{first}.attn.double_gate")
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "embedding_dim": embedding_dim if embedding_dim != model_dim else None,
-        "num_layers": sum(name.endswith(".attn.q.weight") for name in tensors),
+        "num_layers": len(layers),
+        "first_attention": first == 0,
+        "visit_controls": any(name.startswith("places.") for name in tensors),
         "model_dim": model_dim,
         "num_heads": num_heads,
-        "num_kv_heads": tensors["blocks.0.attn.k.weight"].size(0) // (model_dim // num_heads),
+        "num_kv_heads": tensors[f"blocks.{first}.attn.k.weight"].size(0) // (model_dim // num_heads),
         "mlp_width": hidden_dim,  # a setting under one of two names: see foreign_config.with_width
         "tie_embeddings": "lm_head.weight" not in tensors,
         "skip_gates": "skip_gates" in tensors,

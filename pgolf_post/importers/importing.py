@@ -20,9 +20,10 @@ from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.importers import FORMATS, get_format, recognise
 from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
-from pgolf_post.importers.script_words import FAMILY
+from pgolf_post.importers.script_words import FAMILY, translate
 from pgolf_post.importers.strangers import OWN_FAMILY, call_parts
-from pgolf_post.importers.vocabulary import fit_vocabulary, retie
+from pgolf_post.importers.visits import name_visits
+from pgolf_post.importers.vocabulary import Views, fit_vocabulary, retie
 from pgolf_post.score.metric import measure_module
 from pgolf_post.score.plain import PlainProtocol
 
@@ -59,12 +60,13 @@ def import_file(
     # tensors in canonical names, one head if it is tied, one row per token
     foreign = read_foreign(path)
     form, views = canonical_views(foreign, str(path))
+    views, visits = _with_visits(views, given)
     rows = views["raw"]["tok_emb.weight"].size(0) if "tok_emb.weight" in views["raw"] else 0
     views, tied = retie(views, given)
     views, trimmed = (
         fit_vocabulary(views, data.vocab_size, trim_vocab, str(path), str(data.path)) if rows else (views, [])
     )
-    notes = [*foreign.notes, *tied, *trimmed]
+    notes = [*foreign.notes, *visits, *tied, *trimmed]
     for note in notes:
         say(note)
 
@@ -96,6 +98,15 @@ def import_file(
     meta = {"kind": "imported", "run": name, "phase": phase, "step": step, "parents": [], "source": source}
     checkpoint = save_checkpoint(folder, config, views, {**meta, "data_dir": str(data.path)}, metrics)
     return Imported(checkpoint, form, assumed, inferred.unused, notes)
+
+
+def _with_visits(views: Views, given: Mapping[str, Any]) -> tuple[Views, list[str]]:
+    """Return views with the tensors of visits named by their layers, and notes on it."""
+    stated, named, notes = translate(given), {}, []
+    for view, tensors in views.items():
+        named[view], more = name_visits(tensors, stated)
+        notes += more
+    return named, list(dict.fromkeys(notes))
 
 
 def canonical_views(foreign: ForeignFile, source: str) -> tuple[str, dict[ViewName, dict[str, Tensor]]]:

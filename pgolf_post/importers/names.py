@@ -35,7 +35,7 @@ PARTS = (
     r"|smear_gate\.weight|smear_lambda|smear(gate)?\.gate|bigram\.(embed\.weight|proj\.weight|scale)"
     r"|bigram_hash\.(table|proj)\.weight"
     r"|ve_shared\.(embed\.weight|proj\.weight|scale)|ve_layer_scales\.\d+"
-    r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
+    r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|repeat_mlp\.\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
     r"|blocks\.\d+\.attn\.(q_gain|vr_lambda|attn_gate_w|attn_gate_proj\.weight)"
     r"|recur_(alpha|beta)|parallel_(post|resid)_lambdas|lane_merge"
 )

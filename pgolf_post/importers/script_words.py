@@ -45,6 +45,7 @@ OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says
     "bigram_enabled": None,
     "use_smeargate": None,
     "parallel_residual": ("lane_kind", "sequential"),
+    "disable_layer0_attn": ("first_attention", False),
 }
 SWITCHED_OFF = {  # a public switch: the part that the model lacks when it is off, and what else then says nothing
     "ve_enabled": ("value_embed_dim", "value_embed_layers"),
@@ -54,10 +55,9 @@ SWITCHED_OFF = {  # a public switch: the part that the model lacks when it is of
 }
 EXTRA = frozenset({"recur_layers"})  # theirs without a name of ours: see foreign_config.py
 NOT_COMPUTED = {  # an option of some scripts: values that leave the model as it is, what any other one does
-    "disable_layer0_attn": ((False,), "block 0 without attention"),
     "canon_ac_layers": (("", "none"), "short convolutions before attention and MLP"),
     "dtg_enabled": ((False,), "a gate on each block's update"),
-    "repeat_untie_mlp": (("none", ""), "an MLP of their own for repeated layers"),
+    "repeat_untie_mlp": (("none", "full", ""), "a second matrix of their own in the MLPs of repeated layers"),
     "parallel_start_layer_is_physical": ((True,), "lanes that begin at a visit, not at a layer"),
 }
 OTHER_VALUE = {

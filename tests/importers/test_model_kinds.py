@@ -15,7 +15,8 @@ from pgolf_post.families import build_module, get_family
 from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import Inferred, infer_model
 from pgolf_post.importers.log_file import read_log
-from pgolf_post.importers.script_words import split_log
+from pgolf_post.importers.script_words import split_log, translate
+from pgolf_post.importers.visits import name_visits
 
 SMALL = {  # in our words; what every script says in its own
     "vocab_size": 32, "train_seq_len": 16, "num_layers": 6, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1,
@@ -111,6 +112,21 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {"lanes_start": 4, "lane_kind": "sequential"},
         {"parallel_residual": True, "parallel_start_layer": 4, "lane_output": "mean"},
         "parallel_post_lambdas",
+        "banked",
+    ),
+    "2026-03-31 as it was run, without its attention of block 0": (
+        {"num_loops": 1, "loop_start": 2, "loop_end": 3, "visit_controls": True, "first_attention": False}
+        | {"untied_loop_mlps": True, "lanes_start": 4, "lane_kind": "sequential", "channel_smear": "after_norm"}
+        | {"value_embed_dim": 5, "value_embed_layers": [6, 7], "rope_ntk_from": 8},
+        {"recur_layers_str": "2,3", "disable_layer0_attn": True, "repeat_untie_mlp": "full", "parallel_residual": True}
+        | {"parallel_start_layer": 4, "lane_output": "mean", "ve_layers": "6,7", "ve_dim": 5, "rope_ntk_from": 8},
+        "blocks.7.attn.q_gain",
+        "flat",
+    ),
+    "gains of visits, in banks": (
+        {"num_loops": 1, "loop_start": 2, "loop_end": 3, "visit_controls": True},
+        {"recur_layers": [2, 3]},
+        "blocks.6.resid_mix",
         "banked",
     ),
     "layers that do not follow each other": (
@@ -242,6 +258,28 @@ def test_what_contradicts_the_file_is_refused_by_name(what: str) -> None:
     overrides, said, message = REFUSED[what]
     with pytest.raises((MismatchError, SettingsError), match=message):
         infer(foreign_of(overrides, "flat"), said)
+
+
+def test_tensors_of_visits_are_named_by_their_layers() -> None:
+    overrides = {"num_loops": 1, "loop_start": 2, "loop_end": 3, "untied_loop_mlps": True}
+    whole = FORMATS["banked"].to_canonical(foreign_of(overrides, "banked"))
+    theirs = {
+        name.replace("override_mlps.2_p1", "repeat_mlp.0").replace("override_mlps.3_p1", "repeat_mlp.1"): tensor
+        for name, tensor in foreign_of(overrides, "banked").items()
+    }
+    canonical = FORMATS["banked"].to_canonical(theirs)
+    named, notes = name_visits(canonical, translate({"recur_layers_str": "2,3", "disable_layer0_attn": False}))
+    assert named.keys() == whole.keys()
+    assert all(named[name] is canonical.get(name, named[name]) for name in named)
+    assert notes == ["MLPs of repeated layers named by their layers: 2, 3"]
+    with pytest.raises(MismatchError, match="recur_layers is not given"):
+        name_visits(canonical, {})
+    dead, notes = name_visits(whole, translate({"disable_layer0_attn": True}))
+    assert whole.keys() - dead.keys() == {
+        f"blocks.0.{part}"
+        for part in ("attn_scale", "attn.q_gain", *(f"attn.{m}.weight" for m in ("q", "k", "v", "proj")))
+    }
+    assert "attention of block 0 is off" in notes[0]
 
 
 # ---- what the script's source says, where the log begins with it ---------------------------------------------------

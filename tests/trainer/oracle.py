@@ -161,17 +161,17 @@ class Pass:
         self.visited: list[int] = []
         self.first_output: dict[int, list[ndarray]] = {}
 
-    def values(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
+    def values(self, layer: int, place: int, xs: list[ndarray]) -> list[ndarray]:
         """Each position's values, all key-value heads in one vector."""
         w, config, at = self.w, self.config, f"blocks.{layer}.attn"
         vs = []
         for t, x in enumerate(xs):
             v = w[f"{at}.v.weight"] @ x
-            if layer in config["value_embed_layers"]:
+            if place in config["value_embed_layers"]:
                 extra = w["value_embed.embed.weight"][self.tokens[t]]
                 if "value_embed.proj.weight" in w:
                     extra = w["value_embed.proj.weight"] @ extra
-                position = list(config["value_embed_layers"]).index(layer)
+                position = list(config["value_embed_layers"]).index(place)
                 v = v + w["value_embed.layer_scales"][position] * (extra * w["value_embed.scale"])
             vs.append(v)
         if not config["value_residual"]:
@@ -182,12 +182,15 @@ class Pass:
         old, own = w[f"{at}.value_mix"]
         return [old * first + own * v for first, v in zip(self.first_values, vs, strict=True)]
 
-    def attention(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
+    def attention(self, layer: int, place: int, xs: list[ndarray]) -> list[ndarray]:
         w, config, at = self.w, self.config, f"blocks.{layer}.attn"
+        gain = w[f"places.{place}.q_gain" if place >= config["num_layers"] else f"blocks.{place}.attn.q_gain"]
+        last = sum(map(len, halves(config, config["num_loops"] if config["visits"] is None else 1)))
+        last = max(last, config["num_layers"]) if config["visit_controls"] else config["num_layers"]
         heads, kv_heads = config["num_heads"], config["num_kv_heads"]
         d = config["model_dim"] // heads
         seq_len = len(xs)
-        values = self.values(layer, xs)
+        values = self.values(layer, place, xs)
         raw_queries = [w[f"{at}.q.weight"] @ x for x in xs]
         raw_keys = [w[f"{at}.k.weight"] @ x for x in xs]
         outputs = []
@@ -196,12 +199,12 @@ class Pass:
             for head in range(heads):
                 kv = slice((head // (heads // kv_heads)) * d, (head // (heads // kv_heads) + 1) * d)
                 q = rotate(config, rms_norm(raw_queries[t][head * d : (head + 1) * d]), t, seq_len)
-                q = q * w[f"{at}.q_gain"][head]
+                q = q * gain[head]
                 seen = [s for s in range(t + 1) if self.document[s] == self.document[t]]
                 scores = [q @ rotate(config, rms_norm(raw_keys[s][kv]), s, seq_len) / math.sqrt(d) for s in seen]
                 shares = softmax(np.array(scores))
                 y = sum(share * values[s][kv] for share, s in zip(shares, seen, strict=True))
-                if layer >= config["num_layers"] - config["xsa_last_n"]:
+                if place >= last - config["xsa_last_n"]:
                     own = values[t][kv]
                     direction = own / math.sqrt(float(own @ own))
                     y = y - (y @ direction) * direction
@@ -230,21 +233,33 @@ class Pass:
         }
         return w[f"{at}.proj.weight"] @ activations[kind](h)
 
-    def norm_scale(self, layer: int) -> float:
-        return 1 / math.sqrt(layer + 1) if self.config["ln_scale"] else 1.0
+    def norm_scale(self, place: int) -> float:
+        return 1 / math.sqrt(place + 1) if self.config["ln_scale"] else 1.0
+
+    def place(self, layer: int) -> int:
+        """Whose gains the visit that was just entered has: its place's in the list, or the layer's."""
+        return len(self.visited) - 1 if self.config["visit_controls"] else layer
+
+    def gains(self, place: int, name: str) -> ndarray:
+        """One of the gains of a place."""
+        return self.w[f"{'places' if place >= self.config['num_layers'] else 'blocks'}.{place}.{name}"]
 
     def block(self, layer: int, revisit: int, xs: list[ndarray]) -> list[ndarray]:
         """F_i: the block with one residual stream."""
-        w, config, s = self.w, self.config, self.norm_scale(layer)
-        m0, m1 = w[f"blocks.{layer}.resid_mix"]
+        config, place = self.config, self.place(layer)
+        s = self.norm_scale(place)
+        m0, m1 = self.gains(place, "resid_mix")
         inputs = [m0 * x + m1 * x0 for x, x0 in zip(xs, self.x0, strict=True)]
-        attended = self.attention(layer, [rms_norm(x) * s for x in inputs])
+        attended = [np.zeros_like(x) for x in inputs]
+        if layer > 0 or config["first_attention"]:
+            heard = self.attention(layer, place, [rms_norm(x) * s for x in inputs])
+            attended = [self.gains(place, "attn_scale") * a for a in heard]
         parallel = config["gptj_start"] is not None and layer >= config["gptj_start"]
         outputs = []
         for x_in, a in zip(inputs, attended, strict=True):
-            x = x_in + w[f"blocks.{layer}.attn_scale"] * a
+            x = x_in + a
             source = x_in if parallel else x
-            outputs.append(x + w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(source) * s))
+            outputs.append(x + self.gains(place, "mlp_scale") * self.mlp(layer, revisit, rms_norm(source) * s))
         return outputs
 
     def visit(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
@@ -274,22 +289,24 @@ class Pass:
     def visit_lanes(
         self, layer: int, lane0: list[ndarray], lane1: list[ndarray]
     ) -> tuple[list[ndarray], list[ndarray]]:
-        w, s, kind = self.w, self.norm_scale(layer), self.config["lane_kind"]
+        w, kind = self.w, self.config["lane_kind"]
         revisit = self.visited.count(layer)
         self.visited.append(layer)
-        m0, m1 = w[f"blocks.{layer}.resid_mix"]
+        place = self.place(layer)
+        s = self.norm_scale(place)
+        m0, m1 = self.gains(place, "resid_mix")
         mixed = [m0 * x + m1 * x0 for x, x0 in zip(lane0, self.x0, strict=True)]
-        attended = self.attention(layer, [rms_norm(x) * s for x in mixed])
+        attended = self.attention(layer, place, [rms_norm(x) * s for x in mixed])
         new0, new1 = [], []
         for t in range(len(lane0)):
-            a = w[f"blocks.{layer}.attn_scale"] * attended[t]
+            a = self.gains(place, "attn_scale") * attended[t]
             first, second = lane0[t], lane1[t]
             read = second
             if kind == "sequential":
                 r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
                 first, second = r[0] * first + post[0][0] * a, r[0] * second + post[0][1] * a
                 read = m0 * second + m1 * self.x0[t]
-            b = w[f"blocks.{layer}.mlp_scale"] * self.mlp(layer, revisit, rms_norm(read) * s)
+            b = self.gains(place, "mlp_scale") * self.mlp(layer, revisit, rms_norm(read) * s)
             if kind == "separate":
                 first, second = mixed[t] + a, second + b
             elif kind == "sequential":

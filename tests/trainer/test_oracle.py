@@ -83,6 +83,24 @@ CASES: dict[str, dict[str, Any]] = {
     "lanes one after the other": {**LOOP, "lanes_start": 3, "lane_kind": "sequential", "lane_output": "attn"},
     "lanes of their own": {"lanes_start": 2, "lane_kind": "separate", "skip_gates": False},
     "lanes of their own, entered by a loop": {**LOOP, "lanes_start": 2, "lane_kind": "separate", "carry": "none"},
+    "gains of each visit": {**LOOP, "visit_controls": True, "value_embed_layers": [5, 6], "value_embed_dim": 3},
+    "gains of each visit, as #1204": {
+        "loop_start": 1,
+        "loop_end": 2,
+        "num_loops": 1,
+        "visit_controls": True,
+        "first_attention": False,
+        "lanes_start": 3,
+        "lane_kind": "sequential",
+        "untied_loop_mlps": True,
+        "channel_smear": "after_norm",
+        "bigram_buckets": 9,
+        "value_embed_layers": [4, 5],
+        "value_embed_dim": 3,
+        "xsa_last_n": 4,
+    },
+    "gains of a list shorter than the layers before it": {"visits": [0, 1, 3, 2, 1, 3], "visit_controls": True},
+    "no attention in block 0": {"first_attention": False, "value_residual": True, "gptj_start": 0},
     "full rotary, no stretch": {"rope_dims": 0, "rope_ntk": False, "ln_scale": False, "logit_softcap": 4.0},
     **{f"activation {kind}": {"activation": kind} for kind in tuple(ACTIVATIONS)},
 }
@@ -153,6 +171,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             "attn_gate_source": ("input", "query"),
             "lane_output": ("mean", "attn", "mlp"),
             "value_residual": (True, False),
+            "first_attention": (True, False),
         }.items()
     }
     kinds = [{"lanes_start": 3, "lane_kind": kind} for kind in ("routed", "sequential", "separate")]
@@ -182,6 +201,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
     if chosen:
         drawn["untied_loop_mlps"] = draw(st.booleans())
         drawn["carry"] = draw(st.sampled_from(["none", "frozen", "learnable"]))
+        drawn["visit_controls"] = draw(st.booleans())
         drawn["carry_per_pass"] = drawn["carry"] != "none" and draw(st.booleans())
     drawn["encoder_visits"] = draw(st.sampled_from([None, 0, 1, 4]))
     if drawn.get("lane_kind") == "sequential" and drawn["encoder_visits"] == 4:
@@ -382,6 +402,15 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({"value_embed_layers": [2, 1, 2], "value_embed_dim": 2}, r"names a layer twice: \[2, 1, 2\]"),
         ({"smear_across_bos": True}, "does nothing without smear_gate"),
         ({"lanes_start": 1, "lane_kind": "sequential"}, "layer 1 comes before the decoder half"),
+        ({"visit_controls": True}, "needs a list with more visits than layers"),
+        (
+            {"first_attention": False, "lanes_start": 1, "visits": [1, 2, 3, 0, 1], "encoder_visits": 0},
+            "layer 0 comes after",
+        ),
+        (
+            {"first_attention": False, "visits": [1, 0, 1, 2, 3], "visit_controls": True},
+            "lists must begin with block 0",
+        ),
         ({"stored_skips": 3}, "stored_skips 3 exceeds the 2 that visits can use"),
         ({"reuse_last_skip": True}, "does nothing without stored_skips"),
         ({"value_embed_layers": [2]}, "go together"),
