@@ -16,7 +16,7 @@ from trainer.architecture import ModelConfig, num_places
 
 
 class Controls(NamedTuple):
-    """What one visit applies."""
+    """The gains that one visit applies."""
 
     attn_scale: Tensor  # (model_dim,)
     mlp_scale: Tensor  # (model_dim,)
@@ -44,7 +44,7 @@ class Place(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.q_gain_init))
 
     def controls(self, config: ModelConfig, place: int) -> Controls:
-        """Return what a visit at this place applies."""
+        """Return the gains of a visit at this place."""
         use_xsa = place >= num_places(config) - config.xsa_last_n
         return Controls(
             self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain, norm_scale(config, place), use_xsa, place

@@ -102,7 +102,9 @@ def import_file(
 
 def _with_visits(views: Views, given: Mapping[str, Any]) -> tuple[Views, list[str]]:
     """Return views with the tensors of visits named by their layers, and notes on it."""
-    stated, named, notes = translate(given), {}, []
+    stated = translate(given)
+    named: Views = {}
+    notes: list[str] = []
     for view, tensors in views.items():
         named[view], more = name_visits(tensors, stated)
         notes += more

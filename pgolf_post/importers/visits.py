@@ -49,7 +49,8 @@ def name_visits(tensors: Mapping[str, Tensor], stated: Mapping[str, Any]) -> tup
 
     `stated` is in our names. Raises MismatchError for MLPs of layers that nobody gave.
     """
-    notes, named = [], dict(tensors)
+    notes: list[str] = []
+    named = dict(tensors)
     repeated = {name: match for name in tensors if (match := REPEATED.fullmatch(name))}
     if repeated:
         layers = stated.get("recur_layers") or []
