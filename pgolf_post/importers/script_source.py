@@ -1,4 +1,4 @@
-"""What the source of a public script, which its log file begins with, says about the model.
+"""Facts about the model that only the source of its public script says, which the log file begins with.
 
 Scripts write their own code into the log before anything else. No hyperparameter says whether the smear gate stops at
 BOS; the code does: lines that apply the gate compare tokens with BOS, or do not.
