@@ -365,7 +365,7 @@ class GolfGPT(nn.Module):
             has_just_split = bool(lanes is None and self.config.lanes_start and layer >= self.config.lanes_start)
             if has_just_split:
                 lanes = x, x
-            row = self._skip_row(index) if len(skips) > 0 else None
+            row = self._skip_row(index) if len(skips) > 0 else None  # torch 2.11 compiles no bool(list)
             skip = None if row is None else skips.pop()
             if lanes is None:
                 x = x if skip is None or row is None else self._skip(x, skip, row)

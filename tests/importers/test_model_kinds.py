@@ -225,6 +225,7 @@ def test_what_no_file_and_no_log_shows_is_asked_for(what: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no attention in block 0": ({"first_attention": False}, {}, "block 0 has no attention"),
     "lanes off but there": ({**LATE, "lanes_start": 4}, {"parallel_residual": False}, "but the file has lanes"),
     "lanes without tensors": (
         {},
@@ -240,8 +241,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another multiple": ({}, {"mlp_mult": 3}, r"mlp_mult: shapes say 2.0, given 3 \(int\(3 · 16\) = 48, not 32\)"),
     "an option that is not computed": (
         {},
-        {"disable_layer0_attn": True},
-        "disable_layer0_attn = True .block 0 without",
+        {"dtg_enabled": True},
+        "dtg_enabled = True .a gate on each block's update",
     ),
     "layers that are none": (
         {},
