@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
     if importlib.util.find_spec("triton"):
         versions["triton"] = importlib.metadata.version("triton")
     return {"git": git_state(), "versions": versions, "device": device_name(device), "argv": sys.argv[1:]}
+
+
+def command_line() -> str:
+    """Return this process's command as a person types it, to copy into a shell."""
+    program, *arguments = sys.argv or [""]
+    path = Path(program)
+    shown = f"python {program}" if path.suffix == ".py" else path.name
+    if path.name == "__main__.py":  # run as a module: python -m PACKAGE
+        shown = "pgolf-post" if path.parent.name == "pgolf_post" else f"python -m {path.parent.name}"
+    return f"{shown} {shlex.join(arguments)}".strip()
 
 
 def code_commit() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,12 @@ from pgolf_post.cli.common import (
     threads_option,
     weights_option,
 )
-from pgolf_post.cli.scoring import open_scored, parse_protocol, protocol_options
+from pgolf_post.cli.scoring import Opened, open_scored, parse_protocol, protocol_options
+
+if TYPE_CHECKING:
+    from pgolf_post.ledger import Row
+    from pgolf_post.score.audit.stage import Audit
+    from pgolf_post.score.protocols import Protocol
 
 
 @click.command("audit")
@@ -71,7 +76,8 @@ def command(
 
     The protocol scores an excerpt repeatedly, with one token changed or with many far apart: what was scored before
     must stay the same bit for bit, also where weights learn. The table says how surely a rare fault is found. Bytes and
-    documents are counted on the whole split. The exit code is 4 if a test fails.
+    documents are counted on the whole split. The verdict becomes a row of the ledger. The exit code is 4 if a test
+    fails.
     """
     from pgolf_post.score.audit.findings import require_passed
     from pgolf_post.score.audit.stage import audit_weights
@@ -85,8 +91,9 @@ def command(
         opened.name, opened.config, opened.tensors, opened.data, protocol, tokens, samples, seed, power
     )
     print_table(f"{opened.name}, {protocol.protocol}", AUDIT_HEADER, audit_rows(list(result.findings)))
+    seconds = round(time.perf_counter() - started, 3)
+    _record(opened, protocol, result, seconds)
     if as_json:
-        seconds = round(time.perf_counter() - started, 3)
         named = {"path": str(checkpoint or opened.name), "protocol": protocol.model_dump(mode="json")}
         tests = [finding.facts() for finding in result.findings]
         print_json(
@@ -99,3 +106,29 @@ def command(
             }
         )
     require_passed(list(result.findings), opened.name)
+
+
+def _record(opened: Opened, protocol: Protocol, result: Audit, seconds: float) -> None:
+    """Write the verdict into the ledger, below what was audited, whether it passed or not."""
+    from pgolf_post.base.storage import sha256_file
+    from pgolf_post.ledger.comparison import audit_row
+    from pgolf_post.ledger.disk import rows_at
+    from pgolf_post.ledger.recording import record
+
+    # the row above: of the artifact, or of the very weights that were audited
+    scored, run = opened.scored, ""
+    if isinstance(scored, Path):
+        subject_id, folder = sha256_file(scored), scored.absolute().parent
+        folders = [folder] if folder.parent.parent.name == "derived" else []
+    else:
+        subject_id, run, folders = scored.id, scored.checkpoint.path.parent.name, [scored.checkpoint.path]
+
+    def rows() -> list[Row]:
+        above = rows_at(folders[0])[-1] if isinstance(scored, Path) and folders else None
+        parent, its_run = (above.id, above.run) if above else (subject_id, run)
+        settings = {"protocol": protocol.model_dump(mode="json"), "data_manifest_sha256": opened.data.manifest_sha256}
+        tests = [finding.facts() for finding in result.findings]
+        name = f"{protocol.protocol} of {opened.name}"
+        return [audit_row(name, settings, tests, result.excerpt_tokens, parent, its_run, seconds)]
+
+    record(*folders, rows=rows, seconds=seconds)

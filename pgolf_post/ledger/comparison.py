@@ -1,4 +1,4 @@
-"""A comparison as a ledger row: what was compared, how, what came out, and the scores it rests on."""
+"""Comparisons and audits as ledger rows: what was examined, how, what came out, and what it was made of."""
 
 from __future__ import annotations
 
@@ -29,3 +29,19 @@ def comparison_row(
     run = rows_at(scored[0].absolute())[-1].run if scored else ""
     name = f"{Path(candidate).name} against {Path(control).name}"
     return Row("comparison", row_id, parents, name, run, settings, result=result, seconds=seconds)
+
+
+def audit_row(
+    name: str,
+    settings: Mapping[str, Any],
+    tests: Sequence[Mapping[str, Any]],  # findings as JSON: test, passed, evidence
+    excerpt_tokens: int,
+    parent: str,  # id of the row of what was audited
+    run: str,
+    seconds: float,
+) -> Row:
+    """The row of an audit; the same findings on the same thing by the same settings are the same row."""
+    passed = all(test["passed"] is not False for test in tests)
+    result = {"passed": passed, "tests": [dict(test) for test in tests], "excerpt_tokens": excerpt_tokens}
+    row_id = hashlib.sha256(canonical_json(["audit", parent, dict(settings), result])).hexdigest()
+    return Row("audit", row_id, (parent,), name, run, dict(settings), result=result, seconds=seconds)

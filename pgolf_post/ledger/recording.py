@@ -16,7 +16,7 @@ from pgolf_post.base.progress import say
 from pgolf_post.ledger.disk import root_of, rows_at
 from pgolf_post.ledger.schema import Row, iso_utc, priced
 from pgolf_post.ledger.store import Ledger
-from pgolf_post.provenance import accelerator_name, code_commit
+from pgolf_post.provenance import accelerator_name, code_commit, command_line
 
 
 def record(
@@ -30,7 +30,8 @@ def record(
     """Write the rows of folders (checkpoints or derived results) and further `rows`; False, with a warning, on failure.
 
     `facts` are result keys that only the command knows (counted code, budget), for the row of the first folder.
-    `seconds` is how long the command has run: rows made within that time are its own, and get its commit and device.
+    `seconds` is how long the command has run: rows made within that time are its own, and get its commit,
+    device and command.
     `root` is the checkpoint root; by default that of the first folder.
     """
     where = root
@@ -54,5 +55,6 @@ def record(
 
 
 def _signed(row: Row) -> Row:
-    """Return a row made just now, with the commit and the device of this process where the row does not name them."""
-    return replace(row, commit=row.commit or code_commit(), device=row.device or accelerator_name())
+    """Return a row made just now, with the commit, device and command of this process where the row names none."""
+    made: dict[str, Any] = {"commit": row.commit or code_commit(), "device": row.device or accelerator_name()}
+    return replace(row, **made, command=row.command or command_line())

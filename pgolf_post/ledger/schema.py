@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.settings import canonical_json
 
-Kind = Literal["run", "checkpoint", "stats", "trial", "artifact", "score", "comparison", "note"]
+Kind = Literal["run", "checkpoint", "stats", "trial", "artifact", "score", "comparison", "audit", "note"]
 Verdict = Literal["positive", "neutral", "negative", "no-op"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -61,7 +61,7 @@ def columns_of(row_type: type[Row]) -> tuple[Column, ...]:
 class Row:
     """One thing that was done. `(kind, id)` names it; parents are ids of rows, of any kind, or `external:NAME`."""
 
-    kind: Kind = column("What it is: run, checkpoint, stats, trial, artifact, score, comparison or note.")
+    kind: Kind = column("What it is: run, checkpoint, stats, trial, artifact, score, comparison, audit or note.")
     id: str = column("Its content id, or the name of a run.")
     parents: tuple[str, ...] = column("Ids of what it was made of.", is_json=True, default=())
     name: str = column("What people call it.", default="")
@@ -76,6 +76,7 @@ class Row:
     verdict: Verdict | None = column("Its outcome: positive, neutral, negative or no-op.", default=None)
     conclusion: str | None = column("What was learned.", default=None)
     created: str = column("When it was made: ISO 8601, UTC; now where left out.", default="")
+    command: str | None = column("The command that made it, as it was typed.", since=2, default=None)
 
     def __post_init__(self) -> None:
         """Raise SettingsError (unknown kind or verdict, empty id), NumericsError (a value that JSON cannot hold)."""

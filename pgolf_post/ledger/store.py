@@ -27,6 +27,7 @@ from pgolf_post.ledger.schema import Column, Row, Verdict, columns_of
 LEDGER_FILE = "ledger.sqlite"
 BUSY_SECONDS = 60.0  # a writer waits so long for the others
 LIST_ROWS = "pgolf-post ledger table"
+FIRST_KNOWN = ("commit", "device", "cost_dollars", "command")  # stay as they were first known
 
 
 class Ledger:
@@ -116,9 +117,9 @@ class Ledger:
     def complete(self, row: Row) -> bool:
         """Keep a row, or fill in what the row that is there lacks. Return True if it was new.
 
-        Its result gains and renews keys, its seconds are renewed; commit, device and cost stay where known, and name,
-        parents, settings and conclusion as they are. For facts read from disk, of which one command sees more than
-        another.
+        Its result gains and renews keys, its seconds are renewed; commit, device, cost and command stay where known,
+        and name, parents, settings and conclusion as they are. For facts read from disk, of which one command sees more
+        than another.
         """
         with self._transaction():
             return self._complete(row)
@@ -132,7 +133,7 @@ class Ledger:
         known = self._get(row.kind, row.id)
         if known is None:
             return self._add(row, False)
-        first = {name: getattr(known, name) or getattr(row, name) for name in ("commit", "device", "cost_dollars")}
+        first = {name: getattr(known, name) or getattr(row, name) for name in FIRST_KNOWN}
         seconds = known.seconds if row.seconds is None else row.seconds
         completed = replace(known, result={**known.result, **row.result}, seconds=seconds, **first)
         if completed != known:
