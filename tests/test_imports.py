@@ -42,6 +42,7 @@ pgolf_post.average pgolf_post.importers
 pgolf_post.fit
 pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe
 pgolf_post.sweep
+pgolf_post.report
 pgolf_post
 pgolf_post.cli
 pgolf_post.__main__

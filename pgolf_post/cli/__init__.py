@@ -53,6 +53,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Experiments and results": {
         "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
         "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
+        "report": ("report", "Runs, artifacts and sweeps as one HTML page: figures with tables, offline, live."),
         "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
     },
 }

@@ -27,6 +27,7 @@ def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → statistics → four quantizers at one byte count. Needs no network and no GPU.
 
     Two to three minutes on two idle CPU cores, a minute of them training. A second table has three λ and an SWA blend.
+    It ends by writing report.html, a page of figures about the run.
     """
     from pgolf_post.base.progress import print_json
     from pgolf_post.demo.pipeline import Demo
@@ -40,5 +41,20 @@ def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     show(answer, seconds)
     checkpoints = root / "checkpoints"
     record(rows=lambda: scan(checkpoints), root=checkpoints, seconds=seconds)
+    page = write_page(root, Path(answer["checkpoint"]).parent)
     if as_json:
-        print_json({**answer, "seconds": round(seconds, 3)})
+        print_json({**answer, "report": str(page), "seconds": round(seconds, 3)})
+
+
+def write_page(root: Path, run: Path) -> Path:
+    """Write the page about a run of the demo, say where it is, and return its path."""
+    from pgolf_post.base.progress import say
+    from pgolf_post.pack.report.size import BUDGET_BYTES
+    from pgolf_post.report.page.render import write_report
+    from pgolf_post.report.subject import find_subject
+
+    page, checkpoints = root / "report.html", root / "checkpoints"
+    subject = find_subject([run], checkpoints, BUDGET_BYTES)
+    write_report(subject, page, f"pgolf-post report {run.name} --root {checkpoints} --out {page}")
+    say(f"to look at: {page.resolve().as_uri()}")
+    return page

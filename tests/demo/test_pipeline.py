@@ -12,6 +12,7 @@ import pytest
 
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import default_checkpoint
+from pgolf_post.cli.demo import write_page
 from pgolf_post.data import DataFolder
 from pgolf_post.data.stdlib_corpus import stdlib_documents
 from pgolf_post.demo import pipeline
@@ -110,6 +111,17 @@ def test_the_closing_tables_fit_80_columns(answer: dict[str, Any], capsys: pytes
         assert re.search(rf"{re.escape(row['name'])} +{row['artifact_bytes']:,}  {row['bpb']:.5f}  ", printed)
     assert max(len(line) for line in printed.splitlines() if re.search(r"  \d\.\d{5}  ", line)) <= 80
     assert f"within {answer['equal_bytes']:,} bytes" in printed
+
+
+def test_it_ends_with_a_page_about_its_run(
+    answer: dict[str, Any], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = write_page(root, Path(answer["checkpoint"]).parent)
+    assert page.as_uri() in capsys.readouterr().err
+    html = page.read_text()
+    for row in all_rows(answer):
+        assert f"{row['artifact_bytes']:,}" in html
+    assert all(f'id="{name}"' in html for name in ("runs", "checkpoints", "artifacts", "bytes", "lineage"))
 
 
 def test_the_next_commands_exist() -> None:

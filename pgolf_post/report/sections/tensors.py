@@ -1,0 +1,103 @@
+"""Bytes of an artifact: a treemap of roles and tensors, for the best artifact that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pgolf_post.errors import PgolfError
+from pgolf_post.pack.artifact import find_artifact
+from pgolf_post.pack.report.tensor_bytes import CONTAINER, TensorBytes, role_table, tensor_table
+from pgolf_post.report.blocks import Cell, Figure, Section, Table, label, number
+from pgolf_post.report.sections.artifacts import points_of
+from pgolf_post.report.subject import Subject
+
+HEADER = ("tensor", "role", "weights", "bytes", "share", "bits per weight")
+WHOLE = "artifact"
+
+
+def tensors(subject: Subject) -> Section | None:
+    """Return the section of one artifact's bytes: of the lowest bits per byte that fits, else of the newest."""
+    chosen = chosen_artifact(subject)
+    if chosen is None:
+        return None
+    name, path = chosen
+    try:
+        rows = tensor_table(path)
+    except PgolfError as error:
+        return Section(
+            "bytes", "Where the bytes went", [Table(f"{name} cannot be read", ("error",), [(Cell(str(error)),)])]
+        )
+    figure = _figure(name, rows)
+    return Section("bytes", "Where the bytes went", [figure], "Compressed units are shared out by the cost of coding.")
+
+
+def chosen_artifact(subject: Subject) -> tuple[str, Path] | None:
+    """Return the name and the file of the best artifact that is here and fits the budget, else of the newest."""
+    here = []
+    for point in points_of(subject.rows):
+        row_id = str(point.row.result.get("artifact_id", point.row.id))
+        entry = subject.entries.get(row_id)
+        if entry is not None:
+            try:
+                here.append((point, find_artifact(entry.path)))
+            except PgolfError:
+                continue
+    fits = [pair for pair in here if pair[0].bpb is not None and pair[0].num_bytes <= subject.budget_bytes]
+    if fits:
+        point, path = fits[0]  # points come best first
+    elif here:
+        point, path = max(here, key=lambda pair: pair[0].row.created)
+    else:
+        return None
+    return point.row.name or point.row.id[:12], path
+
+
+def _figure(name: str, rows: list[TensorBytes]) -> Figure:
+    total = sum(row.stored_bytes for row in rows)
+    roles = role_table(rows)
+    ids = [WHOLE, *(f"role {role.role}" for role in roles)]
+    shown = [(WHOLE, "", total, None), *((role.role, WHOLE, role.stored_bytes, role.bits_per_weight) for role in roles)]
+    for row in rows:
+        if row.role != CONTAINER:
+            ids.append(row.name)
+            shown.append((row.name, f"role {row.role}", row.stored_bytes, row.bits_per_weight))
+    trace: dict[str, Any] = {
+        "type": "treemap",
+        "branchvalues": "total",
+        "ids": [label(one) for one in ids],
+        "labels": [label(text) for text, _, _, _ in shown],
+        "parents": [label(parent) for _, parent, _, _ in shown],
+        "values": [size for _, _, size, _ in shown],
+        "text": [
+            f"{size:,} bytes, {size / total:.1%}" + ("" if bits is None else f", {bits:.2f} bits per weight")
+            for _, _, size, bits in shown
+        ],
+        "hovertemplate": "%{label}<br>%{text}<extra></extra>",
+        "textinfo": "label+percent root",
+        "pathbar": {"visible": True},
+    }
+    table = [
+        (
+            Cell(row.name),
+            Cell(row.role),
+            number(row.num_weights),
+            number(row.stored_bytes),
+            number(100 * row.stored_bytes / total, ".2f", " %"),
+            number(row.bits_per_weight, ".3f"),
+        )
+        for row in sorted(rows, key=lambda row: -row.stored_bytes)
+    ]
+    first = roles[0]
+    summary = (
+        f"{name}: {total:,} bytes, of which {first.role} takes {first.stored_bytes / total:.0%} "
+        f"in {sum(row.role == first.role for row in rows)} tensors."
+    )
+    return Figure(
+        f"Bytes of {name}",
+        summary,
+        [trace],
+        {"margin": {"l": 4, "r": 4, "t": 8, "b": 4}},
+        Table("Bytes by tensor", HEADER, table),
+        480,
+    )
