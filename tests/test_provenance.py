@@ -25,3 +25,20 @@ def test_the_answer_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("PATH", str(tmp_path))
     if before["commit"] is not None:  # outside a checkout there is no answer to keep
         assert provenance.git_state() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["/usr/bin/pgolf-post", "eval", "a b"], "pgolf-post eval 'a b'"),
+        (["/x/pgolf_post/__main__.py", "fit"], "pgolf-post fit"),
+        (["/x/trainer/__main__.py", "--set", "a=[1]"], "python -m trainer --set 'a=[1]'"),
+        (["mine.py"], "python mine.py"),
+    ],
+    ids=["command", "module", "trainer", "script"],
+)
+def test_a_command_is_shown_as_a_person_types_it(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], shown: str
+) -> None:
+    monkeypatch.setattr("sys.argv", arguments)
+    assert provenance.command_line() == shown
