@@ -91,6 +91,7 @@ def test_a_table_sorts_by_number_with_the_keyboard(opened: Opened) -> None:
 def test_it_fits_a_phone_and_follows_the_theme(opened: Opened) -> None:
     page = opened.page
     page.set_viewport_size({"width": 400, "height": 800})
+    page.wait_for_function("[...document.querySelectorAll('.main-svg')].every(svg => svg.clientWidth <= 400)")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.base.storage import atomic_file
-from pgolf_post.ledger.query import best_rows, counted_bytes
 from pgolf_post.ledger.schema import iso_utc
 from pgolf_post.report.blocks import Figure, Section
+from pgolf_post.report.sections.artifacts import main_text, points_of
 from pgolf_post.report.sections.table import sections_of
 from pgolf_post.report.subject import Subject
 
@@ -115,11 +115,12 @@ def _plain(value: Any) -> Any:
 def _facts(subject: Subject) -> list[tuple[str, str]]:
     """Return what a reader wants first: the best numbers, and how much there is."""
     facts = []
-    fitting = [row for row in best_rows(subject.rows, subject.budget_bytes) if row.kind != "run"]
+    compared = main_text(points_of(subject.rows))
+    fitting = [point for point in compared if point.num_bytes <= subject.budget_bytes]
     if fitting:
         best = fitting[0]
-        facts.append(("best within the budget", f"{best.result['bpb']:.5f} bpb"))
-        facts.append(("its bytes", f"{counted_bytes(best):,} of {subject.budget_bytes:,}"))
+        facts.append((f"best within the budget, {best.text}", f"{best.bpb:.5f} bpb"))
+        facts.append(("its bytes", f"{best.num_bytes:,} of {subject.budget_bytes:,}"))
     counts = {kind: len(subject.of_kind(kind)) for kind in ("checkpoint", "artifact", "score", "trial")}
     facts += [(f"{kind}s", f"{count:,}") for kind, count in counts.items() if count]
     seconds = math.fsum(row.seconds or 0.0 for row in subject.of_kind("trial", "artifact", "score", "stats"))

@@ -12,7 +12,7 @@ from pgolf_post.report.blocks import Block, Cell, Figure, Section, Table, cut, l
 from pgolf_post.report.sections.ranges import near_axis
 from pgolf_post.report.subject import Subject
 
-HEADER = ("artifact", "run or sweep", "bytes", "headroom", "bpb", "gap to its weights, bpb", "scored by", "id")
+HEADER = ("artifact", "run or sweep", "bytes", "headroom", "bpb", "gap to its weights, bpb", "scored on", "id")
 NOT_NAMED = ("view", "codec", "data_manifest_sha256", "rules")  # settings that say little in a label
 FAR = 3.0  # the budget line is drawn if it lies within so many widths of the points
 
@@ -25,7 +25,8 @@ class Point:
     num_bytes: int
     bpb: float | None
     gap_bpb: float | None
-    scored_by: str
+    text: str  # protocol and text of the score, in words; empty if there is none
+    text_id: str = ""  # the same for scores that compare
 
 
 def artifacts(subject: Subject) -> Section | None:
@@ -57,10 +58,29 @@ def points_of(rows: list[Row]) -> list[Point]:
 def _of_node(row: Row, node: Node) -> list[Point]:
     num_bytes = counted_bytes(row) or 0
     if row.kind == "trial":
-        return [Point(row, num_bytes, bpb_of(row), _trial_gap(row), "")]
+        told = f"sweep {row.run}" if bpb_of(row) is not None else ""
+        return [Point(row, num_bytes, bpb_of(row), _trial_gap(row), told, told)]
     scores = [(child.row, child) for child in node.children if child.row is not None and child.row.kind == "score"]
-    found = [Point(row, num_bytes, bpb_of(score), child.delta_bpb, score.name) for score, child in scores]
+    found = [
+        Point(row, num_bytes, bpb_of(score), child.delta_bpb, _text_of(score), score.settings_hash)
+        for score, child in scores
+    ]
     return found or [Point(row, num_bytes, bpb_of(row), node.delta_bpb, "")]
+
+
+def _text_of(score: Row) -> str:
+    """Return a score's protocol and text in words."""
+    tokens = score.result.get("tokens")
+    return f"{score.name.removesuffix(' of an artifact')}, {tokens:,} tokens" if tokens else score.name
+
+
+def main_text(points: list[Point]) -> list[Point]:
+    """Return the scored points of the text and protocol that most were scored on: they compare with each other."""
+    by_text: dict[str, list[Point]] = {}
+    for point in points:
+        if point.bpb is not None:
+            by_text.setdefault(point.text_id, []).append(point)
+    return max(by_text.values(), key=len, default=[])
 
 
 def _trial_gap(row: Row) -> float | None:
@@ -90,7 +110,7 @@ def _cells(point: Point, subject: Subject) -> tuple[Cell, ...]:
         number(subject.budget_bytes - point.num_bytes, "+,"),
         number(point.bpb, ".5f"),
         number(point.gap_bpb, "+.5f") if row.kind == "artifact" else Cell(""),
-        Cell(point.scored_by or ("the sweep" if row.kind == "trial" and point.bpb is not None else "")),
+        Cell(point.text),
         Cell(row.id[:12]),
     )
 
@@ -107,21 +127,21 @@ def front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def _figure(points: list[Point], subject: Subject, table: Table) -> Figure:
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(point.scored_by or point.row.run or "trials", []).append(point)
+        groups.setdefault(point.text_id, []).append(point)
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "markers",
-            "name": lines([cut(name, 36)]),
+            "name": lines([cut(own[0].text or "recorded in the ledger", 48)]),
             "x": [point.num_bytes for point in own],
             "y": [point.bpb for point in own],
             "text": [_hover(point) for point in own],
             "hovertemplate": "%{text}<extra></extra>",
             "marker": {"size": 9},
         }
-        for name, own in groups.items()
+        for own in groups.values()
     ]
-    largest = max(groups.values(), key=len)
+    largest = main_text(points)
     best = front([(point.num_bytes, float(point.bpb or 0.0)) for point in largest])
     traces.append(
         {
@@ -148,11 +168,12 @@ def _figure(points: list[Point], subject: Subject, table: Table) -> Figure:
     else:
         side = "left" if budget < min(sizes) else "right"
         where = f"The budget of {budget:,} bytes lies far to the {side}."
-    fits = [point for point in points if point.num_bytes <= budget]
-    lowest = min(fits or points, key=lambda point: float(point.bpb or 0.0))
+    fits = [point for point in largest if point.num_bytes <= budget]
+    lowest = min(fits or largest, key=lambda point: float(point.bpb or 0.0))
     summary = (
-        f"{len(points)} scored artifacts. {'Within the budget the' if fits else 'None is within the budget; the'} "
-        f"lowest is {lowest.row.name or lowest.row.id[:12]} with {lowest.bpb:.5f} bpb in {lowest.num_bytes:,} bytes. "
+        f"{len(points)} scores of artifacts; numbers compare within a colour. On {largest[0].text or 'the main text'} "
+        f"{'the lowest within the budget' if fits else 'none is within the budget; the lowest'} is "
+        f"{lowest.row.name or lowest.row.id[:12]} with {lowest.bpb:.5f} bpb in {lowest.num_bytes:,} bytes. "
         f"{where}{beyond}"
     )
     return Figure("Bytes against bits per byte", summary, traces, layout, table, 460)

@@ -36,15 +36,16 @@ def _named(subject: Subject) -> Named:
         if entry is None or not (entry.path / FILE).is_file() or len(found) == SHOWN:
             continue
         try:
-            found.append((_name(row, names), Breakdown.load(entry.path / FILE)))
+            found.append((name_of(row, names), Breakdown.load(entry.path / FILE)))
         except PgolfError:
             continue  # a damaged one is noticed, and made again, by the command that reads it
     return found
 
 
-def _name(row: Row, names: dict[str, str]) -> str:
-    parent = next((names[parent] for parent in row.parents if names.get(parent)), "")
-    return cut(f"{row.name}, {parent} ({row.id[:6]})" if parent else f"{row.name} ({row.id[:6]})", 56)
+def name_of(row: Row, names: dict[str, str]) -> str:
+    """Return a score in words: what was scored, and by which protocol."""
+    parent = next((names[parent] for parent in row.parents if names.get(parent)), row.id[:12])
+    return f"{cut(parent, 44)}, {row.name.partition(' of ')[0]}"
 
 
 def _bars(kind: str, named: Named) -> Figure:

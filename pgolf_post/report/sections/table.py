@@ -9,6 +9,7 @@ from pgolf_post.report.sections.artifacts import artifacts
 from pgolf_post.report.sections.attribution import attribution
 from pgolf_post.report.sections.audits import audits
 from pgolf_post.report.sections.breakdowns import breakdowns
+from pgolf_post.report.sections.changes import changes
 from pgolf_post.report.sections.checkpoints import checkpoints
 from pgolf_post.report.sections.commands import commands
 from pgolf_post.report.sections.divergence import divergence
@@ -26,6 +27,7 @@ SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (  # None: there is 
     attribution,
     divergence,
     breakdowns,
+    changes,
     sweeps,
     audits,
     lineage,

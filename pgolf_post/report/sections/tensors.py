@@ -9,7 +9,7 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.pack.artifact import find_artifact
 from pgolf_post.pack.report.tensor_bytes import CONTAINER, TensorBytes, role_table, tensor_table
 from pgolf_post.report.blocks import Cell, Figure, Section, Table, label, number
-from pgolf_post.report.sections.artifacts import points_of
+from pgolf_post.report.sections.artifacts import main_text, points_of
 from pgolf_post.report.subject import Subject
 
 HEADER = ("tensor", "role", "weights", "bytes", "share", "bits per weight")
@@ -34,23 +34,18 @@ def tensors(subject: Subject) -> Section | None:
 
 def chosen_artifact(subject: Subject) -> tuple[str, Path] | None:
     """Return the name and the file of the best artifact that is here and fits the budget, else of the newest."""
-    here = []
-    for point in points_of(subject.rows):
+    points = points_of(subject.rows)
+    fits = [point for point in main_text(points) if point.num_bytes <= subject.budget_bytes]
+    newest = sorted(points, key=lambda point: point.row.created, reverse=True)
+    for point in [*fits, *newest]:  # the best come first
         row_id = str(point.row.result.get("artifact_id", point.row.id))
         entry = subject.entries.get(row_id)
         if entry is not None:
             try:
-                here.append((point, find_artifact(entry.path)))
+                return point.row.name or point.row.id[:12], find_artifact(entry.path)
             except PgolfError:
-                continue
-    fits = [pair for pair in here if pair[0].bpb is not None and pair[0].num_bytes <= subject.budget_bytes]
-    if fits:
-        point, path = fits[0]  # points come best first
-    elif here:
-        point, path = max(here, key=lambda pair: pair[0].row.created)
-    else:
-        return None
-    return point.row.name or point.row.id[:12], path
+                continue  # its file is gone
+    return None
 
 
 def _figure(name: str, rows: list[TensorBytes]) -> Figure:
