@@ -33,7 +33,8 @@ class Watched:
         """Return a text that changes when rows or log lines arrive."""
         paths = [*(self.root / name for name in WATCHED), *sorted(self.root.glob(LOGS))]
         stats = [path.stat() for path in paths if path.is_file()]
-        return "-".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in stats) or "empty"
+        full = [stat for stat in stats if stat.st_size]  # reading can leave an empty write-ahead log
+        return "-".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in full) or "empty"
 
     def page(self) -> str:
         """Return the page of this moment. Raises what making it raises, where there is no older one."""
