@@ -47,11 +47,15 @@ class Subject:
         return sorted(there)
 
     @cached_property
+    def _complete(self) -> list[CacheEntry]:
+        return [entry for entry in list_entries(self.root) if entry.state in ("complete", "orphan")]
+
+    @cached_property
     def entries(self) -> dict[str, CacheEntry]:
         """Complete derived results by the id of their row, of the rows that are shown."""
         wanted = {row.id for row in self.rows}
         found = {}
-        for entry in _entries(self.root):
+        for entry in self._complete:
             entry_row_id = entry_id(entry, read_json(entry.path / "meta.json"))
             if entry_row_id in wanted:
                 found[entry_row_id] = entry
@@ -60,16 +64,12 @@ class Subject:
     def results(self, stage: str) -> list[CacheEntry]:
         """Complete results of a stage that has no rows, of the checkpoints that are shown; oldest first."""
         here = set(self.folders)
-        own = [entry for entry in _entries(self.root) if entry.stage == stage and entry.checkpoint in here]
+        own = [entry for entry in self._complete if entry.stage == stage and entry.checkpoint in here]
         return sorted(own, key=lambda entry: entry.modified_unix)
 
     def of_kind(self, *kinds: str) -> list[Row]:
         """Return the rows of some kinds, oldest first."""
         return [row for row in self.rows if row.kind in kinds]
-
-
-def _entries(root: Path) -> list[CacheEntry]:
-    return [entry for entry in list_entries(root) if entry.state in ("complete", "orphan")]
 
 
 def find_subject(targets: Sequence[Path], root: Path, budget_bytes: int) -> Subject:

@@ -10,11 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf_post.errors import MismatchError, NotFoundError
+from pgolf_post.artifacts import requant
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
+from pgolf_post.derived import Stage
+from pgolf_post.errors import MismatchError, NotFoundError, PgolfError
 from pgolf_post.ledger import Row
+from pgolf_post.plan import read_plan
+from pgolf_post.report.blocks import Figure
+from pgolf_post.report.sections import tensors
 from pgolf_post.report.sections.artifacts import front, points_of
 from pgolf_post.report.sections.ranges import near_axis
 from pgolf_post.report.sections.runs import read_log, thinned
+from pgolf_post.report.sections.tensors import kept_table
 from pgolf_post.report.subject import Subject, find_subject, related
 from tests.report.conftest import HOSTILE, TRIALS
 
@@ -112,3 +120,31 @@ def test_an_axis_leaves_out_what_is_far() -> None:
     axis, sentence = near_axis([1.0, 1.01, 1.02, 1.03, 6.0])
     assert axis["range"][0] < 1.0 < 1.03 < axis["range"][1] < 6.0
     assert "1 lie above" in sentence
+
+
+def test_the_bytes_of_an_artifact_are_counted_once(view: View, stats: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = requant(view, stats, read_plan("rtn"))
+    counted = kept_table(artifact.path)
+    assert sum(row.stored_bytes for row in counted) == artifact.num_bytes
+    monkeypatch.setattr(tensors, "tensor_table", lambda path: pytest.fail("counted again"))
+    assert kept_table(artifact.path) == counted
+    subject = find_subject([view.checkpoint.path], view.checkpoint.path.parent.parent, BUDGET)
+    section = tensors.tensors(subject)
+    assert section is not None
+    (figure,) = section.blocks
+    assert isinstance(figure, Figure)
+    assert figure.traces[0]["values"][0] == artifact.num_bytes  # the root of the treemap
+    assert {row[0].shown for row in figure.table.rows} == {row.name for row in counted}
+
+
+def test_a_folder_that_cannot_be_written_is_counted_each_time(
+    view: View, stats: Stats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = requant(view, stats, read_plan("rtn"))
+
+    def refuse(*_: object) -> None:
+        raise PgolfError("read-only")
+
+    monkeypatch.setattr(Stage, "store", refuse)
+    assert kept_table(artifact.path) == kept_table(artifact.path)
+    assert not (view.checkpoint.path / "derived" / "bytes").exists()

@@ -1,10 +1,20 @@
-"""Bytes of an artifact: a treemap of roles and tensors, for the best artifact that fits."""
+"""Bytes of an artifact: a treemap of roles and tensors, for the best artifact that fits.
+
+Sharing a file's bytes out to its tensors decodes it, which takes long for a large model; so the table is kept under
+`derived/bytes` beside the artifact, by the file's content, and the next report reads it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.progress import hushed
+from pgolf_post.base.storage import read_json, sha256_file, write_json
+from pgolf_post.derived import Stage
 from pgolf_post.errors import PgolfError
 from pgolf_post.pack.artifact import find_artifact
 from pgolf_post.pack.report.tensor_bytes import CONTAINER, TensorBytes, role_table, tensor_table
@@ -12,6 +22,7 @@ from pgolf_post.report.blocks import Cell, Figure, Section, Table, label, number
 from pgolf_post.report.sections.artifacts import main_text, points_of
 from pgolf_post.report.subject import Subject
 
+BYTES = Stage("bytes", 1, "tensors.json")
 HEADER = ("tensor", "role", "weights", "bytes", "share", "bits per weight")
 WHOLE = "artifact"
 
@@ -23,13 +34,35 @@ def tensors(subject: Subject) -> Section | None:
         return None
     name, path = chosen
     try:
-        rows = tensor_table(path)
+        rows = kept_table(path)
     except PgolfError as error:
         return Section(
             "bytes", "Where the bytes went", [Table(f"{name} cannot be read", ("error",), [(Cell(str(error)),)])]
         )
     figure = _figure(name, rows)
     return Section("bytes", "Where the bytes went", [figure], "Compressed units are shared out by the cost of coding.")
+
+
+def kept_table(path: Path) -> list[TensorBytes]:
+    """Return an artifact's bytes by tensor, from the cache or counted now; kept where the folder can be written.
+
+    Raises NotFoundError, DamagedFileError.
+    """
+    derived = path.absolute().parents[2]
+    folder = BYTES.folder(derived, BYTES.id([sha256_file(path)], {}))
+    with hushed():
+        meta = BYTES.intact_meta(folder)
+    if meta is not None:
+        return [TensorBytes(**row) for row in read_json(folder / BYTES.payload)["tensors"]]
+    rows = tensor_table(path)
+
+    def make(building: Path) -> Mapping[str, Any]:
+        write_json(building / BYTES.payload, {"tensors": [asdict(row) for row in rows]})
+        return {"artifact": path.parent.name}
+
+    with suppress(PgolfError):  # a folder that cannot be written: the next report counts again
+        BYTES.store(folder, {}, make)
+    return rows
 
 
 def chosen_artifact(subject: Subject) -> tuple[str, Path] | None:
