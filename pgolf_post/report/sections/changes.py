@@ -22,7 +22,7 @@ HEADER = ("kind of bin", "bin", "tokens", "Δ bpb", "low", "high", "nats per tok
 
 def changes(subject: Subject) -> Section | None:
     """Return the section of the best artifacts whose score and whose weights' score both have a breakdown."""
-    figures = []
+    figures: list[Figure] = []
     for artifact, weights in _pairs(subject):
         if len(figures) < SHOWN and (figure := _figure(subject, artifact, weights)) is not None:
             figures.append(figure)
