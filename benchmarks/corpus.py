@@ -16,11 +16,12 @@ import click
 
 from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_table, say
-from pgolf_post.data.adopt import adopt, find_shards
+from pgolf_post.data.adopt import adopt
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document, text_key
 from pgolf_post.data.folder import TOKENIZER_NAME, DataFolder
 from pgolf_post.data.report import SPLIT_HEADER, split_rows
+from pgolf_post.data.shard_names import find_shards
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.errors import NotFoundError, PgolfError
 

@@ -1,8 +1,7 @@
 """Check of a data folder: every number in its manifest, recomputed from the files.
 
 The checks of bytes matter most, because bits per byte divides by them. The byte table is compared with sentencepiece's
-own decoder, and a validation split of the challenge with the 151.08 MB that its 50,000 validation documents have under
-every tokenizer: two published mistakes are recognised by the byte count that they lead to.
+own decoder, and a validation split of the challenge with the bytes that are known (`challenge`).
 """
 
 from __future__ import annotations
@@ -16,27 +15,13 @@ import numpy as np
 
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.base.storage import sha256_file
+from pgolf_post.data.challenge import challenge_note, challenge_verdict
 from pgolf_post.data.counts import SplitCounts, count_split, sidecar_bytes
 from pgolf_post.data.folder import DataFolder, Split, check_token_ids
+from pgolf_post.data.shard_lists import refuse_equal_shards, refuse_holes
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import PgolfError
-
-# The challenge's validation splits: (vocabulary, tokens scored) -> what it is. Scorers drop the last, incomplete
-# window, so the files have up to SCORED_WINDOW tokens more than the counts that runs report.
-CHALLENGE_SPLITS = {
-    (1024, 62_021_632): "SP1024",
-    (4096, 45_508_608): "SP4096",
-    (8192, 40_540_160): "SP8192",
-    (8192, 47_851_520): "SP8192 CaseOps",
-}
-SCORED_WINDOW = 2048
-CHALLENGE_BYTES = (151_070_000, 151_090_000)
-KNOWN_MISTAKES = {  # bytes -> what went wrong
-    176_330_000: "the leading space of each piece was counted twice",
-    164_590_000: "CaseOps' case sentinels were counted as text",
-}
-MISTAKE_TOLERANCE_BYTES = 30_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +72,7 @@ def _split_steps(folder: DataFolder, split: Split, sample_documents: int) -> Ite
         checks = SplitChecks(folder, split, sample_documents)
         yield f"{split}: sha256", checks.hashes
         yield f"{split}: headers, lengths", checks.lengths
+        yield f"{split}: no shard twice", checks.shards_differ
         yield f"{split}: token ids", checks.token_ids
         yield f"{split}: documents open with BOS", checks.documents
         yield f"{split}: byte table = decoder", checks.byte_table
@@ -140,20 +126,28 @@ class SplitChecks:
         total = sum(int(entry["num_tokens"]) for entry in self.shards)
         return total == self.stated["num_tokens"], f"{total:,} tokens, stated {self.stated['num_tokens']:,}"
 
+    def shards_differ(self) -> tuple[bool, str]:
+        """Check that no shard is a copy of another one; of validation, that none is a training shard either."""
+        others = self.folder.manifest["splits"].get("train", {}).get("shards", []) if self.is_val else []
+        refuse_equal_shards([*self._paths(others), *self._paths(self.shards)])
+        return True, f"{len(self.shards)} of {len(self.shards)} differ"
+
     def token_ids(self) -> tuple[bool, str]:
-        """Check that every id is a piece of the vocabulary."""
+        """Check that every id is a piece of the vocabulary, and that all tokens were written."""
         largest = 0
         for path in self._paths(self.shards):
             tokens = read_shard(path)
             check_token_ids(tokens, self.folder.vocab_size, path)
+            if self.folder.byte_table.is_boundary[0]:
+                refuse_holes(path)
             largest = max(largest, int(tokens.max(initial=0)))
         return True, f"largest id {largest}, vocabulary {self.folder.vocab_size}"
 
     def documents(self) -> tuple[bool, str]:
-        """Check that the split opens with BOS and has one BOS per document."""
+        """Check that validation opens with BOS, and that the split has as many BOS as stated documents."""
         first = int(read_shard(self._paths(self.shards)[0])[:1].sum())
         counted, stated = self._counts().num_documents, self.stated["num_documents"]
-        passed = first == BOS_ID and counted == stated
+        passed = counted == stated and (first == BOS_ID or (not self.is_val and counted > 0))
         return passed, f"first token {first}, {counted:,} BOS, {stated:,} documents stated"
 
     def byte_table(self) -> tuple[bool, str]:
@@ -194,7 +188,8 @@ class SplitChecks:
             return False, f"{counted:,} counted, stated {stated:,}"
         verdict = challenge_verdict(self.folder.vocab_size, counts.num_tokens, counted) if self.is_val else None
         if verdict is None:
-            return True, f"{counted:,}, {ratio}"
+            note = challenge_note(self.folder.vocab_size, counts.num_tokens) if self.is_val else None
+            return True, f"{counted:,}, {ratio}{f'; {note}' if note else ''}"
         return verdict[0], f"{ratio}; {verdict[1]}"
 
 
@@ -209,23 +204,3 @@ def sample_documents(paths: Sequence[Path], count: int) -> Iterator[np.ndarray]:
         num_whole = max(len(edges) - 1, 0)
         for index in np.unique(np.linspace(0, num_whole - 1, min(per_shard, num_whole)).astype(int)):
             yield np.asarray(tokens[edges[index] : edges[index + 1]])
-
-
-def challenge_verdict(vocab_size: int, num_tokens: int, num_bytes: int) -> tuple[bool, str] | None:
-    """Return (passed, evidence) for a validation split of the challenge, None for any other split."""
-    for (known_vocab, known_tokens), name in CHALLENGE_SPLITS.items():
-        if vocab_size == known_vocab and known_tokens <= num_tokens <= known_tokens + SCORED_WINDOW:
-            low, high = CHALLENGE_BYTES
-            expected = f"{name} validation has {low / 1e6:.2f} to {high / 1e6:.2f} MB"
-            if low <= num_bytes <= high:
-                return True, f"{num_bytes:,}; {expected}"
-            return False, f"{num_bytes:,}; {expected}{_known_mistake(num_bytes)}"
-    return None
-
-
-def _known_mistake(num_bytes: int) -> str:
-    """Return the published mistake that leads to this number, as the end of a sentence; empty if none does."""
-    for wrong_bytes, reason in KNOWN_MISTAKES.items():
-        if abs(num_bytes - wrong_bytes) <= MISTAKE_TOLERANCE_BYTES:
-            return f"; this number means that {reason}"
-    return ""

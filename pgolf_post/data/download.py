@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.storage import read_json
-from pgolf_post.data.adopt import ShardNames, write_manifest
+from pgolf_post.data.adopt import write_manifest
 from pgolf_post.data.folder import MANIFEST_NAME, TOKENIZER_NAME, DataFolder
 from pgolf_post.data.hub import RemoteFile, Repository
 from pgolf_post.data.settings import REPOSITORIES, DownloadSettings
+from pgolf_post.data.shard_names import ShardNames
 from pgolf_post.data.shards import read_shard
-from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError, SettingsError
+from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
+
+ANOTHER = "--revision names another commit, --repository another publisher"
 
 
 def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> DataFolder:
@@ -47,7 +50,10 @@ def download(out: Path, settings: DownloadSettings, *, force: bool = False) -> D
         read_shard(out / file.name)  # a wrong header is worth knowing before the next 200 MB
     names = {"train": export.train, "val": export.val, "val_bytes": export.val_bytes}
     shards = ShardNames(**{key: [file.name for file in files] for key, files in names.items()})
-    return write_manifest(out, settings.variant, shards, source)
+    try:
+        return write_manifest(out, settings.variant, shards, source)
+    except MismatchError as error:
+        raise MismatchError(str(error), hint=ANOTHER) from None
 
 
 class PublishedVariant:
@@ -79,7 +85,7 @@ class PublishedVariant:
             raise DamagedFileError(
                 f"{remote.repository} lists {len(self.val)} validation shards of {dataset['name']}, its manifest "
                 f"promises {expected_val}; a score needs all of them",
-                hint="--revision names another commit, --repository another publisher",
+                hint=ANOTHER,
             )
         if len(self.train) < settings.train_shards:
             raise SettingsError(

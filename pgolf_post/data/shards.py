@@ -11,29 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_post.base.storage import atomic_file
+from pgolf_post.data.shard_kinds import HEADER_BYTES, HEADER_INTS, MAGIC, VERSION, describe
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
 
 
 def read_shard(path: Path) -> np.ndarray:  # (num_tokens,) uint16, memory-mapped, read-only
-    """Memory-map a shard's tokens. Raises NotFoundError, or DamagedFileError for a wrong magic, version or length."""
+    """Memory-map a shard's tokens. Raises NotFoundError, or DamagedFileError that says what the file is instead."""
+    if path.is_symlink() and not path.exists():
+        raise NotFoundError(
+            f"{path} is a link to {path.readlink()}, which is not there", hint="copy the files themselves: cp -L"
+        )
     if not path.is_file():
         raise NotFoundError(f"no such shard: {path}", hint="pgolf-post data build --help")
     size_bytes = path.stat().st_size
-    if size_bytes < HEADER_BYTES:
-        raise DamagedFileError(f"{path} is {size_bytes} bytes, shorter than a shard's {HEADER_BYTES}-byte header")
-    magic, version, num_tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
-    if magic != MAGIC or version != VERSION:
-        raise DamagedFileError(f"{path}: magic {magic} version {version}, expected magic {MAGIC} version {VERSION}")
-    expected_bytes = HEADER_BYTES + 2 * num_tokens
-    if size_bytes != expected_bytes:
-        raise DamagedFileError(
-            f"{path}: header promises {num_tokens} tokens ({expected_bytes} bytes), the file has {size_bytes} bytes"
-        )
+    header = [*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, -1][:3]
+    num_tokens = int(header[2])
+    if header[:2] != [MAGIC, VERSION] or size_bytes != HEADER_BYTES + 2 * num_tokens:
+        problem, hint = describe(path)
+        raise DamagedFileError(f"{path} {problem}", hint=hint)
     if num_tokens == 0:
         return np.zeros(0, dtype="<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))

@@ -51,14 +51,9 @@ def test_a_folder_without_validation_shards_and_a_taken_destination_are_refused(
         adopt(shards_of(built, tmp_path / "shards"), tokenizer, tmp_path / "empty", "mine")
 
 
-def test_a_copied_shard_is_refused_and_repeated_documents_are_counted(built: DataFolder, tmp_path: Path) -> None:
+def test_repeated_documents_are_counted(built: DataFolder, tmp_path: Path) -> None:
     tokenizer, shards = built.path / "tokenizer.model", shards_of(built, tmp_path / "shards")
     val = next(shards.glob("fineweb_val_*.bin"))
-    copy = val.with_name("fineweb_val_000000 (1).bin")
-    copy.write_bytes(val.read_bytes())
-    with pytest.raises(MismatchError, match="has the same tokens as"):
-        adopt(shards, tokenizer, tmp_path / "adopted", "mine")
-    copy.unlink()
     tokens = np.array(read_shard(val))
     write_shard(val, np.concatenate([tokens, tokens]))
     num_val = int(np.count_nonzero(tokens == 1))

@@ -15,9 +15,11 @@ from click.testing import CliRunner
 
 from pgolf_post.base.storage import sha256_file, write_json
 from pgolf_post.cli.data import command
-from pgolf_post.data.check import challenge_verdict, check
+from pgolf_post.data.challenge import challenge_note, challenge_verdict
+from pgolf_post.data.check import check
 from pgolf_post.data.folder import DataFolder
-from pgolf_post.data.shards import HEADER_BYTES, read_shard, write_shard
+from pgolf_post.data.shard_kinds import HEADER_BYTES
+from pgolf_post.data.shards import read_shard, write_shard
 from pgolf_post.errors import VerificationError
 
 VAL_SHARD = "fineweb_val_000000.bin"
@@ -50,7 +52,7 @@ def replace_val(folder: DataFolder, tokens: np.ndarray) -> None:
 def test_a_good_folder_passes(built: DataFolder) -> None:
     rows = check(built)
     assert [row for row in rows if not row.passed] == []
-    assert len(rows) == 13
+    assert len(rows) == 15
 
 
 def test_flipped_shard_byte(folder: DataFolder) -> None:
@@ -72,6 +74,23 @@ def test_truncated_shard(folder: DataFolder) -> None:
     path = folder.path / VAL_SHARD
     path.write_bytes(path.read_bytes()[:-2])
     assert {"val: sha256", "val: headers, lengths"} <= failed(folder)
+
+
+def test_a_shard_that_stands_twice(folder: DataFolder) -> None:
+    entry = folder.manifest["splits"]["val"]["shards"][0]
+    copy = {**entry, "file": "fineweb_val_000001.bin"}
+    shutil.copyfile(folder.path / VAL_SHARD, folder.path / copy["file"])
+    rewrite(folder, lambda manifest: manifest["splits"]["val"].update(shards=[entry, copy]))
+    assert "val: no shard twice" in failed(folder)
+    rewrite(folder, lambda manifest: manifest["splits"]["train"].update(shards=[entry]))
+    assert "val: no shard twice" in failed(folder)
+
+
+def test_a_shard_that_was_never_filled(folder: DataFolder) -> None:
+    tokens = np.array(read_shard(folder.path / VAL_SHARD))
+    tokens[-3000:] = 0
+    replace_val(folder, tokens)
+    assert "val: token ids" in failed(folder)
 
 
 def test_missing_bos(folder: DataFolder) -> None:
@@ -131,6 +150,9 @@ def test_the_challenges_splits(vocab_size: int, num_tokens: int, num_bytes: int,
 def test_other_splits_are_not_the_challenges() -> None:
     assert challenge_verdict(1024, 62_000_000, 1) is None
     assert challenge_verdict(512, 62_021_846, 1) is None
+    assert challenge_note(512, 9000) is None
+    assert challenge_note(1024, 62_021_846) is None
+    assert "9,000 tokens, SP1024 has 62,021,632" in str(challenge_note(1024, 9000))
 
 
 def test_command_line(folder: DataFolder) -> None:

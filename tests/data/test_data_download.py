@@ -23,7 +23,8 @@ from pgolf_post.data.check import check
 from pgolf_post.data.download import download
 from pgolf_post.data.folder import DataFolder
 from pgolf_post.data.settings import DownloadSettings
-from pgolf_post.data.shards import HEADER_BYTES, read_shard, write_shard
+from pgolf_post.data.shard_kinds import HEADER_BYTES
+from pgolf_post.data.shards import read_shard, write_shard
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
 
 REPOSITORY = "someone/golf"
@@ -261,7 +262,7 @@ def test_byte_sidecars_are_fetched_and_used(server: Hub, built: DataFolder, tmp_
     assert folder.manifest["source"]["val_bytes_from"] == "byte sidecar"
     write_shard(tmp_path / "short.bin", entries[:-1])
     server.files[VAL_BYTES] = (tmp_path / "short.bin").read_bytes()
-    with pytest.raises(MismatchError, match="byte sidecars"):
+    with pytest.raises(MismatchError, match="its byte sidecar"):
         download(tmp_path / "other", settings_for(server))
 
 
@@ -272,6 +273,13 @@ def test_tokens_that_the_tokenizer_does_not_have(server: Hub, built: DataFolder,
     server.files[VAL] = (tmp_path / "bad.bin").read_bytes()
     with pytest.raises(MismatchError, match="token id 400 at position 3"):
         download(tmp_path / "out", settings_for(server))
+
+
+def test_a_published_copy_of_a_shard_is_refused(server: Hub, tmp_path: Path) -> None:
+    server.files[TRAIN] = server.files[VAL]
+    with pytest.raises(MismatchError, match="has the same tokens as") as caught:
+        download(tmp_path / "out", settings_for(server))
+    assert "--repository" in (caught.value.hint or "")
 
 
 def test_what_is_not_published_is_named(server: Hub, tmp_path: Path) -> None:

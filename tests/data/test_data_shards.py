@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pgolf_post.data.folder import check_token_ids
-from pgolf_post.data.shards import HEADER_BYTES, MAGIC, VERSION, read_shard, write_shard
+from pgolf_post.data.shard_kinds import HEADER_BYTES, MAGIC, VERSION
+from pgolf_post.data.shards import read_shard, write_shard
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
 
 ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
