@@ -27,7 +27,7 @@ from pgolf_post.calibrate.stage import calibration_text
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage, is_leftover
+from pgolf_post.derived import Stage, is_leftover, require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.pack.artifact import ARTIFACT_FILE, DecodedArtifact, read_artifact, write_verified
 from pgolf_post.pack.container import PackSettings, count_units, pack
@@ -170,6 +170,7 @@ def requant(
     artifact = None if fresh else find(key)
     if artifact is not None:
         return artifact
+    require_writable_result(key.folder)
     started = time.perf_counter()
     model, _, report = quantize_by_plan(view, stats, plan, factors, text)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pgolf_post.base.storage import atomic_folder, atomic_symlink, read_json, tensors_sha256, write_json
+from pgolf_post.base.storage import atomic_folder, atomic_symlink, disk_errors, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.families import ModelFamily, build_module, check_finite, check_tensors, get_family
 from pgolf_post.settings import canonical_json
@@ -160,10 +160,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; I/O failures surface as OSError so that atomic_folder reports them."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with disk_errors():
         save_file(contiguous, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 def view_id(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:

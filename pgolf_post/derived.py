@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from pgolf_post.base.progress import say
 from pgolf_post.base.storage import (
     OLD_PREFIX,
     PARTIAL_SUFFIX,
+    WRITABLE,
     atomic_folder,
     read_json,
+    require_writable,
     sha256_file,
     write_json,
 )
 from pgolf_post.errors import DamagedFileError, PgolfError
 from pgolf_post.settings import canonical_json
 
+ANOTHER_PLACE = "keep results in a folder of your own: --derived FOLDER, the same again in later commands"
 NAMING = ("stage", "version", "view", "view_id", "stats_id", "plan")  # keys of config.json that are not settings
 
 Make = Callable[[Path], Mapping[str, Any]]  # fills the folder that it is given, returns facts for meta.json
@@ -130,7 +134,7 @@ def store(folder: Path, payload: str, config: Mapping[str, Any], make: Make) -> 
     meta.json. `seconds` is measured here unless it is among them.
     """
     started = time.perf_counter()
-    with atomic_folder(folder, replace=True) as building:
+    with _another_place(), atomic_folder(folder, replace=True) as building:
         facts = make(building)
         written = {path.name: sha256_file(path) for path in sorted(building.iterdir())}
         write_json(building / "config.json", config)
@@ -140,6 +144,23 @@ def store(folder: Path, payload: str, config: Mapping[str, Any], make: Make) -> 
             recorded["more_sha256"] = written
         write_json(building / "meta.json", recorded)
     return read_json(folder / "meta.json")
+
+
+def require_writable_result(folder: Path) -> None:
+    """Raise PgolfError if a result could not be written here; for work that is long, before it begins."""
+    with _another_place():
+        require_writable(folder)
+
+
+@contextmanager
+def _another_place() -> Iterator[None]:
+    """Let the error for a folder that is not writable say how results are kept in another one."""
+    try:
+        yield
+    except PgolfError as error:
+        if error.hint == WRITABLE:
+            error.hint = ANOTHER_PLACE
+        raise
 
 
 def load_or_make(

@@ -26,7 +26,7 @@ pgolf_post.settings
 pgolf_post.families
 pgolf_post.checkpoint
 pgolf_post.derived
-pgolf_post.cache pgolf_post.provenance
+pgolf_post.cache pgolf_post.elsewhere pgolf_post.provenance
 pgolf_post.presets
 pgolf_post.rules
 pgolf_post.plan

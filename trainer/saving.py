@@ -207,7 +207,7 @@ def _point_latest(root: Path, checkpoint: Checkpoint) -> None:
     """Point `latest` at a saved checkpoint. Raises PgolfError if the link cannot be made."""
     try:
         point_latest(root, checkpoint)
-    except OSError as error:
+    except PgolfError as error:
         raise PgolfError(
             f"saved {checkpoint.path}, but could not point {root / 'latest'} at it: {error}",
             hint=f"move {root / 'latest'} away if it is not a link, then go on with --resume {checkpoint.path}",

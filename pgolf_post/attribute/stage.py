@@ -25,7 +25,7 @@ from pgolf_post.calibrate import Stats
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, intact_meta, store
+from pgolf_post.derived import derived_id, intact_meta, require_writable_result, store
 from pgolf_post.families import get_family
 from pgolf_post.pack.container import PackSettings
 from pgolf_post.plan import Plan
@@ -82,6 +82,7 @@ def attribute(
         shutil.rmtree(partial, ignore_errors=True)
     elif intact_meta(folder, PAYLOAD) is not None:
         return _open(folder, cached=True)
+    require_writable_result(folder)
     model, floats, _ = quantize_by_plan(view, stats, plan, None, text)
     measurer = GroupMeasurer(model, floats, data, protocol, packing, partial, view if expected else None)
     control, rows = measurer.run(groups(model, get_family(view.config["family"]), by))

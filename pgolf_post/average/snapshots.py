@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgolf_post.average.profiles import PowerLength
-from pgolf_post.base.storage import atomic_file, tensors_sha256, update_digest
+from pgolf_post.base.storage import atomic_file, disk_errors, tensors_sha256, update_digest
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.families import check_finite
 
@@ -67,11 +67,8 @@ def write_snapshot(
         "tensors_sha256": tensors_sha256(tensors),
     }
     destination = snapshot_path(run, step, sigma)
-    with atomic_file(destination) as building:
-        try:
-            save_file(dict(tensors), building, {"power_ema": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    with atomic_file(destination) as building, disk_errors():
+        save_file(dict(tensors), building, {"power_ema": json.dumps(facts)})
     return destination
 
 

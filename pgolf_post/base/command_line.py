@@ -10,6 +10,7 @@ import sys
 import click
 
 from pgolf_post.base.signals import exit_code_of_signal, signals_interrupt
+from pgolf_post.base.storage import hint_of
 from pgolf_post.base.streams import patient_streams
 from pgolf_post.base.threads import settle_threads
 from pgolf_post.errors import PgolfError
@@ -60,6 +61,8 @@ def _exit_code(command: click.Command) -> int | None:
         return None
     except OSError as error:
         click.echo(f"error: {error}", err=True)
+        if hint := hint_of(error):
+            click.echo(f"next: {hint}", err=True)
         return FAILED
     except PgolfError as error:
         click.echo(f"error: {error}", err=True)

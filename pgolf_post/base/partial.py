@@ -14,18 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgolf_post.base.storage import atomic_file, tensors_sha256
+from pgolf_post.base.storage import atomic_file, disk_errors, tensors_sha256
 from pgolf_post.errors import DamagedFileError
 
 
 def write_partial(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the file, replacing an older one. Raises PgolfError if the disk refuses it."""
     facts = {**facts, "sha256": tensors_sha256(tensors)}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, {"facts": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    with atomic_file(path) as temporary, disk_errors():
+        save_file(dict(tensors), temporary, {"facts": json.dumps(facts)})
 
 
 def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pgolf_post.base.progress import silence
+from pgolf_post.base.rank_errors import first_error, share, wait_until_seen
 from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import PgolfError, SettingsError
 
@@ -81,12 +82,25 @@ class Ranks:
     def leave(self) -> None:
         """Leave the process group, if there is one, after waiting for the other ranks unless an exception is raised.
 
-        A rank that ends while another still works can bring down gloo's threads in the other.
+        A rank that ends while another still works can bring down gloo's threads in the other. Call it in a `finally`:
+        where a rank has failed, all of them raise the error of the first (see `rank_errors`).
         """
-        if self.world_size > 1 and dist.is_initialized():
-            if sys.exc_info()[0] is None:
+        if self.world_size == 1 or not dist.is_initialized():
+            return
+        error, broken = sys.exc_info()[1], None
+        if error is None:
+            try:
                 self.wait()
-            dist.destroy_process_group()
+            except (RuntimeError, PgolfError) as breaking:
+                error = broken = breaking
+        first = share(_joined[-1], self.rank, error) if error else None
+        dist.destroy_process_group()
+        if error is not None:
+            wait_until_seen(_joined[-1], self.rank, self.world_size)
+        if first is not None and str(first) != str(error):  # else it is on its way already
+            raise first from error
+        if broken is not None:
+            raise broken
 
     @property
     def is_main(self) -> bool:
@@ -153,6 +167,9 @@ class Ranks:
         _joined[-1].set(come[self.rank], "here")
         deadline, pause = time.monotonic() + WAIT_SECONDS, 0.001
         while not _joined[-1].check(come):
+            first = first_error(_joined[-1])
+            if first is not None and not _joined[-1].check(come):  # it is not one that came after this wait
+                raise first
             if time.monotonic() > deadline:
                 raise PgolfError(
                     f"rank {self.rank} of {self.world_size} waited {WAIT_SECONDS:,} s for the others and gave up",

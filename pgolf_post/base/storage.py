@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,14 @@ OLD_PREFIX = ".old-"  # replaced or about to be deleted
 PARTIAL_SUFFIX = ".partial"  # what an interrupted stage has done so far
 FREE_SPACE = "free disk space (pgolf-post cache list shows derived folders, which can be deleted), then run it again"
 WRITABLE = "make the folder writable, or work on a copy of it"
+LARGER_FILES = "allow larger files (ulimit -f unlimited), or write to a file system that has them"
+ANOTHER_PATH = "name another path for it"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+HINTS = (
+    (NO_SPACE, FREE_SPACE),
+    ((errno.EFBIG,), LARGER_FILES),
+    ((errno.EACCES, errno.EROFS, errno.EPERM), WRITABLE),
+)
 
 
 @contextmanager
@@ -40,7 +49,7 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     """
     if destination.exists() and not replace:
         raise PgolfError(f"{destination} already exists; nothing was written")
-    with _named_failures(destination), _building(destination) as building, _final_paths(building, destination):
+    with named_failures(destination), _building(destination) as building, _final_paths(building, destination):
         yield building
         _flush_tree(building)
         _move_into_place(building, destination)
@@ -60,7 +69,7 @@ def require_writable(destination: Path) -> None:
     """Raise PgolfError unless a folder can be made beside a destination; what had to be made for it is removed."""
     made = [parent for parent in destination.parents if not parent.exists()]
     try:
-        with _named_failures(destination), _building(destination):
+        with named_failures(destination), _building(destination):
             pass
     finally:
         for parent in made:
@@ -78,22 +87,49 @@ def _building(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named_failures(destination: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into an error that names the destination."""
+def named_failures(destination: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into an error that names the destination, what it needs, and what to do."""
     try:
         yield
     except FileNotFoundError:  # the caller's input is missing; nothing of ours can be
         raise
     except OSError as error:
-        hint = WRITABLE if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) else FREE_SPACE
+        need = _need(destination, getattr(error, "written_bytes", 0)) if error.errno in NO_SPACE else ""
         raise PgolfError(
-            f"could not write {destination}: {error}; what was there before is unchanged", hint=hint
+            f"could not write {destination}: {error}{need}; what was there before is unchanged",
+            hint=hint_of(error) or ANOTHER_PATH,
         ) from error
+
+
+def hint_of(error: OSError) -> str | None:
+    """Return what to do about a refusal of the disk; None for any other failure."""
+    return next((hint for codes, hint in HINTS if error.errno in codes), None)
+
+
+def _need(destination: Path, written_bytes: int) -> str:
+    """Return what a file or folder needs and what is free for it, as a part of a sentence."""
+    parent = next(folder for folder in destination.absolute().parents if folder.exists())
+    return f" (after {written_bytes:,} bytes; {shutil.disk_usage(parent).free:,} are free there)"
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors says of a disk into the OSError that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from error
+        code = int(number[1])
+        raise OSError(code, os.strerror(code)) from error
 
 
 @contextmanager
 def _final_paths(temporary: Path, destination: Path) -> Iterator[None]:
-    """Let failures name the path that a file was to have, not the temporary one."""
+    """Let failures name the path that a file was to have, not the temporary one, and carry the bytes written so far."""
     try:
         yield
     except PgolfError as error:
@@ -104,6 +140,9 @@ def _final_paths(temporary: Path, destination: Path) -> Iterator[None]:
         for name in ("filename", "filename2"):
             if (path := getattr(error, name)) is not None:
                 setattr(error, name, os.fsdecode(path).replace(str(temporary), str(destination)))
+        files = [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]
+        with suppress(OSError):
+            error.written_bytes = sum(file.stat().st_size for file in files if file.is_file())  # type: ignore[attr-defined]
         raise
 
 
@@ -145,7 +184,7 @@ def remove_folder(folder: Path) -> None:
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it replaces `destination` in one rename. Raises PgolfError."""
-    with _named_failures(destination), _building(destination) as building:
+    with named_failures(destination), _building(destination) as building:
         temporary = building / destination.name
         with _final_paths(temporary, destination):
             yield temporary
@@ -155,8 +194,11 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 
 def atomic_symlink(link: Path, target: Path) -> None:
-    """Point `link` at `target` (stored relative to the link's folder), replacing an older link in one rename."""
-    with _building(link) as building, _final_paths(building / link.name, link):
+    """Point `link` at `target` (stored relative to the link's folder), replacing an older link in one rename.
+
+    Raises PgolfError if the disk refuses it.
+    """
+    with named_failures(link), _building(link) as building, _final_paths(building / link.name, link):
         temporary = building / link.name
         temporary.symlink_to(os.path.relpath(target, link.parent))
         temporary.replace(link)

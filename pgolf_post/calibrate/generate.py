@@ -24,7 +24,7 @@ from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.calibrate.text import num_windows
 from pgolf_post.checkpoint import View, read_tensors, write_tensors
 from pgolf_post.data.tokenizer import BOS_ID
-from pgolf_post.derived import Stage
+from pgolf_post.derived import Stage, require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import load_module
 
@@ -71,6 +71,8 @@ def own_text(
     folder = view.checkpoint.derived(SELFTEXT.name, SELFTEXT.id([view.id], identity))
     # written once, each rank its share of the windows
     if ranks.main_says(SELFTEXT.intact_meta(folder) if ranks.is_main else None) is None:
+        if ranks.is_main:
+            require_writable_result(folder)
         rows = torch.from_numpy(_write_share(view, settings, count, seq_len, ranks)).to(ranks.device)
         ranks.sum_(rows)  # zeros where another rank wrote
         config = {"view": view.name, "view_id": view.id, **identity}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.ranks import ALONE, Ranks
-from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json, require_writable
+from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json
 from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
 from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.memory import plan_memory, require_memory
@@ -23,7 +23,7 @@ from pgolf_post.calibrate.sums import FISHER_KINDS
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text, random_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage
+from pgolf_post.derived import Stage, require_writable_result
 from pgolf_post.families import load_module
 
 STATS = Stage("stats", 2, PAYLOAD)
@@ -94,7 +94,7 @@ def _collect(
         shutil.rmtree(partial, ignore_errors=True)
     # refuse before any work if the result could not be written or memory does not suffice
     if ranks.is_main:
-        require_writable(folder)
+        require_writable_result(folder)
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
     plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)

@@ -15,6 +15,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    derived_option,
     find_checkpoint,
     find_data,
     fresh_option,
@@ -52,6 +53,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 )
 @codec_option
 @data_option
+@derived_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
 @fresh_option

@@ -14,6 +14,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    derived_option,
     dollars_option,
     find_checkpoint,
     find_data,
@@ -43,6 +44,7 @@ SHORT_FLAGS = {field: f"--{flag.removeprefix('--calibration-')} {flag}" for fiel
 @checkpoint_argument
 @weights_option
 @data_option
+@derived_option
 @settings_options(CalibrationSettings, {**SHORT_FLAGS, "fisher": "--fisher"})
 @allow_stale_option
 @fresh_option

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
+DERIVED = "pgolf_post.derived"  # key of the command's context
 VIEWS = ("ema", "raw", "swa")
 
 checkpoint_argument = click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
@@ -30,6 +31,14 @@ weights_option = click.option(
     "--weights",
     type=click.Choice(VIEWS),
     help="Weights to use.  [default: ema where the folder has it, else raw]",
+)
+derived_option = click.option(
+    "--derived",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    expose_value=False,
+    callback=lambda context, _option, folder: context.meta.update({DERIVED: folder}),
+    help="Keep and find results under this folder instead of in the checkpoint's, which may then be read-only.",
 )
 data_option = click.option(
     "--data",
@@ -129,14 +138,28 @@ def given_settings(cls: type[S], values: dict[str, Any], command: str) -> S:
 
 
 def find_checkpoint(path: Path | None) -> Checkpoint:
-    """Return the named checkpoint, or the newest final one of a training run, and print which."""
-    from pgolf_post.checkpoint import Checkpoint, default_checkpoint
+    """Return the named checkpoint, or the newest final one of a training run, and print which.
 
-    if path is not None:
-        return Checkpoint.open(path)
-    checkpoint = default_checkpoint()
-    say(f"checkpoint: {checkpoint.path} (the newest final one)")
-    return checkpoint
+    With --derived it is the folder that keeps its results (see `pgolf_post.elsewhere`).
+    """
+    from pgolf_post.checkpoint import Checkpoint, default_checkpoint
+    from pgolf_post.elsewhere import results_in
+
+    checkpoint = default_checkpoint() if path is None else Checkpoint.open(path)
+    if path is None:
+        say(f"checkpoint: {checkpoint.path} (the newest final one)")
+    root = _derived_folder()
+    return checkpoint if root is None else results_in(checkpoint, root)
+
+
+def is_derived_elsewhere() -> bool:
+    """Return whether the command was given --derived."""
+    return _derived_folder() is not None
+
+
+def _derived_folder() -> Path | None:
+    context = click.get_current_context(silent=True)
+    return context.meta.get(DERIVED) if context else None
 
 
 def find_data(checkpoint: Checkpoint, override: Path | None) -> DataFolder:

@@ -12,7 +12,15 @@ import numpy as np
 from click.core import ParameterSource
 
 from pgolf_post.base.progress import print_json, print_table, say
-from pgolf_post.cli.common import data_option, dollars_option, json_option, quiet_option, split_view, threads_option
+from pgolf_post.cli.common import (
+    data_option,
+    derived_option,
+    dollars_option,
+    json_option,
+    quiet_option,
+    split_view,
+    threads_option,
+)
 from pgolf_post.cli.scoring import (
     PROTOCOL_NAMES,
     Opened,
@@ -41,6 +49,7 @@ IDLE = {  # way of comparing → options that it does not read
 @click.argument("candidate")
 @click.argument("control")
 @data_option
+@derived_option
 @protocol_options
 @click.option(
     "--control-protocol",

@@ -12,6 +12,7 @@ from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
+    derived_option,
     dollars_option,
     fresh_option,
     json_option,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @checkpoint_argument
 @weights_option
 @data_option
+@derived_option
 @protocol_options
 @breakdown_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model with torch.compile first; not for ttt.")

@@ -16,6 +16,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    derived_option,
     dollars_option,
     find_checkpoint,
     find_data,
@@ -91,6 +92,7 @@ FIT_FLAGS = {
 @eval_option
 @eval_tokens_option
 @data_option
+@derived_option
 @settings_options(FitSettings, FIT_FLAGS)
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option

@@ -14,6 +14,7 @@ from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
+    derived_option,
     find_checkpoint,
     find_data,
     given_settings,
@@ -47,6 +48,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 @click.option("--roles", default="", metavar="ROLE,ROLE", help="Prune only these roles, such as mlp_fc,mlp_proj.")
 @plan_options
 @data_option
+@derived_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @threads_option
 @quiet_option

@@ -17,6 +17,7 @@ from pgolf_post.cli.common import (
     allow_stale_option,
     checkpoint_argument,
     data_option,
+    derived_option,
     dollars_option,
     find_checkpoint,
     find_data,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 @eval_option
 @eval_tokens_option
 @data_option
+@derived_option
 @settings_options(CalibrationSettings, CALIBRATION_FLAGS)
 @allow_stale_option
 @fresh_option

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgolf_post.cli.common import find_checkpoint, find_data, load_view
+from pgolf_post.cli.common import find_checkpoint, find_data, is_derived_elsewhere, load_view
 from pgolf_post.errors import NotFoundError
 from pgolf_post.score.breakdown import KIND_NAMES
 from pgolf_post.score.ttt.methods import PRESETS
@@ -197,7 +197,13 @@ def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None
         raise click.UsageError("--weights chooses a checkpoint's weights; an artifact has only one set")
     artifact = find_artifact(path)
     folder = artifact.parent.parent.parent.parent  # <checkpoint>/derived/artifact/<id>/artifact.pgolf
-    if data_dir is None and not (folder / "meta.json").is_file():
+    is_at_home = (folder / "meta.json").is_file()
+    if is_derived_elsewhere():
+        if not is_at_home:
+            raise click.UsageError("--derived keeps the results of a checkpoint, and this artifact lies in none")
+        home = find_checkpoint(folder)
+        artifact, folder = home.path / artifact.relative_to(folder), home.path
+    if data_dir is None and not is_at_home:
         raise NotFoundError(
             f"{artifact} does not lie in a checkpoint folder that names its data", hint="pass --data FOLDER"
         )

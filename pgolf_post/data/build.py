@@ -40,7 +40,11 @@ def build(
     the text cannot fill, MismatchError for a tokenizer that does not fit or a document in both splits.
     """
     refuse_destination(out, force)
+    if tokenizer_path is not None:
+        _refuse_tokenizer(tokenizer_path)
     corpus = Corpus.split(documents, val_documents, settings.val_fraction)
+    if corpus.num_empty_documents:
+        say(f"{corpus.num_empty_documents:,} documents without text were left out")
     say_repeats(hashes_of_texts(corpus.train), hashes_of_texts(corpus.val))
     with atomic_folder(out, replace=force) as folder:
         model_path = folder / TOKENIZER_NAME
@@ -71,12 +75,18 @@ def _model_bytes(corpus: Corpus, settings: BuildSettings, tokenizer_path: Path |
         say(f"training a tokenizer of {settings.vocab_size} pieces")
         texts = (document.text for document in corpus.train)
         return train_tokenizer(texts, settings.vocab_size, settings.tokenizer_sample_bytes)
-    vocab_size = load_tokenizer(tokenizer_path).vocab_size()
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise SettingsError(
-            f"{tokenizer_path} has {vocab_size} pieces, a shard's tokens allow at most {MAX_VOCAB_SIZE}"
-        )
     return tokenizer_path.read_bytes()
+
+
+def _refuse_tokenizer(path: Path) -> None:
+    """Raise SettingsError for a vocabulary that tokens cannot count, MismatchError for another BOS id."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
+        raise SettingsError(
+            f"{path} has {tokenizer.vocab_size()} pieces, a shard's tokens allow at most {MAX_VOCAB_SIZE}",
+            hint="leave out --tokenizer to train a smaller one on the text",
+        )
+    Encoder.of(tokenizer)
 
 
 def _manifest(

@@ -65,12 +65,30 @@ class Corpus:
     def _refuse_empty_split(self, val_fraction: float) -> None:
         if not self.train and not self.val:
             raise PgolfError("the inputs hold no text", hint="pgolf-post data build --help")
-        if not self.val or not self.train:
+        if self.val and self.train:
+            return
+        documents = self.train or self.val
+        keys = {document.key for document in documents}
+        split = f"no document came into {'val' if self.train else 'train'}: "
+        if len(keys) == 1:
+            shared = f"all {len(documents)} documents have one key, {documents[0].key}, and stay together"
             raise PgolfError(
-                f"no document came into {'val' if self.train else 'train'}: "
-                f"{len(self.train) + len(self.val)} documents were split at a validation fraction of {val_fraction}",
-                hint="name validation documents with --val FILE, or choose another --val-fraction",
+                split + (shared if len(documents) > 1 else "there is only one document, and none is cut in two"),
+                hint="name validation documents with --val FILE"
+                + (', or leave out "path" where it is no document\'s name' if len(documents) > 1 else ""),
             )
+        enough = self._enough(documents, bool(self.train))
+        raise PgolfError(
+            f"{split}{len(documents)} documents were split at a validation fraction of {val_fraction}",
+            hint=f"--val-fraction {enough}, or name validation documents with --val FILE",
+        )
+
+    @staticmethod
+    def _enough(documents: Iterable[Document], is_val_empty: bool) -> str:
+        """Return a validation fraction that leaves a document on each side."""
+        positions = sorted({key_position(document.key) for document in documents})
+        low, high = positions[:2] if is_val_empty else positions[-2:]
+        return f"{(low + high) / 2:.6g}"
 
     def _refuse_shared_keys(self) -> None:
         shared = sorted({document.key for document in self.train} & {document.key for document in self.val})

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.data.conversions import AS_LINES, rename_key, to_utf8, without_line
+from pgolf_post.data.json_records import JSONFault, json_kind, parse_json
 from pgolf_post.data.streams import read_chunks
 from pgolf_post.errors import DamagedFileError, NotFoundError
 
@@ -56,14 +58,14 @@ def _file_documents(path: Path) -> Iterator[Document]:
     elif any(f"{suffix}." in f"{name}." for suffix in LINE_SUFFIXES) or _is_record(head):
         yield from _jsonl_documents(path)
     else:
-        yield from _text_documents(path, _decode(b"".join(read_chunks(path)), str(path)))
+        yield from _text_documents(path, _decode(b"".join(read_chunks(path)), str(path), path))
 
 
 def _is_record(line: bytes) -> bool:
     """Return whether a line is a JSON object with "text", whatever the file is called."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and "text" in record
 
@@ -81,13 +83,13 @@ def _text_documents(path: Path, text: str) -> Iterator[Document]:
     if "\0" in text:
         raise DamagedFileError(
             f"{path} is a binary file: it has a null byte at character {text.index(chr(0))}",
-            hint='write its documents as .jsonl, one {"text": …} a line',
+            hint=AS_LINES,
         )
     name = path.name.lower()
     if any(f"{suffix}." in f"{name}." for suffix in LINE_SUFFIXES):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield _parse_line(line.encode("utf-8"), f"{path} line {number}")
+                yield _parse_line(line.encode("utf-8"), path, number)
     elif ".json." in f"{name}." or (text.lstrip()[:1] == "[" and _is_array(text)):
         yield from _array_documents(path, text)
     elif text:
@@ -98,7 +100,7 @@ def _is_array(text: str) -> bool:
     """Return whether a text is a JSON array of objects with "text"."""
     try:
         records = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return bool(records) and all(isinstance(record, dict) and "text" in record for record in records)
 
@@ -106,23 +108,25 @@ def _is_array(text: str) -> bool:
 def _array_documents(path: Path, text: str) -> Iterator[Document]:
     """Yield the documents of a JSON array. Raises DamagedFileError for any other JSON."""
     try:
-        records = json.loads(text)
-    except ValueError as error:
-        raise DamagedFileError(f"{path}: not valid JSON: {error}") from None
+        records = parse_json(text)
+    except JSONFault as error:
+        raise DamagedFileError(f"{path}: {error}", hint=AS_LINES) from None
     if not isinstance(records, list):
-        raise DamagedFileError(f'{path}: a {type(records).__name__}, expected a list of objects with "text"')
+        raise DamagedFileError(
+            f'{path}: {json_kind(records)}, expected a list of objects with "text"{_keys_of(records)}', hint=AS_LINES
+        )
     for number, record in enumerate(records, start=1):
-        yield _record_document(record, f"{path} record {number}")
+        yield _record_document(record, f"{path} record {number}", AS_LINES)
 
 
-def _decode(data: bytes, where: str) -> str:
+def _decode(data: bytes, where: str, path: Path) -> str:
     """Decode UTF-8 text. Raises DamagedFileError with the offset of the first byte that is not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DamagedFileError(
             f"{where}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason})",
-            hint="find its encoding (file -i FILE), then convert it: iconv -f ENCODING -t UTF-8 FILE > FILE.utf8",
+            hint=to_utf8(path),
         ) from None
 
 
@@ -131,38 +135,54 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), start=1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if text.strip():
-            yield _parse_line(text, f"{path} line {number}")
+            yield _parse_line(text, path, number)
 
 
-def _parse_line(line: bytes, where: str) -> Document:
+def _parse_line(line: bytes, path: Path, number: int) -> Document:
     """Parse one JSON object as a document. Raises DamagedFileError naming file and line."""
+    where, without = f"{path} line {number}", without_line(path, number)
     try:
-        record = json.loads(_decode(line, where))
-    except json.JSONDecodeError as error:
-        raise DamagedFileError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    return _record_document(record, where)
+        record = parse_json(_decode(line, where, path))
+    except JSONFault as error:
+        raise DamagedFileError(f"{where}: {error}", hint=without) from None
+    renamed = _text_key(record) if number == 1 else None
+    return _record_document(record, where, rename_key(path, renamed) if renamed else without)
 
 
-def _record_document(record: Any, where: str) -> Document:
+def _record_document(record: Any, where: str, hint: str) -> Document:
     """Return one record's document. Raises DamagedFileError if it is no object with "text"."""
     if not isinstance(record, dict):
-        raise DamagedFileError(f'{where}: a {type(record).__name__}, expected a JSON object with "text"')
+        raise DamagedFileError(f'{where}: {json_kind(record)}, expected a JSON object with "text"', hint=hint)
     text = record.get("text")
     if not isinstance(text, str):
-        problem = "is missing" if "text" not in record else f"is a {type(text).__name__}, expected a string"
-        raise DamagedFileError(f'{where}: "text" {problem}; the keys are: {", ".join(sorted(record)) or "none"}')
-    _refuse_lone_surrogates(text, where)
+        problem = "is missing" if "text" not in record else f"is {json_kind(text)}, expected a string"
+        raise DamagedFileError(f'{where}: "text" {problem}{_keys_of(record)}', hint=hint)
+    _refuse_lone_surrogates(text, where, hint)
     return Document(_record_key(record, text), text)
 
 
-def _refuse_lone_surrogates(text: str, where: str) -> None:
+def _keys_of(record: Any) -> str:
+    """Return an object's keys as the end of a sentence; nothing for what is no object."""
+    return f"; the keys are: {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else ""
+
+
+def _text_key(record: Any) -> str | None:
+    """Return the key of an object without "text" that holds its longest string; None if it has none."""
+    if not isinstance(record, dict) or "text" in record:
+        return None
+    strings = {key: value for key, value in record.items() if isinstance(value, str)}
+    return max(strings, key=lambda key: len(strings[key])) if strings else None
+
+
+def _refuse_lone_surrogates(text: str, where: str, hint: str) -> None:
     """Raise DamagedFileError for half a surrogate pair (\\ud800), which JSON can spell and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DamagedFileError(
             f'{where}: "text" has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, '
-            "which is not Unicode text"
+            "which is not Unicode text",
+            hint=hint,
         ) from None
 
 

@@ -7,6 +7,7 @@ measured on. Opening checks that each file exists, reading checks lengths and to
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ class DataFolder:
             if len(shard) != num_tokens:
                 raise DamagedFileError(
                     f"{path} holds {len(shard)} tokens, the manifest says {num_tokens}",
-                    hint=f"pgolf-post data check {self.path}",
+                    hint=f"pgolf-post data check {shlex.quote(str(self.path))}",
                 )
             check_token_ids(shard, self.vocab_size, path)
             yield path, shard
@@ -144,5 +145,5 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, where: Path) -> None:
         raise MismatchError(
             f"{where}: token id {int(tokens[position])} at position {position}, but the vocabulary has {vocab_size} "
             f"pieces (ids 0..{vocab_size - 1}); the shard and the tokenizer do not belong together",
-            hint="pgolf-post data check " + str(where.parent),
+            hint=f"pgolf-post data check {shlex.quote(str(where.parent))}",
         )

@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 6
 FIRST_WAIT_S = 1.0  # doubled after every failed attempt
 PARTIAL_PREFIX = ".partial-"
 TRANSIENT_STATUS = (408, 425, 429)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 T = TypeVar("T")

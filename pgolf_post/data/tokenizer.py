@@ -26,11 +26,32 @@ def load_tokenizer(path: Path) -> Any:
     import sentencepiece
 
     if not path.is_file():
-        raise NotFoundError(f"no such tokenizer: {path}")
+        raise NotFoundError(f"no such tokenizer: {path}", hint="--tokenizer FILE.model names a sentencepiece model")
+    content = path.read_bytes()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, ValueError) as error:
-        raise DamagedFileError(f"{path} is not a sentencepiece model: {error}") from None
+        if content:  # sentencepiece takes an empty file for a model without pieces
+            return sentencepiece.SentencePieceProcessor(model_proto=content)
+        raise ValueError
+    except (RuntimeError, ValueError):
+        raise DamagedFileError(
+            f"{path} is not a sentencepiece model: {_what_it_is(content)}",
+            hint="--tokenizer FILE.model names one; left out, data build trains one on the text",
+        ) from None
+
+
+def _what_it_is(content: bytes) -> str:
+    """Return what a file is that is no sentencepiece model, for a message."""
+    start = content[:200].lstrip()
+    if not content:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer (git lfs pull fetches the file)"
+    if start.startswith(b"{"):
+        return "it is JSON, such as the tokenizer.json of Hugging Face's tokenizers, which is another format"
+    if start.lower().startswith((b"<!doctype", b"<html")):
+        return "it is an HTML page"
+    is_text = not any(byte < 9 for byte in content[:512])
+    return "it is text, such as a .vocab file" if is_text else f"its first bytes are {content[:8].hex(' ')}"
 
 
 @dataclass(frozen=True)

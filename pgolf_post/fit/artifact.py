@@ -23,6 +23,7 @@ from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
+from pgolf_post.derived import require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.prepare import DISTILL, Fitter, prepare
 from pgolf_post.fit.probe import Probe, probe_text
@@ -71,6 +72,7 @@ def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh
         partial.remove()
     artifact = None if fresh else find(key)
     if artifact is None:
+        require_writable_result(key.folder)
         started = time.perf_counter()
         solution, facts = fitted(fitter, artifact_limit, codec, partial)
         artifact = keep(key, solution.model, fitter.stats, codec, lambda: solution.data, facts, started)

@@ -10,7 +10,7 @@ from typing import Any
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.base.storage import read_json, write_json
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage
+from pgolf_post.derived import Stage, require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.idle import require_idle
@@ -43,6 +43,8 @@ def cached_kappas(
             f"kappa_tokens = {settings.kappa_tokens} is one window of {view.train_seq_len} tokens; κ's error needs two",
             hint=f"--kappa-tokens {2 * view.train_seq_len} or more, or --kappa off",
         )
+    if ranks.is_main:
+        require_writable_result(folder)
     probe = Probe(view, text, ranks)
     require_idle(probe, builder.zeros)
     measured = measure_kappas(builder, probe, settings.kappa)

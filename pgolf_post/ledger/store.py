@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+from pgolf_post.base.storage import FREE_SPACE, WRITABLE
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
 from pgolf_post.ledger.migration import file_version, latest_version, migrate
 from pgolf_post.ledger.query import matches
@@ -26,6 +27,13 @@ from pgolf_post.ledger.schema import Column, Row, Verdict, columns_of
 
 LEDGER_FILE = "ledger.sqlite"
 BUSY_SECONDS = 60.0  # a writer waits so long for the others
+HINTS = {  # words of SQLite's → what to do
+    "locked": "another process writes to it; run this again when that one is done",
+    "disk I/O": FREE_SPACE,  # what SQLite says of a file that may not grow, and of a failing disk
+    "full": FREE_SPACE,
+    "readonly": WRITABLE,
+    "unable to open": WRITABLE,
+}
 LIST_ROWS = "pgolf-post ledger table"
 FIRST_KNOWN = ("commit", "device", "cost_dollars", "command")  # stay as they were first known
 
@@ -280,7 +288,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise PgolfError(f"the ledger {path} cannot be used: {error}; nothing was changed in it") from error
+        hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
+        raise PgolfError(f"the ledger {path} cannot be used: {error}; nothing was changed in it", hint=hint) from error
     except sqlite3.DatabaseError as error:
         raise DamagedFileError(
             f"{path} is not a ledger or is damaged: {error}",

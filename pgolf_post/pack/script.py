@@ -21,6 +21,7 @@ from pathlib import Path
 
 import brotli
 
+from pgolf_post.base.storage import named_failures
 from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.pack.payload import Layer, imported_by_name, layers, parse, read_script
 from pgolf_post.pack.source_use import SourceUse, source_use
@@ -141,7 +142,8 @@ def check_unpacks(packed: PackedScript) -> None:
     Raises VerificationError if it fails, or if it should keep its source and a function's cannot be read.
     """
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "train_gpt.py").write_bytes(packed.data)
+        with named_failures(Path(name) / "train_gpt.py"):
+            (Path(name) / "train_gpt.py").write_bytes(packed.data)
         command = [sys.executable, "-c", PROBE, "train_gpt.py"]
         done = subprocess.run(command, cwd=name, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     if done.returncode != 0:
@@ -247,9 +249,10 @@ def check_same_output(script: str | bytes, packed: bytes, beside: Sequence[Path]
 def _run(content: bytes, beside: Sequence[Path], arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "train_gpt.py").write_bytes(content)
-        for path in beside:
-            (folder / path.name).write_bytes(path.read_bytes())
+        with named_failures(folder / "train_gpt.py"):
+            (folder / "train_gpt.py").write_bytes(content)
+            for path in beside:
+                (folder / path.name).write_bytes(path.read_bytes())
         command = [sys.executable, "train_gpt.py", *arguments]
         try:
             return subprocess.run(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.storage import disk_errors
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import DamagedFileError, MismatchError, NumericsError
 
@@ -66,15 +67,12 @@ class Score:
 
     def save(self, path: Path) -> None:
         """Write sums by document and by unit as safetensors. Raises OSError, for atomic_folder to report."""
-        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         documents = {"nats": self.document_nats, "tokens": self.document_tokens, "bytes": self.document_bytes}
         units = {f"unit.{key}": array for key, array in self._units().items()}
-        try:
+        with disk_errors():
             save_file({**documents, **units}, path, {"seconds": repr(self.seconds)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
 
     def _units(self) -> dict[str, np.ndarray]:
         place = {"window": self.window, "document": self.document, "piece": self.piece}

@@ -16,7 +16,7 @@ from pgolf_post.base.progress import say
 from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage, verified_meta
+from pgolf_post.derived import Stage, require_writable_result, verified_meta
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import get_family
 from pgolf_post.pack.artifact import DecodedArtifact, read_artifact
@@ -144,6 +144,8 @@ def score_model(
     # rank 0 says whether the score is there; all score together, rank 0 keeps it
     if ranks.main_says(not fresh and not lacks_breakdown() and _is_intact(folder)):
         return {**read_json(folder / "meta.json"), "folder": str(folder)}, True
+    if ranks.is_main:
+        require_writable_result(folder)
     result = run()
     if ranks.is_main:
         SCORE.store(folder, identity, lambda building: keep(building, result))

@@ -22,7 +22,7 @@ from torch import Tensor
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.base.signals import stop_requests
-from pgolf_post.base.storage import atomic_file
+from pgolf_post.base.storage import atomic_file, disk_errors
 from pgolf_post.errors import DamagedFileError, PgolfError
 from pgolf_post.score.breakdown.details import Details
 from pgolf_post.score.commits import CommitLog
@@ -128,7 +128,7 @@ class Session:
             noted = self.details.state()
             arrays |= {f"{DETAILS}{key}": torch.from_numpy(x) for key, x in noted.items()}
         note = {"identity": self._identity(work), "step": str(index), "seconds": json.dumps(self.clock.seconds)}
-        with atomic_file(self.partial) as path:
+        with atomic_file(self.partial) as path, disk_errors():
             save_file({**arrays, **tensors}, path, note)
 
     def _identity(self, work: Pass) -> str:

@@ -14,12 +14,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from pgolf_post.base import storage
 from pgolf_post.base.ownership import TEMPORARY_PREFIX, kernel_id
-from pgolf_post.base.storage import atomic_file, atomic_folder, atomic_symlink, read_json, write_json
-from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.base.storage import (
+    atomic_file,
+    atomic_folder,
+    atomic_symlink,
+    disk_errors,
+    named_failures,
+    read_json,
+    write_json,
+)
 from pgolf_post.checkpoint import Checkpoint, ViewName, save_checkpoint
-from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 FAILURES = [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
@@ -201,7 +209,7 @@ def test_a_link_is_relative_moves_with_its_folder_and_is_replaced(tmp_path: Path
 def test_a_link_that_cannot_be_replaced_leaves_no_temporary(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
     before = everything_in(tmp_path)
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(PgolfError, match=r"could not write .*/latest: .*directory"):
         atomic_symlink(tmp_path / "latest", tmp_path / "run")
     assert everything_in(tmp_path) == before
 
@@ -405,36 +413,47 @@ def test_a_process_killed_while_replacing_a_folder_leaves_the_old_or_the_new_one
     assert steps[-1][1] == str(len(steps))
 
 
-# ---- real processes that run out of space ----------------------------------------------------------------------------
-
-LIMITED = """
-import resource, runpy, sys
-limit = int(sys.argv[1])
-sys.argv = ["pgolf-post", *sys.argv[2:]]
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-runpy.run_module("pgolf_post", run_name="__main__")
-"""
+# ---- disks that run out of space -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("file_bytes", "command"),
-    [(1000, ["swa-blend"]), (300, ["eval"]), (1000, ["requant", "--calibration-tokens", "512"])],
-    ids=["checkpoint", "score", "artifact"],
-)
-def test_a_process_that_runs_out_of_space_says_so_and_changes_nothing(
-    pico_run: Path, pico_data: DataFolder, file_bytes: int, command: list[str]
+def test_a_full_disk_is_named_with_what_was_written_and_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    final = Checkpoint.open(pico_run / "latest")
-    calibrate(final.load(), pico_data, CalibrationSettings(tokens=512))  # cached: what fails is the artifact itself
-    before = files_in(pico_run)
-    arguments = [command[0], str(final.path), *command[1:]]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(file_bytes), *arguments], capture_output=True, text=True, check=False
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "_fsync", full)
+    for write in (lambda: fill_folder(tmp_path / "new" / "result"), lambda: fill_file(tmp_path / "new" / "file")):
+        with pytest.raises(
+            PgolfError, match=r"could not write .*/new/.*No space left.*after 3,000 bytes; [\d,]+ are"
+        ) as e:
+            write()
+        assert e.value.hint == storage.FREE_SPACE
+    assert files_in(tmp_path) == {}
+
+
+def fill_folder(path: Path) -> None:
+    with atomic_folder(path) as building:
+        (building / "a").write_bytes(bytes(1000))
+        (building / "b").write_bytes(bytes(2000))
+
+
+def fill_file(path: Path) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(bytes(3000))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.ENOTDIR])
+def test_what_safetensors_says_of_a_disk_is_the_systems_error(number: int, tmp_path: Path) -> None:
+    with pytest.raises(PgolfError) as caught, named_failures(tmp_path / "x"), disk_errors():
+        raise SafetensorError(f"Error while serializing: I/O error: some words (os error {number})")
+    assert os.strerror(number) in str(caught.value)
+    assert (
+        caught.value.hint
+        == {
+            errno.ENOSPC: storage.FREE_SPACE,
+            errno.EFBIG: storage.LARGER_FILES,
+            errno.EROFS: storage.WRITABLE,
+            errno.ENOTDIR: storage.ANOTHER_PATH,
+        }[number]
     )
-    assert done.returncode == 1, done.stderr
-    assert "error: could not write" in done.stderr
-    assert "File too large" in done.stderr
-    assert "next: free disk space" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert files_in(pico_run) == before
-    assert temporaries_in(pico_run) == []

@@ -19,7 +19,7 @@ from pgolf_post.data.folder import DataFolder, Split
 from pgolf_post.data.settings import BuildSettings
 from pgolf_post.data.shards import read_shard
 from pgolf_post.data.tokenizer import BOS_ID
-from pgolf_post.errors import MismatchError, PgolfError, SettingsError
+from pgolf_post.errors import DamagedFileError, MismatchError, PgolfError, SettingsError
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 SMALL = BuildSettings(name="small", vocab_size=400, val_fraction=0.2, tokens_per_shard=20_000)
@@ -109,8 +109,12 @@ def test_sidecar_of_a_lossless_tokenizer_is_the_byte_table(built: DataFolder, do
 
 def test_what_cannot_be_built(documents: list[Document], normalising_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
-    with pytest.raises(PgolfError, match="no document came into val"):
-        build(documents[:1], out, BuildSettings(val_fraction=0.0001))
+    with pytest.raises(PgolfError, match="there is only one document"):
+        build(documents[:1], out, BuildSettings(val_fraction=0.5))
+    one_path = [Document("one", text) for text in ("a", "b", "c")]
+    with pytest.raises(PgolfError, match="all 3 documents have one key, one, and stay together") as caught:
+        build(one_path, out, SMALL)
+    assert 'leave out "path"' in (caught.value.hint or "")
     with pytest.raises(PgolfError, match="hold no text"):
         build([Document("a", "   ")], out, SMALL)
     with pytest.raises(SettingsError, match="at most"):
@@ -121,6 +125,36 @@ def test_what_cannot_be_built(documents: list[Document], normalising_model: Path
             documents[1:], out, settings, val_documents=[Document("zero", "\u200b")], tokenizer_path=normalising_model
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 1 - 1e-6])
+def test_the_printed_fraction_splits_the_documents(documents: list[Document], fraction: float) -> None:
+    with pytest.raises(PgolfError, match="no document came into") as caught:
+        Corpus.split(documents, None, fraction)
+    enough = float((caught.value.hint or "").split(",")[0].removeprefix("--val-fraction "))
+    corpus = Corpus.split(documents, None, enough)
+    assert min(len(corpus.train), len(corpus.val)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"version": "1.0", "model": {"type": "BPE"}}', "it is JSON, such as the tokenizer.json"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "it is an HTML page"),
+        (b"a\nb\n", "it is text"),
+        (b"", "it is empty"),
+        (b"\x80\x02\x00\x01", "its first bytes are 80 02 00 01"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_named(
+    documents: list[Document], tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "t.model").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=f"is not a sentencepiece model: {words}") as caught:
+        build(documents, tmp_path / "out", SMALL, tokenizer_path=tmp_path / "t.model")
+    assert "--tokenizer FILE.model" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_data_folders_are_replaced(built: DataFolder, documents: list[Document], tmp_path: Path) -> None:

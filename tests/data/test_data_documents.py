@@ -46,16 +46,22 @@ def test_jsonl_and_its_compressed_form(tmp_path: Path, name: str) -> None:
     [
         (b'{"text": "a"', r"bad\.jsonl line 2: not valid JSON"),
         (b'["a"]', r"bad\.jsonl line 2: a list"),
+        (b'{"text": "abc', r"bad\.jsonl line 2: not valid JSON: Unterminated string starting at column 10"),
+        (b'{"text": null}', r'"text" is null, expected a string'),
+        (b'{"text": NaN}', r'"text" is a number'),
+        (b'{"text": "first", "text": "second"}', r'line 2: the key "text" stands 2 times in one object'),
+        (b"[" * 100_000, r"line 2: not readable as JSON: it is nested too deeply"),
         (b'{"body": "a", "id": 1}', r'bad\.jsonl line 2: "text" is missing; the keys are: body, id'),
-        (b'{"text": 3}', r'bad\.jsonl line 2: "text" is a int'),
+        (b'{"text": 3}', r'bad\.jsonl line 2: "text" is a number'),
         (b'{"text": "\xff"}', r"bad\.jsonl line 2: not UTF-8 text: byte 0xff at offset 10"),
         (b'{"text": "a\\ud800"}', r"bad\.jsonl line 2: .*lone surrogate U\+D800 at character 1"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(DamagedFileError, match=message):
+    with pytest.raises(DamagedFileError, match=message) as caught:
         list(read_documents([tmp_path / "bad.jsonl"]))
+    assert caught.value.hint
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

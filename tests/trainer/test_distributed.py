@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +191,36 @@ def test_what_ranks_share_does_not_depend_on_how_many_they_are(tmp_path: Path, n
     done = torchrun(num_processes, str(script))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") == num_processes
+
+
+def test_ranks_that_are_told_to_stop_save_together_and_exit_143(tmp_path: Path, pico_data: DataFolder) -> None:
+    """Two processes get SIGTERM as torchrun passes it on to all of its own."""
+    recipe = recipe_file(tmp_path, pico_data, "fp32")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    more = ("schedule.steps=1000000", "schedule.seconds=1e9", f"checkpoint.steps={list(range(1, 200))}")
+    command = [sys.executable, "-m", "trainer", str(recipe), *(word for each in more for word in ("--set", each))]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **group, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    assert ranks[0].stderr
+    next(line for line in ranks[0].stderr if line.startswith("saved "))  # both step
+    for process in ranks:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], said
+    assert "Traceback" not in "".join(said)
+    start = "go on: torchrun --standalone --nproc_per_node=2 "
+    (go_on,) = [line for line in said[0].splitlines() if line.startswith(start)]
+    saved = Checkpoint.open(go_on.rpartition(" ")[2])
+    assert saved.path.name.endswith("-interrupted")
+    assert (saved.path / TRAINING_FILE).is_file()
+    assert saved.load("raw").id == saved.view_id("raw")
 
 
 def test_a_dry_run_under_torchrun_is_refused(tmp_path: Path, pico_data: DataFolder) -> None:
