@@ -1,4 +1,4 @@
-"""What a file is that is called a shard and is none, from its first bytes and its length; and what to do about it.
+"""Names of what is called a shard and is none, from first bytes and length; and what to do about it.
 
 Shards come from other programs, through browsers, git and object stores: a pointer instead of the file, a page instead
 of the download, another program's header or none, a copy that stopped or was padded.
