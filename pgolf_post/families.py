@@ -11,6 +11,7 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, SettingsError
+from pgolf_post.watching import Watcher
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,15 @@ class ModelFamily(Protocol):
     def train_seq_len(self, module: nn.Module) -> int:
         """Return the sequence length the model was trained on."""
 
+    def branches(self, module: nn.Module) -> dict[int, tuple[str, ...]]:
+        """Return block → dotted paths of the submodules whose outputs it adds to the residual."""
+
+    def watch(self, module: nn.Module, watcher: Watcher) -> AbstractContextManager[None]:
+        """Return a context in which forward passes report to a watcher what the family can show."""
+
+    def logit_cap(self, module: nn.Module) -> float | None:
+        """Return the largest absolute logit that the model can give, or None."""
+
 
 class BaseFamily:
     """Defaults that most families share: settings, layers counted by their tensors, no loops, no folds.
@@ -152,6 +163,18 @@ class BaseFamily:
     def train_seq_len(self, module: nn.Module) -> int:
         """Return the module's own `seq_len`."""
         return int(module.seq_len)  # type: ignore[arg-type]
+
+    def branches(self, module: nn.Module) -> dict[int, tuple[str, ...]]:
+        """Return no block: `diagnose` then measures no removal."""
+        return {}
+
+    def watch(self, module: nn.Module, watcher: Watcher) -> AbstractContextManager[None]:
+        """Return a context in which nothing is reported: `diagnose` then has the inputs of sites alone."""
+        return nullcontext()
+
+    def logit_cap(self, module: nn.Module) -> float | None:
+        """Return no cap."""
+        return None
 
 
 _from_files: dict[str, ModelFamily] = {}  # families that --family named in this process

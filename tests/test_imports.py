@@ -23,6 +23,7 @@ FLOORS = """
 pgolf_post.errors
 pgolf_post.base
 pgolf_post.settings
+pgolf_post.watching
 pgolf_post.families
 pgolf_post.checkpoint
 pgolf_post.derived
@@ -39,6 +40,8 @@ pgolf_post.artifacts
 pgolf_post.artifacts_report
 pgolf_post.score
 pgolf_post.average pgolf_post.importers
+pgolf_post.curves
+pgolf_post.diagnose
 pgolf_post.fit
 pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe
 pgolf_post.sweep

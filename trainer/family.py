@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from pgolf_post.families import Fold, Lookup, Site
 from pgolf_post.settings import parse_settings
+from pgolf_post.watching import Watcher
 from trainer.activations import activation_of
 from trainer.architecture import GraphState, ModelConfig, visit_list
-from trainer.model import GolfGPT
+from trainer.attention import Attention
+from trainer.model import MLP, GolfGPT
+from trainer.watching import watched
 
 ROLES = (  # first match wins
     (r"tok_emb\.weight", "embedding"),
@@ -112,3 +116,18 @@ class GolfGPTFamily:
     def train_seq_len(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)
         return module.config.train_seq_len
+
+    def branches(self, module: nn.Module) -> dict[int, tuple[str, ...]]:
+        """Return the attention and the MLPs of each block that the graph, in its present state, visits."""
+        assert isinstance(module, GolfGPT)
+        names = [name for name, part in module.named_modules() if isinstance(part, Attention | MLP)]
+        visited = sorted(set(visit_list(module.config, module.graph.active_loops)))
+        return {layer: tuple(name for name in names if self.layer(f"{name}.") == layer) for layer in visited}
+
+    def watch(self, module: nn.Module, watcher: Watcher) -> AbstractContextManager[None]:
+        assert isinstance(module, GolfGPT)
+        return watched(module, watcher)
+
+    def logit_cap(self, module: nn.Module) -> float | None:
+        assert isinstance(module, GolfGPT)
+        return module.config.logit_softcap

@@ -101,6 +101,8 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))  # (2, model_dim)
         self.norm_scale = norm_scale(config, layer)
         self.parallel = config.gptj_start is not None and layer >= config.gptj_start
+        self.stream_in, self.stream_out = nn.Identity(), nn.Identity()  # the residual passes here, so it can be watched
+        self.attn_adds, self.mlp_adds = nn.Identity(), nn.Identity()  # and here what is added to it
 
     def forward(
         self,
@@ -113,9 +115,11 @@ class Block(nn.Module):
         own: Block | Controls = self if controls is None else controls
         x = own.resid_mix[0] * x + own.resid_mix[1] * x0
         normed = rms_norm(x) * own.norm_scale
-        attended = x + own.attn_scale * self.attn(normed, context, controls) if self.has_attention else x
+        attended = (
+            x + self.attn_adds(own.attn_scale * self.attn(normed, context, controls)) if self.has_attention else x
+        )
         mlp_input = normed if self.parallel else rms_norm(attended) * own.norm_scale
-        return attended + own.mlp_scale * mlp(mlp_input)
+        return attended + self.mlp_adds(own.mlp_scale * mlp(mlp_input))
 
 
 class BlockVisit:
@@ -131,11 +135,14 @@ class BlockVisit:
 
     def attention_update(self, x: Tensor, context: Context) -> Tensor:  # (batch, seq_len, model_dim) → the same
         """Return what attention adds, from its lane after the mix."""
-        return self.own.attn_scale * self.block.attn(rms_norm(x) * self.own.norm_scale, context, self.controls)
+        attended = self.block.attn(rms_norm(x) * self.own.norm_scale, context, self.controls)
+        update: Tensor = self.block.attn_adds(self.own.attn_scale * attended)
+        return update
 
     def mlp_update(self, x: Tensor, mlp: nn.Module) -> Tensor:  # (batch, seq_len, model_dim) → the same
         """Return what the MLP adds, from its lane."""
-        return self.own.mlp_scale * mlp(rms_norm(x) * self.own.norm_scale)
+        update: Tensor = self.block.mlp_adds(self.own.mlp_scale * mlp(rms_norm(x) * self.own.norm_scale))
+        return update
 
 
 class GolfGPT(nn.Module):
@@ -287,21 +294,27 @@ class GolfGPT(nn.Module):
 
     def _visit(self, layer: int, x: Tensor, x0: Tensor, context: Context, recurrence: Recurrence) -> Tensor:
         """Visit a block with a single residual stream."""
-        controls = self._controls(recurrence.place)
+        controls, block = self._controls(recurrence.place), self.blocks[layer]
+        assert isinstance(block, Block)
         revisit = recurrence.enter(layer)
-        output: Tensor = self.blocks[layer](x, x0, context, self._mlp(layer, revisit), controls)
-        return recurrence.carry(layer, revisit, output)
+        output: Tensor = block(block.stream_in(x), x0, context, self._mlp(layer, revisit), controls)
+        carried: Tensor = block.stream_out(recurrence.carry(layer, revisit, output))
+        return carried
 
     def _visit_lanes(self, layer: int, lanes: Lanes, x0: Tensor, context: Context, recurrence: Recurrence) -> Lanes:
         """Visit a block with two residual lanes."""
         block, controls = self.blocks[layer], self._controls(recurrence.place)
         assert isinstance(block, Block)
         visited, mlp = BlockVisit(block, controls), self._mlp(layer, recurrence.enter(layer))
+        lanes = block.stream_in(lanes)
         if self.config.lane_kind == "separate":
-            return visit_separate(visited, lanes, x0, context, mlp)
-        visit = visit_routed if self.config.lane_kind == "routed" else visit_sequential
-        keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-        return visit(visited, lanes, x0, context, mlp, keep, post)
+            left = visit_separate(visited, lanes, x0, context, mlp)
+        else:
+            visit = visit_routed if self.config.lane_kind == "routed" else visit_sequential
+            keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
+            left = visit(visited, lanes, x0, context, mlp, keep, post)
+        watched: Lanes = block.stream_out(left)
+        return watched
 
     def _merge(self, lanes: Lanes) -> Tensor:
         if self.config.lane_kind == "separate":

@@ -27,6 +27,13 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "export": ("exporter", "A checkpoint → a public script's state dict."),
         "checkpoint": ("checkpoint", "Verify or list checkpoints."),
     },
+    "Look inside": {
+        "diagnose": (
+            "diagnose",
+            "Weights, activations, learned scalars in numbers; what is known as bad is marked.",
+        ),
+        "curves": ("curves", "Training curves laid over each other, from any log, with the noise of the difference."),
+    },
     "Average": {
         "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
         "ema-blend": ("ema_blend", "Synthesise moving averages of any length from a run's snapshots."),
@@ -101,7 +108,7 @@ class LazyGroup(click.Group):
 def cli(families: tuple[str, ...]) -> None:
     """Post-training for Parameter Golf: everything after the training run, from its checkpoints, in seconds.
 
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification or audit failed.
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification, audit or gate failed.
     """
     if families:
         from pgolf_post.families import load_family
