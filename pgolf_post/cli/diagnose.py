@@ -96,8 +96,8 @@ def command(
     pgolf-post diagnose --as-toml --round 2
 
     Weights: effective and stable rank, condition, kurtosis, outliers, twin rows. Activations on training text: norms
-    by block and visit, what attention and MLP add, dead units, heads, soft-cap, and how far predictions move without each
-    block. A second call with the same weights, text and settings reads the cache.
+    by block and visit, what attention and MLP add, dead units, heads, soft-cap, and how far predictions move without
+    each block. A second call with the same weights, text and settings reads the cache.
     """
     from pgolf_post.diagnose.recipe_keys import recipe_toml
     from pgolf_post.diagnose.rules import rule_named

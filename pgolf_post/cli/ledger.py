@@ -50,6 +50,7 @@ def command() -> None:
     "--sort", metavar="KEY", help="Sort ascending by a column or key, descending by -KEY.  [default: created]"
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Show at most this many rows.")
+@click.option("--show", metavar="KEY,KEY,…", help="Show these keys of result and settings as further columns.")
 @json_option
 def table_command(
     root: Path,
@@ -58,12 +59,14 @@ def table_command(
     conditions: tuple[str, ...],
     sort: str | None,
     limit: int | None,
+    show: str | None,
     as_json: bool,
 ) -> None:
     """List rows, one line each.
 
     \b
     pgolf-post ledger table --kind score --sort bpb --limit 10
+    pgolf-post ledger table --kind diagnosis --show largest_condition,dead_units,marks
     pgolf-post ledger table --where verdict=positive --where protocol=plain
     """
     from pgolf_post.ledger.query import sorted_rows
@@ -71,7 +74,8 @@ def table_command(
     rows = _select(root, kind, run, conditions)
     rows = sorted_rows(rows, sort) if sort else rows
     shown = rows[:limit]
-    show_rows(f"{len(shown)} of {len(rows)} rows", shown)
+    keys = [key.strip() for key in show.split(",")] if show else []
+    show_rows(f"{len(shown)} of {len(rows)} rows", shown, keys)
     if as_json:
         print_json({"rows": [row.facts() for row in shown], "count": len(rows)})
 

@@ -23,6 +23,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import Stage
 from pgolf_post.diagnose.activations import activation_numbers, on_device
 from pgolf_post.diagnose.embeddings import embedding_numbers
+from pgolf_post.diagnose.headline import headline
 from pgolf_post.diagnose.numbers import Number
 from pgolf_post.diagnose.removal import removal_numbers
 from pgolf_post.diagnose.rules import Mark, find_marks
@@ -89,7 +90,8 @@ def diagnose(
     def make(building: Path) -> Mapping[str, Any]:
         numbers = _measure(view, data, settings, text)
         write_json(building / PAYLOAD, {"numbers": [number.facts() for number in numbers]})
-        return {"view_id": view.id, "step": int(view.checkpoint.meta["step"]), "num_numbers": len(numbers)}
+        facts = {"view_id": view.id, "step": int(view.checkpoint.meta["step"]), "num_numbers": len(numbers)}
+        return {**facts, "headline": headline(numbers)}
 
     config = {"view": view.name, "view_id": view.id, **identity}
     _, cached = DIAGNOSIS.load_or_make(folder, config, make, fresh)

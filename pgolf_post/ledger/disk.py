@@ -143,6 +143,13 @@ def _stats(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     return (str(config["view_id"]),), name, result
 
 
+def _diagnosis(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
+    """A diagnosis by its headline: the worst numbers, and the rules that marked any when it was made."""
+    config = entry.config
+    name = f"diagnosis, {config['view']}" + (f", {config['tokens']:,} tokens" if config.get("tokens") else "")
+    return (str(config["view_id"]),), name, {**meta["headline"], "checkpoint_id": str(config["view_id"])}
+
+
 def _artifact(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     config = entry.config
     num_bytes = next(path.stat().st_size for path in entry.path.glob("artifact.*"))
@@ -177,10 +184,11 @@ class StageRows(NamedTuple):
     describe: Callable[[CacheEntry, Mapping[str, Any]], Description]
 
 
-# Stages by name: their `Stage` objects (STATS, ARTIFACT, SCORE) stand beside the code that makes the results, which the
-# ledger must not import. The version and settings of a result are read from its config.json.
+# Stages by name: their `Stage` objects (STATS, DIAGNOSIS, ARTIFACT, SCORE) stand beside the code that makes results,
+# which the ledger must not import. The version and settings of a result are read from its config.json.
 STAGES = {
     "stats": StageRows("stats", _stats),
+    "diagnosis": StageRows("diagnosis", _diagnosis),
     "artifact": StageRows("artifact", _artifact),
     "score": StageRows("score", _score),
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_post.base.progress import print_table, say, terminal_width
-from pgolf_post.ledger.query import bpb_of, counted_bytes
+from pgolf_post.errors import SettingsError
+from pgolf_post.ledger.query import MISSING, bpb_of, counted_bytes, value_of
 from pgolf_post.ledger.schema import KINDS, Row
 
 if TYPE_CHECKING:
@@ -17,18 +18,34 @@ HEADER = ("id", "kind", "run", "name", "bpb", "bytes", "seconds", "$", "verdict"
 ELASTIC, MIN_TEXT = ("name", "conclusion"), 12  # columns that are cut to fit the terminal, and their least width
 
 
-def show_rows(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a table as wide as the terminal: empty columns are left out, name and conclusion are cut."""
-    cells = [_cells(row) for row in rows]
-    used = [n for n, name in enumerate(HEADER) if name == "id" or any(row[n] for row in cells)]
+def show_rows(title: str, rows: Sequence[Row], keys: Sequence[str] = ()) -> None:
+    """Print rows as a table as wide as the terminal: empty columns are left out, name and conclusion are cut.
+
+    `keys` of result and settings are shown as further columns. Raises SettingsError for one that no row has.
+    """
+    lacking = [key for key in keys if rows and all(value_of(row, key) is MISSING for row in rows)]
+    if lacking:
+        raise SettingsError(f"--show {', '.join(lacking)}: none of the {len(rows)} rows has it")
+    cells = [(*_cells(row), *(_shown(value_of(row, key)) for key in keys)) for row in rows]
+    header = (*HEADER, *keys)
+    used = [n for n, name in enumerate(header) if name == "id" or any(row[n] for row in cells)]
 
     # what the other columns leave is shared by name and conclusion
-    widths = {HEADER[n]: max([len(HEADER[n]), *(len(row[n]) for row in cells)]) for n in used}
+    widths = {header[n]: max([len(header[n]), *(len(row[n]) for row in cells)]) for n in used}
     free = terminal_width() - 1 - sum(3 + width for name, width in widths.items() if name not in ELASTIC) - 8
     name_width = max(MIN_TEXT, min(widths.get("name", 0), free - min(widths.get("conclusion", 0), free // 2)))
     limits = {"name": name_width, "conclusion": max(MIN_TEXT, free - min(name_width, widths.get("name", 0)))}
-    cut = [tuple(_cut(row[n], limits.get(HEADER[n], len(row[n]))) for n in used) for row in cells]
-    print_table(title, [HEADER[n] for n in used], cut)
+    cut = [tuple(_cut(row[n], limits.get(header[n], len(row[n]))) for n in used) for row in cells]
+    print_table(title, [header[n] for n in used], cut)
+
+
+def _shown(value: object) -> str:
+    """Return a value as a cell: numbers in five digits, lists with commas."""
+    if value is MISSING or value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.settings import canonical_json
 
-Kind = Literal["run", "checkpoint", "stats", "trial", "artifact", "score", "comparison", "audit", "note"]
+Kind = Literal["run", "checkpoint", "stats", "diagnosis", "trial", "artifact", "score", "comparison", "audit", "note"]
 Verdict = Literal["positive", "neutral", "negative", "no-op"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -61,7 +61,9 @@ def columns_of(row_type: type[Row]) -> tuple[Column, ...]:
 class Row:
     """One thing that was done. `(kind, id)` names it; parents are ids of rows, of any kind, or `external:NAME`."""
 
-    kind: Kind = column("What it is: run, checkpoint, stats, trial, artifact, score, comparison, audit or note.")
+    kind: Kind = column(
+        "What it is: run, checkpoint, stats, diagnosis, trial, artifact, score, comparison, audit or note."
+    )
     id: str = column("Its content id, or the name of a run.")
     parents: tuple[str, ...] = column("Ids of what it was made of.", is_json=True, default=())
     name: str = column("What people call it.", default="")

@@ -10,6 +10,7 @@ import pytest
 
 from pgolf_post.artifacts import ARTIFACT, FITTED
 from pgolf_post.calibrate.stage import STATS
+from pgolf_post.diagnose.stage import DIAGNOSIS
 from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
 from pgolf_post.ledger.disk import STAGES, scan
 from pgolf_post.score.cached import SCORE
@@ -73,7 +74,7 @@ def test_a_cached_result_is_one_row_and_a_scan_finds_the_same_rows(pgolf: Call) 
 
 
 def test_the_ledger_calls_the_stages_by_the_names_that_they_have() -> None:
-    assert set(STAGES) == {stage.name for stage in (STATS, ARTIFACT, FITTED, SCORE)}
+    assert set(STAGES) == {stage.name for stage in (STATS, DIAGNOSIS, ARTIFACT, FITTED, SCORE)}
     assert [stage.kind for stage in STAGES.values()] == list(STAGES)
     assert Path(ARTIFACT.payload).match("artifact.*")  # the file whose bytes a row tells
 
