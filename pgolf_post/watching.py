@@ -1,4 +1,4 @@
-"""What a model's forward pass reports while it is watched: residual streams, additions, hidden units, attention.
+"""Reports of a watched forward pass: residual streams, additions, hidden units, attention.
 
 A family lets itself be watched (`ModelFamily.watch`): it hooks its own module and calls a Watcher as the pass goes on.
 The toolkit measures from these reports alone and needs no second forward pass. Visits of a block are counted from 1;

@@ -94,7 +94,7 @@ class Log:
 
     @property
     def name(self) -> str:
-        """What people call the run: its folder's name, or the log's."""
+        """Name that people call the run by: its folder's name, or the log's."""
         return self.path.name if self.path.is_dir() else self.path.stem
 
     def curve(self, name: str) -> Curve:

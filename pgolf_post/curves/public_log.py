@@ -37,7 +37,7 @@ SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Report:
-    """What one line says of one step."""
+    """Values that one line reports of one step."""
 
     step: int
     values: Mapping[str, float]  # curve → value

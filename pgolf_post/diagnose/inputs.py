@@ -18,7 +18,7 @@ SAMPLED = 1 << 16  # values of each batch and visit from which the percentile is
 
 @dataclass
 class SiteInputs:
-    """What is kept of one site's inputs."""
+    """Sums kept of one site's inputs."""
 
     largest: Tensor | None = None  # (in,)
     sample: list[Tensor] = field(default_factory=list)

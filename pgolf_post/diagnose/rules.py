@@ -46,7 +46,7 @@ class Mark:
 
     @property
     def excess(self) -> float:
-        """How far beyond the limit, as a factor of at least 1; the worst marks have the largest."""
+        """Distance beyond the limit, as a factor of at least 1; the worst marks have the largest."""
         value = self.number.value
         if value is None:
             return float("inf")
