@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.data.token_classes import TOKEN_CLASSES, token_classes
 from pgolf_post.diagnose.numbers import Number, number
+from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
 
 NEAR = 0.9  # cosine from which a row counts as a duplicate
 ROWS_AT_ONCE = 1024
@@ -31,7 +31,9 @@ def embedding_numbers(name: str, table: Tensor, tokenizer: Any | None) -> list[N
         number("nearest_row_cosine", name, float(cosines.max()), at=pair[0], note=note, role=ROLE),
         number("duplicate_rows", name, float((cosines > NEAR).sum()), role=ROLE),
     ]
-    return numbers + ([] if tokenizer is None else _by_class(name, table, rows, token_classes(tokenizer)))
+    return numbers + (
+        [] if tokenizer is None else _by_class(name, table, rows, TokenText.from_tokenizer(tokenizer).token_class)
+    )
 
 
 def nearest_rows(rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, width) of norm 1 → (n,) cosines, (n,) int64
@@ -51,13 +53,13 @@ def _by_class(name: str, table: Tensor, rows: Tensor, classes: np.ndarray) -> li
     norms = table.double().norm(dim=1)
     means: dict[str, float] = {}
     numbers: list[Number] = []
-    for index, kind in enumerate(TOKEN_CLASSES):
+    for index, kind in enumerate(CLASSES):
         chosen = torch.from_numpy(classes == index)
         if chosen.any():
             means[kind] = float(norms[chosen].mean())
             count = f"{int(chosen.sum()):,} rows"
             numbers.append(number("class_norm", f"{name} ({kind})", means[kind], role=ROLE, note=count))
-        if kind == "byte" and int(chosen.sum()) > 1:
+        if kind == "byte fallback" and int(chosen.sum()) > 1:
             numbers.append(number("byte_row_cosine", name, mean_cosine(rows[chosen]), role=ROLE))
     if means.get("word start") and means.get("continuation"):
         ratio = means["word start"] / means["continuation"]

@@ -61,7 +61,7 @@ def test_without_text_the_weights_alone_are_measured(view: View, pico_data: Data
     assert {number.part for number in found.numbers} == {"weights", "scalars", "embedding"}
     with_classes = diagnose(view, pico_data, WEIGHTS)
     assert with_classes.folder != found.folder
-    assert {n.subject for n in with_classes.numbers if n.metric == "class_norm"} >= {"tok_emb.weight (byte)"}
+    assert {n.subject for n in with_classes.numbers if n.metric == "class_norm"} >= {"tok_emb.weight (byte fallback)"}
     with pytest.raises(NotFoundError, match="activations need training text") as caught:
         diagnose(view, None, SMALL)
     assert "--tokens 0" in str(caught.value.hint)
