@@ -328,6 +328,14 @@ def test_settings_of_older_checkpoints_build_the_same_model() -> None:
     assert model.state_dict()["skip_weights"].shape == (4, 16)
 
 
+def test_a_checkpoint_from_before_a_kind_existed_keeps_its_meaning() -> None:
+    old = {**PICO, "smear_gate": True, "lanes_start": 3, "bigram_buckets": 9}  # as its config.json has it
+    config = GolfGPTFamily().build(old, {}).config
+    assert (config.smear_across_bos, config.channel_smear, config.lane_kind) == (False, "none", "routed")
+    assert (config.bigram_hash, config.first_attention, config.visit_controls) == ("xor", True, False)
+    assert (config.mlp_hidden, config.rope_ntk_from, config.stored_skips) == (None, None, None)
+
+
 @pytest.mark.parametrize("active_loops", [0, 1, 2])
 def test_every_matrix_that_the_graph_reaches_has_a_site(active_loops: int) -> None:
     model, family = random_model(EVERYTHING), GolfGPTFamily()
