@@ -29,7 +29,7 @@ from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor, Sc
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold
 MAX_PICKLE_BYTES = 1 << 22  # of its names and shapes
-SHUFFLED, PER_GROUP = b"BSHF", b"PGRP"
+SHUFFLED, PER_GROUP, ZIP = b"BSHF", b"PGRP", b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MLX_PICKLE = "a plain pickle, as train_gpt_mlx.py writes it; reading it would run code"
 TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")  # nn.Embedding: bfloat16 in every script
@@ -124,7 +124,7 @@ def _brotli(content: bytes) -> tuple[bytes, bool]:
 OTHER_KINDS = {kind.name for kind in KINDS} - {"torch", "artifact", "xz", "zstd", "text"}
 CODECS: dict[str, tuple[bytes, Callable[[bytes], tuple[bytes, bool]]]] = {
     # name: (first bytes, content → (inflated, whether the stream ended))
-    "stored": (b"PK\x03\x04", _stored),
+    "stored": (ZIP, _stored),
     "zlib": (b"\x78", _zlib),
     "lzma": (b"\xfd7zXZ\x00", _lzma),
     "zstd": (b"\x28\xb5\x2f\xfd", _zstd),
@@ -135,9 +135,19 @@ def unshuffle(content: bytes, path: Path) -> bytes:
     """Undo the byte shuffle, if there is one. Raises DamagedFileError for a stride of 0."""
     if content[:4] != SHUFFLED:
         return content
-    stride, planes = content[4] if len(content) > 4 else 0, np.frombuffer(content, np.uint8)[5:]
+    stride = content[4] if len(content) > 4 else 0
     if stride == 0:
         raise DamagedFileError(f"{path}: byte shuffle of stride 0")
+    planes = np.frombuffer(content, np.uint8)
+    joined = _joined(planes[5:], stride)
+    if not joined.startswith(ZIP) and content[5:6] == b"\0":  # the script of 2026-03-31 (#1204) has two bytes of stride
+        wide = _joined(planes[6:], stride)
+        return wide if wide.startswith(ZIP) else joined
+    return joined
+
+
+def _joined(planes: np.ndarray, stride: int) -> bytes:
+    """Return bytes of which every stride-th stands in one plane."""
     whole = np.empty(len(planes), np.uint8)
     at = 0
     for plane in range(stride):

@@ -179,6 +179,14 @@ def test_the_corrections_groups_may_have_any_size(tmp_path: Path, group: int) ->
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_shuffle_with_two_bytes_of_stride_is_read(tmp_path: Path) -> None:
+    content, path = saved(int6_artifact()[0]), tmp_path / "m.ptz"
+    one = shuffled(content)
+    path.write_bytes(brotli.compress(one[:5] + b"\0" + one[5:], quality=1))
+    assert artifact_file.unshuffle(one[:5] + b"\0" + one[5:], path) == content
+    assert read_foreign_artifact(path).format == "w+m"
+
+
 # refused
 
 
