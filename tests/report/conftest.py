@@ -11,6 +11,8 @@ from pgolf_post.base.storage import write_json
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import store
+from pgolf_post.diagnose.settings import DiagnoseSettings
+from pgolf_post.diagnose.stage import diagnose
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.report.subject import Subject, find_subject
 from pgolf_post.score.plain import PlainProtocol
@@ -73,6 +75,7 @@ def full_root(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Path,
     shutil.copytree(pico_run_original / "pico", root / HOSTILE, symlinks=True)
     final = Checkpoint.open(next((root / HOSTILE).glob("*final")))
     score(final.load(), pico_data, PlainProtocol(seq_len=16, max_tokens=400), breakdown=True)
+    diagnose(final.load("raw"), None, DiagnoseSettings(tokens=0))
     add_results(root, final)
     return root
 

@@ -19,8 +19,8 @@ from pgolf_post.report.subject import Subject
 from tests.report.conftest import HOSTILE, QUOTED, TRIALS
 
 NAMES = [
-    *("runs", "checkpoints", "artifacts", "attribution", "divergence", "breakdowns", "sweeps", "audits", "lineage"),
-    "commands",
+    *("runs", "checkpoints", "artifacts", "diagnostics", "attribution", "divergence"),
+    *("breakdowns", "sweeps", "audits", "lineage", "commands"),
 ]
 
 

@@ -21,12 +21,13 @@ from pgolf_post.report.blocks import Figure
 from pgolf_post.report.sections import tensors
 from pgolf_post.report.sections.artifacts import front, points_of
 from pgolf_post.report.sections.ranges import near_axis
-from pgolf_post.report.sections.runs import read_log, thinned
+from pgolf_post.report.sections.runs import runs, thinned
 from pgolf_post.report.sections.tensors import kept_table
 from pgolf_post.report.subject import Subject, find_subject, related
 from tests.report.conftest import HOSTILE, TRIALS
 
 BUDGET = 16_000_000
+LOG = "\n".join(json.dumps({"step": step, "loss": 5.0 - step / 10}) for step in range(1, 9))
 
 
 def test_a_run_a_checkpoint_and_a_sweep_narrow_it(full: Subject, full_root: Path, tmp_path: Path) -> None:
@@ -96,12 +97,21 @@ def test_a_gap_is_against_the_weights_that_were_quantized() -> None:
     assert (point.num_bytes, point.bpb, point.gap_bpb) == (10, 1.75, 0.25)
 
 
-def test_a_log_is_read_past_torn_and_repeated_lines(tmp_path: Path) -> None:
-    lines = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 4.0}, {"step": 3}, {"loss": 1.0}]
-    text = "\n".join([*map(json.dumps, lines), '{"step": 4, "lo', '{"step": 5, "loss": NaN}', ""])
-    (tmp_path / "train.jsonl").write_text(text)
-    assert [(one["step"], one["loss"]) for one in read_log(tmp_path / "train.jsonl")] == [(1, 5.0), (2, 4.0)]
-    assert read_log(tmp_path / "absent.jsonl") == []
+def test_a_run_without_a_readable_log_has_no_curve(tmp_path: Path) -> None:
+    for run, text in (
+        ("torn", '{"step": 1, "lo'),
+        ("short", '{"step": 1, "loss": 2.0}'),
+        ("whole", LOG),
+        ("other", LOG),
+    ):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "train.jsonl").write_text(text)
+    names = ("torn", "short", "whole", "other")
+    rows = [Row("run", f"run:{name}", (), name, name) for name in names]
+    section = runs(Subject("t", tmp_path, rows, BUDGET))
+    assert section is not None
+    assert [block.title for block in section.blocks] == ["Losses of all runs", "Loss of other", "Loss of whole"]
+    assert runs(Subject("t", tmp_path, rows[:2], BUDGET)) is None
 
 
 @given(st.integers(1, 50), st.integers(1, 60))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,46 +10,51 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.base.storage import read_json
-from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.curves.curve import Log
+from pgolf_post.curves.reading import read_log
+from pgolf_post.curves.smoothing import smooth
 from pgolf_post.errors import PgolfError
 from pgolf_post.report.blocks import Block, Cell, Figure, Section, Table, label, number
 from pgolf_post.report.subject import Subject
 
-LOG_FILE, PHASE_TIMES_FILE = "train.jsonl", "ledger.json"  # of the trainer, in a run's folder
+PHASE_TIMES_FILE = "ledger.json"  # of the trainer, in a run's folder
+LOSS = "train_loss"
+COLUMNS = (
+    (LOSS, "loss, nats", ".4f"),
+    ("lr_multiplier", "learning rate ×", ".3f"),
+    ("grad_norm", "gradient norm", ".3f"),
+    ("tokens_per_second", "tokens per second", ",.0f"),
+)
 POINTS = 600  # of a curve: more steps are averaged in as many equal groups
 ROWS = 40  # of a curve's table
 SKIPPED_PHASES = ("periodic", "interrupted")
 
 
 def runs(subject: Subject) -> Section | None:
-    """Return the section of the runs that left a log."""
-    blocks = [block for folder in subject.run_folders for block in _blocks(folder, subject)]
-    note = "A line for each moment at which a checkpoint was saved. Points are means over equal groups of steps."
+    """Return the section of the runs that left a log: all losses over each other, then each run."""
+    logs = {folder: log for folder in subject.run_folders if (log := _log(folder)) is not None}
+    blocks: list[Block] = [_together(list(logs.values()))] if len(logs) > 1 else []
+    for folder in subject.run_folders:
+        blocks += _blocks(folder, logs.get(folder))
+    note = "A dotted line for each moment at which a checkpoint was saved. Points are means over equal groups of steps."
     return Section("runs", "Training", blocks, note) if blocks else None
 
 
-def _blocks(folder: Path, subject: Subject) -> Iterator[Block]:
-    log = read_log(folder / LOG_FILE)
-    if len(log) > 1:
-        yield _curve(folder.name, log, [one for one in subject.checkpoints if one.path.parent == folder])
+def _log(folder: Path) -> Log | None:
+    """Return a run's log with its losses by step; None where it left none that can be read."""
+    try:
+        log = read_log(folder)
+        return log if len(log.curve(LOSS).along("step")) > 1 else None
+    except PgolfError:
+        return None
+
+
+def _blocks(folder: Path, log: Log | None) -> Iterator[Block]:
+    if log is not None:
+        yield _curve(folder.name, log)
     seconds = _phase_seconds(folder)
     if seconds:
         yield _seconds(folder.name, seconds)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the steps of a run's log; lines that a kill cut off are passed over, a repeated step counts once."""
-    if not path.is_file():
-        return []
-    steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if math.isfinite(record["loss"]):
-                steps[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [steps[step] for step in sorted(steps)]
 
 
 def thinned(values: np.ndarray, points: int = POINTS) -> np.ndarray:  # (n,) → (≤ points,)
@@ -59,54 +63,84 @@ def thinned(values: np.ndarray, points: int = POINTS) -> np.ndarray:  # (n,) →
     return np.array([group.mean() for group in groups])
 
 
-def _curve(run: str, log: list[dict[str, Any]], saved: list[Checkpoint]) -> Figure:
-    step, loss = (np.array([float(record[key]) for record in log]) for key in ("step", "loss"))
-    traces: list[dict[str, Any]] = [
-        {"type": "scatter", "mode": "lines", "name": "training loss, nats", "x": thinned(step), "y": thinned(loss)}
-    ]
-    marks = [(int(one.meta["step"]), str(one.meta["phase"])) for one in saved if one.meta["kind"] == "raw"]
-    marks = [mark for mark in dict.fromkeys(marks) if mark[1] not in SKIPPED_PHASES]
-    low, high = float(thinned(loss).min()), float(thinned(loss).max())
-    for place, phase in marks:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [place, place],
-                "y": [low, high],
-                "line": {"dash": "dot", "width": 1, "color": "#888888"},
-                "name": label(phase),
-                "showlegend": False,
-                "hovertemplate": "%{text}<extra></extra>",
-                "text": [f"step {place:,}: {label(phase)}"] * 2,
-            }
+def _line(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    hover = "%{fullData.name}<br>step %{x:,.0f}: %{y:.4f}<extra></extra>"
+    return {"type": "scatter", "mode": "lines", "name": label(name), "x": x, "y": y, "hovertemplate": hover}
+
+
+def _together(logs: list[Log]) -> Figure:
+    """Return the losses of several runs over each other, each smoothed over a fiftieth of its steps."""
+    traces, rows, ends = [], [], []
+    for log in logs:
+        curve = log.curve(LOSS)
+        step = curve.along("step")
+        window = float(step[-1] - step[0]) / 50
+        values = smooth(curve, "step", window).values
+        traces.append(_line(log.name, thinned(step), thinned(values)))
+        ends.append((float(values[-1]), log.name))
+        rows.append(
+            (Cell(log.name), number(float(step[-1]), ",.0f"), number(window, ",.0f"), number(ends[-1][0], ".4f"))
         )
-    placed = {"yref": "paper", "y": 1, "yanchor": "top", "xanchor": "right", "textangle": -90, "showarrow": False}
-    notes = [{"x": place, "text": label(phase), **placed} for place, phase in marks]
-    rows = [
-        (*(number(record[key], form) for key, form in TABLE_KEYS), number(record.get("tokens_per_second"), ",.0f"))
-        for record in _some(log, ROWS)
-    ]
-    header = ("step", "loss, nats", "learning rate ×", "training seconds", "tokens per second")
+    every = np.concatenate([trace["y"] for trace in traces])
     layout = {
         "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "loss, nats per token"}, "range": _range(thinned(loss))},
-        "annotations": notes,
+        "yaxis": {"title": {"text": "loss, nats per token"}, "range": _range(every)},
+    }
+    lowest = min(ends)
+    summary = f"{len(logs)} runs, smoothed over a fiftieth of their steps; {lowest[1]} ends lowest, at {lowest[0]:.4f}."
+    table = Table("Losses at the end", ("run", "steps", "smoothed over, steps", "loss at the end, nats"), rows)
+    return Figure("Losses of all runs", summary, traces, layout, table)
+
+
+def _curve(run: str, log: Log) -> Figure:
+    curve = log.curve(LOSS)
+    step, loss = curve.along("step"), curve.values
+    thin = thinned(loss)
+    traces = [_line("training loss", thinned(step), thin), *_measured(log)]
+    marks = [(place, phase) for phase, place in (log.phases or {}).items() if phase not in SKIPPED_PHASES]
+    low, high = float(thin.min()), float(thin.max())
+    traces += [_mark(place, phase, low, high) for place, phase in marks]
+    placed = {"yref": "paper", "y": 1, "yanchor": "top", "xanchor": "right", "textangle": -90, "showarrow": False}
+    layout = {
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": "nats per token"}, "range": _range(thin)},
+        "annotations": [{"x": place, "text": label(phase), **placed} for place, phase in marks],
     }
     last = float(loss[-20:].mean())
     summary = (
         f"Loss from {loss[0]:.3f} at step {step[0]:,.0f} to {last:.3f} nats per token (mean of the last 20 steps) at "
         f"step {step[-1]:,.0f}."
     )
-    return Figure(f"Loss of {run}", summary, traces, layout, Table(f"Loss of {run}", header, rows))
+    return Figure(f"Loss of {run}", summary, traces, layout, _table(run, log))
 
 
-TABLE_KEYS = (("step", ","), ("loss", ".4f"), ("lr_multiplier", ".3f"), ("train_seconds", ",.1f"))
+def _measured(log: Log) -> Iterator[dict[str, Any]]:
+    """Yield what checkpoints measured on validation text, in the same unit."""
+    for name, curve in log.curves.items():
+        if name.startswith("val_loss") and curve.has("step"):
+            view = name.removeprefix("val_loss").removeprefix("_") or "raw"
+            line = _line(f"validation, {view}", curve.along("step"), curve.values)
+            yield {**line, "mode": "lines+markers" if len(curve) > 1 else "markers"}
 
 
-def _some(log: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    places = np.unique(np.linspace(0, len(log) - 1, min(count, len(log))).astype(int))
-    return [log[place] for place in places]
+def _mark(place: float, phase: str, low: float, high: float) -> dict[str, Any]:
+    line = {"dash": "dot", "width": 1, "color": "#888888"}
+    text = [f"step {place:,.0f}: {label(phase)}"] * 2
+    drawn = {"mode": "lines", "line": line, "showlegend": False, "hovertemplate": "%{text}<extra></extra>"}
+    return {"type": "scatter", "x": [place, place], "y": [low, high], "text": text, "name": label(phase), **drawn}
+
+
+def _table(run: str, log: Log) -> Table:
+    """Return some of a run's steps with what its log says of each."""
+    curves = [(heading, log.curves[name], form) for name, heading, form in COLUMNS if name in log.curves]
+    step = log.curve(LOSS).along("step")
+    places = step[np.unique(np.linspace(0, len(step) - 1, min(ROWS, len(step))).astype(int))]
+    found = [(dict(zip(curve.step.tolist(), curve.values.tolist(), strict=True)), form) for _, curve, form in curves]
+    rows = [
+        (number(place, ",.0f"), *(number(values.get(place), form) for values, form in found))
+        for place in places.tolist()
+    ]
+    return Table(f"Loss of {run}", ("step", *(heading for heading, _, _ in curves)), rows)
 
 
 def _range(values: np.ndarray) -> list[float]:

@@ -12,6 +12,7 @@ from pgolf_post.report.sections.breakdowns import breakdowns
 from pgolf_post.report.sections.changes import changes
 from pgolf_post.report.sections.checkpoints import checkpoints
 from pgolf_post.report.sections.commands import commands
+from pgolf_post.report.sections.diagnostics import diagnostics
 from pgolf_post.report.sections.divergence import divergence
 from pgolf_post.report.sections.lineage import lineage
 from pgolf_post.report.sections.runs import runs
@@ -24,6 +25,7 @@ SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (  # None: there is 
     checkpoints,
     artifacts,
     tensors,
+    diagnostics,
     attribution,
     divergence,
     breakdowns,
