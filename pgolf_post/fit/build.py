@@ -25,7 +25,7 @@ from pgolf_post.fit.steps import RelativeSteps, relative_steps
 from pgolf_post.plan import TensorPlan
 from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
 from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor
-from pgolf_post.quantize.gptq.trellis import UNION_GRID, Trellis
+from pgolf_post.quantize.gptq.trellis import DIAGONALS, UNION_GRID, Trellis
 from pgolf_post.quantize.rows import as_matrix, entropy_bits, keep_tensor
 from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor, ScaleFactor, scale_of, smallest_dtype
 from pgolf_post.rules import KeepRule
@@ -98,13 +98,15 @@ class Builder:
     def _matrices(self, names: Iterable[str], sensitivity: Mapping[str, Sensitivity]) -> dict[str, Matrix]:
         """Factorize every matrix's Hessian and derive its relative steps."""
         couplings = {name: one.coupling for name, one in sensitivity.items() if one.coupling is not None}
+        # A trellis along diagonals visits columns in their own order, so that the decoder knows its neighbours.
+        act_order = not (self.settings.trellis_states and self.settings.lane_rows == DIAGONALS)
         inputs = FactorCache(lambda name: sensitivity[name].moments)
         outputs = FactorCache(couplings.__getitem__)
-        inputs.fill(names, SMALLEST_DAMP, act_order=True)
+        inputs.fill(names, SMALLEST_DAMP, act_order)
         outputs.fill(couplings, SMALLEST_DAMP, act_order=False)
         matrices = {}
         for name in names:
-            factor = inputs.get(name, SMALLEST_DAMP, act_order=True)
+            factor = inputs.get(name, SMALLEST_DAMP, act_order)
             row_factor = outputs.get(name, SMALLEST_DAMP, act_order=False) if name in couplings else None
             rows = sensitivity[name].rows if row_factor is None else row_factor.lengths.double().square()
             steps = relative_steps(rows, factor.column_lengths, self.settings.columns)

@@ -25,7 +25,9 @@ class FitSettings(Settings):
         0.5, ge=0, le=1, description="Share of the Fisher-weighted Hessian; the rest is the plain one."
     )
     trellis_states: int = Field(64, description="States of the trellis: 4, 8, 16 … 256; 0 rounds to a scalar grid.")
-    lane_rows: int = Field(512, ge=1, description="Rows after which a trellis restarts.")
+    lane_rows: int = Field(
+        512, ge=0, description="Rows after which a trellis restarts; 0 runs it along anti-diagonals, which is faster."
+    )
     shrink: bool = Field(False, description="Decode towards the centroid: one factor per tensor, in closed form.")
     zeros: bool = Field(False, description="Zero columns (and rows of a scalar grid) whose steps exceed √12·σ.")
     kappa: Literal["off", "role", "tensor"] = Field(

@@ -1,4 +1,4 @@
-"""Decode artifacts (container.py, rans.py) with numpy and brotli only."""
+"""Decode artifacts with numpy and brotli only."""
 
 import hashlib
 import json
@@ -22,13 +22,12 @@ class ArtifactError(ValueError):
     pass
 
 
-def need(condition, message="too large"):
-    if not condition:
+def need(met, message="too large"):
+    if not met:
         raise ArtifactError(message)
 
 
 def decode(data):
-    """(manifest, float32 tensors, parts by tensor)."""
     try:
         return build(*read_units(memoryview(data)))
     except Exception as error:
@@ -75,7 +74,7 @@ def build(first, *units):
 
 
 def lay_out(manifest):
-    """Parts [shape, ...] by unit and by tensor. Arrays will replace these shapes."""
+    """Parts [shape, ...] by unit and tensor."""
     check([manifest["tensors"], manifest["rans"]])
     layout, packed = {(2, label, 0): [[shape]] for label, shape in enumerate(manifest["rans"])}, {}
 
@@ -101,7 +100,7 @@ def check(tree):
 
 
 def spread(factors, shape, kind):
-    """Factors of one kind of number, as they broadcast to a matrix."""
+    """Factors of one kind, as they broadcast."""
     for axis, each, (values,) in factors:
         if values.dtype.kind == kind:
             yield values[None] if axis == 2 else values[np.arange(prod(shape)) // each].reshape(shape)
@@ -114,13 +113,15 @@ def dequantize(symbols, trellis, _, factors, scales, shape):
     points, state = symbols.astype("<i4") << len(trellis[:1]), np.zeros(symbols.shape[1], int)
     for row in range(len(symbols) * bool(trellis)):
         points[row] += state & 1
-        state = next_state(state, symbols[row], row, trellis)
+        state = next_state(state, symbols[row], row, len(state), trellis)
     return (points.astype("<f4") * scale).reshape(shape)
 
 
-def next_state(state, symbols, row, trellis):
+def next_state(state, symbols, row, width, trellis):
     lane, h0, h1 = trellis
-    return (state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1) * ((row + 1) % lane > 0)
+    state = state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1
+    edge = (row + 1) % lane if lane else np.arange(1, len(state) + 1) % width
+    return np.roll(state, -(not lane)) * (edge > 0)
 
 
 def power(n):
@@ -167,7 +168,7 @@ def rans(data, dtype, parts, layout, codec):
             means += size - means + half >> min(shift, (row + first).bit_length() - 1)
             now[:] = line + base * alike
             base = np.where(alike, now, base) if codec > 4 else now
-            path = next_state(path, now, row, trellis) if trellis else path
+            path = next_state(path, now, row, columns, trellis) if trellis else path
         yield from np.split(out, len(same), 1)
 
 

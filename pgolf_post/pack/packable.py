@@ -65,9 +65,9 @@ def _tensor_problems(name: str, tensor: QuantizedTensor) -> Iterable[str]:
         return
     if symbols.size != int(np.prod(tensor.shape, dtype=np.int64)):
         yield f"{name}: symbols {symbols.shape} do not make a tensor of {tensor.shape}"
-    if tensor.trellis and (tensor.trellis.states not in POLYNOMIALS or tensor.trellis.lane_rows < 1):
+    if tensor.trellis and (tensor.trellis.states not in POLYNOMIALS or tensor.trellis.lane_rows < 0):
         known = ", ".join(map(str, POLYNOMIALS))
-        yield f"{name}: {tensor.trellis}, expected one of {known} states and lanes of at least one row"
+        yield f"{name}: {tensor.trellis}, expected one of {known} states and lanes of rows, or 0 for diagonals"
     for factor in tensor.factors:
         yield from _factor_problems(name, factor, *symbols.shape)
 

@@ -120,11 +120,14 @@ def _walk(block: Block, table: np.ndarray, means: np.ndarray, levels: np.ndarray
 
         # the trellis bit of each symbol, and the state that the symbol leads to
         if block.trellis is not None:
-            if row % block.trellis.lane_rows == 0:
+            if not block.trellis.diagonal and row % block.trellis.lane_rows == 0:
                 state[:] = 0
             odds[row] = state & 1
             sizes += odds[row]
             state = table[2 * state.astype(np.int32) + (block.symbols[row] & 1)]
+            if block.trellis.diagonal:
+                state = np.append(state[1:], np.uint8(0))
+                state[block.columns - 1 :: block.columns] = 0
 
         # the row's magnitudes, less their shifts, move the means
         sizes = np.minimum(np.abs(sizes) * SHRINK[context_shifts], 65535).astype(np.int32)

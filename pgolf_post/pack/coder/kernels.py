@@ -16,15 +16,21 @@ def walk(  # type: ignore[no-untyped-def]
     update_shifts, half,  # of the running means: right shift by row, rounding
     log, shrink,  # tables: mean → eighths of an octave, context shift → multiplier
     means,  # (width,) int32, changed in place
-    table, lane_rows,  # next states of the trellis, empty without one
+    table, lane_rows,  # next states of the trellis, empty without one; 0 rows: it runs along anti-diagonals
     levels, odds,  # (rows, width) uint8, written
 ):  # fmt: skip
     """Write the level and the trellis bit of every symbol."""
     (tensors, rows), width = row_shifts.shape, residuals.shape[1]
     columns, state = width // tensors, np.zeros(width, np.uint8)
     for row in range(rows):
-        if len(table) and row % lane_rows == 0:
+        if len(table) and lane_rows > 0 and row % lane_rows == 0:
             state[:] = 0
+        if len(table) and lane_rows == 0:
+            for tensor in range(tensors):
+                last = (tensor + 1) * columns - 1
+                for column in range(tensor * columns, last):
+                    state[column] = state[column + 1]
+                state[last] = 0
         for tensor in range(tensors):
             row_shift = np.int64(row_shifts[tensor, row] & 127)
             for column in range(tensor * columns, (tensor + 1) * columns):

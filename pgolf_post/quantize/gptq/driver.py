@@ -28,6 +28,7 @@ from torch import Tensor
 from pgolf_post.base.numba import use_compiled
 from pgolf_post.base.workers import map_items
 from pgolf_post.quantize.gptq.columns import rounding
+from pgolf_post.quantize.gptq.diagonals import round_diagonals
 from pgolf_post.quantize.gptq.factorize import FactorCache, LDLFactor, factorize
 from pgolf_post.quantize.gptq.job import Job
 from pgolf_post.quantize.gptq.panels import Buffers, Panel, panels_of
@@ -66,12 +67,20 @@ def gptq_jobs(
     """Return the symbols of many matrices, chunks side by side on torch's threads. Call advance(weights done)."""
     symbols = [torch.empty(job.weight.shape, dtype=torch.int16, device=job.weight.device) for job in jobs]
     fast = [use_compiled(compiled, job.weight) for job in jobs]
-    panels = [(index, panel) for index, job in enumerate(jobs) for panel in panels_of(job, fast[index])]
+    whole = [Panel(0, 1, 1, len(job.weight)) for job in jobs]
+    panels = [
+        (index, panel)
+        for index, job in enumerate(jobs)
+        for panel in ([whole[index]] if job.along_diagonals else panels_of(job, fast[index]))
+    ]
     panels.sort(key=lambda item: -jobs[item[0]].weight.size(1))  # long ones first: none is left alone at the end
 
     def run(item: tuple[int, Panel]) -> int:
         index, panel = item
-        _quantize(jobs[index], panel, block_size, fast[index], symbols[index])
+        if jobs[index].along_diagonals:
+            symbols[index].copy_(torch.from_numpy(round_diagonals(jobs[index], fast[index])))
+        else:
+            _quantize(jobs[index], panel, block_size, fast[index], symbols[index])
         return panel.rows * jobs[index].weight.size(1)
 
     for weights in map_items(run, panels):

@@ -49,6 +49,11 @@ class Job:
         if not is_finite(row_feedback):
             self._refuse("row feedback", row_feedback, ~torch.isfinite(row_feedback))
 
+    @property
+    def along_diagonals(self) -> bool:
+        """Whether the trellis runs along anti-diagonals, which takes the matrix in one piece (diagonals.py)."""
+        return self.trellis is not None and self.trellis.diagonal
+
     def _refuse(self, what: str, values: Tensor, bad: Tensor) -> None:
         place = bad.nonzero()[0].tolist()
         value = float(values[tuple(place)])

@@ -116,6 +116,46 @@ def coupled(
     return symbols
 
 
+def diagonals(
+    weight: Array,  # (out, in) float32, as all of these
+    feedback: Array,  # (in, in) F of the inputs
+    row_feedback: Array | None,  # (out, out) G of the outputs; None: rows are not coupled
+    steps: Array,  # (out, in), of the union grid
+    largest: int,  # symbols stay within ±largest
+    code: Trellis,
+) -> Array:  # (out, in) int symbols
+    """Round with feedback from both sides, paths running along anti-diagonals from (i, j) to (i + 1, j - 1).
+
+    Targets are those of `coupled`, V for R: w + Σ_l<j F_lj·V_il + Σ_k<i G_ki·E_kj. No error of an anti-diagonal moves
+    a target of the same one, so each is searched as `trellis` searches a column.
+
+    2×2, four states: W = [[.9, 2.2], [1.1, 2.5]], F_01 = .9, G_01 = .5, steps 1. (0, 0): .9 → 0 (.81; 2 costs 1.21),
+    E = V = .9. Then (0, 1) is to become 2.2 + .9·.9 = 3.01 and (1, 0) 1.1 + .5·.9 = 1.55. From state 0 (2, 1) costs
+    .98 + .30, (4, 2) .98 + .20 and wins: E_01 = -1.8; E_10 = 1.1 - 2 = -.9, V_10 = -.9 + .45 = -.45.
+    (1, 1), a path of its own: 2.5 - .9·.45 - .5·1.8 = 1.195 → 2. Symbols m = (n - z0)/2: [[0, 2], [1, 1]].
+    """
+    rows, columns = weight.shape
+    symbols = np.zeros((rows, columns), int)
+    errors, residuals = np.zeros((rows, columns), F), np.zeros((rows, columns), F)
+
+    def pull(i: int, j: int) -> np.float32:
+        total = F(0)
+        for k in range(i if row_feedback is not None else 0):
+            total = total + row_feedback[k, i] * errors[k, j]  # type: ignore[index]
+        return total
+
+    for d in range(rows + columns - 1):
+        places = [(i, d - i) for i in range(max(0, d - columns + 1), min(rows, d + 1))]
+        targets = [
+            (weight[i, j] + _correction(residuals, feedback, i, j) + pull(i, j)) / steps[i, j] for i, j in places
+        ]
+        for (i, j), point, symbol in zip(places, *_cheapest_path(targets, code, largest), strict=True):
+            symbols[i, j] = symbol
+            errors[i, j] = weight[i, j] - point * steps[i, j]
+            residuals[i, j] = errors[i, j] + pull(i, j)
+    return symbols
+
+
 def _correction(errors: Array, feedback: Array, i: int, j: int) -> np.float32:
     """Return Σ_k<j F_kj·e_ik, added up in the order of the columns."""
     total = F(0)

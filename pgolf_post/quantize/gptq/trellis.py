@@ -4,7 +4,8 @@ Rows of a column are visited in order, and a small state machine says which half
 use: a symbol m means the grid point n = 2m + z0, where z0 is the state's first bit, and the branch bit m mod 2 moves
 the state on. An encoder that searches the paths (Viterbi) gains 0.17 to 0.22 bit per weight over a scalar grid of the
 same rate (Marcellin & Fischer 1990; entropy-coded, with Ungerboeck's codes). The state restarts at 0 in every lane of
-`lane_rows` rows, so that lanes can be searched side by side.
+`lane_rows` rows, so that lanes can be searched side by side. Or the machine runs along anti-diagonals, from (i, j) to
+(i + 1, j - 1), and starts at 0 in the first row and in the last column (diagonals.py says what that is good for).
 
 States are ν-bit registers in observer form, r1 the lowest bit: z0 = r1, and with z1 the branch bit
 r_k' = r_{k+1} ⊕ h0_k·z0 ⊕ h1_k·z1 for k = 1 .. ν, r_{ν+1} = 0. The parity polynomials are Ungerboeck's, in octal.
@@ -20,6 +21,7 @@ POLYNOMIALS = {  # states → (h0, h1), octal
     4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10),
     64: (0o103, 0o24), 128: (0o235, 0o126), 256: (0o515, 0o362),
 }  # fmt: skip
+DIAGONALS = 0  # lane_rows of a trellis along anti-diagonals
 UNION_GRID = 0.5  # step of the union grid, in steps of the scalar grid that has as many symbols
 
 
@@ -28,7 +30,11 @@ class Trellis:
     """Trellis that a tensor's symbols run through."""
 
     states: int  # a key of POLYNOMIALS
-    lane_rows: int  # rows after which the state restarts at 0
+    lane_rows: int  # rows after which the state restarts at 0; DIAGONALS: it runs along anti-diagonals
+
+    @property
+    def diagonal(self) -> bool:
+        return self.lane_rows == DIAGONALS
 
 
 def next_states(states: int) -> np.ndarray:  # (states, 2) uint8: the state after branch bit 0 or 1
@@ -48,10 +54,12 @@ def first_bits(
     bits = np.empty(symbols.shape, np.uint8)
     state = np.zeros(symbols.shape[1], np.uint8)
     for row in range(len(symbols)):
-        if row % trellis.lane_rows == 0:
+        if not trellis.diagonal and row % trellis.lane_rows == 0:
             state[:] = 0
         bits[row] = state & 1
         state = table[state, symbols[row] & 1]
+        if trellis.diagonal:
+            state = np.append(state[1:], np.uint8(0))
     return bits
 
 
