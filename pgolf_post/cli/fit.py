@@ -53,6 +53,7 @@ FIT_FLAGS = {
     "row_feedback": "--row-feedback",
     "weighted": "--weighted",
     "trellis_states": "--trellis-states",
+    "lane_rows": "--lane-rows",
     "shrink": "--shrink",
     "zeros": "--zeros",
     "kappa": "--kappa",

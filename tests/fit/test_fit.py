@@ -22,6 +22,7 @@ from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
 from pgolf_post.fit.target_gap import limit_for_gap
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
+from pgolf_post.quantize.gptq.trellis import DIAGONALS
 
 CALIBRATION = CalibrationSettings(tokens=512)
 SETTINGS = FitSettings(kappa_tokens=256, trellis_states=8)
@@ -143,6 +144,20 @@ def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
     other = Builder(fitter.view, fitter.stats, SETTINGS.model_copy(update=changed))
     first, second = fitter.builder.quantize(constants), other.quantize(constants)
     assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
+
+
+def test_a_trellis_along_diagonals_fills_the_budget_and_decodes(view: View, pico_data: DataFolder) -> None:
+    settings = SETTINGS.model_copy(update={"lane_rows": DIAGONALS})
+    fitter = prepare(view, pico_data, CALIBRATION, settings)
+    limit = budget(fitter, 3.5)
+    artifact = fit_artifact(fitter, limit)
+    assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
+    decoded = read_artifact(artifact.path)
+    quantized = fitter.builder.quantize(constants_of(fitter.builder.matrices, artifact.meta["constant"], fitter.kappa))
+    for name, tensor in quantized.items():
+        assert tensor.trellis is not None
+        assert tensor.trellis.diagonal
+        assert np.array_equal(decoded.tensors[name], tensor.dequantize()), name
 
 
 @pytest.mark.parametrize("states", [0, 4])
