@@ -43,7 +43,7 @@ pgolf_post.average pgolf_post.importers
 pgolf_post.curves
 pgolf_post.diagnose
 pgolf_post.fit
-pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe
+pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe pgolf_post.submit pgolf_post.doctor
 pgolf_post.sweep
 pgolf_post.report
 pgolf_post

@@ -19,6 +19,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
         "demo": ("demo", "The whole pipeline on this machine, ending in four quantizers at one byte count."),
         "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
+        "doctor": ("doctor", "Is this machine fit for a run? Software, GPUs, disk, data, speed; exit 4 on a failure."),
         "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
         "completion": ("completion", "Print the script that completes commands and options in bash, zsh or fish."),
     },
@@ -56,6 +57,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
         "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
         "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
+    },
+    "Hand in": {
+        "submit": ("submit", "A record folder whose script runs by itself, made and proved; checks of anyone's."),
     },
     "Experiments and results": {
         "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),

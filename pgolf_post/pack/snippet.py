@@ -19,8 +19,17 @@ HEADER = "# Decoder of pgolf-post artifacts: decode(bytes) -> float32 arrays by 
 
 def decoder_snippet() -> str:
     """Return the source of the snippet."""
-    tree = _Strip().visit(ast.parse(Path(decode.__file__).read_text("utf-8")))
-    return HEADER + ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    return HEADER + _stripped(_Strip())
+
+
+def decoder_module() -> str:
+    """Return the source of `decode.py` without its guards; `decode` returns what it does there."""
+    return _stripped(_Strip(tensors_alone=False))
+
+
+def _stripped(strip: _Strip) -> str:
+    tree = strip.visit(ast.parse(Path(decode.__file__).read_text("utf-8")))
+    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
 
 
 def unguarded_inflate() -> str:
@@ -35,7 +44,10 @@ def unguarded_inflate() -> str:
 
 
 class _Strip(ast.NodeTransformer):
-    """Drop guards and docstrings; `decode` returns the tensors alone."""
+    """Drop guards and docstrings; with `tensors_alone`, `decode` returns nothing else."""
+
+    def __init__(self, tensors_alone: bool = True) -> None:
+        self.tensors_alone = tensors_alone
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         call = node.value
@@ -49,7 +61,7 @@ class _Strip(ast.NodeTransformer):
         if node.name == "inflate":
             return ast.parse(unguarded_inflate()).body[0]
         self.generic_visit(node)
-        if node.name == "build":
+        if node.name == "build" and self.tensors_alone:
             node.body[-1] = ast.Return(ast.Name("tensors", ast.Load()))
         return node
 

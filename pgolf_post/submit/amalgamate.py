@@ -1,0 +1,461 @@
+"""One file from many modules: the definitions that a program reaches, reduced by what is known of it.
+
+From the entry function on, every global name in a definition leads to the next one (static reachability, as in a
+linker). Each is reduced first (`reduce`), so that what only other settings would need is never reached. Methods and
+attributes that nothing names are left out, which may leave more unreached, and so on until nothing changes. What is
+left is written in the order in which Python needs it, with the imports of public packages on top.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import keyword
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pgolf_post.errors import MismatchError
+from pgolf_post.submit.calls import constant_parameters
+from pgolf_post.submit.known import Evaluator, Facts, set_elsewhere
+from pgolf_post.submit.reduce import Reducer, copied, is_known_object
+from pgolf_post.submit.sources import Definition, Sources, is_address, parameters
+
+HEADER = "from __future__ import annotations\n"
+DROPPED_BASES = ("abc:ABC", "typing:Generic", "typing:Protocol")
+DROPPED_DECORATORS = ("abc:abstractmethod", "typing:runtime_checkable", "typing:override")
+BY_NAME = ("getattr", "hasattr", "setattr")
+CALLED_BY_TORCH = ("forward",)
+NEEDS_FIELDS = ("dataclasses:dataclass",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One definition of the amalgamated file."""
+
+    module: str
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Amalgam:
+    """A self-contained program."""
+
+    imports: str
+    parts: tuple[Part, ...]
+    start: str  # the call of the entry function
+    external: tuple[str, ...] = field(default=())  # packages that it imports
+
+    @property
+    def source(self) -> str:
+        """The whole file."""
+        return self.without(None)
+
+    def without(self, module: str | None) -> str:
+        """Return the file less the definitions of one module, to see what they cost; it does not run."""
+        bodies = [part.source for part in self.parts if part.module != module]
+        return "\n\n".join([HEADER + self.imports, *bodies, self.start]) + "\n"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.module for part in self.parts))
+
+
+def amalgamate(
+    sources: Sources,
+    entry: str,  # address of the function that is the program
+    facts: Facts,
+    silent: Iterable[str] = (),  # addresses of functions, or names of methods, whose calls only talk or check
+    unused: Iterable[str] = (),  # methods that are not called, "module:Class.method", where another of the name is
+) -> Amalgam:
+    """Return the program that calls `entry`. Raises MismatchError for what cannot stand alone."""
+    changed: frozenset[str] = frozenset()
+    while True:
+        evaluator = Evaluator(sources, facts, changed)
+        linker = _Linker(sources, entry, evaluator, frozenset(silent), frozenset(unused))
+        linker.link()
+        evaluator.forget()
+        more = set_elsewhere(sources.definition(at) for at in linker.reached)
+        if more <= changed:
+            break
+        changed |= more  # what was taken for known may not be: start again without it
+    check_known(linker.reached, facts)
+    return linker.written()
+
+
+class _Linker:
+    def __init__(
+        self, sources: Sources, entry: str, evaluator: Evaluator, silent: frozenset[str], unused: frozenset[str]
+    ) -> None:
+        self.sources, self.entry, self.unused = sources, entry, unused
+        self.reducer = Reducer(evaluator, silent)
+        self.reached: dict[str, Definition] = {}  # by the address of its first name
+        self.copies: dict[int, Definition] = {}
+        self.external: set[str] = set()
+        self.named: set[str] = set()  # attributes that reached code reads
+
+    # ---- reachability ----------------------------------------------------------------------------------------------
+
+    def link(self) -> None:
+        """Reach and reduce until nothing changes."""
+        before: list[str] = []
+        while True:
+            self._reach()
+            self._shake()
+            state = sorted(self.reached) + [ast.dump(each.node) for each in self.reached.values()]
+            if state == before:
+                return
+            before = state
+
+    def _own(self, at: str) -> Definition:
+        original = self.sources.definition(at)
+        if id(original) not in self.copies:
+            self.copies[id(original)] = self._prepared(copied(original))
+        return self.copies[id(original)]
+
+    def _prepared(self, definition: Definition) -> Definition:
+        """Reduce a definition, and take from it what only type checkers and readers of tables need."""
+        node = definition.node
+        chosen = self._chosen_from_table(node, definition.module)
+        if chosen is not None:
+            assert isinstance(node, ast.Assign)
+            node.value = chosen
+        if isinstance(node, ast.ClassDef):
+            bases = [base for base in node.bases if _name_of(base) not in DROPPED_BASES]
+            node.bases = [base.value if isinstance(base, ast.Subscript) else base for base in bases]
+            node.keywords = []
+        for each in ast.walk(node):
+            if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
+                each.decorator_list = [d for d in each.decorator_list if _name_of(d) not in DROPPED_DECORATORS]
+        self.reducer.reduce(definition)
+        return definition
+
+    def _chosen_from_table(self, node: ast.stmt, module: str) -> ast.expr | None:
+        """Return the row of `NAME = TABLE["key"]` where the table is written out in the same module."""
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Subscript):
+            return None
+        table, key = node.value.value, node.value.slice
+        if not isinstance(table, ast.Name) or not isinstance(key, ast.Constant) or not is_address(table.id):
+            return None
+        tree = copied(self.sources.definition(table.id)).node
+        rows = getattr(tree, "value", None)
+        if not isinstance(rows, ast.Dict):
+            return None
+        for own, row in zip(rows.keys, rows.values, strict=True):
+            if isinstance(own, ast.Constant) and own.value == key.value:
+                return row
+        return None
+
+    def _reach(self) -> None:
+        """Find what is reached: definitions by their names, methods of reached classes by theirs."""
+        self.reached, self.external = {}, set()
+        named: set[str] = set(CALLED_BY_TORCH)
+        done: set[int] = set()
+        todo = [self.entry]
+        while todo:
+            units = [unit for at in todo for unit in self._arrive(at)]
+            units += [unit for each in self.reached.values() for unit in self._methods(each, named)]
+            todo = []
+            for unit in units:
+                if id(unit) not in done:
+                    done.add(id(unit))
+                    named.update(_attribute_names(unit))
+                    todo += names_read(unit)
+            if not todo:
+                more = [unit for each in self.reached.values() for unit in self._methods(each, named)]
+                todo = [name for unit in more if id(unit) not in done for name in ["", *names_read(unit)]]
+        self.named = named
+
+    def _arrive(self, at: str) -> list[ast.AST]:
+        """Return the code that a name brings with it: a function, or a class without its methods."""
+        module, _, name = at.partition(":")
+        if not at:
+            return []
+        if not self.sources.is_own(module):
+            self.external.add(at)
+            return []
+        if not name:
+            raise MismatchError(f"{module} is used as a value, which one file cannot do")
+        definition = self._own(at)
+        if definition.addresses[0] in self.reached:
+            return []
+        self.reached[definition.addresses[0]] = definition
+        if not isinstance(definition.node, ast.ClassDef):
+            return [definition.node]
+        methods = [each for each in definition.node.body if isinstance(each, ast.FunctionDef)]
+        outside = [each for each in definition.node.body if each not in methods]
+        return [*definition.node.bases, *definition.node.decorator_list, *outside]
+
+    def _methods(self, definition: Definition, named: set[str]) -> list[ast.AST]:
+        """Return the methods of a reached class that are called by a name that is read somewhere."""
+        if not isinstance(definition.node, ast.ClassDef):
+            return []
+        methods = [each for each in definition.node.body if isinstance(each, ast.FunctionDef)]
+        unused = {name.rpartition(".")[2] for name in self.unused if name.startswith(f"{definition.addresses[0]}.")}
+        return [each for each in methods if _is_kept(each.name, named) and each.name not in unused]
+
+    def _shake(self) -> None:
+        """Leave out methods that are not reached, attributes of self that are only set, and learn what calls give."""
+        for definition in self.reached.values():
+            if isinstance(definition.node, ast.ClassDef):
+                self._shake_class(definition.node, self._methods(definition, self.named))
+        learned = constant_parameters(self.reached)
+        for definition, function, constant in learned:
+            self.reducer.evaluator.learn(definition, function, constant)
+        for definition in self.reached.values():
+            self.reducer.reduce(definition)
+
+    def _shake_class(self, node: ast.ClassDef, live: list[ast.AST]) -> None:
+        kept: list[ast.stmt] = []
+        for each in node.body:
+            if isinstance(each, ast.FunctionDef) and not any(each is method for method in live):
+                continue
+            if isinstance(each, ast.AnnAssign) and each.value is None and not _has_fields(node):
+                continue  # a declaration
+            kept.append(each)
+        for method in kept:
+            if isinstance(method, ast.FunctionDef):
+                _drop_unread_attributes(method, self.named)
+        node.body = kept or [ast.Pass()]
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def written(self) -> Amalgam:
+        """Return the program as text."""
+        ordered = self._ordered()
+        names = self._names(ordered)
+        parts = []
+        for definition in ordered:
+            node = _Named(names).visit(copied(definition).node)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                node.name = names[definition.addresses[0]]
+            text = ast.unparse(ast.fix_missing_locations(node))
+            parts.append(Part(definition.module, ", ".join(definition.names), text))
+        start = f'if __name__ == "__main__":\n    {names[self.entry]}()'
+        packages = sorted({at.partition(":")[0].partition(".")[0] for at in self.external if ":" in at})
+        return Amalgam(self._imports(names), tuple(parts), start, tuple(packages))
+
+    def _ordered(self) -> list[Definition]:
+        """Return definitions so that whatever runs at import time comes after what it reads."""
+        done: dict[str, Definition] = {}
+        active: set[str] = set()
+
+        def visit(definition: Definition) -> None:
+            at = definition.addresses[0]
+            if at in done or at in active:
+                return
+            active.add(at)
+            for name in names_read(definition.node, at_import=True):
+                module = name.partition(":")[0]
+                if self.sources.is_own(module):
+                    visit(self._own(name))
+            done[at] = definition
+
+        for definition in sorted(self.reached.values(), key=lambda each: (each.module, each.order)):
+            visit(definition)
+        return [each for at, each in done.items() if at in self.reached]
+
+    def _names(self, ordered: list[Definition]) -> dict[str, str]:
+        """Return a plain name for every address: its own, unless taken, or a local of some reader."""
+        locals_of: dict[str, set[str]] = {}  # address → names local to definitions that read it
+        for definition in ordered:
+            local = _plain_names(definition.node)
+            for at in [*names_read(definition.node), *definition.addresses]:
+                locals_of.setdefault(at, set()).update(local)
+        names: dict[str, str] = {}
+        taken = set(dir(builtins)) | set(keyword.kwlist)
+        addresses = [at for each in ordered for at in each.addresses] + sorted(self.external)
+        for at in addresses:
+            module, _, own = at.partition(":")
+            name = own or self.sources.aliases.get(at, module.rpartition(".")[2])
+            if own and not self.sources.is_own(module):
+                name = self.sources.aliases.get(at, own)
+            forms = [
+                name,
+                f"{name}_{module.rpartition('.')[2]}",
+                *(f"{name}_{n}" for n in range(2, len(addresses) + 3)),
+            ]
+            name = next(each for each in forms if each not in taken and each not in locals_of.get(at, ()))
+            names[at] = name
+            taken.add(name)
+        return names
+
+    def _imports(self, names: dict[str, str]) -> str:
+        lines = []
+        for at in sorted(self.external):
+            module, _, own = at.partition(":")
+            alias = names[at]
+            if not own:
+                lines.append(f"import {module}" + (f" as {alias}" if alias != module else ""))
+            else:
+                lines.append(f"from {module} import {own}" + (f" as {alias}" if alias != own else ""))
+        return "\n".join(lines) + "\n"
+
+
+def names_read(node: ast.AST, at_import: bool = False) -> list[str]:
+    """Return the addresses that a definition reads, annotations left out; `at_import`: when it is defined."""
+    found: dict[str, None] = {}
+
+    def visit(part: ast.AST) -> None:
+        if isinstance(part, ast.Name):
+            if is_address(part.id):
+                found[part.id] = None
+        elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for each in [*getattr(part, "decorator_list", []), *part.args.defaults, *part.args.kw_defaults]:
+                if each is not None:
+                    visit(each)
+            if not at_import:
+                for each in part.body if isinstance(part.body, list) else [part.body]:
+                    visit(each)
+        elif isinstance(part, ast.AnnAssign):
+            visit(part.target)
+            if part.value is not None:
+                visit(part.value)
+        else:
+            for each in ast.iter_child_nodes(part):
+                visit(each)
+
+    visit(node)
+    return list(found)
+
+
+def _name_of(node: ast.expr) -> str:
+    """Return the address of a base or decorator, without its arguments."""
+    while isinstance(node, (ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _attribute_names(node: ast.AST) -> Iterator[str]:
+    """Yield every attribute that is read, and every one that is asked for by name."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Load):
+            yield each.attr
+        elif isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Attribute):
+            yield each.target.attr
+        elif isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id in BY_NAME:
+            yield from (a.value for a in each.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def _is_kept(name: str, named: set[str]) -> bool:
+    return name in named or name in CALLED_BY_TORCH or (name.startswith("__") and name.endswith("__"))
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    """Whether declarations of a class are fields: of a dataclass or a NamedTuple."""
+    decorated = any(_name_of(each) in NEEDS_FIELDS for each in node.decorator_list)
+    return decorated or any(_name_of(base) == "typing:NamedTuple" for base in node.bases)
+
+
+def _drop_unread_attributes(method: ast.FunctionDef, named: set[str]) -> None:
+    """Leave out `self.x = value` where nothing reads x and the value is a name or a constant."""
+
+    def is_dead(target: ast.expr, value: ast.expr) -> bool:
+        is_own = isinstance(target, ast.Attribute) and _name_of(target.value) == "self"
+        is_plain = isinstance(value, (ast.Name, ast.Constant)) or _name_of(value) == "functools:partial"
+        return is_own and target.attr not in named and is_plain  # type: ignore[attr-defined]
+
+    for part in ast.walk(method):
+        body = getattr(part, "body", None)
+        if not isinstance(body, list) or not body or not isinstance(body[0], ast.stmt):
+            continue
+        kept: list[ast.stmt] = []
+        for each in body:
+            if isinstance(each, ast.Assign) and len(each.targets) == 1:
+                target, value = each.targets[0], each.value
+                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                    pairs = [pair for pair in zip(target.elts, value.elts, strict=True) if not is_dead(*pair)]
+                    if not pairs:
+                        continue
+                    target.elts, value.elts = [t for t, _ in pairs], [v for _, v in pairs]
+                    if len(pairs) == 1:
+                        each.targets, each.value = [pairs[0][0]], pairs[0][1]
+                elif is_dead(target, value):
+                    continue
+            kept.append(each)
+        part.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+
+
+def _plain_names(node: ast.AST) -> set[str]:
+    """Return all local names of a definition."""
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and not is_address(each.id)}
+    for each in ast.walk(node):
+        if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            names.update(arg.arg for arg in parameters(each))
+        if isinstance(each, ast.ExceptHandler) and each.name:
+            names.add(each.name)
+        if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and each is not node:
+            names.add(each.name)
+    return names
+
+
+class _Named(ast.NodeTransformer):
+    """Write plain names for addresses; in annotations, those of what is not there are as they were."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names, self.module = names, ""
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        if not is_address(node.id):
+            return node
+        module, _, own = node.id.partition(":")
+        return ast.copy_location(ast.Name(self.names.get(node.id, own or module), node.ctx), node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
+
+
+def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:
+    """Raise MismatchError where a known object, written as None, is read by something that does not know it."""
+    methods: dict[str, list[ast.FunctionDef]] = {}
+    functions: dict[str, ast.FunctionDef] = {}
+    for at, definition in reached.items():
+        node = definition.node
+        if isinstance(node, ast.FunctionDef):
+            functions[at] = node
+        for each in ast.walk(node):
+            if isinstance(each, ast.ClassDef):
+                own = [part for part in each.body if isinstance(part, ast.FunctionDef)]
+                for method in own:
+                    methods.setdefault(method.name, []).append(method)
+                    if method.name == "__init__" and each is node:
+                        functions[at] = method
+    for at, definition in reached.items():
+        for node in ast.walk(definition.node):
+            if isinstance(node, (ast.Attribute, ast.Subscript)) and is_known_object(node.value):
+                raise MismatchError(f"{at}: {ast.unparse(node)} reads a setting that is not known when it is written")
+            if not isinstance(node, ast.Call):
+                continue
+            for place, argument in enumerate(node.args):
+                if is_known_object(argument):
+                    for function, first in _callees(node.func, definition.node, functions, methods):
+                        _check_parameter(at, function, place + first, facts)
+
+
+def _callees(
+    called: ast.expr,
+    around: ast.AST,  # the definition that the call stands in
+    functions: Mapping[str, ast.FunctionDef],
+    methods: Mapping[str, list[ast.FunctionDef]],
+) -> list[tuple[ast.FunctionDef, int]]:
+    """Return the functions that a call may reach, and how many parameters come before its first argument."""
+    if ast.unparse(called) == "super().__init__" and isinstance(around, ast.ClassDef):
+        return [(functions[base.id], 1) for base in around.bases if isinstance(base, ast.Name) and base.id in functions]
+    if isinstance(called, ast.Name):
+        function = functions.get(called.id)
+        return [(function, int(function.name == "__init__"))] if function is not None else []
+    if isinstance(called, ast.Attribute):
+        return [(method, 1) for method in methods.get(called.attr, [])]
+    return []
+
+
+def _check_parameter(at: str, function: ast.FunctionDef, place: int, facts: Facts) -> None:
+    args = function.args.args
+    if place >= len(args) or (
+        isinstance(args[place].annotation, ast.Name) and args[place].annotation.id in facts.values
+    ):  # type: ignore[union-attr]
+        return
+    read = {each.id for each in ast.walk(function) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+    if args[place].arg in read:
+        raise MismatchError(f"{at} hands a known object to {function.name}({args[place].arg}), which does not know it")

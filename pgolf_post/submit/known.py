@@ -1,0 +1,428 @@
+"""Values known before the program runs: a handed-in script serves one model and one protocol, and asks nothing twice.
+
+`Facts` says what is known: the settings that parameters of some class always are, attributes of a few others, answers
+of functions. An expression made of nothing else has a value here, and the reducer writes the value in its place; so
+`if self.config.smear_gate:` becomes one of its branches and `split_visits(config, graph.active_loops)` two lists.
+
+Nothing is guessed: what is not known is `UNKNOWN`, and an expression is evaluated only by the operators, the builtins
+and the functions listed here, or by functions of the model's own package whose arguments are all known.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from pgolf_post.settings import Settings
+from pgolf_post.submit.sources import Definition, Sources, is_address, parameters
+
+UNKNOWN: Any = object()
+SCALARS = (bool, int, float, str, bytes, type(None))
+CONSTANT_PARAMETERS = "constant_parameters"  # attribute of a function's node: parameter → value of every call
+MOST_ITEMS = 4096  # of a literal that is written out
+
+BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+COMPARED: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+CALLED: dict[str, Callable[..., Any]] = {
+    "int": int,
+    "len": len,
+    "bool": bool,
+    "max": max,
+    "min": min,
+    "sum": sum,
+    "sorted": sorted,
+    "tuple": tuple,
+    "list": list,
+}
+
+
+@dataclass(frozen=True)
+class Partly:
+    """An object of which only some attributes are known."""
+
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object of one of our classes, of which those attributes are known that all its objects share."""
+
+    owner: Definition
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that is known about the program, by the addresses of classes and functions."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)  # class → the object that a parameter so annotated is
+    answers: Mapping[str, Any] = field(default_factory=dict)  # function → the value of each of its calls
+    module: nn.Module | None = None  # the model: attributes that all modules of a class share are known
+    absent: frozenset[str] = frozenset()  # attributes that no object has
+    pure: frozenset[str] = frozenset()  # packages whose functions are evaluated where all their arguments are known
+
+
+@dataclass
+class Scope:
+    """What is known inside one function."""
+
+    locals: dict[str, Any] = field(default_factory=dict)
+    owner: Definition | None = None  # the class of a method
+
+
+class Evaluator:
+    """Evaluate expressions of resolved definitions."""
+
+    def __init__(self, sources: Sources, facts: Facts, changed: frozenset[str] = frozenset()) -> None:
+        self.sources, self.facts = sources, facts
+        self.changed = changed  # attributes that are also set from outside their class: never known
+        self._attributes: dict[str, dict[str, Any]] = {}  # class → attributes of self
+        self._bases_of, self._bases_known = -1, set[str]()  # of how many definitions, which classes are bases
+
+    # ---- expressions -----------------------------------------------------------------------------------------------
+
+    def value(self, node: ast.expr | None, scope: Scope) -> Any:
+        """Return an expression's value, or UNKNOWN."""
+        evaluate = self._BY_TYPE.get(type(node))
+        if evaluate is None:
+            return UNKNOWN
+        try:
+            return evaluate(self, node, scope)
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
+            return UNKNOWN
+
+    def _constant(self, node: ast.Constant, scope: Scope) -> Any:
+        return node.value
+
+    def _name(self, node: ast.Name, scope: Scope) -> Any:
+        if not is_address(node.id):
+            value = scope.locals.get(node.id, UNKNOWN)
+            return UNKNOWN if isinstance(value, Instance) else value
+        module, _, name = node.id.partition(":")
+        if not name or not self.sources.is_own(module):
+            return UNKNOWN
+        return getattr(importlib.import_module(module), name, UNKNOWN)
+
+    def _attribute(self, node: ast.Attribute, scope: Scope) -> Any:
+        if isinstance(node.value, ast.Name) and node.value.id == "self" and scope.owner is not None:
+            return self.attributes(scope.owner).get(node.attr, UNKNOWN)
+        held = scope.locals.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        if isinstance(held, Instance):
+            return self.attributes(held.owner).get(node.attr, UNKNOWN)
+        base = self.value(node.value, scope)
+        if isinstance(base, Partly):
+            return base.attributes.get(node.attr, UNKNOWN)
+        is_plain = isinstance(base, Settings) or (dataclasses.is_dataclass(base) and not isinstance(base, type))
+        return getattr(base, node.attr, UNKNOWN) if is_plain else UNKNOWN
+
+    def _binary(self, node: ast.BinOp, scope: Scope) -> Any:
+        left, right = self.value(node.left, scope), self.value(node.right, scope)
+        numbers = (int, float)
+        if not isinstance(left, numbers) or not isinstance(right, numbers):
+            return UNKNOWN
+        return BINARY[type(node.op)](left, right)
+
+    def _unary(self, node: ast.UnaryOp, scope: Scope) -> Any:
+        operand = self.value(node.operand, scope)
+        if operand is UNKNOWN:
+            return UNKNOWN
+        return not operand if isinstance(node.op, ast.Not) else -operand if isinstance(node.op, ast.USub) else UNKNOWN
+
+    def _boolean(self, node: ast.BoolOp, scope: Scope) -> Any:
+        """Return the value of `and`, `or`: known where an operand in front of all unknown ones decides."""
+        decides = isinstance(node.op, ast.Or)
+        value = UNKNOWN
+        for operand in node.values:
+            value = self.value(operand, scope)
+            if value is UNKNOWN or bool(value) == decides:
+                return value
+        return value
+
+    def _compare(self, node: ast.Compare, scope: Scope) -> Any:
+        left = self.value(node.left, scope)
+        for kind, right_node in zip(node.ops, node.comparators, strict=True):
+            right = self.value(right_node, scope)
+            if left is UNKNOWN or right is UNKNOWN:
+                return UNKNOWN
+            if not COMPARED[type(kind)](left, right):
+                return False
+            left = right
+        return True
+
+    def _choice(self, node: ast.IfExp, scope: Scope) -> Any:
+        test = self.value(node.test, scope)
+        return UNKNOWN if test is UNKNOWN else self.value(node.body if test else node.orelse, scope)
+
+    def _items(self, node: ast.Tuple | ast.List, scope: Scope) -> Any:
+        items = [self.value(each, scope) for each in node.elts]
+        if any(item is UNKNOWN for item in items):
+            return UNKNOWN
+        return tuple(items) if isinstance(node, ast.Tuple) else items
+
+    def _item(self, node: ast.Subscript, scope: Scope) -> Any:
+        base, index = self.value(node.value, scope), self.value(node.slice, scope)
+        return UNKNOWN if base is UNKNOWN or index is UNKNOWN or isinstance(base, type) else base[index]
+
+    def _call(self, node: ast.Call, scope: Scope) -> Any:
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name in self.facts.answers:
+            return self.facts.answers[name]
+        if name == "hasattr":
+            return self._has_attribute(node, scope)
+        arguments = [self.value(each, scope) for each in node.args]
+        named = {str(each.arg): self.value(each.value, scope) for each in node.keywords}
+        if any(value is UNKNOWN or isinstance(value, Partly) for value in [*arguments, *named.values()]):
+            return UNKNOWN
+        if name == "isinstance":
+            return isinstance(arguments[0], arguments[1])
+        if name == "getattr" and len(arguments) == 2 and isinstance(arguments[0], Settings):
+            return getattr(*arguments)
+        if name in CALLED:
+            return CALLED[name](*arguments, **named)
+        called = self._pure(node.func, scope)
+        return UNKNOWN if called is UNKNOWN else plain(called(*arguments, **named))
+
+    def _pure(self, node: ast.expr, scope: Scope) -> Any:
+        """Return a function that may be called: one of a pure package, or a method of a known record of its own."""
+        if isinstance(node, ast.Attribute):
+            base = self.value(node.value, scope)
+            is_record = dataclasses.is_dataclass(base) and not isinstance(base, (type, Partly))
+            return getattr(base, node.attr) if is_record or isinstance(base, Settings) else UNKNOWN
+        function = self.value(node, scope) if isinstance(node, ast.Name) and is_address(node.id) else UNKNOWN
+        is_pure = isinstance(function, FunctionType) and function.__module__.partition(".")[0] in self.facts.pure
+        return function if is_pure else UNKNOWN
+
+    def _has_attribute(self, node: ast.Call, scope: Scope) -> Any:
+        name = self.value(node.args[1], scope)
+        if name in self.facts.absent:
+            return False
+        if isinstance(node.args[0], ast.Name) and node.args[0].id == "self" and scope.owner is not None:
+            having = {hasattr(each, name) for each in self._instances(scope.owner)}
+            return having.pop() if len(having) == 1 else UNKNOWN
+        return UNKNOWN
+
+    _BY_TYPE: Mapping[Any, Callable[[Any, Any, Scope], Any]] = {
+        ast.Constant: _constant,
+        ast.Name: _name,
+        ast.Attribute: _attribute,
+        ast.BinOp: _binary,
+        ast.UnaryOp: _unary,
+        ast.BoolOp: _boolean,
+        ast.Compare: _compare,
+        ast.IfExp: _choice,
+        ast.Tuple: _items,
+        ast.List: _items,
+        ast.Subscript: _item,
+        ast.Call: _call,
+    }
+
+    # ---- scopes ----------------------------------------------------------------------------------------------------
+
+    def scope(self, node: ast.FunctionDef | ast.Lambda, outer: Scope) -> Scope:
+        """Return what is known in a function: parameters by their class, and locals assigned once."""
+        known = Scope(dict(outer.locals), outer.owner)
+        constant = getattr(node, CONSTANT_PARAMETERS, {})
+        for arg in parameters(node):
+            known.locals[arg.arg] = constant.get(arg.arg, self._of_annotation(arg.annotation))
+        if isinstance(node, ast.FunctionDef):
+            stores = [each.id for each in ast.walk(node) if isinstance(each, ast.Name) and _is_stored(each)]
+            for name in stores:
+                known.locals[name] = UNKNOWN
+            for target, value in assignments(node.body):
+                if isinstance(target, ast.Name) and stores.count(target.id) == 1:
+                    known.locals[target.id] = unchanging(self.value(value, known))
+        return known
+
+    def _of_annotation(self, annotation: ast.expr | None) -> Any:
+        if not isinstance(annotation, ast.Name) or not is_address(annotation.id):
+            return UNKNOWN
+        if annotation.id in self.facts.values:
+            return self.facts.values[annotation.id]
+        module, _, name = annotation.id.partition(":")
+        if name and self.sources.is_own(module) and annotation.id in self.sources.definitions:
+            owner = self.sources.definition(annotation.id)
+            if isinstance(owner.node, ast.ClassDef) and annotation.id not in self._base_names():
+                return Instance(owner)
+        return UNKNOWN
+
+    def _base_names(self) -> set[str]:
+        """Return the addresses of all classes that others are made from: their objects may be of those."""
+        if len(self.sources.definitions) == self._bases_of:
+            return self._bases_known
+        nodes = [each.node for each in self.sources.definitions.values()]
+        bases = [base for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases]
+        self._bases_of = len(self.sources.definitions)
+        self._bases_known = {each.id for base in bases for each in ast.walk(base) if isinstance(each, ast.Name)}
+        return self._bases_known
+
+    def learn(self, definition: Definition, function: ast.FunctionDef, constant: Mapping[str, Any]) -> None:
+        """Take note that every call of a function gives these parameters these values."""
+        original = self.sources.definition(definition.addresses[0]).node
+        for node in (function, *(each for each in ast.walk(original) if isinstance(each, ast.FunctionDef))):
+            if node.name == function.name:
+                setattr(node, CONSTANT_PARAMETERS, dict(constant))
+        self._attributes.clear()
+
+    def forget(self) -> None:
+        """Take back everything that was learned."""
+        for definition in self.sources.definitions.values():
+            for node in ast.walk(definition.node):
+                if hasattr(node, CONSTANT_PARAMETERS):
+                    delattr(node, CONSTANT_PARAMETERS)
+        self._attributes.clear()
+
+    def attributes(self, owner: Definition) -> dict[str, Any]:
+        """Return the attributes of a class's objects that are known: assigned known values and nothing else."""
+        at = owner.addresses[0]
+        if at not in self._attributes:
+            owner = self.sources.definition(at)  # as it was written: what is reduced says less
+            self._attributes[at] = {}  # while they are being found out, none is known
+            found: dict[str, Any] = {}
+            for base in self._bases(owner):
+                found.update(self.attributes(base))
+            found.update(self._shared(owner))
+            for name, values in self._assigned(owner).items():
+                if any(value is UNKNOWN for value in values):
+                    found[name] = found.get(name, UNKNOWN) if name in self._shared(owner) else UNKNOWN
+                elif all(value == values[0] for value in values):
+                    found[name] = unchanging(values[0])
+            known = {name: value for name, value in found.items() if name not in self.changed}
+            self._attributes[at] = {name: value for name, value in known.items() if value is not UNKNOWN}
+        return self._attributes[at]
+
+    def _bases(self, owner: Definition) -> list[Definition]:
+        assert isinstance(owner.node, ast.ClassDef)
+        bases = [base.value if isinstance(base, ast.Subscript) else base for base in owner.node.bases]
+        names = [base.id for base in bases if isinstance(base, ast.Name) and is_address(base.id)]
+        own = [name for name in names if self.sources.is_own(name.partition(":")[0])]
+        return [each for name in own if isinstance((each := self.sources.definition(name)).node, ast.ClassDef)]
+
+    def _assigned(self, owner: Definition) -> dict[str, list[Any]]:
+        """Return every value that methods of a class assign to attributes of self."""
+        assert isinstance(owner.node, ast.ClassDef)
+        assigned: dict[str, list[Any]] = {}
+        for method in owner.node.body:
+            if not isinstance(method, ast.FunctionDef):
+                continue
+            scope = self.scope(method, Scope({}, owner))
+            for target, value in assignments(list(ast.walk(method))):
+                if _is_own_attribute(target):
+                    assert isinstance(target, ast.Attribute)
+                    assigned.setdefault(target.attr, []).append(self.value(value, scope))
+        return assigned
+
+    def _shared(self, owner: Definition) -> dict[str, Any]:
+        """Return scalars that `__init__` alone sets and that all of the model's modules of this class have alike."""
+        assert isinstance(owner.node, ast.ClassDef)
+        instances = self._instances(owner)
+        if not instances:
+            return {}
+        outside, inside = set(), set()
+        for method in owner.node.body:
+            if isinstance(method, ast.FunctionDef):
+                names = {t.attr for t, _ in assignments(list(ast.walk(method))) if _is_own_attribute(t)}  # type: ignore[attr-defined]
+                (inside if method.name == "__init__" else outside).update(names)
+        shared = {}
+        for name in inside - outside:
+            values = [getattr(each, name, UNKNOWN) for each in instances]
+            if type(values[0]) in SCALARS and all(type(v) is type(values[0]) and v == values[0] for v in values):
+                shared[name] = values[0]
+        return shared
+
+    def _instances(self, owner: Definition) -> list[nn.Module]:
+        real = getattr(importlib.import_module(owner.module), owner.names[0], None)
+        modules = [] if self.facts.module is None else self.facts.module.modules()
+        return [each for each in modules if type(each) is real]
+
+
+def plain(value: Any) -> Any:
+    """Return a value that a known function gave, if it is plain data, a function or a record of such; else UNKNOWN."""
+    if isinstance(value, (*SCALARS, FunctionType, functools.partial)):
+        return value
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return value if all(plain(item) is not UNKNOWN for item in value) else UNKNOWN
+    if isinstance(value, dict):
+        return value if all(plain(item) is not UNKNOWN for item in value.values()) else UNKNOWN
+    return value if dataclasses.is_dataclass(value) and not isinstance(value, type) else UNKNOWN
+
+
+def unchanging(value: Any) -> Any:
+    """Return a value that nobody can change through another name of it; else UNKNOWN."""
+    return UNKNOWN if isinstance(value, (list, dict, set)) else value
+
+
+def assignments(body: list[Any]) -> list[tuple[ast.expr, ast.expr | None]]:
+    """Return the assignments of statements as (target, value), tuples taken apart; value None: not one expression."""
+    pairs: list[tuple[ast.expr, ast.expr | None]] = []
+    for node in body:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs += _apart(target, node.value)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            pairs.append((node.target, node.value))
+        elif isinstance(node, ast.AugAssign):
+            pairs.append((node.target, None))
+    return pairs
+
+
+def _apart(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr | None]]:
+    if not isinstance(target, (ast.Tuple, ast.List)):
+        return [(target, value)]
+    if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
+        return [pair for each, own in zip(target.elts, value.elts, strict=True) for pair in _apart(each, own)]
+    return [(each, None) for each in target.elts]
+
+
+def _is_stored(node: ast.Name) -> bool:
+    return isinstance(node.ctx, (ast.Store, ast.Del))
+
+
+def _is_own_attribute(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def set_elsewhere(definitions: Iterable[Definition]) -> set[str]:
+    """Return attributes that are set on another object than self, or by a class and one that it is made from."""
+    definitions = list(definitions)
+    outside: set[str] = set()
+    own: dict[str, set[str]] = {}  # class → attributes that its methods set on self
+    for definition in definitions:
+        stored = [each for each in ast.walk(definition.node) if isinstance(each, ast.Attribute)]
+        stored = [each for each in stored if isinstance(each.ctx, (ast.Store, ast.Del))]
+        outside |= {each.attr for each in stored if not _is_own_attribute(each)}
+        if isinstance(definition.node, ast.ClassDef):
+            own[definition.addresses[0]] = {each.attr for each in stored if _is_own_attribute(each)}
+    for definition in definitions:
+        if isinstance(definition.node, ast.ClassDef):
+            for base in definition.node.bases:
+                base = base.value if isinstance(base, ast.Subscript) else base
+                inherited = own.get(base.id, set()) if isinstance(base, ast.Name) else set()
+                outside |= inherited & own[definition.addresses[0]]
+    return outside

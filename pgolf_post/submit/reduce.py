@@ -1,0 +1,298 @@
+"""Definitions without what a handed-in program never does: other settings, messages, checks that translate errors.
+
+Expressions whose value is known are written as that value, and branches that they decide are left out. A guard becomes
+an assertion, so that a rule that is broken still stops the program: `if wrong: raise SomeError(message)` is
+`assert not wrong`. Handlers that only turn one error into another go; so do calls that only talk to people.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from pgolf_post.settings import Settings
+from pgolf_post.submit.known import MOST_ITEMS, SCALARS, UNKNOWN, Evaluator, Partly, Scope
+from pgolf_post.submit.sources import Definition, address, is_address
+
+EMPTY = (ast.Pass,)
+KNOWN_OBJECT = "known"  # mark of a None that stands for a known object
+
+
+def is_known_object(node: ast.expr) -> bool:
+    """Return whether an expression is a None that stands for a known object."""
+    return isinstance(node, ast.Constant) and node.kind == KNOWN_OBJECT
+
+
+class Reducer:
+    """Reduce definitions, each as often as it changes."""
+
+    def __init__(self, evaluator: Evaluator, silent: frozenset[str]) -> None:
+        self.evaluator, self.silent = evaluator, silent
+
+    def reduce(self, definition: Definition) -> None:
+        """Reduce a definition in place until nothing changes."""
+        before = ""
+        while (text := ast.dump(definition.node)) != before:
+            before = text
+            owner = definition if isinstance(definition.node, ast.ClassDef) else None
+            reduced = _Reduction(self, Scope({}, owner)).visit(definition.node)
+            assert isinstance(reduced, ast.stmt)
+            definition.node = reduced
+
+
+class _Reduction(ast.NodeTransformer):
+    def __init__(self, reducer: Reducer, scope: Scope) -> None:
+        self.reducer, self.evaluator, self.scope = reducer, reducer.evaluator, scope
+
+    # ---- expressions -----------------------------------------------------------------------------------------------
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.expr) and not isinstance(node, ast.Constant) and _is_read(node):
+            written = self._written(node)
+            if written is not None:
+                return ast.copy_location(written, node)
+        return super().visit(node)
+
+    def _written(self, node: ast.expr) -> ast.expr | None:
+        """Return an expression's value as source, if it is known and short; None to leave the expression."""
+        if isinstance(node, ast.Name) and is_address(node.id):
+            return None
+        value = self.evaluator.value(node, self.scope)
+        if value is UNKNOWN or isinstance(value, Partly):
+            return None
+        if isinstance(value, Settings):
+            return ast.Constant(None, KNOWN_OBJECT)  # it is still handed on, and not read (`check_known`)
+        written = literal(value)
+        return written if written is None or ast.dump(written) != ast.dump(node) else None
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        """Leave out operands that decide nothing, and what comes after one that decides."""
+        decides = isinstance(node.op, ast.Or)
+        kept: list[ast.expr] = []
+        for operand in node.values:
+            value = self.evaluator.value(operand, self.scope)
+            if value is not UNKNOWN and bool(value) != decides and operand is not node.values[-1]:
+                continue
+            kept.append(self.visit(operand))
+            if value is not UNKNOWN and bool(value) == decides:
+                break
+        node.values = kept
+        return kept[0] if len(kept) == 1 else node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        test = self._test(node.test)
+        if test is not UNKNOWN:
+            return self.visit(node.body if test else node.orelse)
+        self.generic_visit(node)
+        return node
+
+    def _test(self, node: ast.expr) -> Any:
+        """Return whether a condition holds: its truth may be known where its value is not (`x and False`)."""
+        value = self.evaluator.value(node, self.scope)
+        if value is not UNKNOWN:
+            return bool(value)
+        if isinstance(node, ast.BoolOp):
+            decides = isinstance(node.op, ast.Or)
+            tests = [self._test(each) for each in node.values]
+            if any(test is not UNKNOWN and test == decides for test in tests) and not _acts(node):
+                return decides
+        return UNKNOWN
+
+    # ---- statements ------------------------------------------------------------------------------------------------
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = [self.visit(each) for each in node.decorator_list]
+        node.args.defaults = [self.visit(each) for each in node.args.defaults]
+        node.args.kw_defaults = [each and self.visit(each) for each in node.args.kw_defaults]
+        outer, self.scope = self.scope, self.evaluator.scope(node, self.scope)
+        node.body = self._body(node.body)
+        own, self.scope = self.scope, outer
+        _drop_unused_locals(node, lambda value: self.evaluator.value(value, own) is not UNKNOWN)
+        return node
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        outer, self.scope = self.scope, self.evaluator.scope(node, self.scope)
+        node.body = self.visit(node.body)
+        self.scope = outer
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.decorator_list = [self.visit(each) for each in node.decorator_list]
+        node.body = [self.visit(each) for each in node.body]
+        return node
+
+    def _comprehension(self, node: ast.AST) -> ast.AST:
+        """Names that a comprehension binds are not those of the function around it."""
+        outer = self.scope
+        generators: list[ast.comprehension] = node.generators  # type: ignore[attr-defined]
+        targets = {part.id for each in generators for part in ast.walk(each.target) if isinstance(part, ast.Name)}
+        self.scope = Scope({name: v for name, v in outer.locals.items() if name not in targets}, outer.owner)
+        self.generic_visit(node)
+        self.scope = outer
+        return node
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is not None:
+            node.value = self.visit(node.value)
+        return node
+
+    def _body(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """Reduce a list of statements; nothing follows one that leaves."""
+        out: list[ast.stmt] = []
+        for node in body:
+            for each in self._statement(node):
+                out.append(each)
+                if isinstance(each, (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+                    return out
+        return out or [ast.Pass()]
+
+    def _statement(self, node: ast.stmt) -> list[ast.stmt]:
+        if isinstance(node, ast.If):
+            return self._if(node)
+        if isinstance(node, ast.Assert) and not _guards(node):
+            return []
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            return [ast.copy_location(ast.Raise(ast.Name("RuntimeError", ast.Load()), None), node)]
+        if isinstance(node, ast.Expr) and self._is_silent(node.value):
+            return []
+        if isinstance(node, ast.Try):
+            return self._try(node)
+        if isinstance(node, (ast.For, ast.While, ast.With)):
+            body = node.body
+            node.body = []
+            self.generic_visit(node)
+            node.body = self._body(body)
+            if isinstance(node, (ast.For, ast.While)):
+                node.orelse = self._body(node.orelse) if node.orelse else []
+            return [node]
+        visited = self.visit(node)
+        return [] if isinstance(visited, EMPTY) else [visited]
+
+    def _is_silent(self, node: ast.expr) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        return name in self.reducer.silent
+
+    def _if(self, node: ast.If) -> list[ast.stmt]:
+        test = self._test(node.test)
+        if test is not UNKNOWN:
+            chosen = node.body if test else node.orelse
+            return [each for each in self._body(chosen) if not isinstance(each, EMPTY)] if chosen else []
+        node.test = self.visit(node.test)
+        is_guard = _only_raises(node.body)
+        if is_guard and not node.orelse:
+            negated = ast.copy_location(ast.Assert(ast.UnaryOp(ast.Not(), node.test), ast.Constant("rule")), node)
+            return [ast.fix_missing_locations(negated)]
+        node.body = self._body(node.body)
+        node.orelse = [e for e in self._body(node.orelse) if not isinstance(e, EMPTY)] if node.orelse else []
+        if all(isinstance(each, EMPTY) for each in node.body) and not node.orelse and not _acts(node.test):
+            return []
+        return [node]
+
+    def _try(self, node: ast.Try) -> list[ast.stmt]:
+        """Leave out handlers that always end in another error."""
+        node.handlers = [each for each in node.handlers if not _leaves_by_error(each.body)]
+        if not node.handlers and not node.finalbody:
+            return self._body([*node.body, *node.orelse])
+        node.body = self._body(node.body)
+        for handler in node.handlers:
+            handler.body = self._body(handler.body)
+        node.finalbody = [e for e in self._body(node.finalbody) if not isinstance(e, EMPTY)] if node.finalbody else []
+        return [node]
+
+
+def literal(value: Any) -> ast.expr | None:
+    """Return a value as source: scalars, tuples, lists, dicts, functions of modules, partials of them; else None."""
+    if isinstance(value, SCALARS):
+        is_special = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
+        return None if is_special else _constant(value)
+    if isinstance(value, (tuple, list)) and len(value) <= MOST_ITEMS:
+        items = [literal(item) for item in value]
+        if any(item is None for item in items):
+            return None
+        kind = ast.Tuple if isinstance(value, tuple) else ast.List
+        return kind([item for item in items if item is not None], ast.Load())
+    if type(value) is dict and len(value) <= MOST_ITEMS:
+        keys, values = [literal(key) for key in value], [literal(item) for item in value.values()]
+        return None if None in keys or None in values else ast.Dict(keys, values)  # type: ignore[arg-type]
+    if isinstance(value, FunctionType) and value.__qualname__.isidentifier():
+        return ast.Name(address(value.__module__, value.__qualname__), ast.Load())
+    if isinstance(value, functools.partial) and not value.args:
+        function = literal(value.func)
+        named = {key: literal(item) for key, item in value.keywords.items()}
+        if function is None or None in named.values():
+            return None
+        if not named:
+            return function
+        keywords = [ast.keyword(key, item) for key, item in named.items() if item is not None]
+        return ast.Call(ast.Name(address("functools", "partial"), ast.Load()), [function], keywords)
+    return None
+
+
+def _constant(value: Any) -> ast.expr:
+    """Return a constant; negative numbers as Python's grammar has them."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
+    return ast.Constant(value)
+
+
+def _is_read(node: ast.expr) -> bool:
+    return isinstance(getattr(node, "ctx", ast.Load()), ast.Load) and not isinstance(node, (ast.Starred, ast.Slice))
+
+
+def _guards(node: ast.Assert) -> bool:
+    """Whether an assertion was made of a guard, here; ours are for the type checker and go."""
+    return isinstance(node.msg, ast.Constant) and node.msg.value == "rule"
+
+
+def _only_raises(body: list[ast.stmt]) -> bool:
+    """Whether statements only work out a message and raise."""
+    *before, last = body
+    return isinstance(last, ast.Raise) and last.exc is not None and all(isinstance(e, ast.Assign) for e in before)
+
+
+def _leaves_by_error(body: list[ast.stmt]) -> bool:
+    return isinstance(body[-1], ast.Raise) and isinstance(body[-1].exc, ast.Call)
+
+
+def _acts(node: ast.AST) -> bool:
+    """Whether evaluating an expression may do something: it calls or awaits."""
+    return any(
+        isinstance(each, (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)) for each in ast.walk(node)
+    )
+
+
+def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bool]) -> None:
+    """Leave out assignments to locals that nothing reads, of values that are known or take no call."""
+    read = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+    kept_names = {
+        name for each in ast.walk(node) if isinstance(each, (ast.Global, ast.Nonlocal)) for name in each.names
+    }
+
+    def is_dead(each: ast.stmt) -> bool:
+        if not isinstance(each, ast.Assign) or len(each.targets) != 1:
+            return False
+        if _acts(each.value) and not is_known(each.value):
+            return False
+        target = each.targets[0]
+        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        return all(isinstance(n, ast.Name) and n.id not in read | kept_names and not is_address(n.id) for n in names)
+
+    for part in ast.walk(node):
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(part, field, None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.stmt):
+                alive = [each for each in body if not is_dead(each)]
+                setattr(part, field, alive or ([ast.Pass()] if field == "body" else []))
+
+
+def copied(definition: Definition) -> Definition:
+    """Return a definition whose tree can be changed."""
+    return Definition(definition.module, definition.names, definition.order, copy.deepcopy(definition.node))
