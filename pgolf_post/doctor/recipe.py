@@ -1,4 +1,4 @@
-"""What a recipe needs: its data, complete and of one tokenizer, and a trainer that would start it."""
+"""Needs of a recipe: its data, complete and of one tokenizer, and a trainer that would start it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def versions() -> list[Finding]:
         driver = rows[0][0] if rows else ""
         found.append(cuda_driver(torch.version.cuda, driver, torch.cuda.is_available()))
         if torch.cuda.is_available():
-            found.append(ok("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))  # type: ignore[no-untyped-call]
+            found.append(ok("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
     else:
         found.append(ok("CUDA", "torch is built without it: this machine computes on its CPUs"))
     return found

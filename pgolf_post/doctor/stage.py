@@ -1,4 +1,4 @@
-"""All looks in their order, cheap ones first."""
+"""The looks in their order, cheap ones first."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ class _Linker:
         for each in ast.walk(node):
             if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
                 each.decorator_list = [d for d in each.decorator_list if _name_of(d) not in DROPPED_DECORATORS]
-        self.reducer.reduce(definition)
+        for _ in range(2):  # a local that the first pass settles decides branches in the second
+            self.reducer.reduce(definition)
         return definition
 
     def _chosen_from_table(self, node: ast.stmt, module: str) -> ast.expr | None:
@@ -422,14 +423,14 @@ def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:
                     if method.name == "__init__" and each is node:
                         functions[at] = method
     for at, definition in reached.items():
-        for node in ast.walk(definition.node):
-            if isinstance(node, (ast.Attribute, ast.Subscript)) and is_known_object(node.value):
-                raise MismatchError(f"{at}: {ast.unparse(node)} reads a setting that is not known when it is written")
-            if not isinstance(node, ast.Call):
+        for part in ast.walk(definition.node):
+            if isinstance(part, (ast.Attribute, ast.Subscript)) and is_known_object(part.value):
+                raise MismatchError(f"{at}: {ast.unparse(part)} reads a setting that is not known when it is written")
+            if not isinstance(part, ast.Call):
                 continue
-            for place, argument in enumerate(node.args):
+            for place, argument in enumerate(part.args):
                 if is_known_object(argument):
-                    for function, first in _callees(node.func, definition.node, functions, methods):
+                    for function, first in _callees(part.func, definition.node, functions, methods):
                         _check_parameter(at, function, place + first, facts)
 
 
@@ -452,9 +453,8 @@ def _callees(
 
 def _check_parameter(at: str, function: ast.FunctionDef, place: int, facts: Facts) -> None:
     args = function.args.args
-    if place >= len(args) or (
-        isinstance(args[place].annotation, ast.Name) and args[place].annotation.id in facts.values
-    ):  # type: ignore[union-attr]
+    annotation = args[place].annotation if place < len(args) else None
+    if place >= len(args) or (isinstance(annotation, ast.Name) and annotation.id in facts.values):
         return
     read = {each.id for each in ast.walk(function) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
     if args[place].arg in read:

@@ -20,7 +20,7 @@ LEFT_ALONE = ("forward",)  # called through __call__
 
 @dataclass
 class Calls:
-    """All calls of a program by the address, or ".name", of what is called; and what is handed on as a value."""
+    """Calls of a program by the address, or ".name", of what is called; and what is handed on as a value."""
 
     by_name: dict[str, list[ast.Call]] = field(default_factory=dict)
     handed_on: set[str] = field(default_factory=set)

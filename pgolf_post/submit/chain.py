@@ -79,7 +79,7 @@ def sums(phases: Sequence[ChainPhase]) -> dict[str, float]:
 
 def chain_rows(phases: Sequence[ChainPhase]) -> list[tuple[str, str, str, str, str]]:
     """Return phases and their sums as rows: phase, seconds, limit, reads training data, by convention."""
-    rows = [
+    rows: list[tuple[str, str, str, str, str]] = [
         (
             phase.name,
             f"{phase.seconds:,.1f}",

@@ -45,7 +45,7 @@ class Objection:
 
 @dataclass
 class Review:
-    """What a folder holds, and the objections to it."""
+    """Contents of a folder, and the objections to it."""
 
     folder: Path
     strict_bytes: int | None = None
@@ -213,9 +213,10 @@ def _check_logs(review: Review) -> None:
     if not finals:
         review.object("no-logs", "no log reports a loss and a bpb")
         return
-    seeds = {log.seed for log in finals if log.seed is not None} or {log.path.name for log in finals}
-    if len(seeds) < RECORD_SEEDS:
-        review.object("few-seeds", f"logs of {len(seeds)} seed(s), the challenge asks for {RECORD_SEEDS}")
+    seeds = {log.seed for log in finals if log.seed is not None}
+    number = len(seeds) or len(finals)
+    if number < RECORD_SEEDS:
+        review.object("few-seeds", f"logs of {number} seed(s), the challenge asks for {RECORD_SEEDS}")
     for log in review.logs:
         _check_seconds(review, log)
         _check_text(review, log)

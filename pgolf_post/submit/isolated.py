@@ -53,7 +53,7 @@ runpy.run_path(arguments[0], run_name="__main__")
 
 @dataclass(frozen=True)
 class IsolatedRun:
-    """What a script printed, and how it was kept apart."""
+    """Output of a script, and how it was kept apart."""
 
     stdout: str
     network: str  # "namespace" or "refusing sockets"

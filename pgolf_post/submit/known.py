@@ -15,7 +15,8 @@ import dataclasses
 import functools
 import importlib
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -91,10 +92,11 @@ class Facts:
 
 @dataclass
 class Scope:
-    """What is known inside one function."""
+    """Values that are known inside one function."""
 
     locals: dict[str, Any] = field(default_factory=dict)
     owner: Definition | None = None  # the class of a method
+    is_complete: bool = True  # nothing will be added
 
 
 class Evaluator:
@@ -103,6 +105,7 @@ class Evaluator:
     def __init__(self, sources: Sources, facts: Facts, changed: frozenset[str] = frozenset()) -> None:
         self.sources, self.facts = sources, facts
         self.changed = changed  # attributes that are also set from outside their class: never known
+        self._memory: dict[tuple[int, int], tuple[ast.expr, Scope, Any]] | None = None
         self._attributes: dict[str, dict[str, Any]] = {}  # class → attributes of self
         self._bases_of, self._bases_known = -1, set[str]()  # of how many definitions, which classes are bases
 
@@ -111,12 +114,27 @@ class Evaluator:
     def value(self, node: ast.expr | None, scope: Scope) -> Any:
         """Return an expression's value, or UNKNOWN."""
         evaluate = self._BY_TYPE.get(type(node))
-        if evaluate is None:
+        if evaluate is None or node is None:
             return UNKNOWN
+        key = id(node), id(scope)
+        if self._memory is not None and key in self._memory:
+            return self._memory[key][-1]
         try:
-            return evaluate(self, node, scope)
+            value = evaluate(self, node, scope)
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
-            return UNKNOWN
+            value = UNKNOWN
+        if self._memory is not None and scope.is_complete:
+            self._memory[key] = (node, scope, value)  # both are held, so that no other takes their place
+        return value
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the values of expressions inside the block, while their definition is gone through from the top."""
+        self._memory = {}
+        try:
+            yield
+        finally:
+            self._memory = None
 
     def _constant(self, node: ast.Constant, scope: Scope) -> Any:
         return node.value
@@ -247,7 +265,7 @@ class Evaluator:
 
     def scope(self, node: ast.FunctionDef | ast.Lambda, outer: Scope) -> Scope:
         """Return what is known in a function: parameters by their class, and locals assigned once."""
-        known = Scope(dict(outer.locals), outer.owner)
+        known = Scope(dict(outer.locals), outer.owner, is_complete=False)
         constant = getattr(node, CONSTANT_PARAMETERS, {})
         for arg in parameters(node):
             known.locals[arg.arg] = constant.get(arg.arg, self._of_annotation(arg.annotation))
@@ -258,6 +276,7 @@ class Evaluator:
             for target, value in assignments(node.body):
                 if isinstance(target, ast.Name) and stores.count(target.id) == 1:
                     known.locals[target.id] = unchanging(self.value(value, known))
+        known.is_complete = True
         return known
 
     def _of_annotation(self, annotation: ast.expr | None) -> Any:
@@ -344,7 +363,8 @@ class Evaluator:
         instances = self._instances(owner)
         if not instances:
             return {}
-        outside, inside = set(), set()
+        outside: set[str] = set()
+        inside: set[str] = set()
         for method in owner.node.body:
             if isinstance(method, ast.FunctionDef):
                 names = {t.attr for t, _ in assignments(list(ast.walk(method))) if _is_own_attribute(t)}  # type: ignore[attr-defined]

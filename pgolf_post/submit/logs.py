@@ -52,7 +52,7 @@ class Evaluation:
 
 @dataclass
 class RunLog:
-    """What one log says."""
+    """Facts that one log states."""
 
     path: Path
     seed: int | None = None

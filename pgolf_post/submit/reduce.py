@@ -28,20 +28,18 @@ def is_known_object(node: ast.expr) -> bool:
 
 
 class Reducer:
-    """Reduce definitions, each as often as it changes."""
+    """Reduce definitions, a pass at a time: what one pass decides, the next may build on."""
 
     def __init__(self, evaluator: Evaluator, silent: frozenset[str]) -> None:
         self.evaluator, self.silent = evaluator, silent
 
     def reduce(self, definition: Definition) -> None:
-        """Reduce a definition in place until nothing changes."""
-        before = ""
-        while (text := ast.dump(definition.node)) != before:
-            before = text
-            owner = definition if isinstance(definition.node, ast.ClassDef) else None
+        """Reduce a definition in place, once."""
+        owner = definition if isinstance(definition.node, ast.ClassDef) else None
+        with self.evaluator.remembering():
             reduced = _Reduction(self, Scope({}, owner)).visit(definition.node)
-            assert isinstance(reduced, ast.stmt)
-            definition.node = reduced
+        assert isinstance(reduced, ast.stmt)
+        definition.node = reduced
 
 
 class _Reduction(ast.NodeTransformer):

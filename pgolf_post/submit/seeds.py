@@ -1,4 +1,4 @@
-"""What is recorded of one seed: from its artifact back to its checkpoint and training run, and on to every score.
+"""Records of one seed: from its artifact back to its checkpoint and training run, and on to every score.
 
 Everything is read from disk, from the folders that stages left: an artifact lies in its checkpoint's folder
 (`derived/artifact/ID`), so do its scores, and a checkpoint names its run.
@@ -57,12 +57,12 @@ class Seed:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What the artifact's stage wrote of it."""
+        """Facts that the artifact's stage wrote of it."""
         return read_json(self.artifact.parent / "meta.json")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decided the artifact."""
+        """Settings that decided the artifact."""
         return read_json(self.artifact.parent / "config.json")
 
     @property
@@ -94,7 +94,7 @@ class Seed:
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """Name of the seed in tables."""
         return f"seed {self.seed}" if self.seed is not None else self.checkpoint.path.parent.name
 
     # ---- scores ----------------------------------------------------------------------------------------------------

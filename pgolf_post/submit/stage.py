@@ -26,7 +26,7 @@ from pgolf_post.submit import refusals
 from pgolf_post.submit.amalgamate import Amalgam
 from pgolf_post.submit.audits import kept_audit
 from pgolf_post.submit.evaluate import ARTIFACT
-from pgolf_post.submit.explain import explain
+from pgolf_post.submit.explain import KEPT, explain
 from pgolf_post.submit.forms import eval_form
 from pgolf_post.submit.prove import SCRIPT, Proof, prove
 from pgolf_post.submit.refusals import Refusal
@@ -39,7 +39,7 @@ TRAIN_LOG = "train.jsonl"
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be handed in, and how strictly."""
+    """An order to hand something in, and how strictly."""
 
     name: str
     protocol: Protocol
@@ -82,7 +82,7 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
 
     # the program, which all seeds share
     amalgam = eval_form(seeds[0].manifest["config"], order.protocol)
-    script = pack_source(amalgam.source)
+    script = pack_source(amalgam.source, KEPT)
     if not script.minified:
         say(MINIFIER_MISSING)
     with atomic_folder(order.out) as building:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,15 @@ def run_here(
     return answer
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+QUICK = ("lora",)  # the one that reaches most
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Names as parameters, those that `make quick` leaves out marked."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(PROTOCOLS))
 def test_the_sums_are_our_scorers_to_the_bit(
     name: str, packed: Packed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +103,7 @@ def test_the_sums_are_our_scorers_to_the_bit(
     assert {key: answer[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", marked(MODELS))
 def test_every_part_of_the_architecture_survives(
     name: str,
     tmp_path: Path,
