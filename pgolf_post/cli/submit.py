@@ -43,6 +43,14 @@ def command() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write, which must not exist.")
 @data_option
 @protocol_options
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Recipe of the training run: the script trains, quantizes and packs, too.  [default: it only scores]",
+)
+@click.option(
+    "--prove-training", is_flag=True, help="With --recipe, train by the script, alone, and compare the symbols."
+)
 @click.option("--author", default="", help="Name of the author, for submission.json.")
 @click.option("--github-id", default="", help="GitHub account of the author, for submission.json.")
 @click.option("--blurb", default="", help="A sentence or two on what is new, for README.md and submission.json.")
@@ -88,6 +96,8 @@ def make(artifacts: tuple[Path, ...], data_dir: Path | None, explained: bool, as
     from pgolf_post.submit.stage import Order, record_to_beat, submit
 
     started = time.perf_counter()
+    if options["prove_training"] and options["recipe"] is None:
+        raise click.UsageError("--prove-training belongs to --recipe")
     data, config = _opened(artifacts[0], data_dir)
     order = Order(
         options["name"],
@@ -103,6 +113,8 @@ def make(artifacts: tuple[Path, ...], data_dir: Path | None, explained: bool, as
         options["audit_tokens"],
         options["skip_audit"],
         record_to_beat(options["against"]) if options["against"] else (),
+        options["recipe"],
+        options["prove_training"],
     )
     made = submit(artifacts, data, order)
     facts = made.facts

@@ -67,7 +67,8 @@ class _Strip(ast.NodeTransformer):
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
         named = ast.unparse(node.targets[0])
-        return None if "MAX_MANIFEST" in named or named in ("checked", "rooms") else self.generic_visit(node)
+        is_guard = ("MAX_MANIFEST" in named and self.tensors_alone) or named in ("checked", "rooms")
+        return None if is_guard else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pgolf_post.errors import MismatchError
+from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import constant_parameters
 from pgolf_post.submit.known import Evaluator, Facts, set_elsewhere
 from pgolf_post.submit.reduce import Reducer, copied, is_known_object
@@ -25,6 +27,14 @@ DROPPED_BASES = ("abc:ABC", "typing:Generic", "typing:Protocol")
 DROPPED_DECORATORS = ("abc:abstractmethod", "typing:runtime_checkable", "typing:override")
 BY_NAME = ("getattr", "hasattr", "setattr")
 CALLED_BY_TORCH = ("forward",)
+VALIDATORS = ("pydantic:field_validator", "pydantic:model_validator", "pydantic:model_serializer")
+PLAIN_SETTINGS = """
+def __init__(self, **values):
+    vars(self).update(values)
+
+def model_copy(self, update):
+    return type(self)(**{**vars(self), **update})
+"""
 NEEDS_FIELDS = ("dataclasses:dataclass",)
 
 
@@ -121,6 +131,7 @@ class _Linker:
             assert isinstance(node, ast.Assign)
             node.value = chosen
         if isinstance(node, ast.ClassDef):
+            self._plain_settings(node, definition)
             bases = [base for base in node.bases if _name_of(base) not in DROPPED_BASES]
             node.bases = [base.value if isinstance(base, ast.Subscript) else base for base in bases]
             node.keywords = []
@@ -130,6 +141,18 @@ class _Linker:
         for _ in range(2):  # a local that the first pass settles decides branches in the second
             self.reducer.reduce(definition)
         return definition
+
+    def _plain_settings(self, node: ast.ClassDef, definition: Definition) -> None:
+        """Make of a class of settings a plain one: it keeps its methods; values are given whole, and were checked."""
+        real = getattr(importlib.import_module(definition.module), definition.names[0], None)
+        if not isinstance(real, type) or not issubclass(real, Settings):
+            return
+        if real is Settings:
+            node.body, node.bases = ast.parse(PLAIN_SETTINGS).body, []
+            return
+        methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+        node.body = [each for each in methods if not any(_name_of(d) in VALIDATORS for d in each.decorator_list)]
+        node.body = node.body or [ast.Pass()]
 
     def _chosen_from_table(self, node: ast.stmt, module: str) -> ast.expr | None:
         """Return the row of `NAME = TABLE["key"]` where the table is written out in the same module."""

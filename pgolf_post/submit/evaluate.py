@@ -43,8 +43,14 @@ def known_model() -> Any:
 
 def main() -> None:
     """Score and print {bpb, nats, tokens, bytes, seconds}."""
-    clock, ranks = PhaseTimes(), joined()
-    limit = int(sys.argv[2]) if sys.argv[2:] else known_protocol().max_tokens
+    run(joined())
+
+
+def run(ranks: Ranks) -> None:
+    """Score the artifact beside this file on these ranks, then leave their group."""
+    clock = PhaseTimes()
+    given = sys.argv[2] if sys.argv[2:] else "all"
+    limit = known_protocol().max_tokens if given == "all" else int(given)
     with clock.phase("load"):
         tokens, token_bytes = read_text(Path(sys.argv[1] if sys.argv[1:] else "data"), limit)
     with clock.phase("decompress"):
@@ -112,6 +118,6 @@ def built(tensors: Any, device: torch.device) -> Any:
     """Return the model in float32 with its weights."""
     with torch.device("meta"):
         module = known_model()
-    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    state = {name: torch.as_tensor(array) for name, array in tensors.items()}
     module.load_state_dict(state, assign=True)
     return module.to(device).eval().requires_grad_(False)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.pack import decode
+from pgolf_post.pack.container import PackSettings
 from pgolf_post.pack.snippet import decoder_module
+from pgolf_post.plan import Plan, make_plan, parse_plan
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.ttt.methods import ttt_method
 from pgolf_post.score.ttt.scales import ScalesProtocol
@@ -16,7 +22,8 @@ from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import Settings
 from pgolf_post.submit import evaluate
 from pgolf_post.submit.amalgamate import Amalgam, amalgamate
-from pgolf_post.submit.known import Facts, Partly
+from pgolf_post.submit.known import ByName, Facts, Partly
+from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
 # Calls that only talk to people, or repeat checks that our scorer has made of the same model and protocol.
@@ -31,29 +38,58 @@ def eval_form(config: Mapping[str, Any], protocol: Protocol) -> Amalgam:
 
     Raises SettingsError for a model whose family does not say its settings in a class.
     """
+    module = settled_module(config)
+    sources = _sources(module)
+    here = evaluate.__name__
+    sources.replace(address(here, "known_model"), "def known_model():\n    return Model(None, None)", _model(module))
+    values = {**_by_class(module.config), **_by_class(module.graph)}
+    facts = _facts(sources, module, config, protocol, values, {})
+    return amalgamate(sources, address(here, "main"), facts, _silent(), UNUSED)
+
+
+def settled_module(config: Mapping[str, Any]) -> Any:
+    """Return the model on no device. Raises SettingsError if it does not keep its settings as `config`."""
     module: Any = build_module(config)
-    settings = getattr(module, "config", None)
-    if not isinstance(settings, Settings):
+    if not isinstance(getattr(module, "config", None), Settings):
         raise SettingsError(
             f"family {config['family']!r} has no settings class in its module, which a script could be made from",
             hint="submit makes scripts of models like golf_gpt, whose module keeps its settings as `config`",
         )
-    kind = type(module)
-    sources = Sources(["pgolf_post", kind.__module__.partition(".")[0]], {decode.__name__: decoder_module()})
-    here = evaluate.__name__
-    values = {**_by_class(settings), **_by_class(module.graph), **_by_class(protocol)}
-    values[address("pgolf_post.score.protocols", "Protocol")] = protocol
-    values[address("pgolf_post.score.ttt.chunks", "P")] = protocol
-    values[address("pgolf_post.score.session", "Session")] = Partly({"observer": None, "quiet": True})
-    facts = Facts(
-        values,
-        {address(here, "known_protocol"): protocol, **_answers(module, config, protocol)},
-        module,
-        absent=frozenset({"log_probs"}),
-        pure=frozenset({kind.__module__.partition(".")[0]}),
-    )
-    model = address(kind.__module__, kind.__qualname__)
-    sources.replace(address(here, "known_model"), "def known_model():\n    return Model(None, None)", {"Model": model})
+    return module
+
+
+def _sources(module: Any) -> Sources:
+    package = type(module).__module__.partition(".")[0]
+    return Sources(["pgolf_post", package], {decode.__name__: decoder_module()})
+
+
+def _model(module: Any) -> dict[str, str]:
+    """Return the name by which a replaced function calls the model's class."""
+    return {"Model": _address_of(type(module))}
+
+
+def _facts(
+    sources: Sources,
+    module: Any,
+    config: Mapping[str, Any],
+    protocol: Protocol,
+    values: Mapping[str, Any],  # what is known besides the protocol, by class
+    answers: Mapping[str, Any],
+    shared: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Facts:
+    """Return what both forms know, and put the protocol's own pass into the sources."""
+    _settle_protocol(sources, module, config, protocol)
+    known = {**values, **_by_class(protocol)}
+    known[address("pgolf_post.score.protocols", "Protocol")] = protocol
+    known[address("pgolf_post.score.ttt.chunks", "P")] = protocol
+    known[address("pgolf_post.score.session", "Session")] = Partly({"observer": None, "quiet": True})
+    answered = {address(evaluate.__name__, "known_protocol"): protocol, **_answers(module, config, protocol), **answers}
+    pure = frozenset({type(module).__module__.partition(".")[0]})
+    return Facts(known, answered, shared, module, absent=frozenset({"log_probs"}), pure=pure)
+
+
+def _settle_protocol(sources: Sources, module: Any, config: Mapping[str, Any], protocol: Protocol) -> None:
+    """Replace what chooses among protocols by what this one is."""
     spans = f"sliding_spans(targets, {protocol.seq_len}, {_stride(protocol)})"
     source = f"def protocol_spans(protocol, targets):\n    return {spans}"
     sources.replace(address("pgolf_post.score.protocols", "protocol_spans"), source)
@@ -63,9 +99,116 @@ def eval_form(config: Mapping[str, Any], protocol: Protocol) -> Amalgam:
     if isinstance(protocol, ScalesProtocol):  # trains the parameters of one role
         roles = get_family(config["family"]).role
         control = {name: "control" for name, _ in module.named_parameters() if roles(name) == "control"}
-        sources.replace(address(here, "family"), f"def family():\n    return SimpleNamespace(role={control!r}.get)")
-    return amalgamate(sources, address(here, "main"), facts, _silent(sources), UNUSED)
+        source = f"def family():\n    return SimpleNamespace(role={control!r}.get)"
+        sources.replace(address(evaluate.__name__, "family"), source)
 
+
+def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
+    """Return the program that trains by a recipe, quantizes as an artifact was quantized, packs and scores it.
+
+    Raises SettingsError for an artifact of fit, or of a plan that reads its text, and for fused kernels.
+    """
+    config, module = seed.manifest["config"], settled_module(seed.manifest["config"])
+    package = type(module).__module__.partition(".")[0]
+    program = importlib.import_module(f"{package}.handed_in")
+    known_recipe: Any = recipe
+    _require_makeable(seed, known_recipe)
+    plan = plan_of(seed)
+    family, sources = get_family(config["family"]), _sources(module)
+    calibration = calibration_of(seed)
+    schedule = importlib.import_module(type(known_recipe.schedule).__module__)
+
+    # functions that choose among methods, replaced by what this recipe chose
+    graph = f"SimpleNamespace(active_loops={module.graph.active_loops})"
+    source = f"def known_model():\n    return Model(None, {graph})"
+    sources.replace(address(evaluate.__name__, "known_model"), source, _model(module))
+    source = "def new_model(graph):\n    model = Model(None, graph)\n    model.initialise()\n    return model"
+    sources.replace(address(program.__name__, "new_model"), source, _model(module))
+    _settle_schedule(sources, schedule, known_recipe.schedule)
+    sources.replace(address("pgolf_post.base.progress", "progress_bar"), PROGRESS_BAR)
+
+    # what the program asks for by name
+    run = seed.run.meta if seed.run else {}
+    asked = {
+        "recipe": recipe,
+        "view": seed.settings["view"],
+        "reserve": float((run.get("reserve") or {}).get("seconds", 0.0)),
+        "backend": _backend(module, run.get("attention", "sdpa")),
+        "loops": module.config.max_active_loops,
+        "calibration": calibration,
+        "calibration_seq_len": calibration.seq_len or family.train_seq_len(module),
+        "sites": family.sites(module),
+        "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
+        "entries": make_plan(dict(module.named_parameters()), family, module, plan),
+        "lqer": plan.lqer,
+        "packing": PackSettings(codec=seed.settings["codec"]),
+        "config": dict(config),
+        "lineage": dict(seed.manifest["lineage"]),
+    }
+    values = {**_by_class(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
+    for table in ("run", "data", "optim", "schedule", "checkpoint"):
+        values |= _by_class(getattr(known_recipe, table))
+    answers = {
+        address(program.__name__, "known"): ByName(asked),
+        address("pgolf_post.base.numba", "has_numba"): False,
+    }
+    shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": False}}
+    facts = _facts(sources, module, config, protocol, values, answers, shared)
+    return amalgamate(sources, address(program.__name__, "main"), facts, _silent(), UNUSED)
+
+
+def read_recipe(config: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a recipe as the trainer of a config's family does. Raises SettingsError, NotFoundError."""
+    package = type(settled_module(config)).__module__.partition(".")[0]
+    recipe: Settings = importlib.import_module(f"{package}.handed_in").recipe_of(path, overrides)
+    return recipe
+
+
+def _require_makeable(seed: Seed, recipe: Any) -> None:
+    if seed.settings.get("plan") == "fit" or "rules" not in seed.settings:
+        raise SettingsError(
+            f"{seed.artifact} was made by fit, whose search is not part of a script",
+            hint="make the whole form from an artifact of requant, or the eval form: leave --recipe out",
+        )
+    if seed.settings.get("sequential") or seed.settings.get("distill"):
+        raise SettingsError(f"{seed.artifact}: a sequential or distilled plan is not part of a script")
+    if recipe.run.kernels != "eager":
+        raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
+
+
+def plan_of(seed: Seed) -> Plan:
+    """Return the plan that an artifact was quantized by, from its settings."""
+    rules = [{**rule, "name": f"rule{number}", "optional": True} for number, rule in enumerate(seed.settings["rules"])]
+    return parse_plan({"rules": rules, "lqer": seed.settings.get("lqer")}, str(seed.artifact))
+
+
+def calibration_of(seed: Seed) -> CalibrationSettings:
+    """Return the settings of the statistics that an artifact was made with."""
+    kept = seed.stats_settings()
+    given = {key: kept[key] for key in CalibrationSettings.model_fields if key in kept}
+    return CalibrationSettings(**given)
+
+
+def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
+    """Replace the choice among learning-rate schedules by the chosen shape."""
+    row, peak = module.schedule_of(settings.shape), module.warmup_end(settings)
+    read = {key: getattr(settings, key) for key in row.reads}
+    rise = f"    if at < {peak!r}:\n        return max(at / {peak!r}, {settings.lr_floor!r})\n"
+    source = f"def lr_multiplier(settings, at):\n{rise}    return shape(at, {peak!r}, **{read!r})"
+    sources.replace(address(module.__name__, "lr_multiplier"), source, {"shape": _address_of(row.function)})
+
+
+def _backend(module: Any, name: str) -> Any:
+    """Return the attention kernel that a run used; None for the model's own default."""
+    own = module.attention_backend
+    return None if name == own.name else vars(importlib.import_module(type(own).__module__))["BACKENDS"][name]
+
+
+PROGRESS_BAR = """
+@contextmanager
+def progress_bar(description, total, unit=""):
+    yield lambda *_: None
+"""
 
 MAKE_PASS = """
 def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Protocol, session: Session) -> Pass:
@@ -99,6 +242,8 @@ def _answers(module: Any, config: Mapping[str, Any], protocol: Protocol) -> dict
     return {}
 
 
-def _silent(sources: Sources) -> list[str]:
+def _silent() -> list[str]:
     own = [address("pgolf_post.base.progress", "say"), address("pgolf_post.score.nats", "observe")]
+    own += [address("pgolf_post.pack.packable", "check_packable")]
+    own += [address("pgolf_post.calibrate.text", "refuse_validation_shards")]
     return [*own, *SILENT, address("pgolf_post.score.ttt.gradients", "require_same_forward")]

@@ -73,6 +73,13 @@ class Partly:
 
 
 @dataclass(frozen=True)
+class ByName:
+    """Answers of a function that is called with a name."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Instance:
     """An object of one of our classes, of which those attributes are known that all its objects share."""
 
@@ -85,6 +92,7 @@ class Facts:
 
     values: Mapping[str, Any] = field(default_factory=dict)  # class → the object that a parameter so annotated is
     answers: Mapping[str, Any] = field(default_factory=dict)  # function → the value of each of its calls
+    shared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # class → attributes of all its objects
     module: nn.Module | None = None  # the model: attributes that all modules of a class share are known
     absent: frozenset[str] = frozenset()  # attributes that no object has
     pure: frozenset[str] = frozenset()  # packages whose functions are evaluated where all their arguments are known
@@ -211,7 +219,8 @@ class Evaluator:
     def _call(self, node: ast.Call, scope: Scope) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name in self.facts.answers:
-            return self.facts.answers[name]
+            answer = self.facts.answers[name]
+            return answer.values[self.value(node.args[0], scope)] if isinstance(answer, ByName) else answer
         if name == "hasattr":
             return self._has_attribute(node, scope)
         arguments = [self.value(each, scope) for each in node.args]
@@ -333,6 +342,7 @@ class Evaluator:
                 elif all(value == values[0] for value in values):
                     found[name] = unchanging(values[0])
             known = {name: value for name, value in found.items() if name not in self.changed}
+            known.update(self.facts.shared.get(at, {}))
             self._attributes[at] = {name: value for name, value in known.items() if value is not UNKNOWN}
         return self._attributes[at]
 

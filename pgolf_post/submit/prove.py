@@ -36,12 +36,14 @@ def prove(
     data: Path,
     expected: Mapping[str, Any],  # bpb, nats, tokens, bytes of our scorer
     max_tokens: int | None = None,  # the proof is of so many tokens, from the start; None: of all that are scored
+    trains: bool = False,  # a script that would train first: it is told only to score
     seconds: float | None = None,  # the most that the script may take
 ) -> Proof:
     """Run a script alone beside its artifact. Raises VerificationError naming each sum that is not the expected one."""
     files: dict[str, Path | bytes] = {SCRIPT: script, ARTIFACT: artifact}
     limit = {} if seconds is None else {"seconds": seconds}
-    run = run_isolated(files, [str(data.resolve()), *([] if max_tokens is None else [str(max_tokens)])], **limit)
+    more = ["all" if max_tokens is None else str(max_tokens), *(["eval"] if trains else [])]
+    run = run_isolated(files, [str(data.resolve()), *more], **limit)
     answer = run.answer
     wrong = [
         f"{key} {answer.get(key)!r}, expected {expected[key]!r}" for key in COMPARED if answer.get(key) != expected[key]
@@ -53,3 +55,15 @@ def prove(
         )
     phases = {key: value for key, value in answer.items() if key not in COMPARED}
     return Proof({key: answer[key] for key in COMPARED}, phases, run.network, run.threads)
+
+
+def prove_training(script: bytes, data: Path, symbols_sha256: str) -> None:
+    """Let a script train, alone, and compare the symbols that it makes. Raises VerificationError if they are others."""
+    run = run_isolated({SCRIPT: script}, [str(data.resolve())])
+    made = [line.partition(":")[2] for line in run.stdout.splitlines() if line.startswith("symbols_sha256:")]
+    if made != [symbols_sha256]:
+        raise VerificationError(
+            f"{SCRIPT} trains to symbols {', '.join(each[:12] for each in made) or 'none'}, the artifact has "
+            f"{symbols_sha256[:12]} ({run.threads} threads)",
+            hint="only a schedule in steps, on the machine and with the threads of the run, trains to the same weights",
+        )

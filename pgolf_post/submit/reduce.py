@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import FunctionType
@@ -64,7 +65,9 @@ class _Reduction(ast.NodeTransformer):
             return None
         if isinstance(value, Settings):
             return ast.Constant(None, KNOWN_OBJECT)  # it is still handed on, and not read (`check_known`)
-        written = literal(value)
+        is_answer = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        is_answer = is_answer and node.func.id in self.evaluator.facts.answers  # type: ignore[attr-defined]
+        written = literal(value, records=is_answer)
         return written if written is None or ast.dump(written) != ast.dump(node) else None
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
@@ -206,19 +209,22 @@ class _Reduction(ast.NodeTransformer):
         return [node]
 
 
-def literal(value: Any) -> ast.expr | None:
-    """Return a value as source: scalars, tuples, lists, dicts, functions of modules, partials of them; else None."""
+def literal(value: Any, records: bool = False) -> ast.expr | None:
+    """Return a value as source: scalars, tuples, lists, dicts, functions of modules, partials of them; else None.
+
+    With `records`, also dataclasses and settings, as calls of their classes.
+    """
     if isinstance(value, SCALARS):
         is_special = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
         return None if is_special else _constant(value)
     if isinstance(value, (tuple, list)) and len(value) <= MOST_ITEMS:
-        items = [literal(item) for item in value]
+        items = [literal(item, records) for item in value]
         if any(item is None for item in items):
             return None
         kind = ast.Tuple if isinstance(value, tuple) else ast.List
         return kind([item for item in items if item is not None], ast.Load())
     if type(value) is dict and len(value) <= MOST_ITEMS:
-        keys, values = [literal(key) for key in value], [literal(item) for item in value.values()]
+        keys, values = [literal(key) for key in value], [literal(item, records) for item in value.values()]
         return None if None in keys or None in values else ast.Dict(keys, values)  # type: ignore[arg-type]
     if isinstance(value, FunctionType) and value.__qualname__.isidentifier():
         return ast.Name(address(value.__module__, value.__qualname__), ast.Load())
@@ -231,7 +237,22 @@ def literal(value: Any) -> ast.expr | None:
             return function
         keywords = [ast.keyword(key, item) for key, item in named.items() if item is not None]
         return ast.Call(ast.Name(address("functools", "partial"), ast.Load()), [function], keywords)
-    return None
+    return _record(value) if records else None
+
+
+def _record(value: Any) -> ast.expr | None:
+    """Return a dataclass or settings object as a call of its class."""
+    if isinstance(value, Settings):
+        named = {name: getattr(value, name) for name in type(value).model_fields}
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        return None
+    written = {name: literal(item, records=True) for name, item in named.items()}
+    if None in written.values():
+        return None
+    keywords = [ast.keyword(name, item) for name, item in written.items() if item is not None]
+    return ast.Call(ast.Name(address(type(value).__module__, type(value).__qualname__), ast.Load()), [], keywords)
 
 
 def _constant(value: Any) -> ast.expr:

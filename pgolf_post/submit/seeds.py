@@ -152,6 +152,10 @@ class Seed:
             "source": read_json(folder / "config.json").get("source"),
         }
 
+    def stats_settings(self) -> dict[str, Any]:
+        """Return the settings of the statistics that the artifact was made with. Raises NotFoundError if gone."""
+        return read_json(self.checkpoint.derived("stats", str(self.settings["stats_id"])) / "config.json")
+
     # ---- what seeds must have in common ----------------------------------------------------------------------------
 
     def in_common(self) -> dict[str, Any]:

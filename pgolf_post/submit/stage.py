@@ -27,8 +27,8 @@ from pgolf_post.submit.amalgamate import Amalgam
 from pgolf_post.submit.audits import kept_audit
 from pgolf_post.submit.evaluate import ARTIFACT
 from pgolf_post.submit.explain import KEPT, explain
-from pgolf_post.submit.forms import eval_form
-from pgolf_post.submit.prove import SCRIPT, Proof, prove
+from pgolf_post.submit.forms import eval_form, read_recipe, whole_form
+from pgolf_post.submit.prove import SCRIPT, Proof, prove, prove_training
 from pgolf_post.submit.refusals import Refusal
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.writing import SeedReport, Writing
@@ -54,6 +54,8 @@ class Order:
     audit_tokens: int | None = None  # length of the audit's excerpt; None: as the protocol needs
     skip_audit: bool = False
     against: tuple[float, ...] = field(default=())
+    recipe: Path | None = None  # for the whole form, which trains; None: the eval form
+    prove_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
     refusals.require_none([each for each in found if each.stops_a_draft], draft=True)
 
     # the program, which all seeds share
-    amalgam = eval_form(seeds[0].manifest["config"], order.protocol)
+    amalgam = form_of(seeds[0], order)
     script = pack_source(amalgam.source, KEPT)
     if not script.minified:
         say(MINIFIER_MISSING)
@@ -105,6 +107,9 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
             found += refusals.about_evaluation_time(seed, evaluation.get("strict", 0.0))
             reports.append(SeedReport(seed, size, stored.facts, evaluation, proof, findings))
         remarks = refusals.require_none(found, order.draft)
+        if order.prove_training:
+            say(f"{seeds[0].name}: training by {SCRIPT} in an empty folder")
+            prove_training(script.data, data.path, str(seeds[0].manifest["symbols_sha256"]))
 
         # the files
         protocol = order.protocol.model_dump(mode="json")
@@ -119,20 +124,29 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
     return Submission(order.out, facts, amalgam, script, tuple(remarks))
 
 
+def form_of(seed: Seed, order: Order) -> Amalgam:
+    """Return the program that the order asks for: the whole form with a recipe, else the eval form."""
+    config = seed.manifest["config"]
+    if order.recipe is None:
+        return eval_form(config, order.protocol)
+    return whole_form(seed, read_recipe(config, order.recipe), order.protocol)
+
+
 def proved(script: PackedScript, seed: Seed, data: DataFolder, order: Order) -> Proof:
     """Run the script on a seed's artifact, alone, against our scorer here: one machine, as many threads."""
     tokens = order.proof_tokens
     protocol = order.protocol if tokens is None else order.protocol.model_copy(update={"max_tokens": tokens})
     expected = score(seed.artifact, data, protocol)
     say(f"{seed.name}: running {SCRIPT} in an empty folder")
+    trains = order.recipe is not None
     try:
-        return prove(script.data, seed.artifact, data.path, expected.facts, tokens)
+        return prove(script.data, seed.artifact, data.path, expected.facts, tokens, trains)
     except VerificationError as error:
         if not expected.cached:
             raise
         say(f"{error}; the score was kept from before, and is made again here")
     expected = score(seed.artifact, data, protocol, fresh=True)
-    return prove(script.data, seed.artifact, data.path, expected.facts, tokens)
+    return prove(script.data, seed.artifact, data.path, expected.facts, tokens, trains)
 
 
 def evaluation_seconds(facts: Mapping[str, Any]) -> dict[str, float]:
