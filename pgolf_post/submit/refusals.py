@@ -21,6 +21,7 @@ REASONS: dict[str, tuple[bool, str]] = {
     "over-budget": (False, "artifact and code are larger than the budget"),
     "audit-failed": (False, "a test of the challenge's rules fails"),
     "audit-missing": (True, "the rules were not tested"),
+    "part-of-text": (True, "only a part of the validation split, or another split, was scored"),
     "few-seeds": (True, f"fewer than {RECORD_SEEDS} seeds"),
     "same-seed": (False, "two artifacts are of one seed"),
     "configs-differ": (False, "seeds were not made by the same settings"),
@@ -103,6 +104,15 @@ def about_evaluation_time(seed: Seed, seconds: float, limit: float = EVALUATION_
     if seconds <= limit:
         return []
     return [Refusal("over-time", f"{seed.name}: evaluation took {seconds:.1f} s of {limit:.0f} on this machine")]
+
+
+def about_text(protocol: Mapping[str, Any]) -> list[Refusal]:
+    """Return the refusal of a protocol that does not score the whole validation split."""
+    if protocol["split"] != "val":
+        return [Refusal("part-of-text", f"the split {protocol['split']!r} is scored, not 'val'")]
+    if protocol["max_tokens"] is not None:
+        return [Refusal("part-of-text", f"only the first {protocol['max_tokens']:,} tokens are scored")]
+    return []
 
 
 def about_audit(seed: Seed, findings: Sequence[Finding] | None) -> list[Refusal]:

@@ -93,6 +93,11 @@ class Seed:
         return None if seed is None else int(seed)
 
     @property
+    def label(self) -> str:
+        """The seed's number, or the run's name where it is not known."""
+        return self.checkpoint.path.parent.name if self.seed is None else str(self.seed)
+
+    @property
     def name(self) -> str:
         """Name of the seed in tables."""
         return f"seed {self.seed}" if self.seed is not None else self.checkpoint.path.parent.name

@@ -77,7 +77,7 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
     """
     require_new(order.out)
     seeds = [Seed.open(path) for path in artifacts]
-    found = refusals.about_seeds(seeds)
+    found = [*refusals.about_seeds(seeds), *refusals.about_text(order.protocol.model_dump(mode="json"))]
     for seed in seeds:
         found += refusals.about_training_time(seed)
     refusals.require_none([each for each in found if each.stops_a_draft], draft=True)
@@ -156,11 +156,10 @@ def evaluation_seconds(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def _write_logs(building: Path, report: SeedReport) -> None:
     """Write the seed's logs: its training's as the trainer wrote it, and what the script printed."""
-    label = report.seed.seed if report.seed.seed is not None else report.seed.checkpoint.path.parent.name
-    (building / f"eval_seed{label}.log").write_text(json.dumps(report.proof.facts()) + "\n", "utf-8")
+    (building / f"eval_seed{report.seed.label}.log").write_text(json.dumps(report.proof.facts()) + "\n", "utf-8")
     source = report.seed.run and report.seed.run.path.parent / TRAIN_LOG
     if source and source.is_file():
-        shutil.copyfile(source, building / f"train_seed{label}.log")
+        shutil.copyfile(source, building / f"train_seed{report.seed.label}.log")
 
 
 def record_to_beat(text: str) -> tuple[float, ...]:  # "R1,R2,R3" or a submission.json

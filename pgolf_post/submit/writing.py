@@ -146,14 +146,14 @@ class Writing:
             own = report.seed.stages()
             shown = [f"{own[stage]:.6f}" if stage in own else "" for stage in stages]
             loss = report.score["nats"] / report.score["tokens"]
-            rows.append([str(report.seed.seed), *shown, f"{report.score['bpb']:.8f}", f"{loss:.8f}"])
+            rows.append([report.seed.label, *shown, f"{report.score['bpb']:.8f}", f"{loss:.8f}"])
         return ["## Results", "", *markdown_table(header, rows), ""]
 
     def _bytes(self, facts: Mapping[str, Any]) -> list[str]:
         header = ["seed", "artifact", "code", "total (files)", "total (convention)", "budget"]
         rows = [
             [
-                str(report.seed.seed),
+                report.seed.label,
                 f"{report.seed.num_bytes:,}",
                 f"{self.code_bytes:,}",
                 f"{report.size.strict_total_bytes:,}",
@@ -171,7 +171,7 @@ class Writing:
         lines = []
         for report in self.reports:
             rows = chain_rows(chain(report.seed, report.evaluation))
-            lines += [f"Seed {report.seed.seed}:", "", *markdown_table(CHAIN_HEADER, rows), ""]
+            lines += [f"Seed {report.seed.label}:", "", *markdown_table(CHAIN_HEADER, rows), ""]
             if report.seed.training_seconds() is None:
                 lines += ["The seconds of its training run are not known.", ""]
         note = "Strictly every phase counts towards its limit; by convention those that are marked."
@@ -180,7 +180,7 @@ class Writing:
     def _rules(self) -> list[str]:
         rows = [
             [
-                str(report.seed.seed),
+                report.seed.label,
                 finding.test,
                 {True: "passed", False: "FAILED", None: "does not apply"}[finding.passed],
             ]
@@ -188,7 +188,7 @@ class Writing:
             for finding in report.findings or ()
         ]
         proofs = [
-            f"* seed {report.seed.seed}: run alone (no package of ours, network: {report.proof.network}, "
+            f"* seed {report.seed.label}: run alone (no package of ours, network: {report.proof.network}, "
             f"{report.proof.threads} threads), `train_gpt.py` printed {report.proof.sums['nats']!r} nats over "
             f"{report.proof.sums['tokens']:,} tokens, to the last bit what the toolkit's scorer gives."
             for report in self.reports
