@@ -30,12 +30,13 @@ from pgolf_post.calibrate.stats import Stats
 from pgolf_post.calibrate.text import draw_training_text
 from pgolf_post.families import Fold, Site
 from pgolf_post.pack.container import PackSettings, pack
-from pgolf_post.plan import GridRule, KeepRule, LqerSettings, TensorPlan
+from pgolf_post.plan import LqerSettings, TensorPlan
 from pgolf_post.quantize.awq import stretch
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.quantize.lqer import corrections
 from pgolf_post.quantize.rows import keep_tensor, quantize_entries
 from pgolf_post.quantize.tensor import QuantizedModel
+from pgolf_post.rules import GridRule, KeepRule
 from pgolf_post.settings import read_settings
 from pgolf_post.submit.evaluate import ARTIFACT, built, read_shards, run
 from trainer.averages import EMA, RunningMean
@@ -160,7 +161,7 @@ def warm_up(model: GolfGPT, gradients: GradientAccumulator, sampler: WindowSampl
         for active in (known("loops"), 0):
             model.set_graph(SimpleNamespace(active_loops=active))  # type: ignore[arg-type]
             tokens = torch.full(shape, 2)
-            gradients.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            gradients.loss(tokens, tokens).backward()
         model.zero_grad(set_to_none=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -37,7 +36,7 @@ def command(recipe: Path | None, gpus: int | None, fast: bool, as_json: bool) ->
     findings = examine(recipe, gpus, fast)
     rows = [(each.name, each.state, each.value, each.mend) for each in findings]
     print_table("doctor", ("what", "state", "found", "mend"), rows)
-    number: dict[str, Any] = {**counts(findings)}
+    number = counts(findings)
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
         print_json({"findings": [each.facts() for each in findings], **number, "seconds": seconds})

@@ -52,6 +52,6 @@ def look(name: str, what: Look) -> list[Finding]:
         return [failed(name, f"{type(error).__name__}: {error} (after {seconds:.1f} s)"[:300], "see the error")]
 
 
-def counts(findings: Sequence[Finding]) -> dict[State, int]:
+def counts(findings: Sequence[Finding]) -> dict[str, int]:
     """Return how many findings are of each state."""
     return {state: sum(each.state == state for each in findings) for state in ("ok", "warning", "failed")}
