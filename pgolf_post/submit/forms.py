@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pgolf_post.pack.container import PackSettings
 from pgolf_post.pack.snippet import decoder_module
 from pgolf_post.plan import Plan, make_plan, parse_plan
 from pgolf_post.score.protocols import Protocol
+from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.methods import ttt_method
 from pgolf_post.score.ttt.scales import ScalesProtocol
 from pgolf_post.score.ttt.settings import TTTProtocol
@@ -82,7 +84,8 @@ def _facts(
     known = {**values, **_by_class(protocol)}
     known[address("pgolf_post.score.protocols", "Protocol")] = protocol
     known[address("pgolf_post.score.ttt.chunks", "P")] = protocol
-    known[address("pgolf_post.score.session", "Session")] = Partly({"observer": None, "quiet": True})
+    unset = {each.name: None for each in dataclasses.fields(Session) if each.default is None}
+    known[_address_of(Session)] = Partly({**unset, "quiet": True})
     answered = {address(evaluate.__name__, "known_protocol"): protocol, **_answers(module, config, protocol), **answers}
     pure = frozenset({type(module).__module__.partition(".")[0]})
     return Facts(known, answered, shared, module, absent=frozenset({"log_probs"}), pure=pure)
@@ -126,6 +129,8 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     sources.replace(address(program.__name__, "new_model"), source, _model(module))
     _settle_schedule(sources, schedule, known_recipe.schedule)
     sources.replace(address("pgolf_post.base.progress", "progress_bar"), PROGRESS_BAR)
+    if seed.run and not str(seed.run.meta.get("device", "cpu")).startswith("cpu"):  # no need of a CPU's BLAS
+        sources.replace(address("pgolf_post.calibrate.products", "upper_gram"), UPPER_GRAM)
 
     # what the program asks for by name
     run = seed.run.meta if seed.run else {}
@@ -150,7 +155,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         values |= _by_class(getattr(known_recipe, table))
     answers = {
         address(program.__name__, "known"): ByName(asked),
-        address("pgolf_post.base.numba", "has_numba"): False,
+        address("pgolf_post.base.numba", "use_compiled"): False,
     }
     shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": False}}
     facts = _facts(sources, module, config, protocol, values, answers, shared)
@@ -204,6 +209,10 @@ def _backend(module: Any, name: str) -> Any:
     return None if name == own.name else vars(importlib.import_module(type(own).__module__))["BACKENDS"][name]
 
 
+UPPER_GRAM = """
+def upper_gram(x, dtype=torch.float32):
+    return panel_gram(x.to(dtype), PANEL)
+"""
 PROGRESS_BAR = """
 @contextmanager
 def progress_bar(description, total, unit=""):
