@@ -207,7 +207,10 @@ def statistics(tensors: Mapping[str, Tensor], text: Any, settings: CalibrationSe
 
 def artifact(tensors: Mapping[str, Tensor], stats: Stats, packing: PackSettings) -> bytes:
     """Quantize the view by the plan's entries, and pack it."""
-    entries: list[TensorPlan] = known("entries")
+    rules = known("rules")
+    entries = [
+        TensorPlan(name, role, rules[number], site, depth) for name, role, number, site, depth in known("entries")
+    ]
     folds: dict[str, Fold] = known("folds")
     stretched = stretch(tensors, entries, stats, folds)
     grid = [entry for entry in entries if isinstance(entry.rule, GridRule)]

@@ -15,7 +15,8 @@ from pgolf_post.families import build_module, get_family
 from pgolf_post.pack import decode
 from pgolf_post.pack.container import PackSettings
 from pgolf_post.pack.snippet import decoder_module
-from pgolf_post.plan import Plan, make_plan, parse_plan
+from pgolf_post.plan import Plan, TensorPlan, make_plan, parse_plan
+from pgolf_post.quantize.clip import STEPS_BY_RULE
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.methods import ttt_method
@@ -128,6 +129,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     source = "def new_model(graph):\n    model = Model(None, graph)\n    model.initialise()\n    return model"
     sources.replace(address(program.__name__, "new_model"), source, _model(module))
     _settle_schedule(sources, schedule, known_recipe.schedule)
+    _settle_plan(sources, plan)
     sources.replace(address("pgolf_post.base.progress", "progress_bar"), PROGRESS_BAR)
     if seed.run and not str(seed.run.meta.get("device", "cpu")).startswith("cpu"):  # no need of a CPU's BLAS
         sources.replace(address("pgolf_post.calibrate.products", "upper_gram"), UPPER_GRAM)
@@ -144,7 +146,8 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         "calibration_seq_len": calibration.seq_len or family.train_seq_len(module),
         "sites": family.sites(module),
         "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
-        "entries": make_plan(dict(module.named_parameters()), family, module, plan),
+        "rules": list(plan.rules),
+        "entries": _entries(make_plan(dict(module.named_parameters()), family, module, plan), plan),
         "lqer": plan.lqer,
         "packing": PackSettings(codec=seed.settings["codec"]),
         "config": dict(config),
@@ -156,6 +159,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     answers = {
         address(program.__name__, "known"): ByName(asked),
         address("pgolf_post.base.numba", "use_compiled"): False,
+        address("pgolf_post.quantize.rows", "_damping"): {},
     }
     shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": False}}
     facts = _facts(sources, module, config, protocol, values, answers, shared)
@@ -203,12 +207,46 @@ def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
     sources.replace(address(module.__name__, "lr_multiplier"), source, {"shape": _address_of(row.function)})
 
 
+def _entries(entries: Sequence[TensorPlan], plan: Plan) -> list[tuple[str, str, int, str | None, str | None]]:
+    """Return a plan's entries with the numbers of their rules: name, role, rule, site, depth."""
+    rules = list(plan.rules)
+    return [(each.name, each.role, rules.index(each.rule), each.site, each.depth) for each in entries]
+
+
+def _settle_plan(sources: Sources, plan: Plan) -> None:
+    """Replace what only other plans need, and the evidence that an artifact's meta.json keeps."""
+    rules: Any = plan.rules
+    quantize = "pgolf_post.quantize"
+    if not any(getattr(rule, "prune", "none") != "none" for rule in rules):
+        sources.replace(
+            address(f"{quantize}.rows", "_pruned"), "def _pruned(weight, rule, diagonal):\n    return weight"
+        )
+        sources.replace(address(f"{quantize}.rows", "finish"), FINISH)
+    if not any(getattr(rule, "row_feedback", False) for rule in rules):
+        source = (
+            "def rounding(job, panel, buffers, feedback, fast):\n    return _in_torch(job, panel, buffers, feedback)"
+        )
+        sources.replace(address(f"{quantize}.gptq.columns", "rounding"), source)
+    functions = {
+        scale: STEPS_BY_RULE[scale].__name__ for scale in {rule.scale for rule in rules if hasattr(rule, "scale")}
+    }
+    chosen = ", ".join(f"{scale!r}: {name}" for scale, name in sorted(functions.items()))
+    sources.replace(address(f"{quantize}.clip", "STEPS_BY_RULE"), f"STEPS_BY_RULE = {{{chosen}}}")
+    threads = "def num_threads():\n    return torch.get_num_threads()"
+    sources.replace(address("pgolf_post.base.threads", "num_threads"), threads, {"torch": address("torch")})
+
+
 def _backend(module: Any, name: str) -> Any:
     """Return the attention kernel that a run used; None for the model's own default."""
     own = module.attention_backend
     return None if name == own.name else vars(importlib.import_module(type(own).__module__))["BACKENDS"][name]
 
 
+FINISH = """
+def finish(item, symbols, hessian, damping):
+    factors = step_factors(item.rule.per, item.unit_steps, item.rule.group_size)
+    return QuantizedTensor(item.entry.name, smallest_dtype(symbols.int().numpy()), factors, item.shape, item.trellis)
+"""
 UPPER_GRAM = """
 def upper_gram(x, dtype=torch.float32):
     return panel_gram(x.to(dtype), PANEL)
