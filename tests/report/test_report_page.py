@@ -127,6 +127,9 @@ def test_each_figure_has_its_table_and_is_named_to_a_reader_of_the_screen(page: 
         assert attributes["aria-label"] == f"{figure.title}. {figure.summary}"
         assert figure.table.rows
         assert all(len(row) == len(figure.table.header) for row in figure.table.rows)
+    regions = [attributes["aria-label"] for attributes in page.all("div") if attributes.get("role") == "region"]
+    landmarks = Counter([*regions, *(section.title for section in sections)])
+    assert [name for name, times in landmarks.items() if times > 1] == []
     captions = Counter(attributes["aria-label"] for attributes in page.all("div") if "tabindex" in attributes)
     assert all(captions[figure.table.title] for figure in figures(sections))
 

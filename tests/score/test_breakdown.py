@@ -148,6 +148,34 @@ def test_a_stopped_pass_goes_on_with_its_details(bench: Bench, pico_data: DataFo
         assert cells.of_bins() == again.kinds[kind].of_bins()
 
 
+class OtherRank:
+    """Ranks of which one other exists: sums add what it noted."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, other: Details) -> None:
+        self.others = iter([other.context, other.guess, other.confidence, other.rank])
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        tensor += torch.from_numpy(next(self.others))
+
+
+def test_ranks_add_up_what_they_noted(bench: Bench, pico_data: DataFolder) -> None:
+    _, breakdown, whole = detailed(bench, pico_data, "plain")
+    mine, theirs = Details(), Details()
+    for place in whole.places:  # each target is noted by one rank
+        one = mine if place // 32 % 2 else theirs
+        one.resize(len(bench.tokens))
+        for name in ("context", "guess", "confidence", "rank"):
+            getattr(one, name)[place] = getattr(whole, name)[place]
+    log = bench.log(PROTOCOLS["plain"]())
+    mine.close(log, OtherRank(theirs))  # type: ignore[arg-type]
+    own = bench.score(PROTOCOLS["plain"]())
+    again = break_down(own, mine, bench.tokens, bench.token_bytes, pico_data.tokenizer)
+    for kind, cells in breakdown.kinds.items():
+        assert cells.of_bins() == again.kinds[kind].of_bins()
+
+
 # ---- bins ------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ def checkpoints(subject: Subject) -> Section | None:
     if not points:
         return None
     rows = [_row(*point) for point in points]
-    table = Table("Checkpoints and blends", HEADER, rows)
+    table = Table("Sets of weights", HEADER, rows)
     measured = [point for point in points if (point[2].get("metric") or {}).get("bpb") is not None]
     blocks: list[Block] = [_figure(measured, table)] if len(measured) > 1 else [table]
     return Section("checkpoints", "Checkpoints and blends", blocks, "Bits per byte as recorded when each was saved.")
