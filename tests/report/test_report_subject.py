@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 
 from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import Stats
-from pgolf_post.checkpoint import View
+from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.derived import Stage
+from pgolf_post.diagnose.settings import DiagnoseSettings
+from pgolf_post.diagnose.stage import diagnose
 from pgolf_post.errors import MismatchError, NotFoundError, PgolfError
 from pgolf_post.ledger import Row
 from pgolf_post.plan import read_plan
-from pgolf_post.report.blocks import Figure
+from pgolf_post.report.blocks import Figure, Table
 from pgolf_post.report.sections import tensors
 from pgolf_post.report.sections.artifacts import front, points_of
+from pgolf_post.report.sections.diagnostics import diagnostics
 from pgolf_post.report.sections.ranges import near_axis
 from pgolf_post.report.sections.runs import runs, thinned
 from pgolf_post.report.sections.tensors import kept_table
@@ -158,3 +161,18 @@ def test_a_folder_that_cannot_be_written_is_counted_each_time(
     monkeypatch.setattr(Stage, "store", refuse)
     assert kept_table(artifact.path) == kept_table(artifact.path)
     assert not (view.checkpoint.path / "derived" / "bytes").exists()
+
+
+def test_diagnoses_of_a_run_are_curves_over_its_steps(pico_run: Path) -> None:
+    saved = sorted((pico_run / "pico").glob("step_*"))[-2:]
+    for folder in saved:
+        diagnose(Checkpoint.open(folder).load("raw"), None, DiagnoseSettings(tokens=0))
+    section = diagnostics(find_subject([], pico_run, BUDGET))
+    assert section is not None
+    curves = [block for block in section.blocks if isinstance(block, Figure) and "by step" in block.title]
+    assert [block.title.split(" of ")[0] for block in curves] == ["effective rank share", "condition", "kurtosis"]
+    steps = [float(folder.name.split("_")[1].split("-")[0]) for folder in saved]
+    assert all(list(trace["x"]) == steps for trace in curves[0].traces)
+    marked = section.blocks[0]
+    assert isinstance(marked, Table)
+    assert marked.rows or "No rule of thumb" in marked.note

@@ -34,7 +34,7 @@ def artifacts(subject: Subject) -> Section | None:
     points = points_of(subject.rows)
     if not points:
         return None
-    table = Table("Artifacts", HEADER, [_cells(point, subject) for point in points])
+    table = Table("All artifacts", HEADER, [_cells(point, subject) for point in points])
     scored = [point for point in points if point.bpb is not None]
     blocks: list[Block] = [_figure(scored, subject, table)] if len(scored) > 1 else [table]
     return Section("artifacts", "Artifacts", blocks, "The gap is against the weights that were quantized, same text.")

@@ -1,29 +1,42 @@
-"""Diagnoses: the numbers that a rule of thumb marks, then what each block adds, and the weights by tensor."""
+"""Diagnoses: the numbers that a rule of thumb marks, then what each block adds, and the weights by tensor and step."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from pgolf_post.diagnose.numbers import METRICS
 from pgolf_post.diagnose.report import BLOCK_HEADER, COLUMNS, block_rows, text_of, where
 from pgolf_post.diagnose.rules import Mark
+from pgolf_post.diagnose.series import series
 from pgolf_post.diagnose.stage import DIAGNOSIS, Diagnosis, open_diagnosis
 from pgolf_post.errors import PgolfError
 from pgolf_post.report.blocks import Block, Cell, Figure, Section, Table, label, number
 from pgolf_post.report.subject import Subject
 
 MARK_HEADER = ("rule", "what", "measured", "limit", "where", "what to do", "whose experience")
-SHOWN = 2  # the newest diagnoses
+SHOWN = 2  # runs: those diagnosed last
+BY_STEP = ("effective_rank_share", "condition", "kurtosis", "removal_divergence")
 
 
 def diagnostics(subject: Subject) -> Section | None:
-    """Return the section of the newest diagnoses, what is marked first."""
-    blocks: list[Block] = []
-    for entry in subject.results(DIAGNOSIS.name)[::-1][:SHOWN]:
+    """Return the section of the diagnoses: of each run its last checkpoint, then all of them by step."""
+    by_run: dict[str, list[tuple[str, Diagnosis]]] = {}  # run → its diagnoses, each with the view it is of
+    for entry in subject.results(DIAGNOSIS.name):
         try:
-            found = open_diagnosis(entry.path)
+            found = str(entry.config.get("view", "")), open_diagnosis(entry.path)
         except PgolfError:
             continue  # a damaged one is noticed, and made again, by the command that reads it
-        blocks += _blocks(f"{entry.checkpoint.parent.name}, step {found.step:,}", found)
+        by_run.setdefault(entry.checkpoint.parent.name, []).append(found)
+    blocks: list[Block] = []
+    for run, own in list(by_run.items())[::-1][:SHOWN]:
+        last = max((one for _, one in own), key=lambda one: one.step)
+        view, _ = Counter(view for view, _ in own).most_common(1)[0]  # curves are of one view
+        by_step = {one.step: one for name, one in own if name == view}
+        blocks += [*_blocks(f"{run}, step {last.step:,}", last), *_over_steps(run, list(by_step.values()))]
     note = "A marked number is a question, not a verdict: each rule names its source."
     return Section("diagnostics", "Diagnostics", blocks, note) if blocks else None
 
@@ -70,6 +83,33 @@ def _visits(name: str, found: Diagnosis) -> Figure | None:
     every = [(value, place) for values in shares.values() for place, value in values]
     summary = f"{name}: the least is added at {min(every)[1]} ({min(every)[0]:.1%} of the residual's norm)."
     return Figure(f"What each visit adds, {name}", summary, traces, layout, Table("By visit", BLOCK_HEADER, rows), 360)
+
+
+def _over_steps(run: str, found: list[Diagnosis]) -> Iterator[Figure]:
+    """Yield a figure for each of BY_STEP that several checkpoints of a run have."""
+    curves = series(found, "role")
+    for metric in BY_STEP:
+        own = {curve.name.removeprefix(f"{metric} "): curve for curve in curves if curve.name.startswith(f"{metric} ")}
+        own = {group: curve for group, curve in own.items() if len(curve) > 1}
+        if not own:
+            continue
+        words = METRICS[metric].words
+        traces: list[dict[str, Any]] = [
+            {"type": "scatter", "mode": "lines+markers", "name": label(group), "x": curve.step, "y": curve.values}
+            for group, curve in own.items()
+        ]
+        steps = sorted({step for curve in own.values() for step in curve.step.tolist()})
+        values = {
+            group: dict(zip(curve.step.tolist(), curve.values.tolist(), strict=True)) for group, curve in own.items()
+        }
+        rows = [(Cell(group), *(number(at.get(step), ".4g") for step in steps)) for group, at in values.items()]
+        moved = max(own, key=lambda group: float(np.ptp(own[group].values)))
+        first, last = own[moved].values[0], own[moved].values[-1]
+        summary = f"{words}, the worst of each role: {moved} moved most, from {first:.4g} to {last:.4g}."
+        scale = {"type": "log", "dtick": 1} if metric == "condition" else {}
+        layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {**scale, "title": {"text": metric.replace("_", " ")}}}
+        title = f"{metric.replace('_', ' ')} of {run} by step"
+        yield Figure(title, summary, traces, layout, Table(title, ("", *(f"{step:,.0f}" for step in steps)), rows), 360)
 
 
 def _cell(text: str) -> Cell:
