@@ -1,7 +1,9 @@
-"""Tests of causality: what was scored before a token may not depend on it, by a single bit.
+"""Tests of causality: what comes before a token may not depend on it, by a single bit.
 
 "Before" is the order of scoring, which length-sorted queues permute by document; what was learned on the way counts.
-The log of commits tells both, so a protocol of any kind is tested alike, whatever its settings are called.
+The log of commits tells both, so a protocol of any kind is tested alike, whatever its settings are called. One that
+learns nothing may score windows in any order, each reading what stands before it in the text: then "before" is the
+text's order. Either way one order holds for all tests, so the distributions multiply to one over whole texts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pgolf_post.score.session import Session
 TOLERANCE = 1e-4  # nats, where other documents or lengths are batched otherwise
 
 Run = Callable[[np.ndarray, Observer | None], CommitLog]  # tokens (n,) → a complete log
+Advance = Callable[..., None]  # called after each run
 
 
 @dataclass
@@ -53,13 +56,10 @@ class Baseline:
     tokens: np.ndarray  # (n,)
     log: CommitLog
     observer: Observer
+    order: np.ndarray  # (targets,) int64: what may depend on what, see `causal_order`
 
     @cached_property
-    def order(self) -> np.ndarray:  # (targets,) int64
-        return scoring_order(self.log)
-
-    @cached_property
-    def rank(self) -> np.ndarray:  # (n,) int64: how many targets were scored before each; meaningless elsewhere
+    def rank(self) -> np.ndarray:  # (n,) int64: how many targets come before each; meaningless elsewhere
         rank = np.zeros(len(self.tokens), dtype=np.int64)
         rank[self.order] = np.arange(len(self.order))
         return rank
@@ -90,6 +90,21 @@ def scoring_order(log: CommitLog) -> np.ndarray:  # (targets,) int64
     return targets[np.lexsort((targets, log.turn[targets]))]
 
 
+def causal_order(audited: Audited, log: CommitLog, random: np.random.Generator) -> np.ndarray:  # (targets,) int64
+    """Return targets in an order in which none should depend on a later one: that of scoring, or that of the text.
+
+    The text's is taken where targets were scored otherwise, the log tells of no learning, and the first half of the
+    text does not move with the second. All tests hold in that order then, so a wrong choice fails them.
+    """
+    order = scoring_order(log)
+    if log.handed_out or in_text_order(log):
+        return order
+    by_place = np.sort(order)
+    early, late = np.array_split(by_place, 2)
+    again = audited.run(rewritten(log.tokens, late, random), None)
+    return by_place if np.array_equal(again.nats[early], log.nats[early]) else order
+
+
 def in_text_order(log: CommitLog) -> bool:
     """Return whether targets were scored from the first to the last, as the log tells."""
     return bool(np.all(np.diff(scoring_order(log)) > 0))
@@ -105,6 +120,18 @@ def spread(order: np.ndarray, count: int, random: np.random.Generator) -> np.nda
     """Draw targets, one in each of `count` equal parts of the scoring order."""
     parts = np.array_split(order, min(count, len(order)))
     return np.array([int(random.choice(part)) for part in parts], dtype=np.int64)
+
+
+def rewritten(tokens: np.ndarray, places: np.ndarray, random: np.random.Generator) -> np.ndarray:  # (n,), int64 → (n,)
+    """Return a text whose tokens at some places are others that occur in it, BOS apart, each a different one."""
+    kinds = np.setdiff1d(np.unique(tokens), [BOS_ID])
+    if len(kinds) < 2:
+        kinds = np.union1d(kinds, [0, 2])
+    others = np.roll(kinds, int(random.integers(1, len(kinds))))
+    changed = tokens.copy()
+    places = places[tokens[places] != BOS_ID]
+    changed[places] = others[np.searchsorted(kinds, tokens[places])]
+    return changed
 
 
 def another_token(tokens: np.ndarray, place: int, random: np.random.Generator) -> int:
@@ -160,29 +187,46 @@ def _boundary_flip(base: Baseline, places: np.ndarray, random: np.random.Generat
     return worst < TOLERANCE, f"{what}: nothing before it moved by more than {worst:.1g} nats"
 
 
-def truncation(base: Baseline, random: np.random.Generator) -> Finding:
-    """Test that what was scored in the first half does not depend on the second: overwritten, and cut off."""
-    # everything scored after the middle is overwritten, BOS apart
-    middle = len(base.order) // 2
-    early, late = base.order[:middle], base.order[middle:]
-    rest = late[base.tokens[late] != BOS_ID]
-    changed = base.tokens.copy()
-    if len(rest):
-        changed[rest] = another_token(base.tokens, int(rest[0]), random)
-    log = base.audited.run(changed, None)
-    moved = int(np.count_nonzero(log.nats[early] != base.log.nats[early]))
-    evidence = f"{len(rest):,} tokens overwritten; {moved} of {middle:,} earlier scores moved"
+def truncation(base: Baseline, cuts: np.ndarray, random: np.random.Generator, advance: Advance) -> Finding:
+    """Test that no target depends on what comes after it: all that is overwritten, from each cut on, and cut off.
+
+    Nothing before a cut may move, however far before it: a target that looks ahead by a hundred tokens is found by
+    any cut within them. `cuts` are ranks in the order of the baseline.
+    """
+    for cut in cuts.tolist():
+        failure = _overwritten(base, cut, random)
+        advance()
+        if failure:
+            return Finding("truncation", False, failure)
+    evidence = f"all tokens after {len(cuts)} places overwritten in turn; no score or distribution before them moved"
 
     # the text is cut off after whole windows, where its length alone decides nothing
     seq_len = base.audited.protocol.seq_len
-    short = base.tokens[: 1 + middle // seq_len * seq_len]
+    short = base.tokens[: 1 + len(base.order) // 2 // seq_len * seq_len]
     why = _why_not_cut(base.log, short, seq_len)
     if why:
-        return Finding("truncation", moved == 0, f"{evidence}; not cut off: {why}")
-    cut = base.audited.run(short, None)
-    worst = float(np.abs(cut.nats - base.log.nats[: len(short)]).max())
+        return Finding("truncation", True, f"{evidence}; not cut off: {why}")
+    cut_log = base.audited.run(short, None)
+    worst = float(np.abs(cut_log.nats - base.log.nats[: len(short)]).max())
     evidence += f"; cut off after {len(short) - 1:,} targets: largest change {worst:.1g} nats"
-    return Finding("truncation", moved == 0 and worst < TOLERANCE, evidence)
+    return Finding("truncation", worst < TOLERANCE, evidence)
+
+
+def _overwritten(base: Baseline, cut: int, random: np.random.Generator) -> str:
+    """Overwrite the target at a rank and all later ones. Returns what moved before them; empty if nothing did."""
+    late = base.order[cut:]
+    log, shift = base.rerun(rewritten(base.tokens, late, random))
+    moved = (log.nats != base.log.nats) | (shift > 0)
+    early = base.order[:cut][moved[base.order[:cut]]]
+    if not len(early) and not shift[base.order[cut]]:
+        return ""
+    evidence = f"{len(late):,} tokens overwritten; {len(early):,} of {cut:,} earlier scores or distributions moved"
+    evidence += "" if len(early) else f", and the distribution that predicts token {base.order[cut]}"
+    read = early[np.isin(early - 1, late)]  # their inputs: the tokens before them
+    if len(read) and not in_text_order(base.log):
+        evidence += f"; target {read[0]} stands behind token {read[0] - 1}, which is scored later: where something is "
+        evidence += "learned on the way, a window may only read what has been scored"
+    return evidence
 
 
 def _why_not_cut(log: CommitLog, short: np.ndarray, seq_len: int) -> str:

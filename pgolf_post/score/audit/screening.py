@@ -5,6 +5,10 @@ tokens are changed together, far enough apart that no window reads two of them: 
 unchanged one again, and whatever moved up to a changed token makes it a suspect. Where a model learns as it goes, what
 follows the first change moves anyway; there suspects are those that move most beside the targets shortly before them.
 A suspect is no finding: its token is changed alone, in a run of its own.
+
+Tokens changed together hide what looks ahead further than they let a run settle. That is what cuts are for: runs in
+which everything from some target on is another text (causality.py), exact at any distance, and the fewer are needed the
+further a fault looks. A plan has both, and knows for each distance which targets its runs would see.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import math
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,6 +30,7 @@ LEARNING_RUNS = 16  # about, where every run trains
 MOST_RUNS = 128
 NEAR, BEFORE = 4, 8  # targets up to the changed one that may move no more than those from `BEFORE` on
 SUSPICIOUS = 1.5  # times the movement before
+REACH = 24  # tokens ahead that screening sees; cuts see what looks further
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,12 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Plan:
-    """The places that each run of a screening changes."""
+    """The places that each run of a screening changes, and the cuts from which on others change everything."""
 
     runs: list[list[int]]
-    drawn: int  # of the places, those that were drawn evenly, which the power counts
+    cuts: np.ndarray  # (k,) int64, ascending ranks of targets
+    drawn: dict[int, int]  # places of `runs` that were drawn evenly → REACH, or how far ahead of them a peek is seen
+    rank: np.ndarray  # (n,) int64: place → rank
     targets: int  # of the excerpt, BOS apart
 
     @property
@@ -49,9 +57,34 @@ class Plan:
         return sum(map(len, self.runs))
 
     @property
-    def power(self) -> float:
-        """Probability that one of the places drawn is one of the rare ones; 1 where every target was drawn."""
-        return 1.0 if self.drawn == self.targets >= 1 / RARE else 1 - (1 - RARE) ** self.drawn
+    def num_runs(self) -> int:
+        return len(self.runs) + len(self.cuts)
+
+    def seen(self, distance: int) -> int:
+        """Return how many targets, in an even draw, would be seen to depend on the token `distance` behind them."""
+        by_screening = [self.rank[place] - distance for place, reach in self.drawn.items() if reach >= distance]
+        by_cuts = [np.arange(cut - distance, cut) for cut in self.cuts]
+        ranks = np.unique(np.concatenate([np.array(by_screening, dtype=np.int64), *by_cuts]))
+        return int(np.count_nonzero(ranks >= 0))
+
+    @cached_property
+    def powers(self) -> np.ndarray:  # (distances,) float64
+        """Probability that a rare one is among the targets seen, by how far ahead it looks; 0 is its own token."""
+        seen = np.array([self.seen(distance) for distance in range(4 * REACH)])
+        every = (seen >= self.targets) & (self.targets >= 1 / RARE)
+        return np.where(every, 1.0, 1 - (1 - RARE) ** seen)
+
+    def told(self, power: float) -> str:
+        """Return which faults are found with which probability, where `power` was asked for."""
+        weak = np.flatnonzero(self.powers < power - 1e-3)
+        if not len(weak):
+            return f"a fault on {RARE:.0%} of them is found with p {self.powers.min():.4f}, however far ahead it looks"
+        where = f"{weak[0]} to {weak[-1]}" if weak[-1] + 1 < len(self.powers) else f"{weak[0]} or more"
+        strong = np.delete(self.powers, weak)
+        told = (
+            f"a fault on {RARE:.0%} of them is found with p {strong.min():.4f}" if len(strong) else "a fault is found"
+        )
+        return f"{told}, where it looks {where} tokens ahead with p {self.powers[weak].min():.4f} at least"
 
 
 def needed_targets(power: float) -> int:
@@ -71,13 +104,21 @@ def plan_screening(base: Baseline, power: float, random: np.random.Generator) ->
     drawn = random.permutation(places)[:needed].tolist()
 
     # then all of them, each in the first run that has room for it
-    wanted = list(dict.fromkeys([*odd, *drawn]))
-    spacing = base.audited.protocol.seq_len + 1 + BEFORE  # beyond what one of them can move
-    if base.log.handed_out:
+    wanted, learns = list(dict.fromkeys([*odd, *drawn])), bool(base.log.handed_out)
+    settled = base.audited.protocol.seq_len + 1  # tokens after a changed one, beyond what it can move
+    spacing = settled + REACH
+    if learns:
         spacing = min(spacing, max(LEAST_SPACING, LEARNING_RUNS * len(base.tokens) // len(wanted)))
     runs = pack(wanted, max(LEAST_SPACING, spacing))
-    taken = {place for run in runs for place in run}
-    return Plan(runs, sum(place in taken for place in drawn), len(places))
+    firsts = {min(run, key=lambda place: int(base.rank[place])) for run in runs}
+    reaches = {place: NEAR - 1 if learns and place not in firsts else REACH for run in runs for place in run}
+
+    # cuts see each target that looks over one of them; the middle is always one, where every protocol is at work
+    count = min(-(-needed // REACH), LEARNING_RUNS if learns else MOST_RUNS, len(base.order) // 2)
+    apart = len(base.order) / max(1, count)
+    even = (apart * (np.arange(max(1, count)) + random.random())).astype(np.int64)
+    cuts = np.unique([*even.tolist(), len(base.order) // 2])
+    return Plan(runs, cuts, {place: reaches[place] for place in drawn if place in reaches}, base.rank, len(places))
 
 
 def pack(places: Sequence[int], spacing: int) -> list[list[int]]:
