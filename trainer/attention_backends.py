@@ -74,11 +74,23 @@ def kernel_dtype(q: Tensor) -> torch.dtype:
 
 
 def document_mask(tokens: Tensor, document: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the mask (batch, 1, seq_len, seq_len) bool: causal, within equal `document`; None = plain causal."""
+    """Return the mask (batch, 1, seq_len, seq_len): causal, within equal `document`; None = plain causal.
+
+    It is bool, true where attention is, or on a GPU 0 there and -inf elsewhere: SDPA's kernels for CUDA add a mask, and
+    would make that of a bool one on every visit, and keep each for backward.
+    """
     if document is None:
         return None
     document = document.to(device)
-    return torch.tril(document[:, :, None] == document[:, None, :])[:, None]
+    mask = torch.tril(document[:, :, None] == document[:, None, :])[:, None]
+    return additive_mask(mask) if device.type == "cuda" else mask
+
+
+def additive_mask(mask: Tensor) -> Tensor:
+    """Return a bool mask as what is added to scores, in autocast's dtype where it is on, else float32."""
+    kind = mask.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,6 +99,8 @@ def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     SDPA shares keys between the queries of a group (enable_gqa), except in its CUDA kernels for masks and wide dtypes,
     where it would fall back to a matrix of all scores. There, keys and values are repeated instead.
     """
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     group = q.size(1) // k.size(1)
     if group > 1 and q.is_cuda and (mask is not None or q.dtype not in HALF):
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, VerificationError
@@ -41,7 +42,7 @@ def recorded_protocol(checkpoint: Checkpoint, view: str) -> tuple[dict[str, Any]
 def measure(like: Checkpoint, tensors: Mapping[str, Tensor], data: DataFolder) -> dict[str, Any]:
     """Measure other weights of the same config by the protocol that `like` recorded."""
     _, protocol = recorded_protocol(like, like.view_name(None))
-    return measure_module(load_module(like.config, tensors, "blend"), data, protocol)
+    return measure_module(load_module(like.config, tensors, "blend").to(ALONE.device), data, protocol)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def verify_metric(view: View, data: DataFolder) -> Verification:
             f"(manifest {data.manifest_sha256[:12]}, recorded {metric['data_manifest_sha256'][:12]})",
             hint="pass the right folder with --data",
         )
-    recomputed = measure_module(load_module(view.config, view.tensors, str(view)), data, protocol)
+    module = load_module(view.config, view.tensors, str(view)).to(ALONE.device)
+    recomputed = measure_module(module, data, protocol)
     for count in ("tokens", "bytes"):
         if recomputed[count] != metric[count]:
             raise VerificationError(

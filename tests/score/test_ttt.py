@@ -16,7 +16,7 @@ from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import make_pass
 from pgolf_post.score.session import Session
 from pgolf_post.score.sliding import SlidingProtocol
-from pgolf_post.score.ttt import weights
+from pgolf_post.score.ttt import lora, weights
 from pgolf_post.score.ttt.adapters import Adapters
 from pgolf_post.score.ttt.chunks import ChunkPass
 from pgolf_post.score.ttt.documents import batch_by_length, find_documents
@@ -308,6 +308,27 @@ def test_the_first_chunk_of_a_document_is_scored_by_the_plain_model(bench: Bench
             expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").numpy()
             nats = log.nats[text.start + 1 : text.start + len(tokens)]
             np.testing.assert_allclose(nats, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "phased"])
+def test_parts_of_a_batch_give_the_batchs_number(bench: Bench, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = ttt(method)
+    whole = bench.log(protocol).nats
+    sizes: list[int] = []
+    parts = lora.LoraPass.parts
+    monkeypatch.setattr(lora.LoraPass, "parts", lambda *a: sizes.extend(len(p[1]) for p in parts(*a)) or parts(*a))
+    monkeypatch.setattr(lora, "ROW_TOKENS", {"cpu": 40})  # of windows of 16 and 32
+    np.testing.assert_allclose(bench.log(protocol).nats, whole, rtol=1e-5)
+    assert set(sizes) == {1, 2}
+    assert not np.allclose(bench.log(ttt(method, "learning_rate=0", "weight_decay=0")).nats, whole, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32_and_another_score(bench: Bench) -> None:
+    protocol, half = ttt("phased"), ttt("phased", "precision=bf16")
+    assert half.model_dump(mode="json") == {**protocol.model_dump(mode="json"), "precision": "bf16"}
+    expected, found = bench.log(protocol).nats.sum(), bench.log(half).nats.sum()
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_lora_pass_counts_its_steps(bench: Bench) -> None:

@@ -40,6 +40,14 @@ class AdapterProtocol(TTTProtocol):
         ("q", "k", "v", "o", "mlp", "head"), min_length=1, description="kinds of module that have an adapter"
     )
     batch_documents: int = Field(64, ge=1, description="documents of similar length that adapt side by side")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 = forward passes under autocast: another number, half the memory and more speed"
+    )
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of forward passes' products; None = the weights' own."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
 
 def adapted_modules(module: nn.Module, family: ModelFamily, settings: AdapterProtocol) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -45,8 +46,19 @@ def micro_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list
         yield sequences[first : first + size]
 
 
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which products are computed in `dtype`; None changes nothing."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 @torch.enable_grad()
-def backward(module: LanguageModel, parameters: Mapping[str, Tensor], sequences: list[Sequence], ranks: Ranks) -> None:
+def backward(
+    module: LanguageModel,
+    parameters: Mapping[str, Tensor],
+    sequences: list[Sequence],
+    ranks: Ranks,
+    autocast: torch.dtype | None = None,  # of the forward's products
+) -> None:
     """Set gradients of the mean nats per target, the same on every rank; each rank takes a part of the sequences.
 
     Raises PgolfError naming the setting to lower where memory runs out.
@@ -60,7 +72,8 @@ def backward(module: LanguageModel, parameters: Mapping[str, Tensor], sequences:
         for part in micro_batches(own, fitting(BATCH_TOKENS, module)):
             inputs, targets = (tensor.to(device) for tensor in pad(part))
             real = targets != IGNORED
-            nats = target_nats(module, module.hidden(inputs)[real], targets[real])
+            with autocast_to(device, autocast):
+                nats = target_nats(module, module.hidden(inputs)[real], targets[real])
             (nats.sum() / total).backward()
         sum_gradients(parameters, ranks)
     except RuntimeError as error:

@@ -6,7 +6,9 @@ returns to zero. The step after a chunk is on its mean nats, document by documen
 not trained on. A document's targets are the tokens after its BOS and the BOS of the next.
 
 One forward serves score and step, as in the public scripts: a chunk's nats are computed from its hidden states without
-gradients, and committed; then the log hands out the same targets, and what the graph holds becomes gradients.
+gradients, and committed; then the log hands out the same targets, and what the graph holds becomes gradients. On a GPU
+the rows of a batch go through it in parts of ROW_TOKENS, whose gradients lie in different rows of the adapters: 64
+documents of 2,048 tokens would hold 110 GiB of activations at once, a part holds a quarter of it.
 
 A is carried from batch to batch along a lane, one of a fixed number of queues: the published run had one per GPU. A
 batch goes to the lane with the least to do, ranks share the lanes: so the result does not depend on their number.
@@ -33,6 +35,7 @@ from pgolf_post.score.session import Session
 from pgolf_post.score.spans import is_out_of_memory
 from pgolf_post.score.ttt.adapters import AdapterProtocol, Adapters
 from pgolf_post.score.ttt.documents import Document, batch_by_length, deal, find_documents
+from pgolf_post.score.ttt.gradients import autocast_to
 from pgolf_post.score.ttt.optimizers import (
     Optimizers,
     load_optimizers_state,
@@ -41,6 +44,7 @@ from pgolf_post.score.ttt.optimizers import (
     optimizers_state,
 )
 
+ROW_TOKENS: dict[str, int] = {"cuda": 32768}  # tokens of one forward, by type of device; elsewhere all rows at once
 LEARNING_COSTS = 1.5  # a backward, in forwards
 TUNE = -1  # in the place of a chunk: all ranks tune the weights (phased.py)
 
@@ -119,16 +123,17 @@ class LoraPass:
         ending = [document for document in batch if self.num_chunks(document) == chunk + 1]
         try:
             with self.adapters.attached():
-                if ending:
-                    self.score(ending, chunk, len(learners))
+                for first, documents in self.parts(ending, chunk):
+                    self.score(documents, chunk, len(learners) + first)
                 if learners:
                     self.score_and_learn(learners, chunk)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            fewer = max(1, self.settings.batch_documents // 2)
             raise PgolfError(
                 f"out of memory with {len(learners) + len(ending)} documents at once",
-                hint=f"--set batch_documents={max(1, self.settings.batch_documents // 2)}, or a smaller rank",
+                hint=f"--set batch_documents={fewer}, a smaller rank, or --set precision=bf16",
             ) from None
 
     def begin(self, number: int) -> None:
@@ -147,6 +152,18 @@ class LoraPass:
         stop = first + self.settings.chunk_tokens
         return max(0, stop - 1 - self.settings.seq_len), first, stop
 
+    def parts(self, documents: list[Document], chunk: int) -> list[tuple[int, list[Document]]]:
+        """Return documents in parts that go through one forward, each with the number of its first document."""
+        begin, _, stop = self.window(chunk)
+        limit = ROW_TOKENS.get(self.device.type)
+        size = max(1, len(documents) if limit is None else limit // (stop - 1 - begin))
+        return [(first, documents[first : first + size]) for first in range(0, len(documents), size)]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
     def score(self, documents: list[Document], chunk: int, first_row: int) -> None:
         """Commit the nats of the last chunk of documents, whose adapters are the batch's from `first_row` on."""
         with self.session.clock.phase("score"), torch.no_grad():
@@ -156,14 +173,23 @@ class LoraPass:
     def score_and_learn(self, documents: list[Document], chunk: int) -> None:
         """Commit a chunk's nats of documents that go on after it, then take one step on it: on one forward."""
         trained = self.adapters.trained()
+        for tensor in trained.values():
+            tensor.requires_grad_(True)
+        for first_row, some in self.parts(documents, chunk):
+            self.score_and_differentiate(some, chunk, first_row)
+        with self.session.clock.phase("adapt"):
+            optimizer_step(self.optimizers, trained, self.settings.learning_rate, clip=0.0)
+            for tensor in trained.values():
+                tensor.requires_grad_(False)
+            self.optimizer_steps += 1
 
+    def score_and_differentiate(self, documents: list[Document], chunk: int, first_row: int) -> None:
+        """Commit a chunk's nats of documents, then add their gradients to those rows of the adapters."""
         # the forward keeps its graph; nats are committed from detached hidden states
         with self.session.clock.phase("score"):
             tokens = self.tokens(documents, chunk)
-            for tensor in trained.values():
-                tensor.requires_grad_(True)
             with torch.enable_grad():
-                hidden = self.hidden(tokens, chunk, 0)
+                hidden = self.hidden(tokens, chunk, first_row)
             self.commit(documents, chunk, tokens, hidden.detach())
 
         # targets come from the log, which hands out only what has been committed
@@ -171,12 +197,9 @@ class LoraPass:
             begin, first, stop = self.window(chunk)
             targets = np.stack([self.scored_tokens(one, begin, stop) for one in documents])[:, first - stop :]
             with torch.enable_grad():
-                nats = target_nats(self.adapters, hidden, torch.from_numpy(targets).to(hidden.device).flatten())
+                with autocast_to(self.device, self.settings.autocast):
+                    nats = target_nats(self.adapters, hidden, torch.from_numpy(targets).to(hidden.device).flatten())
                 nats.view(len(documents), -1).mean(dim=1).sum().backward()
-            optimizer_step(self.optimizers, trained, self.settings.learning_rate, clip=0.0)
-            for tensor in trained.values():
-                tensor.requires_grad_(False)
-            self.optimizer_steps += 1
 
     def tokens(self, documents: list[Document], chunk: int) -> Tensor:  # (rows, width) int64
         """Return a chunk's window of each document and the token after it, zeros beyond a document's end."""
@@ -185,17 +208,19 @@ class LoraPass:
         for row, document in enumerate(documents):
             own = self.log.tokens[document.start + begin : min(document.start + stop, document.stop + 1)]
             padded[row, : len(own)] = own
-        return torch.from_numpy(padded).to(next(self.module.parameters()).device)
+        return torch.from_numpy(padded).to(self.device)
 
     def hidden(self, tokens: Tensor, chunk: int, first_row: int) -> Tensor:  # → (rows · chunk's targets, dim)
         _, first, stop = self.window(chunk)
-        return self.adapters.hidden(tokens[:, :-1], first_row)[:, first - stop :].flatten(0, 1)
+        with autocast_to(self.device, self.settings.autocast):
+            return self.adapters.hidden(tokens[:, :-1], first_row)[:, first - stop :].flatten(0, 1)
 
     @torch.no_grad()
     def commit(self, documents: list[Document], chunk: int, tokens: Tensor, hidden: Tensor) -> None:
         """Commit the nats of a chunk of documents, and show the observer its distributions."""
         _, first, stop = self.window(chunk)
-        nats = target_nats(self.adapters, hidden, tokens[:, first - stop :].flatten())
+        with autocast_to(self.device, self.settings.autocast):
+            nats = target_nats(self.adapters, hidden, tokens[:, first - stop :].flatten())
 
         # places of targets in the text, -1 where a document ends before the chunk does
         chunks = [np.arange(one.start + first, min(one.start + stop, one.stop + 1)) for one in documents]
@@ -203,8 +228,9 @@ class LoraPass:
         places = np.full(len(documents) * (stop - first), -1)
         places[real] = np.concatenate(chunks)
 
-        observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
-        self._note(documents, hidden, tokens[:, first - stop :].flatten(), places, chunk)
+        with autocast_to(self.device, self.settings.autocast):
+            observe(self.session.observer, _AllRows(self.adapters, hidden), torch.arange(len(hidden)), places)
+            self._note(documents, hidden, tokens[:, first - stop :].flatten(), places, chunk)
         self.log.commit(places[real], nats.double().cpu().numpy()[real])
 
     def _note(
@@ -241,9 +267,8 @@ class LoraPass:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.adapters.load_state(part_of(state, "adapter."))
-        device = next(self.module.parameters()).device
         for lane in {int(key.partition(".")[0]) for key in part_of(state, "lane.")}:
-            self.carried[lane] = {key: x.to(device) for key, x in part_of(state, f"lane.{lane}.").items()}
+            self.carried[lane] = {key: x.to(self.device) for key, x in part_of(state, f"lane.{lane}.").items()}
         if (lane := int(state["lane_in_use"])) >= 0:
             self.carried[lane] = self.adapters.a
         self.optimizers = make_optimizers(self.adapters.trained(), self.settings)

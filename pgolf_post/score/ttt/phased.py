@@ -112,7 +112,7 @@ class GlobalTuning:
         momentum = self.settings.global_momentum
         sgd = torch.optim.SGD(list(self.parameters.values()), lr=self.settings.global_lr, momentum=momentum)
         for number, sequences in enumerate(chunks[:-1]):
-            backward(self.module, self.parameters, sequences, self.ranks)
+            backward(self.module, self.parameters, sequences, self.ranks, self.settings.autocast)
             rate = self.settings.global_lr * cosine(number, len(chunks))
             optimizer_step({"sgd": sgd}, self.parameters, rate, self.settings.global_grad_clip)
             self.steps += 1

@@ -35,6 +35,8 @@ STORED: dict[str, Any] = {
     "global_grad_clip": 1.0,
 }
 
+LATER: dict[str, Any] = {"precision": "fp32"}  # settings that came later, in the identity where they are not this
+
 
 class TTTProtocol(Settings):
     """Test-time training: what exactly was scored and how the model learned. Part of a score's identity."""
@@ -63,5 +65,5 @@ class TTTProtocol(Settings):
     @model_serializer(mode="wrap")
     def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Serialize the settings in the order and with the keys that scores have always been stored under."""
-        own = own_values(self)
+        own = {key: value for key, value in own_values(self).items() if key not in LATER or value != LATER[key]}
         return {**{name: own[name] for name in TTTProtocol.model_fields}, **STORED, **own}
