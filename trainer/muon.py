@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ from torch import Tensor
 from trainer.distributed import TrainingRanks, Transfer
 
 NewtonSchulz = Literal["classic", "polar_express"]
+NewtonSchulzDtype = Literal["auto", "fp32", "bf16"]
+
+
+class Scheme(NamedTuple):
+    """How updates are orthogonalised."""
+
+    coefficients: NewtonSchulz
+    dtype: torch.dtype | None = None  # of the iterations; None = that of the momenta
+
+
+def narrow_dtype(choice: NewtonSchulzDtype, on_gpu: bool) -> torch.dtype | None:
+    """Return bfloat16 where it is asked for, or on a GPU for "auto": its products are what Newton-Schulz is made of."""
+    return torch.bfloat16 if choice == "bf16" or (choice == "auto" and on_gpu) else None
+
 
 COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
     "classic": ((3.4445, -4.7750, 2.0315),) * 5,
@@ -41,15 +55,30 @@ COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
 
 def orthogonalize(
     updates: Tensor,  # (n, rows, cols)
-    scheme: NewtonSchulz,
+    coefficients: NewtonSchulz,
+    dtype: torch.dtype | None = None,  # of the iterations and of the result
 ) -> Tensor:  # (n, rows, cols), singular values near 1
-    """Run five Newton-Schulz iterations on each matrix, in its smaller dimension."""
+    """Run five Newton-Schulz iterations on each matrix, in its smaller dimension.
+
+    In bfloat16 the result is 1.0 to 1.7 % from that in float32 (Frobenius norm), its singular values within 0.015: the
+    iteration pulls rounding errors back as it does all others.
+    """
     transposed = updates.size(-2) > updates.size(-1)
     x = updates.mT if transposed else updates
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in COEFFICIENTS[scheme]:
+    if dtype is not None and x.dtype == torch.float32:
+        return _narrow_iterations(x.to(dtype), coefficients, transposed)
+    for a, b, c in COEFFICIENTS[coefficients]:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+def _narrow_iterations(x: Tensor, coefficients: NewtonSchulz, transposed: bool) -> Tensor:
+    """Run the iterations as three batched products each, their sums in the same kernels."""
+    for a, b, c in COEFFICIENTS[coefficients]:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if transposed else x
 
 
@@ -57,7 +86,7 @@ def muon_updates(
     gradients: Tensor,  # (n, rows, cols)
     momenta: Tensor,  # (n, rows, cols)
     momentum: float,
-    scheme: NewtonSchulz,
+    scheme: Scheme,
     row_normalize: bool,
 ) -> Tensor:  # (n, rows, cols)
     """Return Muon's updates: Nesterov momentum, row normalisation, orthogonalisation, × √max(1, rows/cols).
@@ -69,7 +98,7 @@ def muon_updates(
     if row_normalize:
         update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
     rows, cols = update.shape[-2:]
-    return orthogonalize(update, scheme) * max(1.0, rows / cols) ** 0.5
+    return orthogonalize(update, *scheme) * max(1.0, rows / cols) ** 0.5
 
 
 class Bank:
@@ -101,7 +130,7 @@ class Bank:
         self,
         gradients: Tensor,  # (share, rows, cols), this rank's slots, summed
         momentum: float,
-        scheme: NewtonSchulz,
+        scheme: Scheme,
         row_normalize: bool,
     ) -> Transfer:  # (num_slots, rows, cols)
         """Step the momenta of this rank's slots, and begin to share their updates with all ranks."""
@@ -109,7 +138,9 @@ class Bank:
         mine = [slot - first for slot in self.used() if first <= slot < first + self.share]
         if len(mine) == self.share:
             return self.ranks.all_gather(muon_updates(gradients, self.momenta, momentum, scheme, row_normalize))
-        updates, momenta = torch.zeros_like(gradients), self.momenta[mine]
+        narrow = gradients.dtype == torch.float32 and scheme.dtype is not None
+        updates = torch.zeros_like(gradients, dtype=scheme.dtype if narrow else None)
+        momenta = self.momenta[mine]
         if mine:
             updates[mine] = muon_updates(gradients[mine], momenta, momentum, scheme, row_normalize)
             self.momenta[mine] = momenta
@@ -125,6 +156,7 @@ class Bank:
         used = self.used()
         matrices = [self.matrices[slot] for slot in used]
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        updates = updates.to(self.momenta.dtype)
         torch._foreach_add_(matrices, [updates[slot] for slot in used], alpha=-lr)
 
     def state(self) -> dict[str, Tensor]:

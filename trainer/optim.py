@@ -19,7 +19,7 @@ from pgolf_post.average.profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
-from trainer.muon import NewtonSchulz, make_banks
+from trainer.muon import NewtonSchulz, NewtonSchulzDtype, Scheme, make_banks, narrow_dtype
 from trainer.schedule import cyclic_momentum, momentum_at
 
 
@@ -32,6 +32,9 @@ class OptimSettings(Settings):
     momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's momentum at the first step")
     momentum_warmup_steps: int = Field(500, ge=0, description="steps over which Muon's momentum rises linearly")
     newton_schulz: NewtonSchulz = Field("polar_express", description="coefficients of Muon's orthogonalisation")
+    newton_schulz_dtype: NewtonSchulzDtype = Field(
+        "auto", description="dtype of Muon's orthogonalisation and of its updates' transfers; auto = bf16 on a GPU"
+    )
     row_normalize: bool = Field(True, description="normalise each row of Muon's update before orthogonalisation")
     embed_lr: float = Field(0.03, gt=0, description="learning rate of embeddings, by AdamW")
     embed_weight_decay: float = Field(0.085, ge=0, description="weight decay of embeddings, times their learning rate")
@@ -156,7 +159,9 @@ class Optimizer:
         self.banks = make_banks({name: self.parameters[name] for name in matrices}, ranks)
         betas = (settings.adam_beta1, settings.adam_beta2)
         groups = [self._adam_group(group, names) for group, names in self.adam_names.items()]
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, foreach=True)
+        self.on_gpu = next(iter(self.parameters.values())).device.type == "cuda"
+        kernel: dict[str, Any] = {"fused": True} if self.on_gpu else {"foreach": True}
+        self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, **kernel)
 
     def _adam_group(self, group: str, names: list[str]) -> dict[str, Any]:
         """Return AdamW's settings for one group; the schedule multiplies `peak_lr` and `peak_weight_decay`."""
@@ -180,13 +185,14 @@ class Optimizer:
         return {group: peaks[group] * lr_multiplier for group in self.groups()}
 
     @torch.no_grad()
-    def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> float:
+    def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> Tensor:
         """Sum gradients over ranks, clip, update every parameter, clear gradients: on all ranks, right after backward.
 
-        Return the global gradient norm before clipping.
+        Return the global gradient norm before clipping, () float64: nothing here waits for a GPU.
         """
         # Every rank's gradients set out: matrices to the ranks that own them, the rest to all.
         settings, rest = self.settings, self._adam_gradients()
+        scheme = Scheme(settings.newton_schulz, narrow_dtype(settings.newton_schulz_dtype, self.on_gpu))
         banks = [bank for bank in self.banks if bank.used()]
         coming = [bank.send_gradients() for bank in banks]
         finish_rest = self.ranks.begin_sum_(rest)
@@ -198,7 +204,7 @@ class Optimizer:
 
         # Matrices: each bank steps its momenta once its gradients are there, and its updates set out for all ranks.
         updates = [
-            bank.send_updates(transfer.wait(), momentum, settings.newton_schulz, settings.row_normalize)
+            bank.send_updates(transfer.wait(), momentum, scheme, settings.row_normalize)
             for bank, transfer in zip(banks, coming, strict=True)
         ]
         if not settings.grad_clip:
@@ -214,7 +220,7 @@ class Optimizer:
             bank.apply(transfer.wait(), lr, decay)
         for parameter in self.parameters.values():
             parameter.grad = None
-        return float(norm)
+        return norm
 
     def _adam_gradients(self) -> list[Tensor]:
         """Return the gradients of everything but matrices, where this step's graph has any."""
@@ -263,9 +269,9 @@ class Optimizer:
             bank.load_state({name: state[f"momentum.{name}"] for name in bank.names})
         for name in self._adam_parameters():
             if f"exp_avg.{name}" in state:
-                device = self.parameters[name].device
+                device = self.parameters[name].device  # of a number too, where AdamW is one kernel
                 self.adam.state[self.parameters[name]] = {
-                    "step": state[f"adam_step.{name}"].clone(),  # a number: AdamW keeps it on the CPU
+                    "step": state[f"adam_step.{name}"].to(device if self.on_gpu else "cpu", copy=True),
                     "exp_avg": state[f"exp_avg.{name}"].to(device, copy=True),
                     "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(device, copy=True),
                 }
