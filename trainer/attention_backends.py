@@ -81,7 +81,7 @@ def document_mask(tokens: Tensor, document: Tensor | None, device: torch.device)
     """
     if document is None:
         return None
-    document = document.to(device)
+    document = to_device(document, device)
     mask = torch.tril(document[:, :, None] == document[:, None, :])[:, None]
     return additive_mask(mask) if device.type == "cuda" else mask
 
@@ -128,7 +128,7 @@ def document_block_mask(tokens: Tensor, document: Tensor | None, device: torch.d
     batch_size, seq_len = tokens.shape
     if document is None:
         return create_block_mask(causal, None, None, seq_len, seq_len, device=str(device))
-    ids = document.to(device)
+    ids = to_device(document, device)
 
     def causal_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (ids[batch, query] == ids[batch, key])

@@ -7,6 +7,7 @@ visits all of them in an order drawn from (seed, epoch) alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,12 +16,23 @@ from torch import Tensor
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 
+Batches = list[tuple[Tensor, Tensor]]  # inputs and targets of every micro-batch of a step, each (windows, seq_len)
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a copy on the device; to a GPU through pinned memory, without waiting for what is queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return page_locked(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def page_locked(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy in page-locked memory, or the tensor where it is one: a strided one is not copied
+    asynchronously, whatever is asked for.
+    """
+    if tensor.is_pinned() and tensor.is_contiguous():
+        return tensor
+    return tensor.contiguous().pin_memory()
 
 
 class WindowSampler:
@@ -66,3 +78,26 @@ class WindowSampler:
             positions = range(step * windows_per_step + start, step * windows_per_step + start + windows_per_batch)
             windows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
             yield windows[:, :-1], windows[:, 1:]
+
+
+class AheadSampler:
+    """A sampler whose next step is drawn by a thread, into page-locked memory, while a GPU computes this one."""
+
+    def __init__(self, sampler: WindowSampler) -> None:
+        self.sampler = sampler
+        self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first draw
+        self._coming: tuple[tuple[int, ...], Future[Batches]] | None = None
+
+    def step_batches(self, step: int, *shape: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return what `WindowSampler.step_batches` yields, and begin to draw the step after it."""
+        coming, asked = self._coming, (step, *shape)
+        batches = coming[1].result() if coming else []  # the thread alone draws, and nothing else while it does
+        if coming is None or coming[0] != asked:
+            batches = self._thread.submit(self._draw, *asked).result()
+        following = (step + 1, *shape)
+        self._coming = following, self._thread.submit(self._draw, *following)
+        return iter(batches)
+
+    def _draw(self, step: int, *shape: int) -> Batches:
+        pairs = self.sampler.step_batches(step, *shape)
+        return [(page_locked(inputs), page_locked(targets)) for inputs, targets in pairs]

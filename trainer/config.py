@@ -15,7 +15,7 @@ from trainer.schedule import ScheduleSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
-Kernels = Literal["eager", "triton"]
+Kernels = Literal["eager", "triton", "triton_loss", "triton_mlp"]
 CompileChoice = Literal["auto"] | bool
 MetricTime = Literal["each", "end", "final"]
 
@@ -30,11 +30,16 @@ class RunSettings(Settings):
     seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
     precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     kernels: Kernels = Field(
-        "eager", description="triton = fused loss and MLP (trainer/kernels), CUDA only; not the default: not yet timed"
+        "eager",
+        description="triton_loss, triton_mlp = fused loss or MLP (trainer/kernels), triton = both; CUDA only; not the "
+        "default: not yet timed",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; left out: as many as this process may use")
     attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
     compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
+    deterministic: bool = Field(
+        False, description="take deterministic kernels: on a GPU slower, and an error where an operation has none"
+    )
     warmup_steps: int | None = Field(
         None,
         ge=0,

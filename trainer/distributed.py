@@ -89,11 +89,14 @@ class TrainingRanks(Ranks):
         everyones = rows.new_empty(len(rows) * self.world_size, *rows.shape[1:])
         return Transfer(everyones, ALL_GATHER(everyones, rows, async_op=True), rows)
 
-    def sum_floats(self, *values: float) -> tuple[float, ...]:
-        """Return the sums of numbers over ranks, in one transfer."""
+    def sum_floats(self, *values: float | Tensor) -> tuple[float, ...]:
+        """Return the sums of numbers, or of tensors () on this rank's device, over ranks, in one transfer.
+
+        It is the one moment at which a rank waits for its GPU: tensors are not read before the sums are there.
+        """
         if self.world_size == 1:
-            return values
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return tuple(map(float, values))
+        totals = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values])
         dist.all_reduce(totals)
         return tuple(totals.tolist())
 

@@ -18,7 +18,7 @@ from trainer.batches import to_device
 from trainer.compiled import compiled_loss, compiles, training_loss
 from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks
-from trainer.kernels import fused_loss
+from trainer.kernels import LOSS_KERNELS, fused_loss
 from trainer.model import GolfGPT
 
 
@@ -57,7 +57,7 @@ class GradientAccumulator:
         self.micro_tokens = micro_tokens  # of one backward pass on this rank
         self.share = micro_tokens / recipe.data.batch_tokens  # of a step's loss
         self.compiled = compiles(recipe.run.compile, self.device)
-        eager_loss = fused_loss if recipe.run.kernels == "triton" else training_loss
+        eager_loss = fused_loss if recipe.run.kernels in LOSS_KERNELS else training_loss
         self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
 
     def loss(
@@ -66,10 +66,10 @@ class GradientAccumulator:
         targets: Tensor,  # (batch, seq_len) int64, on the CPU
     ) -> Tensor:  # () mean nats per token
         """Return the loss of one micro-batch, differentiable in the model's parameters."""
-        reach = self.model.reach(inputs)
-        inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         enabled = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with enabled:
+            reach = self.model.reach(inputs)
+            inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
             return self.loss_function(self.model, inputs, targets, reach)
 
     def accumulate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64

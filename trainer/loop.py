@@ -8,8 +8,10 @@ with the last checkpoint intact.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend, warning_of
 from trainer.background import BackgroundWriter
-from trainer.batches import WindowSampler
+from trainer.batches import AheadSampler, WindowSampler
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
-from trainer.kernels import fuse_mlps, require_usable
+from trainer.kernels import MLP_KERNELS, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
@@ -50,11 +52,27 @@ def new_model(recipe: Recipe, vocab_size: int, device: torch.device, autocast: t
     model = GolfGPT(recipe.model_config_for(vocab_size), GraphState())
     model.initialise()
     model.to(device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
-    if recipe.run.kernels == "triton":
+    if recipe.run.kernels in MLP_KERNELS:
         fuse_mlps(model)
     isolated, compute_dtype = recipe.model.isolate_documents, autocast or model.tok_emb.weight.dtype
     model.attention_backend = choose_backend(recipe.run.attention, device, compute_dtype, isolated)
     return model
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Have torch take deterministic kernels inside, where that is wanted.
+
+    cuBLAS reads the size of its workspace when it is first used: it must be one of two for the same sums each time.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class StoppedRun(KeyboardInterrupt):
@@ -82,7 +100,8 @@ class Trainer:
         self.stopping = False  # whether any rank was asked to, as of the last step
         autocast = training_autocast(recipe.run.precision, ranks.device)
         data = DataFolder.open(recipe.data.dir)
-        self.sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
+        sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
+        self.sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
         self.model = new_model(recipe, data.vocab_size, ranks.device, autocast)
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens)
         shape, isolated = (micro_tokens // recipe.data.seq_len, recipe.data.seq_len), recipe.model.isolate_documents
@@ -113,6 +132,10 @@ class Trainer:
 
     def run(self) -> Checkpoint:
         """Train to the end. Return the final checkpoint. Raises NumericsError if the loss stops being finite."""
+        with deterministic_kernels(self.recipe.run.deterministic):
+            return self._run()
+
+    def _run(self) -> Checkpoint:
         state, phase_times = self.state, self.state.phase_times
         # Before the clock starts: the folder, the warm-up, and what a cap must leave free.
         if self.ranks.is_main:
@@ -206,19 +229,17 @@ class Trainer:
         schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(state.step)
         loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
-        loss, num_asked = self.ranks.sum_floats(float(loss_share), float(bool(self.asked)))
+        state.averages.update(state.step + 1, at)
+
+        # All of the step is queued: reading its numbers is the one wait for the device.
+        loss, num_asked = self.ranks.sum_floats(loss_share, float(bool(self.asked)))
         self.stopping = num_asked > 0
         if not math.isfinite(loss):
             raise NumericsError(
                 f"training loss is {loss} at step {state.step}; earlier checkpoints in {state.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
-
-        # The step is done; averages are part of it.
         state.step += 1
-        state.averages.update(state.step, at)
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
 
         # Rank 0's clock is the run's.
         before = state.train_seconds
@@ -226,7 +247,7 @@ class Trainer:
         looped = self.model.graph.active_loops > 0
         state.phase_times.add("train_looped" if looped else "train_plain", state.train_seconds - before)
         state.clock.tick(state.train_seconds)
-        return loss, norm
+        return loss, float(norm)
 
     def _batch_shape(self) -> tuple[int, int, int, int]:
         """Return windows of a step, windows of a micro-batch, this rank, and the number of ranks."""

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pgolf_post.calibrate.collect import FORWARD_TOKENS
+from pgolf_post.calibrate.collect import FORWARD_TOKENS, autocast_dtype
 from pgolf_post.calibrate.forward import forward_batch
 from pgolf_post.calibrate.sums import Sums
 from trainer.family import GolfGPTFamily
@@ -63,7 +64,9 @@ def _hessian_seconds(state: RunState) -> float:
         module = GolfGPT(trained.config, graph)
     module.load_state_dict({name: tensor.float() for name, tensor in trained.state_dict().items()}, assign=True)
     sites = GolfGPTFamily().sites(module)
-    seconds = _seconds_of(state.device, lambda: forward_batch(module, sites, tokens, Sums()))
+    dtype = autocast_dtype("auto", state.device)
+    with torch.autocast(state.device.type, dtype) if dtype else contextlib.nullcontext():
+        seconds = _seconds_of(state.device, lambda: forward_batch(module, sites, tokens, Sums()))
     return seconds * max(1, state.recipe.schedule.hessian_tokens // tokens.numel())
 
 

@@ -8,7 +8,10 @@ PyTorch computes in float32 from the same inputs.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -232,22 +235,26 @@ def training_case(device: str, data: Path, root: Path) -> dict[str, Any]:
     return answer
 
 
-def compile_for_h100() -> dict[str, dict[str, int]]:
-    """Per kernel, how many tensor-core instructions its sm_90 code has and how many bytes of shared memory it takes."""
+def compile_offline(capability: int, every_tiling: bool) -> dict[str, dict[str, int]]:
+    """Per kernel and tiling: tensor-core instructions of its code, bytes of shared memory and of spilled registers.
+
+    Nothing is run, so no GPU is needed. Without `every_tiling` the MLP is compiled for one of its tilings.
+    """
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from trainer.kernels import loss, mlp
 
-    chosen = mlp.CONFIGS[1]  # a small one: it compiles faster
-    tiled = {"SIGNED": True, "EVEN_K": True, "PRECISION": "tf32", "GROUP": mlp.GROUP, **chosen.kwargs}
-    jobs = {
+    jobs: dict[str, tuple[Any, dict[str, Any], int, int]] = {
         "nats": (loss.nats_kernel, {"BLOCK": loss.MAX_BLOCK}, loss.NUM_WARPS, 1),
         "gradient": (loss.gradient_kernel, {"BLOCK": loss.MAX_BLOCK}, loss.NUM_WARPS, 1),
-        "up": (mlp.up_kernel.fn, tiled, chosen.num_warps, chosen.num_stages),
-        "down_backward": (mlp.down_backward_kernel.fn, tiled, chosen.num_warps, chosen.num_stages),
     }
+    for tiling in mlp.CONFIGS if every_tiling else mlp.CONFIGS[1:2]:
+        values = {"SIGNED": True, "EVEN_K": True, "PRECISION": "tf32", "GROUP": mlp.GROUP, **tiling.kwargs}
+        size = f"{tiling.kwargs['BLOCK_M']}x{tiling.kwargs['BLOCK_N']}"
+        for name, kernel in (("up", mlp.up_kernel.fn), ("down_backward", mlp.down_backward_kernel.fn)):
+            jobs[f"{name} {size}"] = (kernel, values, tiling.num_warps, tiling.num_stages)
     special = {"targets_ptr": "*i64", "nats_ptr": "*fp32", "lse_ptr": "*fp32", "grad_ptr": "*fp32"}
     special |= {"negative_ptr": "*u8", "cap": "fp32", "slope": "fp32"}
     answer = {}
@@ -257,9 +264,26 @@ def compile_for_h100() -> dict[str, dict[str, int]]:
         aligned = [(i,) for i, arg in enumerate(kernel.arg_names) if types[arg].startswith("*") or types[arg] == "i32"]
         source = ASTSource(kernel, types, values, {index: [["tt.divisibility", 16]] for index in aligned})
         options = {"num_warps": warps, "num_stages": stages}
-        built = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-        answer[name] = {"tensor_core": built.asm["ptx"].count("wgmma.mma_async"), "shared": built.metadata.shared}
+        built = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        products = sum(built.asm["ptx"].count(word) for word in ("wgmma.mma_async", "mma.sync"))
+        answer[name] = {
+            "tensor_core": products,
+            "shared": built.metadata.shared,
+            "spilled": spilled_bytes(built.asm["cubin"]),
+        }
     return answer
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    """Bytes of each thread's stack and local memory, where registers that do not fit go."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__ or "").parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return sum(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
 
 
 def all_cases(device: str, data: Path, root: Path) -> dict[str, Any]:
@@ -278,5 +302,8 @@ def all_cases(device: str, data: Path, root: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, *folders = sys.argv[1:]
-    answer = compile_for_h100() if what == "compile" else all_cases(what, *map(Path, folders))
+    if what == "compile":
+        answer = compile_offline(int(folders[0]), folders[1] == "all")
+    else:
+        answer = all_cases(what, *map(Path, folders))
     print(json.dumps(answer))

@@ -104,20 +104,37 @@ def test_a_run_with_kernels_is_the_run_without(answer: dict[str, Any]) -> None:
 
 
 @needs_triton
-def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
-    built = run_cases(tmp_path, "compile")
-    assert {name: code["tensor_core"] > 0 for name, code in built.items()} == {
-        "nats": False,
-        "gradient": False,
-        "up": True,
-        "down_backward": True,
-    }
-    assert max(code["shared"] for code in built.values()) <= 227 * 1024
+@pytest.mark.parametrize(
+    ("capability", "tilings", "shared_kib"),
+    [
+        pytest.param(90, "one", 227, id="H100"),
+        pytest.param(90, "all", 227, id="H100, every tiling", marks=pytest.mark.long),
+        pytest.param(80, "all", 163, id="A100, every tiling", marks=pytest.mark.long),
+    ],
+)
+def test_kernels_compile_and_fit_a_gpu(tmp_path: Path, capability: int, tilings: str, shared_kib: int) -> None:
+    built = run_cases(tmp_path, "compile", str(capability), tilings)
+    assert len(built) == (4 if tilings == "one" else 10)
+    for name, code in built.items():
+        assert (code["tensor_core"] > 0) == (name not in ("nats", "gradient")), name
+        assert code["shared"] <= shared_kib * 1024, (name, code)
+        assert code["spilled"] == 0, (name, code)
 
 
 def test_eager_is_the_default_and_meta_says_so(pico_checkpoint: Checkpoint) -> None:
     assert pico_checkpoint.meta["kernels"] == "eager"
     assert pico_checkpoint.meta["recipe"]["run"]["kernels"] == "eager"
+
+
+@needs_triton
+@pytest.mark.parametrize(("choice", "mlp", "loss"), [("triton_loss", False, True), ("triton_mlp", True, False)])
+def test_each_kernel_has_a_switch_of_its_own(
+    choice: str, mlp: bool, loss: bool, pico_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.loop.require_usable", lambda *_: None)  # there is no GPU to use them on
+    run = Trainer(pico_recipe(pico_data, tmp_path, run={"kernels": choice}))
+    assert [block.mlp.fused is not None for block in run.model.blocks] == [mlp] * 3
+    assert (run.gradients.loss_function is kernels.fused_loss) == loss
 
 
 def test_kernels_need_triton(tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ way from z = head(hidden) to the loss and back, the kernels one (dz, in z's own 
 MLP: the activation and its gradient happen in the epilogues of the two matmuls beside them, and of the three
 hidden-sized tensors that eager keeps for backward, one is left, and a byte per element for the sign.
 
-`run.kernels = "triton"` switches both on for training. The default is "eager": the kernels are checked for values and
-gradients by Triton's interpreter, and compiled for sm_90, but have not been timed on a GPU yet; `python -m
+`run.kernels = "triton"` switches both on for training, "triton_loss" and "triton_mlp" one of them: in a compiled step
+Inductor fuses the loss as well, and the MLP alone saves bytes. The default is "eager": the kernels are checked for
+values and gradients by Triton's interpreter, and compiled for sm_90, but have not been timed on a GPU yet; `python -m
 benchmarks.bench_kernels` there says whether they pay. Everything that scores a checkpoint is eager always: the switch
 is a property of a Trainer, not of a model or its config.
 """
@@ -20,31 +21,36 @@ from torch import Tensor
 from pgolf_post.errors import SettingsError
 from trainer.activations import ACTIVATIONS, activation_of
 from trainer.attention_backends import Reach
-from trainer.config import Recipe
+from trainer.config import Kernels, Recipe
 from trainer.model import MLP, GolfGPT
 from trainer.tables import read_keys
 
+LOSS_KERNELS: tuple[Kernels, ...] = ("triton", "triton_loss")
+MLP_KERNELS: tuple[Kernels, ...] = ("triton", "triton_mlp")
 EAGER_HINT = "train with --set run.kernels=eager"
 
 
 def require_usable(recipe: Recipe, device_type: str) -> None:
     """Raise SettingsError if this recipe asks for Triton kernels that it cannot have on this machine."""
-    if recipe.run.kernels == "eager":
+    kernels = recipe.run.kernels
+    if kernels == "eager":
         return
     if importlib.util.find_spec("triton") is None:
         raise SettingsError(
-            'run.kernels = "triton", but triton is not installed', hint=f"pip install triton, or {EAGER_HINT}"
+            f'run.kernels = "{kernels}", but triton is not installed', hint=f"pip install triton, or {EAGER_HINT}"
         )
     if device_type != "cuda":
         raise SettingsError(
-            f'run.kernels = "triton" needs a CUDA GPU, and this run is on "{device_type}"', hint=EAGER_HINT
+            f'run.kernels = "{kernels}" needs a CUDA GPU, and this run is on "{device_type}"', hint=EAGER_HINT
         )
     if recipe.run.precision == "fp64":
-        raise SettingsError('run.kernels = "triton" computes in float32, but run.precision = "fp64"', hint=EAGER_HINT)
-    if activation_of(recipe.model.activation).kernel_slope is None:
+        raise SettingsError(
+            f'run.kernels = "{kernels}" computes in float32, but run.precision = "fp64"', hint=EAGER_HINT
+        )
+    if kernels in MLP_KERNELS and activation_of(recipe.model.activation).kernel_slope is None:
         fused = " and ".join(name for name, row in ACTIVATIONS.items() if row.kernel_slope)
         raise SettingsError(
-            f'run.kernels = "triton" has an MLP for {fused}, not for "{recipe.model.activation}"',
+            f'run.kernels = "{kernels}" has an MLP for {fused}, not for "{recipe.model.activation}"',
             hint=EAGER_HINT,
         )
 
