@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pgolf_post.attribute.groups import corrected
 from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.base.storage import atomic_file, read_json, write_json
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -56,7 +57,10 @@ class GroupMeasurer:
         self.family, self.protocol = get_family(model.config["family"]), protocol
         self.text, self.pool = folder_text(data, protocol), ModelPool()
         self.symbols = model.symbols_sha256()
-        self.reference = load_module(reference.config, reference.tensors, str(reference)) if reference else None
+        self.reference: torch.nn.Module | None = None
+        if reference is not None:
+            whole = load_module(reference.config, reference.tensors, str(reference))
+            self.reference = whole.to(ALONE.device)
 
     def run(self, named: Mapping[str, list[str]]) -> tuple[dict[str, Any], list[Row]]:
         """Return the quantized model's sums, and a row per group."""

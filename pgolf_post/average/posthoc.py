@@ -21,6 +21,7 @@ from pgolf_post.average.profiles import Combination, ExponentialLength, Length, 
 from pgolf_post.average.settings import MAX_ERROR, HalfLifeSettings, PowerSettings
 from pgolf_post.average.snapshots import FOLDER, Snapshot, list_snapshots, stream_tensors
 from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.base.storage import tensors_sha256
 from pgolf_post.checkpoint import Checkpoint, save_checkpoint, view_id
 from pgolf_post.data import DataFolder
@@ -146,7 +147,7 @@ def posthoc_ema(
 
     # measured as the run's checkpoints were, then saved
     _, protocol = recorded_protocol(checkpoint, checkpoint.view_name(None))
-    metric = measure_module(load_module(config, tensors, path.name), data, protocol)
+    metric = measure_module(load_module(config, tensors, path.name).to(ALONE.device), data, protocol)
     return save_checkpoint(path, config, {"raw": tensors}, meta, {"raw": metric}), False
 
 

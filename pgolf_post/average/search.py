@@ -24,6 +24,7 @@ from pgolf_post.average.linear import DEFAULT_SELECTION, Part, linear_blend, req
 from pgolf_post.average.members import select_members
 from pgolf_post.average.settings import SearchSettings, Selection
 from pgolf_post.base.progress import progress_bar, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import load_module, train_seq_len
@@ -126,7 +127,7 @@ class _Sample:
 
     def score(self, candidate: Candidate, chosen: np.ndarray, allow_different: Sequence[str]) -> Score:
         blend = linear_blend(candidate.parts, allow_different)
-        module = load_module(blend.reference.config, blend.tensors, candidate.name)
+        module = load_module(blend.reference.config, blend.tensors, candidate.name).to(ALONE.device)
         return score_windows(module, self.tokens, self.token_bytes, self.spans, chosen, candidate.name)
 
 

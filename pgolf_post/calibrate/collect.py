@@ -24,7 +24,8 @@ from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.sums import MAXIMA, Sums, kind_of
 from pgolf_post.families import Lookup, Site
 
-FORWARD_TOKENS, FISHER_TOKENS = 8192, 2048  # per batch; a backward pass keeps every activation
+FORWARD_TOKENS = 8192  # per batch
+FISHER_TOKENS = {"cpu": 2048, "cuda": 16384}  # a backward pass keeps every activation; a GPU waits for launches
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Observed:
 
     def batch_windows(self, seq_len: int) -> int:
         """Windows per batch."""
-        return max(1, (FISHER_TOKENS if self.fisher else FORWARD_TOKENS) // seq_len)
+        return max(1, (FISHER_TOKENS[self.device.type] if self.fisher else FORWARD_TOKENS) // seq_len)
 
     def add_batch(self, text: np.ndarray, windows: range, sums: Sums) -> None:  # text: (all windows, seq_len)
         """Run the given windows and add their sums."""

@@ -249,6 +249,7 @@ def _group(
 
 
 def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
+    from pgolf_post.base.ranks import ALONE
     from pgolf_post.families import load_module
     from pgolf_post.score.compare.expected import ExpectedWindows
     from pgolf_post.score.compare.report import HEADER, screening_rows
@@ -267,7 +268,7 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     if len({one.data.manifest_sha256 for one in opened}) > 1:
         raise MismatchError(f"{' and '.join(names)} belong to different data", hint="pass --data FOLDER")
     tokens, token_bytes = folder_text(opened[0].data, protocol)
-    first, second, *reference = (load_module(one.config, one.tensors, one.name) for one in opened)
+    first, second, *reference = (load_module(one.config, one.tensors, one.name).to(ALONE.device) for one in opened)
     targets = num_targets(len(tokens), protocol.seq_len, protocol.tail)
     text = (tokens, token_bytes, protocol_spans(protocol, targets))
 

@@ -21,7 +21,7 @@ from pgolf_post.score.session import Session
 from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
 from pgolf_post.settings import Settings
 
-BATCH_TOKENS = 16384
+BATCH_TOKENS = 32768  # of one forward on a GPU
 
 
 class PlainProtocol(Settings):

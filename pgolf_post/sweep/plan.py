@@ -19,6 +19,7 @@ import torch
 
 from pgolf_post.artifacts import ARTIFACT, plan_key
 from pgolf_post.base.progress import print_table, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.base.storage import read_json
 from pgolf_post.calibrate.memory import plan_memory
 from pgolf_post.calibrate.stage import STATS, calibration_text, stats_id_of
@@ -258,13 +259,16 @@ def _cached_rate(rates: dict[str, float], view: View) -> float:
     """Return the seconds per token of a forward pass, from one timed window after a warm one; once per config."""
     key = str(view.config["model"])
     if key not in rates:
-        module: Any = load_module(view.config, view.tensors, str(view))
+        device = ALONE.device
+        module: Any = load_module(view.config, view.tensors, str(view)).to(device)
         length = view.train_seq_len
-        tokens = torch.full((1, length), 2)
+        tokens = torch.full((1, length), 2, device=device)
         with torch.no_grad():
             for _ in range(2):
                 started = time.perf_counter()
                 module.logits(module.hidden(tokens).flatten(0, 1))
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 rates[key] = (time.perf_counter() - started) / length
     return rates[key]
 
