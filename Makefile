@@ -4,6 +4,7 @@
 # make test-long   the same with whole campaigns (fuzzing, kills)
 # make bench   measurements, as ratios against named baselines in the same run
 # make bench-train   the training speed alone, and that of the Triton kernels where there is a GPU
+# make gpu     what the first hours on a rented GPU should run, into OUT (gpu-session); dry where there is no GPU
 # make lint    ruff and mypy alone
 # make docs    the documentation site, in build/site; strict: a broken link fails
 # make clean   remove what the above made, except data/ and checkpoints/
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # Tests run in one process a core, each with one thread; a machine with many cores would only fill its memory.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo quick test test-long bench bench-train lint docs clean
+.PHONY: demo quick test test-long bench bench-train gpu lint docs clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
@@ -51,6 +52,11 @@ bench: .venv/installed-test
 bench-train: .venv/installed-test
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_kernels
+
+# A part that fails does not keep the others from running; each goes on where it stopped.
+OUT ?= gpu-session
+gpu: .venv/installed-test
+	failed=0; for part in 1 2 3 4; do $(BIN)/python -m tests.gpu.session --part $$part --out $(OUT) || failed=1; done; exit $$failed
 
 # Run as a module, so that the site documents this folder's code; nothing is read from the network.
 docs: .venv/installed-docs
