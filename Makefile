@@ -2,6 +2,7 @@
 # make quick   the tests that train nothing and start no process, and ruff: while you edit
 # make test    everything a change must pass: ruff, mypy, pytest
 # make test-long   the same with whole campaigns (fuzzing, kills)
+# make test-torches   the trainer's tests on the oldest torch that is allowed and on that of rented machines, each in a venv
 # make bench   measurements, as ratios against named baselines in the same run
 # make bench-train   the training speed alone, and that of the Triton kernels where there is a GPU
 # make gpu     what the first hours on a rented GPU should run, into OUT (gpu-session); dry where there is no GPU
@@ -17,7 +18,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # Tests run in one process a core, each with one thread; a machine with many cores would only fill its memory.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo quick test test-long bench bench-train gpu lint docs clean
+.PHONY: demo quick test test-long test-torches bench bench-train gpu lint docs clean
 
 demo: .venv/installed
 	$(BIN)/pgolf-post demo
@@ -31,6 +32,15 @@ quick: .venv/installed-test
 
 test-long: lint
 	$(PYTEST) --long
+
+# constraints.txt pins a newer torch, so it is left out: the other packages are whatever goes with this one.
+TORCHES := 2.9.1 2.11.0
+test-torches: $(TORCHES:%=build/torch-%/tested)
+
+build/torch-%/tested: setup.cfg
+	$(PYTHON) -m venv build/torch-$*
+	build/torch-$*/bin/pip install --quiet --disable-pip-version-check torch==$* --editable '.[test]'
+	build/torch-$*/bin/pytest tests/trainer tests/gpu
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
