@@ -46,7 +46,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Return what a reader of a checkpoint may ask about this process: git, versions, device, arguments."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     if importlib.util.find_spec("triton"):
-        versions["triton"] = importlib.metadata.version("triton")
+        versions["triton"] = triton_version()
     return {"git": git_state(), "versions": versions, "device": device_name(device), "argv": sys.argv[1:]}
 
 
@@ -58,6 +58,15 @@ def command_line() -> str:
     if path.name == "__main__.py":  # run as a module: python -m PACKAGE
         shown = "pgolf-post" if path.parent.name == "pgolf_post" else f"python -m {path.parent.name}"
     return f"{shown} {shlex.join(arguments)}".strip()
+
+
+def triton_version() -> str:
+    """Return the version of the distribution that holds the package triton, whatever that is called."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # torch's own builds have had it under names of their own
+        names = importlib.metadata.packages_distributions().get("triton", [])
+    return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def code_commit() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,19 @@ def test_a_failure_to_ask_git_is_of_the_moment(monkeypatch: pytest.MonkeyPatch, 
     assert provenance.code_commit() is None
     monkeypatch.undo()
     assert provenance.git_state() == before
+
+
+def test_triton_is_found_under_whatever_name_it_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "pytorch-triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "3.6.0"
+
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["pytorch-triton"]})
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert provenance.triton_version() == "3.6.0"
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", dict)
+    assert provenance.triton_version() == "unknown"
 
 
 def test_the_answer_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
