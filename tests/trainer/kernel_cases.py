@@ -250,10 +250,11 @@ def compile_offline(capability: int, every_tiling: bool) -> dict[str, dict[str, 
         "nats": (loss.nats_kernel, {"BLOCK": loss.MAX_BLOCK}, loss.NUM_WARPS, 1),
         "gradient": (loss.gradient_kernel, {"BLOCK": loss.MAX_BLOCK}, loss.NUM_WARPS, 1),
     }
-    for tiling in mlp.CONFIGS if every_tiling else mlp.CONFIGS[1:2]:
-        values = {"SIGNED": True, "EVEN_K": True, "PRECISION": "tf32", "GROUP": mlp.GROUP, **tiling.kwargs}
-        size = f"{tiling.kwargs['BLOCK_M']}x{tiling.kwargs['BLOCK_N']}"
-        for name, kernel in (("up", mlp.up_kernel.fn), ("down_backward", mlp.down_backward_kernel.fn)):
+    matmuls = ("up", mlp.up_kernel.fn, mlp.UP_CONFIGS), ("down_backward", mlp.down_backward_kernel.fn, mlp.CONFIGS)
+    for name, kernel, tilings in matmuls:
+        for tiling in tilings if every_tiling else mlp.CONFIGS[:1]:
+            values = {"SIGNED": True, "EVEN_K": True, "PRECISION": "tf32", "GROUP": mlp.GROUP, **tiling.kwargs}
+            size = f"{tiling.kwargs['BLOCK_M']}x{tiling.kwargs['BLOCK_N']}"
             jobs[f"{name} {size}"] = (kernel, values, tiling.num_warps, tiling.num_stages)
     special = {"targets_ptr": "*i64", "nats_ptr": "*fp32", "lse_ptr": "*fp32", "grad_ptr": "*fp32"}
     special |= {"negative_ptr": "*u8", "cap": "fp32", "slope": "fp32"}

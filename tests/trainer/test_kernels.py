@@ -114,7 +114,7 @@ def test_a_run_with_kernels_is_the_run_without(answer: dict[str, Any]) -> None:
 )
 def test_kernels_compile_and_fit_a_gpu(tmp_path: Path, capability: int, tilings: str, shared_kib: int) -> None:
     built = run_cases(tmp_path, "compile", str(capability), tilings)
-    assert len(built) == (4 if tilings == "one" else 10)
+    assert len(built) == (4 if tilings == "one" else 9)
     for name, code in built.items():
         assert (code["tensor_core"] > 0) == (name not in ("nats", "gradient")), name
         assert code["shared"] <= shared_kib * 1024, (name, code)
