@@ -30,7 +30,7 @@ NewtonSchulzDtype = Literal["auto", "fp32", "bf16"]
 
 
 class Scheme(NamedTuple):
-    """How updates are orthogonalised."""
+    """A way to orthogonalise updates."""
 
     coefficients: NewtonSchulz
     dtype: torch.dtype | None = None  # of the iterations; None = that of the momenta
