@@ -7,16 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import build_module, get_family
+from pgolf_post.families import build_module, get_family, load_module
 from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import Inferred, infer_model
+from pgolf_post.importers.importing import import_file
 from pgolf_post.importers.log_file import read_log
 from pgolf_post.importers.script_words import split_log, translate
 from pgolf_post.importers.visits import name_visits
+from tests.trainer import oracle
 
 SMALL = {  # in our words; what every script says in its own
     "vocab_size": 32, "train_seq_len": 16, "num_layers": 6, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1,
@@ -281,6 +286,33 @@ def test_tensors_of_visits_are_named_by_their_layers() -> None:
         for part in ("attn_scale", "attn.q_gain", *(f"attn.{m}.weight" for m in ("q", "k", "v", "proj")))
     }
     assert "attention of block 0 is off" in notes[0]
+
+
+def test_a_file_of_2026_03_31_scores_as_its_script_does(pico_data: DataFolder, tmp_path: Path) -> None:
+    overrides = KINDS["2026-03-31 as it was run, without its attention of block 0"][0]
+    model = {**SMALL, **overrides, "vocab_size": pico_data.vocab_size, "first_attention": True}
+    module = get_family("golf_gpt").build(model, {"active_loops": 1})
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.5 * torch.randn(t.shape, generator=generator) for name, t in module.state_dict().items()}
+    theirs = FORMATS["banked"].from_canonical(state)  # with an attention of block 0 that the script does not use
+    for i, layer in enumerate((2, 3)):
+        for part in ("fc", "proj"):
+            theirs[f"repeat_mlp.{i}.{part}.weight"] = theirs.pop(f"override_mlps.{layer}_p1.{part}.weight")
+    torch.save(theirs, tmp_path / "final_model.pt")
+    words = {key: value for key, value in SAID.items() if key != "num_loops"}
+    words |= KINDS["2026-03-31 as it was run, without its attention of block 0"][1]
+    arguments = (tmp_path / "final_model.pt", words, pico_data, "x", None, 64, tmp_path / "checkpoints")
+    imported = import_file(*arguments)
+    view = imported.checkpoint.load("raw")
+    tokens = torch.randint(pico_data.vocab_size, (1, 12), generator=generator)
+    tokens[0, 5] = 1
+    with torch.no_grad():
+        found = load_module(view.config, view.tensors, "x")(tokens).numpy()
+    weights = {name: tensor.numpy() for name, tensor in state.items()}
+    config = {**view.config["model"], "first_attention": False}
+    expected = oracle.forward(weights, config, 1, tokens.numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+    assert any("attention of block 0 is off" in note for note in imported.notes)
 
 
 # ---- what the script's source says, where the log begins with it ---------------------------------------------------
