@@ -81,12 +81,14 @@ def dequantize(symbols, trellis, _, factors, scales, shape):
     points, state = (symbols.astype('<i4') << len(trellis[:1]), np.zeros(symbols.shape[1], int))
     for row in range(len(symbols) * bool(trellis)):
         points[row] += state & 1
-        state = next_state(state, symbols[row], row, trellis)
+        state = next_state(state, symbols[row], row, len(state), trellis)
     return (points.astype('<f4') * scale).reshape(shape)
 
-def next_state(state, symbols, row, trellis):
+def next_state(state, symbols, row, width, trellis):
     lane, h0, h1 = trellis
-    return (state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1) * ((row + 1) % lane > 0)
+    state = state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1
+    edge = (row + 1) % lane if lane else np.arange(1, len(state) + 1) % width
+    return np.roll(state, -(not lane)) * (edge > 0)
 
 def power(n):
     return MANTISSAS[n & 7] << (n >> 3)
@@ -128,7 +130,7 @@ def rans(data, dtype, parts, layout, codec):
             means += size - means + half >> min(shift, (row + first).bit_length() - 1)
             now[:] = line + base * alike
             base = np.where(alike, now, base) if codec > 4 else now
-            path = next_state(path, now, row, trellis) if trellis else path
+            path = next_state(path, now, row, columns, trellis) if trellis else path
         yield from np.split(out, len(same), 1)
 
 def inflate(codec, data):

@@ -349,7 +349,7 @@ REFUSED = [
     (odd(symbols=np.zeros((1, 1))), "w: symbols are float64"),
     (odd(shape=(2, 1)), r"w: symbols \(1, 1\) do not make a tensor of \(2, 1\)"),
     (odd(trellis=Trellis(7, 4)), r"w: Trellis\(states=7, lane_rows=4\), expected one of 4, 8"),
-    (odd(trellis=Trellis(8, 0)), "lanes of at least one row"),
+    (odd(trellis=Trellis(8, -1)), "lanes of rows, or 0 for diagonals"),
     (model_of(g=np.ones(1)), "g: passthrough dtype float64, expected float16, float32, or uint16 for bfloat16"),
     (model_of(tensor("w", [[1]], [1]), w=HALF), "w: both quantized and passed through"),
     (model_of(**{"a.*.b": HALF}), r"'a.\*.b': a tensor name must be ASCII"),

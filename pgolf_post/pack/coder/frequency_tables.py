@@ -59,9 +59,10 @@ def classes_of(counts: np.ndarray) -> np.ndarray:  # (LEVELS, 2, ENTRIES) → (L
 
 
 def tables_of(counts: np.ndarray, classes: np.ndarray) -> np.ndarray:  # → (classes, 2, ENTRIES)
-    """Histograms of classes."""
+    """Histograms of classes, whose numbers never fall from one level to the next; those of other numbers are empty."""
     merged = np.zeros((int(classes.max()) + 1, *counts.shape[1:]), np.int64)
-    np.add.at(merged, classes, counts)
+    starts = np.flatnonzero(np.diff(classes, prepend=int(classes[0]) - 1))
+    merged[classes[starts]] = np.add.reduceat(counts, starts, axis=0)
     return merged
 
 
