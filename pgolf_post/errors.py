@@ -46,6 +46,12 @@ class OverBudgetError(PgolfError):
     exit_code = 3
 
 
+class StoppedEarlyError(PgolfError):
+    """A run that ended before its end because it was worse than the one its recipe compares it with."""
+
+    exit_code = 5
+
+
 class VerificationError(PgolfError):
     """A recorded number that recomputation does not reproduce."""
 

@@ -80,7 +80,7 @@ def pico_documents() -> Iterator[Document]:
 
 def pico_recipe(folder: DataFolder, root: Path, **tables: dict[str, object]) -> Recipe:
     """The pico recipe for a data folder and checkpoint root; `tables` override keys per table."""
-    tree = {name: {**table, **tables.get(name, {})} for name, table in PICO_RECIPE.items()}
+    tree = {name: {**PICO_RECIPE.get(name, {}), **tables.get(name, {})} for name in {**PICO_RECIPE, **tables}}
     tree["data"]["dir"] = folder.path
     tree["run"]["checkpoint_root"] = root
     return Recipe.model_validate(tree)

@@ -67,7 +67,8 @@ def command(
 ) -> None:
     """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
 
-    Under torchrun, all processes share the run. Exit codes: 0 fine, 1 failed, 2 usage or a setting that cannot act.
+    Under torchrun, all processes share the run. Exit codes: 0 fine, 1 failed, 2 usage or a setting that cannot act,
+    5 stopped early (the recipe's table `stop`).
     """
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
@@ -90,10 +91,10 @@ def command(
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) -> None:
     """Train a recipe to its end, and record its checkpoints in the ledger; `words` are the command's own arguments."""
-    from pgolf_post.checkpoint import run_checkpoints
+    from pgolf_post.checkpoint import Checkpoint, run_checkpoints
     from pgolf_post.ledger.recording import record
     from trainer.distributed import TrainingRanks
-    from trainer.loop import StoppedRun, Trainer
+    from trainer.loop import StoppedRun, Trainer, WorseRun
 
     ranks = TrainingRanks.join()
     try:
@@ -110,6 +111,14 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) 
         checkpoint = trainer.run()
     except StoppedRun as stopped:
         say_how_to_go_on(recipe, stopped.path, words, ranks.world_size)
+        raise
+    except WorseRun as worse:
+        if ranks.is_main:
+            stopped = Checkpoint.open(worse.path)
+            record(*(saved.path for saved in run_checkpoints(stopped)))
+            if as_json:
+                named = {"checkpoint": str(stopped.path), "checkpoint_id": stopped.meta["id"]}
+                print_json({**named, "stopped_early": stopped.meta["stopped_early"]})
         raise
     finally:
         ranks.leave()

@@ -12,6 +12,7 @@ from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
+from trainer.stopping import StopSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
@@ -122,6 +123,7 @@ class Recipe(Settings):
     optim: OptimSettings
     schedule: ScheduleSettings
     checkpoint: CheckpointSettings
+    stop: StopSettings = StopSettings()
 
     def model_config_for(self, vocab_size: int) -> ModelConfig:
         """Return the model's config: the architecture, the vocabulary, and the longest text that attention sees."""

@@ -21,7 +21,7 @@ from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.signals import stop_requests
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import NumericsError, PgolfError
+from pgolf_post.errors import NumericsError, PgolfError, StoppedEarlyError
 from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend, warning_of
@@ -35,11 +35,12 @@ from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
-from trainer.phases import INTERRUPTED, PERIODIC
+from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
 from trainer.state import RunState
+from trainer.stopping import StopWatch
 from trainer.warm_up import say_late_graphs, warm_up
 
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
@@ -83,6 +84,14 @@ class StoppedRun(KeyboardInterrupt):
         self.path = path
 
 
+class WorseRun(StoppedEarlyError):
+    """A run that its recipe ended early, and what it saved."""
+
+    def __init__(self, reason: str, path: Path) -> None:
+        super().__init__(f"stopped early: {reason}; saved {path}", hint=f"go on all the same: --resume {path}")
+        self.path = path
+
+
 class Trainer:
     """One run of a recipe: its state, and what moves it from step to step."""
 
@@ -93,6 +102,7 @@ class Trainer:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         require_usable(recipe, ranks.device.type)
+        self.stop_watch = StopWatch(recipe.stop, progress=0.0)
 
         # Data, model, and how its loss is computed.
         self.recipe, self.ranks = recipe, ranks
@@ -127,6 +137,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe: weights, moments, averages, data position and clock."""
         restore(self.state, path)
+        self.stop_watch = StopWatch(self.recipe.stop, self.state.progress)
 
     # ---- running -----------------------------------------------------------------------------------------------
 
@@ -196,6 +207,8 @@ class Trainer:
                 shown = permille
                 if self.stopping:
                     break
+                if self.stop_watch.due(state.progress):
+                    self._stop_if_worse()
         return loss
 
     def _stop(self) -> None:
@@ -207,6 +220,25 @@ class Trainer:
         self.writer.drain()
         self.ranks.wait()
         raise StoppedRun(path)
+
+    def _stop_if_worse(self) -> None:
+        """Save this moment, on all ranks, and raise WorseRun if the run is worse than the one it is compared with."""
+        state, watch, facts = self.state, self.stop_watch, None
+        if self.ranks.is_main and (difference := watch.compare(state.run_dir / LOG_FILE)):
+            reason = watch.verdict(difference)
+            facts = watch.facts(difference, reason) if reason else None
+        facts = self.ranks.main_says(facts)
+        if facts is None:
+            return
+        state.provenance["stopped_early"] = facts
+        state.update_graph(state.progress)
+        path = save(state, self.writer, STOPPED_EARLY)
+        self.writer.drain()
+        if self.ranks.is_main and self.recipe.checkpoint.metric == "end":
+            score_saved(state)
+        self.ranks.wait()
+        self._close_phase_times()
+        raise WorseRun(facts["reason"], path)
 
     def _phase_due(self, at: float) -> str | None:
         """Return the phase of the checkpoint to save before this step, if any; a boundary comes before a period."""

@@ -14,6 +14,7 @@ from trainer.schedule import warmdown_start
 
 PERIODIC = "periodic"  # the phase of a checkpoint that marks no boundary
 INTERRUPTED = "interrupted"  # of one saved because a signal asked the run to stop
+STOPPED_EARLY = "stopped_early"  # of one saved because the run was worse than another (see stopping.py)
 
 Reached = Callable[[int, float], bool]  # (step, progress) → whether the boundary has come
 

@@ -12,6 +12,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
     power_ema                                       refuse    fewer steps than snapshots
     periodic                                        refuse    a period longer than the run
     cap                                             refuse    Hessians that end after it; warn: a last step that does
+    stop                                            refuse    a log to compare with that has no loss; warn: too short
     speed                                           refuse    slower than run.min_tokens_per_second
     limits                                          warn      schedule.steps that schedule.seconds comes before
     scoring                                         warn      checkpoints that take over 5 % of the run's time
@@ -25,9 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pgolf_post.errors import PgolfError
 from trainer.averages import decay_acts_from, warmup_decay
-from trainer.phases import fraction_name
+from trainer.phases import Reached, fraction_name
 from trainer.schedule import warmdown_start
+from trainer.stopping import StopWatch
 from trainer.timeline import Boundary, Timeline, count_steps
 
 MAX_SCORING_SHARE = 0.05  # of the training time
@@ -229,6 +232,33 @@ def check_cap(timeline: Timeline) -> Iterator[Finding]:
         )
 
 
+def check_stop(timeline: Timeline) -> Iterator[Finding]:
+    """Refuse a log to compare with that cannot be read; warn of a moment that it does not reach."""
+    settings = timeline.recipe.stop
+    try:
+        reference = StopWatch(settings, progress=0.0).reference
+    except PgolfError as error:
+        yield Finding("refuse", "stop.against", f"stop.against: {error}")
+        return
+    if reference is None:
+        return
+    tokens_per_step, end = timeline.recipe.data.batch_tokens, float(reference.along(settings.by)[-1])
+    for moment in settings.at:
+        step = timeline.clock.first_step(_reaches(moment)) or timeline.clock.end_step
+        places = {"step": step, "tokens": step * tokens_per_step, "seconds": timeline.clock.second(step)}
+        if places[settings.by] > end:
+            yield Finding(
+                "warn",
+                "stop.against",
+                f"stop.against {settings.against} ends at {end:,g} {settings.by}, before stop.at {moment:g} of this "
+                f"run ({places[settings.by]:,g} {settings.by}): there the run is not compared",
+            )
+
+
+def _reaches(moment: float) -> Reached:
+    return lambda step, at: at >= moment
+
+
 # ---- warnings ------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +346,7 @@ CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (
     check_periodic,
     check_cap,
     check_speed,
+    check_stop,
     check_limits,
     check_averaging,
 )

@@ -112,7 +112,8 @@ class LazyGroup(click.Group):
 def cli(families: tuple[str, ...]) -> None:
     """Post-training for Parameter Golf: everything after the training run, from its checkpoints, in seconds.
 
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification, audit or gate failed.
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 over budget, 4 verification, audit or gate failed, 5 (the trainer) stopped
+    early.
     """
     if families:
         from pgolf_post.families import load_family

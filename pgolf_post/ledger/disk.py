@@ -92,6 +92,8 @@ def run_row(checkpoint: Checkpoint) -> Row:
     meta, run = checkpoint.meta, checkpoint.path.parent.name
     default = meta["views"][checkpoint.view_name(None)]
     facts = {key: meta[key] for key in ("step", "tokens_seen", "train_seconds", "wall_seconds") if key in meta}
+    if stopped := meta.get("stopped_early"):
+        facts["stopped_early"] = stopped["reason"]
     settings = meta.get("recipe") or {"source": meta.get("source")}
     told: dict[str, Any] = {"settings": settings, "result": {**facts, **_metric(default)}}
     told["seconds"] = meta.get("wall_seconds", meta.get("train_seconds"))

@@ -54,7 +54,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
     dollars = "" if row.cost_dollars is None else f"{row.cost_dollars:.2f}"
     failed = f"error: {row.result['error']}" if row.result.get("error") else ""
-    said = " ".join((row.conclusion or failed).split())
+    stopped = f"stopped early: {row.result['stopped_early']}" if row.result.get("stopped_early") else ""
+    said = " ".join((row.conclusion or failed or stopped).split())
     return (
         _cut(row.id, 12),
         row.kind,
