@@ -13,13 +13,17 @@ from typing import Any
 
 from pgolf_post.base.storage import read_json
 from pgolf_post.cache import CacheEntry, entry_at
-from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.checkpoint import Checkpoint, run_checkpoints
 from pgolf_post.data.folder import MANIFEST_NAME, DataFolder
+from pgolf_post.diagnose.report import text_of
+from pgolf_post.diagnose.stage import open_diagnosis, stored_diagnoses
 from pgolf_post.errors import NotFoundError, PgolfError
 from pgolf_post.families import build_module
 from pgolf_post.pack.artifact import is_artifact, read_facts
 
 CHECKPOINT_HEADER = ("folder", "kind", "step", "bpb", "id")
+RUN_KINDS = ("raw", "imported")  # of checkpoints that have a history
+SHOWN_MARKS = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ def describe_checkpoint(path: Path) -> Description:
     checkpoint = Checkpoint.open(path)
     meta, config = checkpoint.meta, checkpoint.config
     num_parameters = sum(parameter.numel() for parameter in build_module(config).parameters())
+    history = run_history(checkpoint)
+    inside, diagnosis = inside_rows(checkpoint)
     rows = [
         ("kind", str(meta["kind"])),
         ("phase", str(meta["phase"])),
@@ -86,11 +92,56 @@ def describe_checkpoint(path: Path) -> Description:
         ("data", str(meta.get("data_dir"))),
         ("parents", ", ".join(_parent(parent) for parent in meta["parents"]) or "none"),
         *((f"{name} weights", _view(view)) for name, view in meta["views"].items()),
+        *([("history", history_text(history))] if history else []),
+        *inside,
         *_derived_rows([entry_at(folder) for folder in sorted(path.glob("derived/*/*"))]),
     ]
-    commands = [f"pgolf-post {verb} {path}" for verb in ("calibrate", "requant --eval", "checkpoint verify", "eval")]
+    verbs = ("diagnose", "calibrate", "requant --eval", "checkpoint verify", "eval")
+    commands = [f"pgolf-post {verb} {path}" for verb in verbs]
     facts = {"checkpoint_id": meta["id"], "meta": meta, "parameters": num_parameters}
+    facts |= {"history": history, "diagnosis": diagnosis}
     return Description("checkpoint", rows, commands, facts)
+
+
+def run_history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return phase, step and bpb by view of each scored checkpoint of a run, in step order; of a blend none."""
+    if checkpoint.meta["kind"] not in RUN_KINDS:
+        return []
+    metas = [member.meta for member in run_checkpoints(checkpoint)]
+    found = []
+    for meta in metas:
+        bpb = {name: view["metric"]["bpb"] for name, view in meta["views"].items() if view.get("metric")}
+        found += [{"phase": meta["phase"], "step": meta["step"], "bpb": bpb}] if bpb else []
+    return found
+
+
+def history_text(history: Iterable[Mapping[str, Any]]) -> str:
+    """Return a run's history in one line: the bpb of each phase, of the last one in every view."""
+    rows = list(history)
+    parts = [f"{row['phase']} {next(iter(row['bpb'].values())):.4f}" for row in rows]
+    others = ", ".join(f"{name} {bpb:.4f}" for name, bpb in list(rows[-1]["bpb"].items())[1:])
+    return " → ".join(parts) + (f" ({others})" if others else "")
+
+
+def inside_rows(checkpoint: Checkpoint) -> tuple[list[tuple[str, str]], dict[str, Any] | None]:
+    """Return rows on what the newest diagnosis marked and on an early stop, and the diagnosis's facts for machines."""
+    rows = []
+    if stopped := checkpoint.meta.get("stopped_early"):
+        rows.append(("stopped early", str(stopped["reason"])))
+    folders = stored_diagnoses(checkpoint.path)
+    if not folders:
+        return rows, None
+    try:
+        diagnosis = open_diagnosis(folders[-1])
+    except PgolfError as error:
+        return [*rows, ("diagnosis", f"damaged: {error}")], None
+    marks = diagnosis.marks
+    wrong = f"{len(marks)} of {len(diagnosis.numbers):,} numbers marked" if marks else "nothing marked"
+    rows.append(("diagnosis", f"{diagnosis.folder.name}: {wrong}"))
+    for mark in marks[:SHOWN_MARKS]:
+        number, side = mark.number, ">" if mark.rule.bad == "above" else "<"
+        rows.append((mark.rule.name, f"{number.subject}: {text_of(number.value)} {side} {mark.rule.limit:g}"))
+    return rows, {"folder": str(diagnosis.folder), "marks": [mark.facts() for mark in marks]}
 
 
 def _parent(parent: object) -> str:
@@ -126,15 +177,24 @@ def describe_run(path: Path) -> Description:
     """Return the checkpoints of a run, or of the runs below a folder, with their metrics."""
     metas = [*path.glob("*/meta.json"), *path.glob("*/*/meta.json")]
     folders = sorted(folder for folder in (meta.parent for meta in metas) if _is_own_folder(folder))
-    rows = []
+    rows, newest = [], None
     for folder in folders:
         try:
-            meta = Checkpoint.open(folder).meta
+            newest = Checkpoint.open(folder)
+            meta = newest.meta
             rows.append((str(folder), "  ".join(filter(None, [str(meta["kind"]), metrics_text(meta)]))))
         except PgolfError as error:
             rows.append((str(folder), f"damaged: {error}"))
     commands = [f"pgolf-post show {folders[-1]}", "pgolf-post swa-blend"] if folders else []
-    return Description("run", rows, commands, {"checkpoints": [str(folder) for folder in folders]})
+    facts: dict[str, Any] = {"checkpoints": [str(folder) for folder in folders]}
+    if newest is not None and all(folder.parent == path for folder in folders):
+        commands += [f"pgolf-post curves {path}", f"pgolf-post diagnose {path}"]
+        if history := run_history(newest):
+            rows.append(("history", history_text(history)))
+        inside, diagnosis = inside_rows(newest)
+        rows += inside
+        facts |= {"history": history, "diagnosis": diagnosis}
+    return Description("run", rows, commands, facts)
 
 
 def _is_own_folder(folder: Path) -> bool:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pgolf_post.data import DataFolder
+from pgolf_post.ledger import Ledger, Row
 from tests.cli.conftest import Call
+from tests.conftest import pico_recipe, write_recipe
 
 SMALL = ("--tokens", 256, "--removal-tokens", 64)
 pytestmark = pytest.mark.slow
@@ -114,3 +117,39 @@ def test_what_cannot_be_compared_is_a_named_error(pgolf: Call, words: tuple[str,
     answer = pgolf("curves", *words)
     assert answer.code in (1, 2)
     assert said in answer.err
+
+
+def test_a_run_that_is_worse_than_another_exits_5(train: Call, pico_data: DataFolder, tmp_path: Path) -> None:
+    """Compared with losses that no model has: 0 at every step."""
+    log = tmp_path / "train.log"
+    log.write_text("\n".join(f"step:{step}/12 train_loss:0.0 train_time:{step}ms" for step in range(1, 13)))
+    recipe = pico_recipe(pico_data, Path("checkpoints"), stop={"against": log, "at": [0.5]})
+    answer = train(write_recipe(recipe, tmp_path / "recipe.toml"), "--json")
+    assert answer.code == 5
+    assert answer.json["stopped_early"]["at"] == 6
+    assert "next: go on all the same: --resume" in answer.err
+    with Ledger.open(Path("checkpoints"), read_only=True) as ledger:
+        (row,) = ledger.rows("run")
+    assert row.result["stopped_early"] == answer.json["stopped_early"]["reason"]
+
+
+def test_the_ledgers_table_says_that_a_run_stopped_early(pgolf: Call) -> None:
+    with Ledger.open(Path("checkpoints")) as ledger:
+        ledger.add(Row("run", "run:a", result={"stopped_early": "worse by 0.05"}))
+    assert "stopped early: worse by 0.05" in " ".join(pgolf("ledger", "table").err.split())
+
+
+def test_show_has_a_runs_history_and_what_its_newest_diagnosis_marked(pgolf: Call, run: Path) -> None:
+    before = pgolf("show", "--json")
+    assert [row["phase"] for row in before.json["history"]][-1] == "final"
+    assert "init 5." in before.err
+    assert " → final " in before.err
+    assert before.json["diagnosis"] is None
+    marks = pgolf("diagnose", *SMALL, "--json").json["marks"]
+    after = pgolf("show", "--json")
+    assert len(after.json["diagnosis"]["marks"]) == len(marks)
+    assert f": {len(marks)} of " in after.err
+    assert marks[0]["subject"] in after.err
+    whole = pgolf("show", run, "--json")
+    assert whole.json["history"] == after.json["history"]
+    assert whole.json["diagnosis"] == after.json["diagnosis"]
