@@ -37,7 +37,11 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ impo
     from pgolf_post.average.settings import Selection
     from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
     from pgolf_post.checkpoint import Checkpoint, View, save_checkpoint
+    from pgolf_post.curves.curve import Log
+    from pgolf_post.curves.reading import read_log
     from pgolf_post.data import DataFolder
+    from pgolf_post.diagnose.settings import DiagnoseSettings
+    from pgolf_post.diagnose.stage import Diagnosis, diagnose
     from pgolf_post.errors import PgolfError
     from pgolf_post.families import BaseFamily, Fold, Lookup, Site, load_family
     from pgolf_post.fit.artifact import fit
@@ -72,11 +76,15 @@ _HOME = {  # name → "module:name", or "" for a package that is called (base/ca
     "Score": "score.bpb:Score",
     "Comparison": "score.compare.comparison:Comparison",
     "Audit": "score.audit.stage:Audit",
+    "Diagnosis": "diagnose.stage:Diagnosis",
+    "Log": "curves.curve:Log",
     "PgolfError": "errors:PgolfError",
     # verbs, in pipeline order
     "save_checkpoint": "checkpoint:save_checkpoint",
     "swa_blend": "average.linear:swa_blend",
     "ema_blend": "average.posthoc:posthoc_ema",
+    "diagnose": "",
+    "read_log": "curves.reading:read_log",
     "calibrate": "",
     "read_plan": "plan:read_plan",
     "quantize": "",
@@ -91,6 +99,7 @@ _HOME = {  # name → "module:name", or "" for a package that is called (base/ca
     "audit": "score.audit.stage:audit",
     # settings
     "CalibrationSettings": "calibrate.settings:CalibrationSettings",
+    "DiagnoseSettings": "diagnose.settings:DiagnoseSettings",
     "Selection": "average.settings:Selection",
     "PowerLength": "average.profiles:PowerLength",
     "ExponentialLength": "average.profiles:ExponentialLength",

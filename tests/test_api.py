@@ -21,7 +21,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.plan import read_plan
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api" / "index.md"
-PACKAGES = ("calibrate", "quantize", "pack", "score", "fit")  # called by their own name
+PACKAGES = ("calibrate", "diagnose", "quantize", "pack", "score", "fit")  # called by their own name
 
 
 def in_a_process(code: str) -> str:

@@ -21,6 +21,8 @@ FORMS = "a run's folder, a train.jsonl, a public script's training log, or CSV w
 def read_log(path: Path | str) -> Log:
     """Return the curves in a run's folder or a log's file.
 
+        >>> pg.read_log("train_seed42.log").curve("train_loss").values
+
     Raises NotFoundError if nothing is there, MismatchError if no curve is in it.
     """
     path = Path(path)

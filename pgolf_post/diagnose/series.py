@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from pgolf_post.curves.curve import Curve, Point
 from pgolf_post.diagnose.numbers import METRICS, Number
@@ -20,21 +20,29 @@ def series(diagnoses: Sequence[Diagnosis], by: By) -> list[Curve]:
     value that is not finite leaves a gap.
     """
     points: dict[str, list[Point]] = {}
+    looped = {n.layer for one in diagnoses for n in one.numbers if n.visit is not None and n.visit > 1}
     for diagnosis in sorted(diagnoses, key=lambda one: one.step):
-        for name, value in _values(diagnosis.numbers, by).items():
+        for name, value in _values(diagnosis.numbers, by, looped).items():
             if value is not None:
                 points.setdefault(name, []).append(Point(value, step=diagnosis.step))
     return [Curve.of(name, found) for name, found in points.items()]
 
 
-def _values(numbers: Sequence[Number], by: By) -> dict[str, float | None]:
+def _values(numbers: Sequence[Number], by: By, looped: Container[int | None]) -> dict[str, float | None]:
     grouped: dict[tuple[str, str], list[float | None]] = {}
     for number in numbers:
         if number.metric in WORST:
             grouped.setdefault((number.metric, group_of(number, by)), []).append(number.value)
         elif number.metric in BLOCKS:
-            grouped.setdefault((number.metric, number.subject), []).append(number.value)
+            grouped.setdefault((number.metric, _subject(number, looped)), []).append(number.value)
     return {f"{metric} {group}": worst_of(v, WORST.get(metric, "largest")) for (metric, group), v in grouped.items()}
+
+
+def _subject(number: Number, looped: Container[int | None]) -> str:
+    """Return a subject that stays the same when loops are switched on: a block that is looped later has a visit 1."""
+    if number.visit == 1 and number.layer in looped and "visit" not in number.subject:
+        return number.subject.replace(f"block {number.layer}", f"block {number.layer}, visit 1")
+    return number.subject
 
 
 def series_rows(curves: Sequence[Curve], steps: Sequence[int]) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from pgolf_post.curves.comparing import (
     smoothed,
 )
 from pgolf_post.curves.curve import Curve, Log, Point
+from pgolf_post.curves.smoothing import smooth
 from pgolf_post.errors import MismatchError, SettingsError
 
 
@@ -74,6 +75,15 @@ def test_defaults_fit_the_sparser_curve() -> None:
     assert default_window([dense, sparse], "step") == 200
     assert default_window([dense, dense], "step") == pytest.approx(999 / 50)
     assert default_points([dense, sparse], "step") == [280, 460, 640, 820, 1000]
+
+
+def test_smoothing_keeps_a_line_and_lowers_noise() -> None:
+    random = np.random.default_rng(2)
+    line = 5 - 0.01 * np.arange(1, 301)
+    assert smooth(curve(line), "step", 40).values == pytest.approx(line)
+    noisy = smooth(curve(line + random.normal(0, 0.1, 300)), "step", 40)
+    assert float(np.std((noisy.values - line)[30:-30])) < 0.03
+    assert noisy.step.tolist() == list(range(1, 301))
 
 
 def test_runs_with_nothing_in_common_are_refused() -> None:

@@ -102,6 +102,18 @@ def test_several_checkpoints_are_curves_over_steps(pico_run: Path) -> None:
     assert curves["value blocks.0.attn.q_gain[0]"].values[0] == 4.0
 
 
+def test_a_block_keeps_its_name_when_loops_are_switched_on(pico_run: Path, pico_data: DataFolder) -> None:
+    from pgolf_post.checkpoint import list_checkpoints
+
+    first, second, *_ = list_checkpoints(pico_run)
+    found = [diagnose(one.load("raw"), pico_data, SMALL) for one in (first, second)]
+    steps = {curve.name: curve.step.tolist() for curve in series(found, "role")}
+    assert steps["norm_after block 0"] == [0, 3]
+    assert steps["norm_after block 1, visit 1"] == [0, 3]
+    assert steps["norm_after block 1, visit 2"] == [3]
+    assert "norm_after block 1" not in steps
+
+
 def test_learned_scalars_become_keys_of_a_recipe(view: View, tmp_path: Path) -> None:
     tensors = {
         **view.tensors,
