@@ -114,11 +114,11 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) 
         raise
     except WorseRun as worse:
         if ranks.is_main:
-            stopped = Checkpoint.open(worse.path)
-            record(*(saved.path for saved in run_checkpoints(stopped)))
+            ended = Checkpoint.open(worse.path)
+            record(*(saved.path for saved in run_checkpoints(ended)))
             if as_json:
-                named = {"checkpoint": str(stopped.path), "checkpoint_id": stopped.meta["id"]}
-                print_json({**named, "stopped_early": stopped.meta["stopped_early"]})
+                named = {"checkpoint": str(ended.path), "checkpoint_id": ended.meta["id"]}
+                print_json({**named, "stopped_early": ended.meta["stopped_early"]})
         raise
     finally:
         ranks.leave()

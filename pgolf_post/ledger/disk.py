@@ -91,7 +91,9 @@ def run_row(checkpoint: Checkpoint) -> Row:
     """A training run as its newest checkpoint tells it."""
     meta, run = checkpoint.meta, checkpoint.path.parent.name
     default = meta["views"][checkpoint.view_name(None)]
-    facts = {key: meta[key] for key in ("step", "tokens_seen", "train_seconds", "wall_seconds") if key in meta}
+    facts: dict[str, Any] = {
+        key: meta[key] for key in ("step", "tokens_seen", "train_seconds", "wall_seconds") if key in meta
+    }
     if stopped := meta.get("stopped_early"):
         facts["stopped_early"] = stopped["reason"]
     settings = meta.get("recipe") or {"source": meta.get("source")}
