@@ -35,7 +35,7 @@ def completed(tmp_path: Path, *words: str) -> set[str]:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_commands_options_and_choices(tmp_path: Path) -> None:
-    assert completed(tmp_path, "re") == {"requant", "repack"}
+    assert completed(tmp_path, "re") == {"requant", "repack", "report"}
     assert "--lambda" in completed(tmp_path, "requant", "--la")
     assert completed(tmp_path, "eval", "--protocol", "pl") == {"plain"}
     assert "table" in completed(tmp_path, "ledger", "ta")

@@ -25,6 +25,7 @@ from pgolf_post.importers import FORMATS
 from pgolf_post.ledger import Ledger, Row
 from tests.cli.conftest import Call, caller
 from tests.conftest import pico_documents, pico_recipe, write_recipe
+from trainer.log import LOG_FILE
 
 CKPT = "checkpoints/latest"
 FEW = ("--calibration-tokens", "512")
@@ -138,7 +139,12 @@ def test_a_full_disk_is_said_and_changes_nothing(
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file belongs to a finished result of an earlier stage, or is an empty ledger or an index of one."""
+    """Whether a file belongs to a finished result of an earlier stage, or is an empty ledger or an index of one.
+
+    A run's log grows line by line, whenever its thread comes to it: all lines but the last are objects.
+    """
+    if path.name == LOG_FILE:
+        return all(isinstance(json.loads(line), dict) for line in path.read_text("utf-8").splitlines()[:-1])
     if path.name.startswith("ledger.sqlite"):
         return path.name.endswith("-shm") or path.stat().st_size == 0
     return (path.parent / "meta.json").is_file()
