@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pgolf_post.base.storage import FREE_SPACE
+from pgolf_post.base.storage import FREE_SPACE, hint_of
 from pgolf_post.errors import PgolfError
 
 LOG_FILE = "train.jsonl"
@@ -80,7 +80,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             log.write(json.dumps(record) + "\n")
     except OSError as error:
         raise PgolfError(
-            f"could not write the log {path}: {error}; checkpoints saved before are intact", hint=FREE_SPACE
+            f"could not write the log {path}: {error}; checkpoints saved before are intact",
+            hint=hint_of(error) or FREE_SPACE,
         ) from error
 
 
@@ -94,4 +95,4 @@ def end_torn_line(path: Path) -> None:
             with path.open("a", encoding="utf-8") as log:
                 log.write("\n")
     except OSError as error:
-        raise PgolfError(f"could not repair the log {path}: {error}", hint=FREE_SPACE) from error
+        raise PgolfError(f"could not repair the log {path}: {error}", hint=hint_of(error) or FREE_SPACE) from error

@@ -148,16 +148,12 @@ def find_checkpoint(path: Path | None) -> Checkpoint:
     checkpoint = default_checkpoint() if path is None else Checkpoint.open(path)
     if path is None:
         say(f"checkpoint: {checkpoint.path} (the newest final one)")
-    root = _derived_folder()
+    root = derived_folder()
     return checkpoint if root is None else results_in(checkpoint, root)
 
 
-def is_derived_elsewhere() -> bool:
-    """Return whether the command was given --derived."""
-    return _derived_folder() is not None
-
-
-def _derived_folder() -> Path | None:
+def derived_folder() -> Path | None:
+    """Return the folder that --derived names."""
     context = click.get_current_context(silent=True)
     return context.meta.get(DERIVED) if context else None
 

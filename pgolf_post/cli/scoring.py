@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgolf_post.cli.common import find_checkpoint, find_data, is_derived_elsewhere, load_view
+from pgolf_post.cli.common import derived_folder, find_checkpoint, find_data, load_view
 from pgolf_post.errors import NotFoundError
 from pgolf_post.score.breakdown import KIND_NAMES
 from pgolf_post.score.ttt.methods import PRESETS
@@ -198,7 +198,7 @@ def _open_artifact(path: Path | None, weights: str | None, data_dir: Path | None
     artifact = find_artifact(path)
     folder = artifact.parent.parent.parent.parent  # <checkpoint>/derived/artifact/<id>/artifact.pgolf
     is_at_home = (folder / "meta.json").is_file()
-    if is_derived_elsewhere():
+    if derived_folder() is not None:
         if not is_at_home:
             raise click.UsageError("--derived keeps the results of a checkpoint, and this artifact lies in none")
         home = find_checkpoint(folder)

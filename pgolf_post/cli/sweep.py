@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pgolf_post.base.progress import print_json, say
-from pgolf_post.cli.common import data_option, dollars_option, json_option, quiet_option, threads_option
+from pgolf_post.cli.common import (
+    data_option,
+    derived_folder,
+    derived_option,
+    dollars_option,
+    json_option,
+    quiet_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from pgolf_post.ledger import Row
@@ -45,6 +53,7 @@ def sweep_options(function: F) -> F:
             help="Checkpoint folder of specs that name none.  [default: the newest final one]",
         ),
         data_option,
+        derived_option,
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the spec. Repeatable."
         ),
@@ -73,7 +82,7 @@ def chosen_options(options: dict[str, Any], **more: Any) -> Options:
     from pgolf_post.sweep.places import Places
     from pgolf_post.sweep.run import Options
 
-    places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"])
+    places = Places(options["checkpoint"], options["data_dir"], options["root"], options["results"], derived_folder())
     return Options(options["spec"], tuple(options["overrides"]), places, **more)
 
 

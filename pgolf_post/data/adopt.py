@@ -106,6 +106,11 @@ def _split_entry(folder: Path, shards: Sequence[Path], sidecars: Sequence[Path],
         counts = count_split(shards, table)
     except MismatchError as error:
         raise MismatchError(str(error), hint=ITS_TOKENIZER) from None
+    if counts.num_unknown and not sidecars:
+        say(
+            f"{counts.num_unknown:,} of {counts.num_tokens:,} tokens of {shards[0].name} and on are unknown pieces: "
+            "the text they stand for counts 0 bytes"
+        )
     for shard, sidecar in itertools.zip_longest(shards, sidecars) if sidecars else ():
         lengths = [len(read_shard(path)) if path else 0 for path in (shard, sidecar)]
         if lengths[0] != lengths[1]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_post.base.progress import say
-from pgolf_post.base.storage import atomic_folder, sha256_file, write_json
+from pgolf_post.base.storage import atomic_folder, require_writable, sha256_file, write_json
 from pgolf_post.data.corpus import Corpus
 from pgolf_post.data.documents import Document
 from pgolf_post.data.encode import Encoder
@@ -60,13 +60,15 @@ def build(
 
 
 def refuse_destination(out: Path, force: bool) -> None:
-    """Raise PgolfError if `out` exists and `force` is False, or if it is no data folder."""
+    """Raise PgolfError if `out` exists and `force` is False, if it is no data folder, or if it could not be written."""
     if not out.exists():
+        require_writable(out)
         return
     if not force:
         raise PgolfError(f"{out} already exists; nothing was written", hint="--force replaces it, --out names another")
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
         raise PgolfError(f"{out} is not a data folder; nothing was written", hint="--out names another")
+    require_writable(out)
 
 
 def _model_bytes(corpus: Corpus, settings: BuildSettings, tokenizer_path: Path | None) -> bytes:

@@ -25,16 +25,18 @@ class SplitCounts:
     num_tokens: int
     num_documents: int
     table_bytes: int
+    num_unknown: int  # pieces that stand for text which the vocabulary cannot spell, and count 0 bytes
 
 
 def count_split(paths: Sequence[Path], table: ByteTable) -> SplitCounts:
     """Count the shards at `paths` as one stream. Raises MismatchError for ids that the vocabulary does not have."""
-    num_tokens = num_documents = table_bytes = 0
+    num_tokens = num_documents = table_bytes = num_unknown = 0
     for previous, targets in contexts(paths, len(table.piece_bytes)):
         num_tokens += len(targets)
         num_documents += int(np.count_nonzero(targets == BOS_ID))
         table_bytes += int(table.count(previous, targets).sum())
-    return SplitCounts(num_tokens, num_documents, table_bytes)
+        num_unknown += int(np.count_nonzero(targets == table.unknown_id))
+    return SplitCounts(num_tokens, num_documents, table_bytes, num_unknown)
 
 
 def contexts(paths: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

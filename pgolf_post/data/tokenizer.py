@@ -61,6 +61,7 @@ class ByteTable:
     piece_bytes: np.ndarray  # int64, without the leading space
     has_leading_space: np.ndarray  # bool
     is_boundary: np.ndarray  # bool: control, unknown, unused
+    unknown_id: int = -1  # the piece for text that the vocabulary cannot spell
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> ByteTable:
@@ -79,7 +80,7 @@ class ByteTable:
                 has_leading_space[token] = piece.startswith(SPACE_MARK)
                 text = piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ")
                 piece_bytes[token] = len(text.encode("utf-8"))
-        return cls(piece_bytes, has_leading_space, is_boundary)
+        return cls(piece_bytes, has_leading_space, is_boundary, int(tokenizer.unk_id()))
 
     def count(
         self,

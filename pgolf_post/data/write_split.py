@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pgolf_post.base.progress import progress_bar
+from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.storage import sha256_file
 from pgolf_post.data.documents import Document
 from pgolf_post.data.encode import Encoder
@@ -46,6 +46,8 @@ def write_split(
     # a score divides by these bytes: without a sidecar the table must state them exactly
     if split == "val" and not with_sidecar:
         _refuse_inexact_bytes(table_bytes, num_bytes)
+    if split == "train" and table_bytes != num_bytes:
+        say(f"the tokenizer changes the training text: {num_bytes:,} bytes of text, {table_bytes:,} by the byte table")
     return {
         "num_tokens": shards.num_tokens,
         "num_documents": len(documents),

@@ -14,6 +14,7 @@ class Places:
     data: Path | None = None
     root: Path = Path("checkpoints")  # the ledger, and runs that trials train
     results: Path = Path("sweeps/results")
+    derived: Path | None = None  # of statistics, artifacts and scores, in place of the checkpoints' own folders
 
     @property
     def locks(self) -> Path:

@@ -16,6 +16,7 @@ from pgolf_post.average.linear import linear_blend, require_trained, swa_parts
 from pgolf_post.average.posthoc import config_at, find_combination, run_snapshots, synthesise
 from pgolf_post.average.profiles import ExponentialLength, Length, PowerLength
 from pgolf_post.checkpoint import Checkpoint, View, default_checkpoint, view_id
+from pgolf_post.elsewhere import results_in
 from pgolf_post.families import build_module, get_family
 from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.places import Places
@@ -73,8 +74,13 @@ class Weights:
         if key not in self._views:
             checkpoint = self.checkpoint(settings)
             with self.spending.timed("weights"):
-                self._views.keep(key, _load(checkpoint, settings))
+                self._views.keep(key, self._at_home(_load(checkpoint, settings)))
         return self._views[key]
+
+    def _at_home(self, view: View) -> View:
+        """Return a view whose checkpoint is the folder that keeps its results."""
+        derived = self.places.derived
+        return view if derived is None else replace(view, checkpoint=results_in(view.checkpoint, derived))
 
     def num_blocks(self, settings: TrialSettings) -> int:
         """Return how many blocks the model of a trial has."""

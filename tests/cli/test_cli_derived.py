@@ -78,6 +78,19 @@ def test_results_are_kept_there_and_found_again(pgolf: Call, read_only: Path, tm
         assert {row.kind for row in ledger.rows()} >= {"stats", "artifact", "score", "checkpoint"}
 
 
+def test_a_sweep_keeps_its_trials_there(pgolf: Call, read_only: Path, tmp_path: Path) -> None:
+    spec = 'question = "?"\nnoise_repeats = 0\n[grid]\n"*.hessian_lambda" = [0, 0.2]\n[calibration]\ntokens = 320\n'
+    (tmp_path / "spec.toml").write_text(f"{spec}[stages.screen]\ntokens = 320\n")
+    before, mine = everything_in(read_only), tmp_path / "mine"
+    call = ("spec.toml", "--checkpoint", read_only, "--root", "own", "--derived", mine, "--json")
+    answer = pgolf("sweep", "run", *call)
+    assert answer.code == 0, answer.err
+    assert everything_in(read_only) == before
+    made = [folder.parent.name for folder in derived_folders(mine / read_only.parent.name / read_only.name)]
+    assert set(made) == {"stats", "artifact", "screen"}
+    assert made.count("artifact") == 2
+
+
 def test_results_that_lie_beside_the_checkpoint_are_found_too(
     pgolf: Call, pico_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

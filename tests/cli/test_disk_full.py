@@ -7,10 +7,7 @@ stays as it was; no half-written file is left.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from pgolf_post.importers import FORMATS
 from pgolf_post.ledger import Ledger, Row
 from tests.cli.conftest import Call, caller
 from tests.conftest import pico_documents, pico_recipe, write_recipe
+from tests.small_disk import files_of_at_most
 from trainer.log import LOG_FILE
 
 CKPT = "checkpoints/latest"
@@ -33,17 +31,6 @@ SPEC = 'question = "?"\n[grid]\n"*.hessian_lambda" = [0, 0.2]\n[calibration]\nto
 LOG = "| # | Name | Base | Result | Learning | BPB |\n|---|---|---|---|---|---|\n| 1 | a | | Baseline | x | 1.2 |\n"
 MODEL_KEYS = ("activation", "logit_softcap", "rope_base", "rope_dims", "rope_ntk", "xsa_last_n", "ln_scale")
 LOOP_KEYS = ("num_loops", "loop_start", "loop_end", "train_seq_len")
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond a size in this block: what is written behind it fails, as on a full disk."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from click.testing import CliRunner
 
 from pgolf_post.cli.data import command
+from pgolf_post.data.adopt import adopt
 from pgolf_post.data.build import build
 from pgolf_post.data.check import check
 from pgolf_post.data.corpus import Corpus, key_position
@@ -155,6 +159,41 @@ def test_a_tokenizer_of_another_kind_is_named(
         build(documents, tmp_path / "out", SMALL, tokenizer_path=tmp_path / "t.model")
     assert "--tokenizer FILE.model" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    def unread() -> Iterator[Document]:
+        pytest.fail("the documents were read")
+        yield Document("", "")
+
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PgolfError, match=r"could not write .*/file/out: ") as caught:
+        build(unread(), tmp_path / "file" / "out", SMALL)
+    assert caught.value.hint == "name another path for it"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_vocabulary_that_cannot_spell_the_training_text_is_said_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["plain words alone"] * 30), model_writer=model, model_type="unigram", vocab_size=24,
+        hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "words.model").write_bytes(model.getvalue())
+    spelled, foreign = Document("a", "plain words alone"), Document("b", "plain ß words")
+    build([foreign], tmp_path / "out", SMALL, val_documents=[spelled], tokenizer_path=tmp_path / "words.model")
+    assert "the tokenizer changes the training text: 14 bytes of text, 11 by the byte table" in capsys.readouterr().err
+    folder = DataFolder.open(tmp_path / "out")
+    assert [row for row in check(folder) if not row.passed] == []
+    for path in folder.path.glob("fineweb_train_*.bin"):
+        (folder.path / "fineweb_val_000001.bin").write_bytes(path.read_bytes())
+        path.unlink()
+    adopt(folder.path, folder.path / "tokenizer.model", tmp_path / "adopted", "x")
+    assert "1 of" in (said := capsys.readouterr().err)
+    assert "unknown pieces: the text they stand for counts 0 bytes" in said
 
 
 def test_only_data_folders_are_replaced(built: DataFolder, documents: list[Document], tmp_path: Path) -> None:

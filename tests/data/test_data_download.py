@@ -26,6 +26,7 @@ from pgolf_post.data.settings import DownloadSettings
 from pgolf_post.data.shard_kinds import HEADER_BYTES
 from pgolf_post.data.shards import read_shard, write_shard
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError, SettingsError
+from tests.small_disk import files_of_at_most
 
 REPOSITORY = "someone/golf"
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -219,6 +220,19 @@ def test_an_interrupted_download_is_resumed_by_the_next_one(server: Hub, long_sh
     assert server.ranges == [(TRAIN, "bytes=20971520-")]
     assert (folder.path / Path(TRAIN).name).read_bytes() == long_shard
     assert list(out.glob(".partial-*")) == []
+
+
+@pytest.mark.parametrize("file_bytes", [0, 3000])
+def test_a_full_disk_is_said_at_once_and_what_arrived_is_used(server: Hub, tmp_path: Path, file_bytes: int) -> None:
+    with (
+        files_of_at_most(file_bytes),
+        pytest.raises(PgolfError, match=r"could not write.* File too large") as caught,
+    ):
+        download(tmp_path / "out", settings_for(server))
+    assert "space" in (caught.value.hint or "") or "larger files" in (caught.value.hint or "")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    download(tmp_path / "out", settings_for(server))
+    assert (file_bytes == 0) == (not server.ranges)  # the second one goes on where the first stopped
 
 
 def test_a_busy_server_is_asked_again(server: Hub, tmp_path: Path) -> None:

@@ -128,6 +128,6 @@ def _absolute(options: Options) -> Options:
 
     absolute = replace(
         places, checkpoint=full(places.checkpoint), data=full(places.data),
-        root=places.root.resolve(), results=places.results.resolve(),
+        root=places.root.resolve(), results=places.results.resolve(), derived=full(places.derived),
     )  # fmt: skip
     return replace(options, spec=options.spec.resolve(), places=absolute)
