@@ -200,7 +200,7 @@ def _compare_bins(
     mine, theirs = (ScoreSums(one.sums, one.breakdown) for one in (candidate, control))
     differences = {kind: bin_differences(mine, theirs, kind, comparison.by_t.level) for kind in kinds}
     for kind, rows in differences.items():
-        print_table(f"by {KINDS[kind].title}", DIFFERENCES_HEADER, difference_rows(rows, kind))
+        print_table(f"difference by {KINDS[kind].title}", DIFFERENCES_HEADER, difference_rows(rows, kind))
     for name, one in (("candidate", candidate), ("control", control)):
         say(f"{name}: {summary_line(one.breakdown)}")
     return {"bins": {kind: [one.facts() for one in rows] for kind, rows in differences.items()}}

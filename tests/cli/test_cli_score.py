@@ -203,7 +203,10 @@ def test_eval_and_compare_by_bins(pgolf: Call) -> None:
     assert compared.code == 0, compared.err
     rows = compared.json["bins"]["document"]
     assert sum(row["difference_bpb"] for row in rows) == pytest.approx(compared.json["difference_bpb"], abs=1e-12)
-    assert "by tokens of the document before it" in compared.err
+    assert "difference by tokens of the document before it" in compared.err
+    table = compared.err.partition("difference by")[2].splitlines()
+    assert max(map(len, table)) <= 80
+    assert len(table) >= 2 + len(rows)  # a line for each bin
 
 
 @pytest.mark.parametrize(

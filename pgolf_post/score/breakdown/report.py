@@ -9,7 +9,7 @@ from pgolf_post.score.breakdown.difference import BinDifference
 from pgolf_post.score.breakdown.sums import BinSums, Breakdown
 
 BINS_HEADER = ("bin", "tokens", "share of bits", "nats/token", "top 1", "top 5", "confidence")
-DIFFERENCES_HEADER = ("bin", "tokens", "Δ bpb", "interval", "Δ nats/token", "Δ top 1")
+DIFFERENCES_HEADER = ("bin", "tokens", "Δ bpb", "±", "Δ nats/token", "Δ top 1, %")  # ±: half the interval
 SHOWN_CONFUSIONS = 20
 
 
@@ -40,18 +40,25 @@ def summary_line(breakdown: Breakdown) -> str:
 
 
 def difference_rows(differences: Sequence[BinDifference], kind: str) -> list[tuple[str, ...]]:
-    """Return a kind's table of paired differences; of confusions, those that changed most."""
+    """Return a kind's table of paired differences; of confusions, those that changed most of the pairs that both name.
+
+    A pair that only one of the two names is among the other's "all other pairs".
+    """
     rows = list(differences)
     if kind == "confusions":
-        rows = sorted(rows, key=lambda one: -abs(one.bpb))[: 2 + SHOWN_CONFUSIONS]
+        rows = sorted((one for one in rows if one.tokens and one.control_tokens), key=lambda one: -abs(one.bpb))[
+            : 2 + SHOWN_CONFUSIONS
+        ]
     return [_difference_row(one) for one in rows]
 
 
 def _difference_row(one: BinDifference) -> tuple[str, ...]:
     same = one.tokens == one.control_tokens
-    tokens = f"{one.tokens:,}" if same else f"{one.tokens:,} / {one.control_tokens:,}"
+    tokens = f"{one.tokens:,}" if same else f"{one.tokens:,}/{one.control_tokens:,}"
+    half = (one.high - one.low) / 2
     per_token, top1 = "", ""
     if one.tokens and one.control_tokens:
         per_token = f"{one.nats / one.tokens - one.control_nats / one.control_tokens:+.4f}"
-        top1 = f"{100 * (one.top1 / one.tokens - one.control_top1 / one.control_tokens):+.2f} points"
-    return one.name, tokens, f"{one.bpb:+.6f}", f"{one.low:+.6f} … {one.high:+.6f}", per_token, top1
+        top1 = f"{100 * (one.top1 / one.tokens - one.control_top1 / one.control_tokens):+.2f}"
+    known = f"{half:.6f}" if math.isfinite(half) else "unknown"
+    return one.name, tokens, f"{one.bpb:+.6f}", known, per_token, top1
