@@ -49,6 +49,13 @@ PICO_RECIPE = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run whole campaigns, not their small samples")
     parser.addoption("--quick", action="store_true", help="run what trains nothing and starts no process")
+    parser.addoption("--gpu", action="store_true", help="let tests see the GPU; for tests/trainer/test_kernels.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs: the tests state what holds on the CPU, bit for bit, wherever they run."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

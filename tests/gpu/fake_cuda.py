@@ -131,7 +131,12 @@ def main() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        print(json.dumps({f"ttt {precision}": ttt_peak(precision) for precision in ("fp32", "bf16")}))
+        peaks = {f"ttt {precision}": ttt_peak(precision) for precision in ("fp32", "bf16")}
+        from pgolf_post.score.ttt import lora
+
+        lora.ROW_TOKENS.clear()  # all rows in one forward
+        peaks["ttt fp32 at once"] = ttt_peak("fp32")
+        print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

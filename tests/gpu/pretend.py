@@ -38,6 +38,7 @@ class Seen:
         self.tags: dict[int, tuple[StorageWeakRef, str]] = {}
         self.pinned: dict[int, StorageWeakRef] = {}
         self.in_flight: dict[int, StorageWeakRef] = {}  # host storages that an asynchronous copy is writing
+        self.collectives: list[str] = []  # names and numbers of elements, in order
         self.factories: list[str] = []  # tags for tensors that a factory is making, the innermost last
 
     def clear(self) -> None:
@@ -297,6 +298,8 @@ class Operations(TorchDispatchMode):
             and any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in (args[1] or []))
         ):
             S.sync("boolean index")
+        if name.startswith("c10d::"):
+            S.collectives.append(f"{name} of {sum(tensor.numel() for tensor in tensors)}")
         if name.startswith("c10d::") and on_cpu:
             S.violations[(f"{name} of a CPU tensor: NCCL has none", site())] += 1
         out = func(*args, **kwargs)
@@ -349,7 +352,7 @@ class Properties:
 
 ANSWERS: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
-    "device_count": lambda: 1,
+    "device_count": lambda: 8,
     "current_device": lambda: 0,
     "is_initialized": lambda: True,
     "_lazy_init": lambda: None,
@@ -383,6 +386,18 @@ def pin_memory(tensor: Tensor) -> Tensor:
     return out
 
 
+def group_of_gloo(begin: Callable[..., None]) -> Callable[..., None]:
+    """Return torch's init_process_group with gloo in NCCL's place: the tensors are the CPU's."""
+
+    def begin_with_gloo(backend: str, device_id: torch.device | None = None, **more: Any) -> None:
+        assert backend == "nccl"
+        assert device_id is not None
+        assert device_id.type == "cuda"
+        begin("gloo", **more)
+
+    return begin_with_gloo
+
+
 @contextlib.contextmanager
 def cuda() -> Iterator[Seen]:
     """Pretend inside that there is a CUDA device. Everything that was seen before is forgotten."""
@@ -406,6 +421,7 @@ def cuda() -> Iterator[Seen]:
     patch(torch, "is_autocast_enabled", lambda kind="cpu": enabled(cpu(kind)))
     patch(torch, "get_autocast_dtype", lambda kind="cpu": dtype_of(cpu(kind)))
     patch(torch.autocast, "__init__", lambda self, kind, *a, **k: begin(self, cpu(kind), *a, **k))
+    patch(torch.distributed, "init_process_group", group_of_gloo(torch.distributed.init_process_group))
     patch(torch, "compile", lambda fn=None, **_: fn if fn is not None else (lambda f: f))
     # Threads have no modes: what is shared out to them is done here, one after the other.
     for module in list(sys.modules.values()):

@@ -141,7 +141,7 @@ def copies(given: argparse.Namespace) -> None:
 
 def kernels(given: argparse.Namespace) -> None:
     """The Triton kernels' laws, on the GPU where there is one, and their speed."""
-    chosen = ["tests/trainer/test_kernels.py", "-q", "-p", "no:cacheprovider", "-rs"]
+    chosen = ["tests/trainer/test_kernels.py", "--gpu", "-q", "-p", "no:cacheprovider", "-rs"]
     if given.dry:
         chosen += ["-k", "switch_of_its_own or eager_is_the_default"]
     code = subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=REPOSITORY, check=False).returncode

@@ -5,6 +5,7 @@ Small in every run of the tests; all commands where whole campaigns run.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pgolf_post.data import DataFolder
 from tests.cli.conftest import caller
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
+from tests.trainer.test_distributed import torchrun
 from trainer.loop import Trainer
 
 pytestmark = pytest.mark.slow
@@ -78,6 +80,40 @@ def test_a_run_goes_on_from_its_checkpoint_on_the_gpu(pico_data: DataFolder, pic
         run.run()
     assert not seen.violations
     assert not seen.hazards
+
+
+RANK_SCRIPT = """
+import json, sys
+from pathlib import Path
+from pgolf_post.base.ranks import end_process
+from pgolf_post.data import DataFolder
+from tests.conftest import pico_recipe
+from tests.gpu import pretend
+from trainer.distributed import TrainingRanks
+from trainer.loop import Trainer
+
+data, root = Path(sys.argv[1]), Path(sys.argv[2])
+with pretend.cuda() as seen:
+    ranks = TrainingRanks.join()
+    recipe = pico_recipe(DataFolder.open(data), root, run={"compile": False, "warmup_steps": 1}, schedule={"steps": 3})
+    Trainer(recipe, ranks).run()
+    answer = {"violations": [what for what, _ in seen.violations], "collectives": seen.collectives}
+    (root / f"rank{ranks.rank}.json").write_text(json.dumps(answer))
+    ranks.leave()
+end_process(0)
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_send_gpu_tensors_alone_and_in_the_same_order(pico_data: DataFolder, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{RANK_SCRIPT}")
+    done = torchrun(2, str(script), str(pico_data.path), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert one["violations"] == other["violations"] == []
+    assert one["collectives"] == other["collectives"]
+    assert len(one["collectives"]) > 3 * 5
 
 
 @pytest.fixture

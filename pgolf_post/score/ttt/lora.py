@@ -8,7 +8,7 @@ not trained on. A document's targets are the tokens after its BOS and the BOS of
 One forward serves score and step, as in the public scripts: a chunk's nats are computed from its hidden states without
 gradients, and committed; then the log hands out the same targets, and what the graph holds becomes gradients. On a GPU
 the rows of a batch go through it in parts of ROW_TOKENS, whose gradients lie in different rows of the adapters: 64
-documents of 2,048 tokens would hold 110 GiB of activations at once, a part holds a quarter of it.
+documents of 2,048 tokens would hold more activations at once than an H100 has memory, a part holds an eighth of them.
 
 A is carried from batch to batch along a lane, one of a fixed number of queues: the published run had one per GPU. A
 batch goes to the lane with the least to do, ranks share the lanes: so the result does not depend on their number.
@@ -44,7 +44,7 @@ from pgolf_post.score.ttt.optimizers import (
     optimizers_state,
 )
 
-ROW_TOKENS: dict[str, int] = {"cuda": 32768}  # tokens of one forward, by type of device; elsewhere all rows at once
+ROW_TOKENS: dict[str, int] = {"cuda": 16384}  # tokens of one forward, by type of device; elsewhere all rows at once
 LEARNING_COSTS = 1.5  # a backward, in forwards
 TUNE = -1  # in the place of a chunk: all ranks tune the weights (phased.py)
 
