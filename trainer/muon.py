@@ -7,11 +7,11 @@ Matrices of equal shape form a bank, one stack padded with zeros until ranks can
 momentum of its share alone and orthogonalises that share alone. Right after backward all banks' gradients set out at
 once (reduce-scatter), the largest first, and AdamW's sums behind them; a bank's updates set out for all ranks
 (all-gather) as soon as they are known, while the next bank iterates, and are waited for only when weights change.
-Clipping needs the norm of everything before the first momentum changes, so with it the first wait is for all
-gradients; without it a bank starts when its own are there. Nothing is hooked into backward itself: a bank spans all
-layers, so it is complete only when backward is, and a compiled backward hands over all gradients at its end anyway.
-Method of the arrangement: "parallel Muon" of the public record scripts (openai/parameter-golf). On one rank nothing is
-padded, copied or sent.
+Clipping the sum needs the norm of everything before the first momentum changes, so with it the first wait is for all
+gradients; without it, or where each rank clips its own beforehand, a bank starts when its own are there. Nothing is
+hooked into backward itself: a bank spans all layers, so it is complete only when backward is, and a compiled backward
+hands over all gradients at its end anyway. Method of the arrangement: "parallel Muon" of the public record scripts
+(openai/parameter-golf). On one rank nothing is padded, copied or sent.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -47,6 +47,11 @@ class OptimSettings(Settings):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squares, per step")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's addition to the root of the mean of squares")
     grad_clip: float = Field(0.3, ge=0, description="largest global gradient norm; 0 = no clipping")
+    clip_norm_of: Literal["all", "each"] = Field(
+        "all",
+        description="all = clip the sum of all ranks' gradients; each = clip each rank's own before it is sent, as the "
+        "public record scripts do, so that no rank waits for the norm of all",
+    )
     ema_decay: float = Field(
         0.997, ge=0, lt=1, description="EMA decay per step, whatever ema_every is; 0 = keep no EMA"
     )
@@ -74,6 +79,7 @@ class OptimSettings(Settings):
                 f"momentum_cycle_low {self.momentum_cycle_low} exceeds momentum_cycle_high {self.momentum_cycle_high}"
             )
         for key, needed, acts in (
+            ("clip_norm_of", "grad_clip above 0", bool(self.grad_clip)),
             ("ema_every", "ema_decay above 0", bool(self.ema_decay)),
             ("swa_every", "swa_start", self.swa_start is not None),
             ("power_ema_snapshots", "power_ema_sigmas", bool(self.power_ema_sigmas)),
@@ -192,13 +198,16 @@ class Optimizer:
         """
         # Every rank's gradients set out: matrices to the ranks that own them, the rest to all.
         settings, rest = self.settings, self._adam_gradients()
+        clip_all = settings.grad_clip > 0 and settings.clip_norm_of == "all"
+        clip_own = settings.grad_clip > 0 and not clip_all
+        own_norm = self._clip_own() if clip_own else None
         scheme = Scheme(settings.newton_schulz, narrow_dtype(settings.newton_schulz_dtype, self.on_gpu))
         banks = [bank for bank in self.banks if bank.used()]
         coming = [bank.send_gradients() for bank in banks]
         finish_rest = self.ranks.begin_sum_(rest)
 
-        # Clipping needs the norm of all gradients, so with it all are waited for before the first momentum changes.
-        if settings.grad_clip:
+        # The norm of all gradients is known once all are there: the first momentum changes after that.
+        if clip_all:
             finish_rest()
             norm = self._clip([transfer.wait() for transfer in coming], rest)
 
@@ -207,9 +216,9 @@ class Optimizer:
             bank.send_updates(transfer.wait(), momentum, scheme, settings.row_normalize)
             for bank, transfer in zip(banks, coming, strict=True)
         ]
-        if not settings.grad_clip:
+        if not clip_all:
             finish_rest()
-            norm = self._norm([transfer.wait() for transfer in coming], rest)
+            norm = self._norm([transfer.wait() for transfer in coming], rest) if own_norm is None else own_norm
 
         # AdamW steps the rest while the matrices' updates are on their way.
         self._step_adam(lr_multiplier, weight_decay_multiplier)
@@ -247,6 +256,20 @@ class Optimizer:
             return norm
         scale = (self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([*own, *rest], scale.to((own + rest)[0].dtype))
+        return norm
+
+    def _clip_own(self) -> Tensor:  # () float64
+        """Scale this rank's own gradients down, in place, to a norm of at most grad_clip. Return the norm before.
+
+        A rank's gradients are its share of a mean over all ranks' tokens: of the mean over its own tokens alone they
+        are a world_size-th, and that mean is what is clipped. On one rank it is the same as clipping the sum.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        device = next(iter(self.parameters.values())).device
+        norm = _sum_of_squares(gradients, device).sqrt() * self.ranks.world_size
+        if gradients:
+            scale = (self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -359,6 +359,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_name": lambda device=None: "pretended",
     "get_device_properties": lambda device=None: Properties,
+    "is_current_stream_capturing": lambda: False,
     "is_bf16_supported": lambda *_, **__: True,
     "synchronize": lambda device=None: S.sync("torch.cuda.synchronize"),
     "empty_cache": lambda: None,

@@ -65,7 +65,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
         step(2, "record-model", 300, "train", "--trace"),
         step(2, "one-rank-of-nccl", 120, "one_rank"),
         *(
-            step(3, f"variant-{label}", 85, "train", "--label", label, "--set", change)
+            step(3, f"variant-{label}", 75, "train", "--label", label, "--set", change)
             for label, change in VARIANTS.items()
         ),
         step(4, "small-run", 200, "small_run"),
@@ -91,6 +91,7 @@ VARIANTS: dict[str, str] = {  # label → the one thing that is not as in the de
     "triton-loss": "run.kernels=triton_loss",
     "triton-mlp": "run.kernels=triton_mlp",
     "float32-newton-schulz": "optim.newton_schulz_dtype=fp32",
+    "clip-each-rank": "optim.clip_norm_of=each",
     "three-micro-batches": "data.micro_batch_tokens=32768",
     "eager": "run.compile=false",
 }

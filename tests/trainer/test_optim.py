@@ -13,6 +13,7 @@ from torch import nn
 from pgolf_post.errors import SettingsError
 from tests.trainer.test_model import pico_model
 from trainer.averages import EMA, RunningMean
+from trainer.distributed import TrainingRanks, Transfer
 from trainer.muon import NewtonSchulz, Scheme, muon_updates, narrow_dtype, orthogonalize
 from trainer.optim import Optimizer, OptimSettings, assign_groups
 
@@ -201,6 +202,44 @@ def test_a_matrix_that_a_step_did_not_use_stays_as_it_is() -> None:
     changed = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
     assert changed == [True, False, True, False]
     assert [bool(momentum.any()) for momentum in optimizer.banks[0].momenta] == [True, False, True]
+
+
+def test_clipping_each_ranks_own_gradients_is_clipping_all_on_one_rank() -> None:
+    states = []
+    for whose in ("all", "each"):
+        torch.manual_seed(0)
+        model = pico_model()
+        (model(torch.arange(12)[None]).square().mean() * 1e3).backward()
+        optimizer = Optimizer(model, OptimSettings(grad_clip=0.3, clip_norm_of=whose))
+        assert optimizer.step(1.0, 0.9) > 0.3
+        states.append(optimizer.state())
+    for name, moment in states[0].items():
+        torch.testing.assert_close(states[1][name], moment, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_a_ranks_own_gradients_are_clipped_as_the_mean_over_its_own_tokens() -> None:
+    class OneOfFour(TrainingRanks):
+        """A rank whose three neighbours are silent: what it sends comes back."""
+
+        def begin_sum_(self, tensors):  # type: ignore[no-untyped-def]
+            return lambda: None
+
+        def reduce_scatter(self, rows):  # type: ignore[no-untyped-def]
+            return Transfer(rows[: len(rows) // self.world_size])
+
+        def all_gather(self, rows):  # type: ignore[no-untyped-def]
+            return Transfer(rows.repeat(self.world_size, 1, 1))
+
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Embedding(2, 2)])
+    optimizer = Optimizer(model, OptimSettings(grad_clip=0.5, clip_norm_of="each"), OneOfFour(0, 4))
+    model[0].weight.grad, model[1].weight.grad = torch.full((4, 4), 0.25), torch.zeros(2, 2)  # norm 1, a fourth of 4
+    assert float(optimizer.step(1.0, 0.9)) == pytest.approx(4.0)
+    torch.testing.assert_close(optimizer.banks[0].momenta[0], torch.full((4, 4), 0.25 * 0.5 / 4), rtol=1e-5, atol=0)
+
+
+def test_a_clip_that_cannot_act_is_refused() -> None:
+    with pytest.raises(ValueError, match="clip_norm_of each acts only with grad_clip above 0"):
+        OptimSettings(grad_clip=0.0, clip_norm_of="each")
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.3, 1e9])

@@ -41,7 +41,7 @@ class AdapterProtocol(TTTProtocol):
     )
     batch_documents: int = Field(64, ge=1, description="documents of similar length that adapt side by side")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 = forward passes under autocast: another number, half the memory and more speed"
+        "fp32", description="bf16 = forward passes under autocast: faster products, another number, another score"
     )
 
     @property
