@@ -1,9 +1,9 @@
 """Stopping a run that is worse than another: at chosen moments its training loss is compared with an older log's.
 
 An experiment that has fallen behind at a quarter of its length seldom wins, and what is left of it costs money. The
-comparison is that of `pgolf-post curves`: both losses smoothed over the same window before the moment, at the same
-step, tokens or seconds. A run that stops leaves a checkpoint, so it can still go on (`--resume`): moments that are
-behind do not come again.
+comparison is that of `pgolf-post curves`, at the same step, tokens or seconds: the run's loss smoothed over a window
+before the moment, the other one's around it. A run that stops leaves a checkpoint, so it can still go on (`--resume`):
+moments that are behind do not come again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from pgolf_post.base.progress import say
-from pgolf_post.curves.comparing import Difference, compare_curves, default_window
+from pgolf_post.curves.comparing import Difference, compare_curves
 from pgolf_post.curves.curve import Axis, Curve
 from pgolf_post.curves.reading import read_log
 from pgolf_post.settings import Settings
@@ -74,8 +74,7 @@ class StopWatch:
             reach = f"reaches from {start:,g} to {end:,g} {by}"
             say(f"stop: {self.settings.against} {reach}, this run is at {now:,g}; not compared")
             return None
-        window = self.settings.window or default_window([self.reference, own], by)
-        return compare_curves(self.reference, own, by, [now], window, trailing=True)[0]
+        return compare_curves(self.reference, own, by, [now], self.settings.window, trailing=True)[0]
 
     def verdict(self, difference: Difference) -> str | None:
         """Return why the run should end, or None if it may go on; says how it stands."""

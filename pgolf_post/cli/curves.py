@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--window",
     type=click.FloatRange(min=0, min_open=True),
-    help="Smooth over this much of the axis.  [default: a fiftieth of the common range, at least two spacings]",
+    help="Smooth over this much of the axis.  [default: a fiftieth of the common range, or three points of a curve]",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves to this file: svg, png or pdf.")
 @quiet_option
@@ -77,7 +77,6 @@ def command(
         return
     name = comparing.common_curve(logs, curve)
     curves = [log.curve(name) for log in logs]
-    window = window or comparing.default_window(curves, by)
     at = parse_points(points) if points else comparing.default_points(curves, by)
     names = _names(logs)
     differences: dict[str, list[Difference]] = {
@@ -85,7 +84,8 @@ def command(
         for label, other in zip(names[1:], curves[1:], strict=True)
     }
     unit = f" ({curves[0].unit})" if curves[0].unit else ""
-    heading = f"{name}{unit} by {by}, smoothed over {window:,g} {by}; control: {names[0]}"
+    how = f"smoothed over {window:,g} {by}" if window else "smoothed over as many as each curve needs"
+    heading = f"{name}{unit} by {by}, {how}; control: {names[0]}"
     print_table(heading, report.difference_header("control", by), report.difference_rows(differences))
     if plot:
         _draw(logs, name, by, window, at, plot)

@@ -18,7 +18,7 @@ import numpy as np
 from pgolf_post.curves.curve import Axis, Curve, Log
 from pgolf_post.errors import MismatchError, SettingsError
 
-SHARE = 50  # the default window is the common range divided by this, and at least two spacings of the sparser curve
+SHARE = 50  # a window is at least the common range divided by this, unless one is asked for
 LEAST_FOR_ERROR = 3  # points from which a line has residuals
 PREFERRED = ("train_loss", "val_loss", "val_bpb")
 
@@ -43,6 +43,7 @@ class Difference:
     error: float | None  # standard error; None where a window has too few points
     points: int  # of the sparser curve in the window
     paired: bool  # whether the runs report the same places
+    window: float  # the wider of both curves'
 
     def facts(self) -> dict[str, Any]:
         """Return the difference as JSON."""
@@ -73,7 +74,7 @@ def common_range(curves: Sequence[Curve], by: Axis) -> tuple[float, float]:
 
 
 def default_window(curves: Sequence[Curve], by: Axis) -> float:
-    """Return the window that is used where none is asked for, in units of the axis."""
+    """Return the window by which curves are smoothed in a picture: at least two spacings of the sparser one."""
     low, high = common_range(curves, by)
     spacings = [float(np.median(np.diff(curve.along(by)))) for curve in curves if len(curve) > 1]
     return max([(high - low) / SHARE, *(2.0 * spacing for spacing in spacings)])
@@ -91,31 +92,47 @@ def compare_curves(
     other: Curve,
     by: Axis,
     at: Sequence[float],
-    window: float,  # in units of the axis
-    trailing: bool = False,  # the window ends at the point instead of being centred on it
+    window: float | None = None,  # in units of the axis; None: at each point as wide as each curve needs it
+    trailing: bool = False,  # of the other curve, the window ends at the point instead of being centred on it
 ) -> list[Difference]:
     """Return the differences at the asked points.
 
     Raises MismatchError for a point that not both curves reach, SettingsError for a window that is not positive.
     """
-    if window <= 0:
+    if window is not None and window <= 0:
         raise SettingsError(f"--window {window:g}: it must be positive")
     low, high = common_range([control, other], by)
     outside = [point for point in at if not low <= point <= high]
     if outside:
         named = ", ".join(f"{point:,g}" for point in outside)
         raise MismatchError(f"--at {named}: both curves reach {low:,g} … {high:,g} {by}", hint=f"--at {high:g}")
-    return [_difference(control, other, by, point, window, trailing) for point in at]
+    least = (high - low) / SHARE
+    return [_difference(control, other, by, point, window, least, trailing) for point in at]
 
 
-def _difference(control: Curve, other: Curve, by: Axis, at: float, window: float, trailing: bool) -> Difference:
-    a, b = (smoothed(curve.along(by), curve.values, at, window, trailing) for curve in (control, other))
-    shared = _shared(control, other, by, at, window, trailing)
+def _difference(
+    control: Curve, other: Curve, by: Axis, at: float, window: float | None, least: float, trailing: bool
+) -> Difference:
+    x, y = control.along(by), other.along(by)
+    first = window or local_window(x, at, least, trailing=False)
+    second = window or local_window(y, at, least, trailing)
+    a, b = smoothed(x, control.values, at, first), smoothed(y, other.values, at, second, trailing)
+    widest = max(first, second)
+    shared = _shared(control, other, by, at, widest, trailing)
     if shared is not None:
-        paired = smoothed(*shared, at, window, trailing)
-        return Difference(at, a.value, b.value, paired.value, paired.error, paired.points, True)
+        paired = smoothed(*shared, at, widest, trailing)
+        return Difference(at, a.value, b.value, paired.value, paired.error, paired.points, True, widest)
     error = None if a.error is None or b.error is None else math.hypot(a.error, b.error)
-    return Difference(at, a.value, b.value, b.value - a.value, error, min(a.points, b.points), False)
+    points = min(a.points, b.points)
+    return Difference(at, a.value, b.value, b.value - a.value, error, points, False, widest)
+
+
+def local_window(places: np.ndarray, at: float, least: float, trailing: bool) -> float:
+    """Return a window that holds LEAST_FOR_ERROR points around a place, or before it; `least` if that is wider."""
+    before = places[places <= at] if trailing else places
+    distances = np.sort(np.abs(before - at))
+    reach = float(distances[min(LEAST_FOR_ERROR, len(distances)) - 1]) * (1 + 1e-9)
+    return max(least, reach if trailing else 2.0 * reach)
 
 
 def _shared(
@@ -141,11 +158,13 @@ def smoothed(
 ) -> Smoothed:
     """Return the value at a point of the line through what lies in the window.
 
-    With fewer than LEAST_FOR_ERROR points there, the nearest points on both sides are joined by a straight line.
+    With fewer than LEAST_FOR_ERROR points there, or with all of them on one side, the nearest points on both sides are
+    joined by a straight line: a line that is fitted is never carried on past its points, but for a trailing window.
     """
     inside = _inside(places, at, window, trailing)
     count = int(inside.sum())
-    if count < LEAST_FOR_ERROR:
+    one_sided = count > 0 and not (trailing or places[inside][0] <= at <= places[inside][-1])
+    if count < LEAST_FOR_ERROR or one_sided:
         return Smoothed(float(np.interp(at, places, values)), None, count)
     x, y = places[inside] - at, values[inside]
     design = np.stack([np.ones(count), x / window], axis=1)  # (count, 2)

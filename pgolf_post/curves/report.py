@@ -22,7 +22,7 @@ def log_rows(logs: Sequence[Log]) -> list[tuple[str, ...]]:
 
 def difference_header(control: str, by: str) -> tuple[str, ...]:
     """Return the heading of a table of differences."""
-    return ("run", by, control, "it", "difference", "± (1 σ)", "points")
+    return ("run", by, control, "it", "difference", "± (1 σ)", "points", "window")
 
 
 def difference_rows(differences: Mapping[str, Sequence[Difference]]) -> list[tuple[str, ...]]:
@@ -33,4 +33,5 @@ def difference_rows(differences: Mapping[str, Sequence[Difference]]) -> list[tup
 def _cells(one: Difference) -> tuple[str, ...]:
     error = "unknown" if one.error is None else f"{one.error:.4f}"
     points = f"{one.points}{' paired' if one.paired else ''}"
-    return f"{one.at:,g}", f"{one.control:.4f}", f"{one.other:.4f}", f"{one.difference:+.4f}", error, points
+    values = f"{one.control:.4f}", f"{one.other:.4f}", f"{one.difference:+.4f}"
+    return f"{one.at:,g}", *values, error, points, f"{one.window:,.4g}"

@@ -70,6 +70,26 @@ def test_with_too_few_points_the_value_is_between_its_neighbours_and_the_noise_u
     assert difference.points == 0
 
 
+def test_without_a_window_an_uneven_log_is_smoothed_over_its_own_points_and_never_past_them() -> None:
+    """Public logs have the first five steps and then every 500th."""
+    steps = np.array([1.0, 2, 3, 4, 5, 500, 1000, 1500])
+    log, dense = curve(10 - 0.001 * steps, steps), curve(9 - 0.001 * np.arange(1, 1501))
+    found = {one.at: one for one in compare_curves(log, dense, "step", [4, 100, 1000])}
+    for one in found.values():
+        assert one.difference == pytest.approx(-1.0, abs=1e-6)
+    assert found[4].error == pytest.approx(0, abs=1e-6)
+    assert found[4].points == 5
+    assert found[100].error is None  # between steps 5 and 500 the log says nothing
+    assert found[1000].error == pytest.approx(0, abs=1e-6)
+    assert found[1000].window == pytest.approx(1000)
+
+
+def test_a_trailing_window_sees_nothing_later() -> None:
+    values = np.concatenate([np.full(100, 3.0), np.full(100, 9.0)])
+    (one,) = compare_curves(curve(np.full(200, 3.0)), curve(values), "step", [100], trailing=True)
+    assert one.difference == pytest.approx(0.0, abs=1e-9)
+
+
 def test_defaults_fit_the_sparser_curve() -> None:
     dense, sparse = curve(np.ones(1000)), curve(np.ones(10), np.arange(100.0, 1001.0, 100.0))
     assert default_window([dense, sparse], "step") == 200
