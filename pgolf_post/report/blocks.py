@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 OPEN_DEPTH = 3  # levels of a tree that are unfolded at first
@@ -37,7 +38,7 @@ class Table:
     rows: Sequence[tuple[Cell, ...]]
     note: str = ""
 
-    @property
+    @cached_property
     def numeric(self) -> list[bool]:
         """Whether each column holds numbers: they are aligned right."""
         columns = zip(*self.rows, strict=True) if self.rows else [() for _ in self.header]

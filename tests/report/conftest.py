@@ -59,6 +59,7 @@ def add_results(root: Path, checkpoint: Checkpoint) -> None:
 
     config = {"view_id": checkpoint.meta["views"]["raw"]["id"]}
     store(derived / "attribution" / "a1", "rows.json", {"stage": "attribution", "by": "role", **config}, attributed)
+    store(derived / "kappa" / "k0", "kappa.json", {"stage": "kappa", "kappa": "role", **config}, measured)
     store(derived / "kappa" / "k1", "kappa.json", {"stage": "kappa", "kappa": "tensor", **config}, measured)
     tests = [{"test": "flip", "passed": True, "evidence": "bit-identical"}]
     tests += [{"test": HOSTILE, "passed": False, "evidence": QUOTED}]

@@ -192,6 +192,8 @@ def test_cells_numbers_and_labels() -> None:
     assert lines(["ab", "<x>", ""], width=1) == "a<br>b<br>&lt;<br>x<br>&gt;<br>"
     assert Table("t", ("a", "b"), [(Cell("x"), number(1))]).numeric == [False, True]
     assert Table("t", ("a",), []).numeric == [False]
+    once = Table("t", ("a",), [(number(1),)])
+    assert once.numeric is once.numeric  # asked for by every row of the page
 
 
 def test_what_is_not_finite_is_null() -> None:

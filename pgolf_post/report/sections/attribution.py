@@ -28,7 +28,7 @@ def _figure(entry: CacheEntry) -> Figure:
     payload = read_json(entry.path / PAYLOAD)
     control, rows = payload["control"], payload["rows"]
     plan = entry.config.get("plan")
-    name = f"{entry.checkpoint.parent.name}, by {entry.config.get('by', 'group')}"
+    name = f"{entry.checkpoint.parent.name}, {entry.path.name[:6]}, by {entry.config.get('by', 'group')}"
     name += f", plan {plan['name']}" if isinstance(plan, Mapping) and "name" in plan else ""
     points = [Interval(row["group"], row["gain_bpb"], row["low_bpb"], row["high_bpb"]) for row in rows]
     table = Table(f"Attribution of {name}", HEADER, [_cells(row) for row in rows])

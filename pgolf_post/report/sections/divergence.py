@@ -52,7 +52,7 @@ def _figure(entry: CacheEntry) -> Figure | None:
     furthest = max(drawn, key=lambda name: abs(drawn[name]["measured"] / drawn[name]["predicted"] - 1))
     ratio = drawn[furthest]["measured"] / drawn[furthest]["predicted"]
     by = str(entry.config.get("kappa", "tensor"))
-    run = entry.checkpoint.parent.name
+    run = f"{entry.checkpoint.parent.name}, {entry.path.name[:6]}"
     summary = f"{len(drawn)} of {run}, by {by}; furthest off is {furthest} with {ratio:.2f} times the prediction."
     table = Table(f"Divergence by {by}, {run}", HEADER, rows)
     return Figure(
