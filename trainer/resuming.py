@@ -28,6 +28,7 @@ def restore(state: RunState, path: Path) -> None:
     checkpoint = Checkpoint.open(path)
     require_resumable(checkpoint, state.config())
     require_same_steps(checkpoint, state.recipe)
+    require_same_seed(checkpoint, state.recipe)
     # Tensors: weights, averages, moments.
     state.model.load_state_dict(dict(checkpoint.load("raw").tensors))
     _restore_views(state.averages, checkpoint)
@@ -76,6 +77,25 @@ def require_same_steps(checkpoint: Checkpoint, recipe: Recipe) -> None:
             hint=" ".join(["resume it with", *(f"--set {key}={theirs[key]}" for key in wrong)])
             + "; other steps are a run of their own",
         )
+
+
+def require_same_seed(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise MismatchError if a run would go on with another seed; say so if it branches off under another name.
+
+    The seed draws the order of the windows, so that the rest of an epoch by another seed reads some of them twice.
+    """
+    there, step = checkpoint.meta.get("seed"), int(checkpoint.meta["step"])
+    if there is None or there == recipe.run.seed or not step:
+        return
+    values = f"run.seed is {there} there, {recipe.run.seed} here"
+    if recipe.run.name != checkpoint.meta.get("run"):
+        say(f"{values}: from step {step:,} on the order of the text is another; windows that were read come again")
+        return
+    raise MismatchError(
+        f"{checkpoint.path} cannot be resumed with this recipe: {values}; the rest of the epoch would read some "
+        "windows again and leave others out",
+        hint=f"resume it with --set run.seed={there}, or branch off under another name with --set run.name=NAME",
+    )
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

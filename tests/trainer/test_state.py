@@ -140,6 +140,30 @@ def test_steps_of_another_size_are_refused_by_name(
     assert halved.state.facts()["tokens_seen"] == 3 * own.batch_tokens
 
 
+def test_another_seed_is_refused_by_name_and_said_of_a_branch(
+    tmp_path: Path, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seed draws the order of the text, so that a run with two of them would read some windows twice."""
+    trainer = Trainer(pico_recipe(pico_data, tmp_path))
+    advance(trainer, 2)
+    with BackgroundWriter(0) as writer:
+        path = save(trainer.state, writer, "by_hand")
+    seed = trainer.recipe.run.seed
+    other = Trainer(pico_recipe(pico_data, tmp_path, run={"seed": seed + 1}))
+    with pytest.raises(MismatchError, match=f"run.seed is {seed} there, {seed + 1} here") as refused:
+        other.resume(path)
+    assert f"--set run.seed={seed}" in str(refused.value.hint)
+    assert other.state.step == 0
+
+    capsys.readouterr()
+    Trainer(pico_recipe(pico_data, tmp_path, run={"name": "same"})).resume(path)
+    assert "run.seed" not in capsys.readouterr().err
+    branch = Trainer(pico_recipe(pico_data, tmp_path, run={"name": "branch", "seed": seed + 1}))
+    branch.resume(path)
+    assert branch.state.step == 2
+    assert f"run.seed is {seed} there, {seed + 1} here: from step 2 on" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_a_recipe_tells_its_steps_by_its_tokens(tmp_path: Path, pico_data: DataFolder) -> None:
     trainer = Trainer(pico_recipe(pico_data, tmp_path))
     advance(trainer, 2)
