@@ -25,6 +25,7 @@ from pgolf_post.quantize.stored_steps import fits, to_stored
 from pgolf_post.rules import GridRule
 
 QUIET = 2.0**-100  # a unit of smaller weights is as good as zero: no activation or norm could tell
+LARGEST_STEP = math.sqrt(12)  # times the weights' size: beyond it a row is worth no bits
 SHARES = tuple(1.0 - 0.02 * place for place in range(36))  # of the largest weight: 1.00, 0.98 .. 0.30
 
 
@@ -68,13 +69,41 @@ def grid_steps(
     """Return the steps that a rule gives a matrix: per row, for the whole tensor, or per group in row-major order.
 
     An all-zero unit takes step 1: any would do. Raises SettingsError for a clip rule that has no function,
-    NumericsError naming the tensor for steps too far apart, or for groups that do not divide the columns.
+    NumericsError naming the tensor for steps too far apart, for groups that do not divide the columns, or for a row
+    that λ makes so coarse that nothing of it is left.
     """
     if rule.scale not in STEPS_BY_RULE:
         raise SettingsError(f"{name}: no such clip rule {rule.scale!r}; valid: {', '.join(STEPS_BY_RULE)}")
     weights, diagonal = _units(name, weight, rule, hessian_diagonal)
     units = Units(weights, diagonal, max_symbol(rule.bits), clip, rule)
-    return to_stored(name, _steps(units), rule.per)
+    steps = _steps(units)
+    if rule.hessian_lambda:
+        _require_units_kept(name, units, steps)
+    return to_stored(name, steps, rule.per)
+
+
+def _require_units_kept(name: str, units: Units, steps: Tensor) -> None:
+    """Raise NumericsError for a unit whose step λ raises beyond √12 times the size of its weights.
+
+    There Δ²/12 exceeds the mean square: zeros would leave less error than rounding does. A row gets there that carries
+    a large share of all importance, such as a single huge one: of n rows it has up to n times the mean's.
+    """
+    size = units.weights.square().mean(dim=1).sqrt()
+    plain = _steps(units._replace(rule=units.rule.model_copy(update={"hessian_lambda": 0.0})))
+    lost = (steps > LARGEST_STEP * size) & (plain <= LARGEST_STEP * size) & (size > 0)
+    if not lost.any():
+        return
+    at = int((steps / plain).masked_fill(~lost, 0).argmax())
+    assert units.diagonal is not None
+    importance, rule = float(row_importance(units.weights, units.diagonal)[at]), units.rule
+    largest, median = float(units.weights[at].abs().max()), float(units.weights.abs().median())
+    raise NumericsError(
+        f"{name}: Hessian-aware SDClip (λ = {rule.hessian_lambda:g}) makes the step of {rule.per} {at} "
+        f"{float(steps[at] / plain[at]):.3g} times as large, {float(steps[at] / size[at]):.3g} times the size of its "
+        f"weights, so that nearly all of them would be zero: Σ|w|·H is {importance:.3g} times the mean there",
+        hint=f"--set {rule.name}.hessian_lambda=0; or find out why its largest weight is {largest:.3g}, where the "
+        f"tensor's median is {median:.3g}",
+    )
 
 
 def _steps(units: Units) -> Tensor:  # (units,) float64

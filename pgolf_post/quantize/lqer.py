@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.plan import LqerSettings
+from pgolf_post.quantize.stored_steps import octaves_of, power_factor
 from pgolf_post.quantize.tensor import LOW_RANK, QuantizedTensor, ScaleFactor
 
 ASYMMETRIC_GROUP = 64
@@ -38,15 +39,18 @@ def quantize_factor(
     reach: float,  # step = max|value| / reach
     group: int,  # values in row-major order that share a step
 ) -> QuantizedTensor:
-    """Round to nearest with a step per group of values."""
+    """Round to nearest with a step per group of values; groups of zeros, next to the largest, have any step."""
     values = factor.reshape(-1)
     padded = torch.nn.functional.pad(values, (0, -len(values) % group)).reshape(-1, group)
-    steps = (padded.abs().amax(dim=1) / reach).to(torch.float16)
-    steps = torch.where(steps > 0, steps, torch.ones_like(steps))
-    symbols = (padded / steps.float()[:, None]).round().clamp(low, high).to(torch.int8)
+    steps = padded.abs().amax(dim=1).double() / reach
+    octaves = max(0, octaves_of(steps))  # of errors beyond fp16's range; small steps may be zero
+    halves = (steps * 2.0**-octaves).to(torch.float16)
+    halves = torch.where(halves > 0, halves, torch.ones_like(halves))
+    symbols = (padded / (halves.float() * 2.0**octaves)[:, None]).round().clamp(low, high).to(torch.int8)
     array = symbols.reshape(-1)[: len(values)].reshape(factor.shape).numpy()
-    grid = ScaleFactor("group", steps.numpy(), group) if len(steps) > 1 else ScaleFactor("tensor", steps.numpy())
-    return QuantizedTensor(name, np.ascontiguousarray(array), (grid,), tuple(factor.shape), facts={"method": "lqer"})
+    grid = ScaleFactor("group", halves.numpy(), group) if len(halves) > 1 else ScaleFactor("tensor", halves.numpy())
+    factors = (grid, *power_factor(octaves))
+    return QuantizedTensor(name, np.ascontiguousarray(array), factors, tuple(factor.shape), facts={"method": "lqer"})
 
 
 def correction(name: str, error: Tensor, settings: LqerSettings) -> tuple[QuantizedTensor, QuantizedTensor]:
@@ -60,8 +64,9 @@ def correction(name: str, error: Tensor, settings: LqerSettings) -> tuple[Quanti
     turned = quantize_factor(names[0], a.T.contiguous(), -largest, largest, largest, len(a))
     steps = turned.factors[0].values
     columns = ScaleFactor("column", steps) if len(steps) > 1 else ScaleFactor("tensor", steps)
+    factors = (columns, *turned.factors[1:])
     left = QuantizedTensor(
-        names[0], np.ascontiguousarray(turned.symbols.T), (columns,), tuple(a.shape), facts=turned.facts
+        names[0], np.ascontiguousarray(turned.symbols.T), factors, tuple(a.shape), facts=turned.facts
     )
     return left, quantize_factor(names[1], b, -largest, largest, largest, b.shape[1])
 

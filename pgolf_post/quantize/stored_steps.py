@@ -59,5 +59,9 @@ def step_factors(axis: Axis, steps: Tensor, group_size: int = 0) -> tuple[ScaleF
     """Return stored steps as factors of a quantized tensor."""
     octaves = octaves_of(steps)
     halves = (steps.double() * 2.0**-octaves).to(torch.float16).numpy()
-    power = (ScaleFactor("tensor", np.array([8 * octaves], np.int16)),) if octaves else ()
-    return ScaleFactor(axis, halves, group_size), *power
+    return ScaleFactor(axis, halves, group_size), *power_factor(octaves)
+
+
+def power_factor(octaves: int) -> tuple[ScaleFactor, ...]:
+    """Return 2^octaves as a factor of a whole tensor; none for 1."""
+    return (ScaleFactor("tensor", np.array([8 * octaves], np.int16)),) if octaves else ()

@@ -94,6 +94,23 @@ def test_lambda_zero_is_plain_sdclip_and_lambda_leans_on_important_rows() -> Non
     assert torch.equal(leaning > plain, importance > 1)
 
 
+def test_a_row_that_lambda_would_lose_is_refused_by_name() -> None:
+    """One huge row carries all importance, and would get a step at which nothing of it is left."""
+    weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    weight[5] *= 1e5
+    rule = RtnRule(name="embedding", bits=6, hessian_lambda=0.4)
+    with pytest.raises(NumericsError, match=r"tok_emb\.weight: .*step of row 5 26\.2 times.*H is 64 times") as caught:
+        grid_steps("tok_emb.weight", weight, rule, 12.85, torch.ones(8))
+    assert "--set embedding.hessian_lambda=0" in str(caught.value.hint)
+    # without λ, with little of it, or with less of a row, it is kept
+    assert torch.isfinite(sdclip(weight, 6, 12.85, 0.0, torch.ones(8))).all()
+    assert torch.isfinite(sdclip(weight, 6, 12.85, 0.05, torch.ones(8))).all()
+    weight[5] *= 1e-4
+    assert torch.isfinite(sdclip(weight, 6, 12.85, 0.4, torch.ones(8))).all()
+    # a row that plain steps lose too is no matter of λ
+    assert torch.isfinite(sdclip(weight, 6, 200.0, 0.4, torch.ones(8))).all()
+
+
 def test_zero_and_constant_rows_have_usable_steps() -> None:
     weight = torch.stack((torch.zeros(8), torch.full((8,), 0.5), torch.randn(8)))
     steps = sdclip(weight, 6, 12.85)

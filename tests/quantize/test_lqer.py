@@ -50,6 +50,18 @@ def test_quantized_factors_take_back_most_of_a_low_rank_error(asymmetric: bool) 
     assert low <= a.symbols.min() <= a.symbols.max() <= high
 
 
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_errors_beyond_fp16_are_corrected_alike(asymmetric: bool) -> None:
+    """A power of two beside the factors takes what fp16 has no room for."""
+    error, settings = random(30, 4) @ random(4, 40, 1), LqerSettings(rank=4, asymmetric=asymmetric)
+    plain, large = correction("w", error, settings), correction("w", error * 2.0**30, settings)
+    for half, other in zip(plain, large, strict=True):
+        assert np.array_equal(half.symbols, other.symbols)
+    assert np.array_equal(large[0].dequantize(), plain[0].dequantize() * np.float32(2.0**30))
+    assert np.array_equal(large[1].dequantize(), plain[1].dequantize())
+    assert len(plain[0].factors) == 1
+
+
 def test_eight_bits_are_closer_than_three() -> None:
     error = random(20, 20)
     lost = []
