@@ -20,6 +20,11 @@ from tests.importers.test_import import foreign_of, stated_of
 NAME = "blocks.0.mlp.fc.weight"
 
 
+def test_all_types_that_torch_has_are_known() -> None:
+    assert {str(dtype) for dtype in FLOAT8} == {f"torch.{name}" for name in dir(torch) if name.startswith("float8_")}
+    assert set(WEIGHTS) >= {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_every_float8_value_is_kept(dtype: torch.dtype) -> None:
     bits = torch.arange(256, dtype=torch.uint8)

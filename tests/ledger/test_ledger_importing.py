@@ -335,6 +335,8 @@ def test_rows_are_called_by_their_run_id(tmp_path, other):
     (row,) = imported(tmp_path, text, "log.csv").rows
     assert (row.name, row.result["bpb"]) == ("lr_sweep_3", 1.1)
     assert row.created.startswith("2026-04-01") is (other in ("ts_utc", "timestamp"))
+    (late,) = imported(tmp_path, f"{other},flavour,run_id,val_bpb\n7,plain,lr_sweep_3,1.1\n", "log.csv").rows
+    assert late.name == "lr_sweep_3"
     (nameless,) = imported(tmp_path, f"{other},val_bpb,variant\n7,1.1,wide\n", "log.csv").rows
     assert nameless.name == "wide"
     (bare,) = imported(tmp_path, f"{other},val_bpb\n7,1.1\n", "log.csv").rows
