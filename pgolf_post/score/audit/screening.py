@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Plan:
 
     runs: list[list[int]]
     cuts: np.ndarray  # (k,) int64, ascending ranks of targets
-    drawn: dict[int, int]  # places of `runs` that were drawn evenly → REACH, or how far ahead of them a peek is seen
+    drawn: dict[int, int]  # places of `runs` that were drawn evenly → how far before them a look ahead is seen
     rank: np.ndarray  # (n,) int64: place → rank
     targets: int  # of the excerpt, BOS apart
 
@@ -104,14 +105,14 @@ def plan_screening(base: Baseline, power: float, random: np.random.Generator) ->
     drawn = random.permutation(places)[:needed].tolist()
 
     # then all of them, each in the first run that has room for it
-    wanted, learns = list(dict.fromkeys([*odd, *drawn])), bool(base.log.handed_out)
+    wanted = list(dict.fromkeys([*odd, *drawn]))
+    learns = bool(base.log.handed_out) or bool(np.any(np.diff(base.order) < 0))  # else the order were the text's
     settled = base.audited.protocol.seq_len + 1  # tokens after a changed one, beyond what it can move
     spacing = settled + REACH
     if learns:
         spacing = min(spacing, max(LEAST_SPACING, LEARNING_RUNS * len(base.tokens) // len(wanted)))
     runs = pack(wanted, max(LEAST_SPACING, spacing))
-    firsts = {min(run, key=lambda place: int(base.rank[place])) for run in runs}
-    reaches = {place: NEAR - 1 if learns and place not in firsts else REACH for run in runs for place in run}
+    reaches = {place: reach for run in runs for place, reach in _reaches(run, base, None if learns else settled)}
 
     # cuts see each target that looks over one of them; the middle is always one, where every protocol is at work
     count = min(-(-needed // REACH), LEARNING_RUNS if learns else MOST_RUNS, len(base.order) // 2)
@@ -119,6 +120,18 @@ def plan_screening(base: Baseline, power: float, random: np.random.Generator) ->
     even = (apart * (np.arange(max(1, count)) + random.random())).astype(np.int64)
     cuts = np.unique([*even.tolist(), len(base.order) // 2])
     return Plan(runs, cuts, {place: reaches[place] for place in drawn if place in reaches}, base.rank, len(places))
+
+
+def _reaches(run: Sequence[int], base: Baseline, settled: int | None) -> Iterator[tuple[int, int]]:
+    """Yield each place of a run, and how far before it a target that looks ahead to it is seen.
+
+    Before the first one nothing moves. Behind others a run is the unchanged one again after `settled` tokens; None
+    where it never is, and only the nearest targets can stand out.
+    """
+    ordered = sorted(run, key=lambda place: int(base.rank[place]))
+    yield ordered[0], len(base.tokens)
+    for before, place in pairwise(ordered):
+        yield place, NEAR - 1 if settled is None else max(0, place - before - settled)
 
 
 def pack(places: Sequence[int], spacing: int) -> list[list[int]]:
