@@ -55,6 +55,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     help="With --step-seconds, take this many seconds for a step with all loops on; by default the time grows with "
     "the number of block visits.",
 )
+@click.option(
+    "--smoke",
+    is_flag=True,
+    help="Train 30 steps and take the result through every later stage, to a draft record folder; about two minutes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
 def command(
     recipe_path: Path,
@@ -63,6 +68,7 @@ def command(
     dry_run: bool,
     step_seconds: float | None,
     looped_step_seconds: float | None,
+    smoke: bool,
     as_json: bool,
 ) -> None:
     """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
@@ -79,7 +85,12 @@ def command(
         raise click.UsageError("--looped-step-seconds needs --step-seconds")
     if step_seconds is not None and not dry_run:
         raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
+    if smoke and (resume or dry_run):
+        raise click.UsageError("--smoke climbs a ladder of its own; leave --resume and --dry-run out")
     recipe = read_settings(recipe_path, Recipe, overrides)
+    if smoke:
+        climb(recipe, as_json)
+        return
     if dry_run:
         if place_of_process().world_size > 1:
             raise SettingsError("--dry-run is for one process; start it without torchrun")
@@ -87,6 +98,17 @@ def command(
     else:
         sets = [word for override in overrides for word in ("--set", override)]
         train(recipe, resume, as_json, [str(recipe_path), *sets])
+
+
+def climb(recipe: Recipe, as_json: bool) -> None:
+    """Climb a recipe's smoke ladder."""
+    from trainer.smoke import smoke
+
+    if place_of_process().world_size > 1:
+        raise SettingsError("--smoke is for one process; start it without torchrun")
+    rows = smoke(recipe)
+    if as_json:
+        print_json({"recipe": recipe.run.name, "rungs": rows})
 
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) -> None:

@@ -1,0 +1,64 @@
+"""The whole form trains, quantizes and packs to the bytes of the artifact that it was made from, and scores them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf_post.artifacts import requant
+from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from pgolf_post.plan import read_plan
+from pgolf_post.score.protocols import make_protocol
+from pgolf_post.score.stage import score
+from pgolf_post.submit.forms import whole_form
+from pgolf_post.submit.seeds import Seed
+from tests.conftest import pico_recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["sdclip-1394", "record-1855"])
+def test_a_script_trains_to_the_same_bytes(
+    plan: str,
+    tmp_path: Path,
+    pico_checkpoint: Checkpoint,
+    pico_data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = pico_checkpoint.load()
+    stats = calibrate(view, pico_data, CalibrationSettings(tokens=640))
+    made = requant(view, stats, read_plan(plan))
+    protocol = make_protocol("sliding", {"max_tokens": 200, "stride": 8}, 16, "test")
+    seed = Seed.open(made.path)
+    recipe = pico_recipe(pico_data, tmp_path)
+    amalgam = whole_form(seed, recipe, protocol)
+    assert not {"pgolf_post", "trainer", "pydantic", "click", "safetensors", "numba"} & set(amalgam.external)
+
+    out = tmp_path / "handed_in"
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", str(pico_data.path)])
+    capsys.readouterr()
+    exec(
+        compile(amalgam.source, "train_gpt.py", "exec"), {"__name__": "__main__", "__file__": str(out / "train_gpt.py")}
+    )
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (out / "artifact.pgolf").read_bytes() == made.path.read_bytes()
+    assert answer["nats"] == score(made.path, pico_data, protocol).nats
+
+    artifact = (out / "artifact.pgolf").stat()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", str(pico_data.path), "200", "eval"])
+    exec(
+        compile(amalgam.source, "train_gpt.py", "exec"), {"__name__": "__main__", "__file__": str(out / "train_gpt.py")}
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["nats"] == answer["nats"]
+    assert (out / "artifact.pgolf").stat().st_mtime_ns == artifact.st_mtime_ns
+
+    fused = recipe.model_copy(update={"run": recipe.run.model_copy(update={"kernels": "triton"})})
+    with pytest.raises(SettingsError, match="fused kernels"):
+        whole_form(seed, fused, protocol)
