@@ -227,6 +227,9 @@ def _settle_plan(sources: Sources, plan: Plan) -> None:
             "def rounding(job, panel, buffers, feedback, fast):\n    return _in_torch(job, panel, buffers, feedback)"
         )
         sources.replace(address(f"{quantize}.gptq.columns", "rounding"), source)
+    if not any(getattr(rule, "trellis_states", 0) for rule in rules):
+        for at, parameters in NEEDED_BY_TRELLISES.items():
+            sources.replace(at, f"def {at.partition(':')[2]}({parameters}):\n    raise RuntimeError")
     functions = {
         scale: STEPS_BY_RULE[scale].__name__ for scale in {rule.scale for rule in rules if hasattr(rule, "scale")}
     }
@@ -234,6 +237,13 @@ def _settle_plan(sources: Sources, plan: Plan) -> None:
     sources.replace(address(f"{quantize}.clip", "STEPS_BY_RULE"), f"STEPS_BY_RULE = {{{chosen}}}")
     threads = "def num_threads():\n    return torch.get_num_threads()"
     sources.replace(address("pgolf_post.base.threads", "num_threads"), threads, {"torch": address("torch")})
+
+
+NEEDED_BY_TRELLISES = {  # function → its parameters: not called where no rule has a trellis
+    "pgolf_post.quantize.gptq.diagonals:round_diagonals": "job, fast",
+    "pgolf_post.quantize.gptq.viterbi:search": "targets, states, bounds",
+    "pgolf_post.quantize.gptq.trellis:grid_points": "symbols, trellis",
+}
 
 
 def _backend(module: Any, name: str) -> Any:
