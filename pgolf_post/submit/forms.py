@@ -156,6 +156,8 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     values = {**_by_class(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
     for table in ("run", "data", "optim", "schedule", "checkpoint"):
         values |= _by_class(getattr(known_recipe, table))
+    if plan.lqer is not None:
+        values |= _by_class(plan.lqer)
     answers = {
         address(program.__name__, "known"): ByName(asked),
         address("pgolf_post.base.numba", "use_compiled"): False,
