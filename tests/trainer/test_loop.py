@@ -298,3 +298,15 @@ def test_a_torn_log_line_does_not_swallow_the_next(tmp_path: Path, pico_data: Da
     lines = log.read_text().splitlines()
     assert lines[:2] == ['{"step": 1}', '{"step": 2, "lo']
     assert [json.loads(line)["step"] for line in lines[2:]] == [10, 11, 12]
+
+
+def test_a_deterministic_run_takes_deterministic_kernels_and_leaves_the_choice_as_it_was(
+    pico_data: DataFolder, tmp_path: Path, pico_checkpoint: Checkpoint
+) -> None:
+    run, seen = Trainer(pico_recipe(pico_data, tmp_path / "own", run={"deterministic": True})), []
+    step = run.timed_step
+    run.timed_step = lambda at: seen.append(torch.are_deterministic_algorithms_enabled()) or step(at)  # type: ignore[method-assign]
+    final = run.run()
+    assert set(seen) == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert final.view_id("raw") == pico_checkpoint.view_id("raw")
