@@ -24,6 +24,7 @@ from typing import Any
 from pgolf_post.base.ownership import TEMPORARY_PREFIX
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import (
+    ANOTHER_PATH,
     OLD_PREFIX,
     PARTIAL_SUFFIX,
     WRITABLE,
@@ -154,11 +155,11 @@ def require_writable_result(folder: Path) -> None:
 
 @contextmanager
 def _another_place() -> Iterator[None]:
-    """Let the error for a folder that is not writable say how results are kept in another one."""
+    """Let the error for a folder that cannot be written say how results are kept in another one."""
     try:
         yield
     except PgolfError as error:
-        if error.hint == WRITABLE:
+        if error.hint in (WRITABLE, ANOTHER_PATH):
             error.hint = ANOTHER_PLACE
         raise
 

@@ -15,7 +15,7 @@ from pgolf_post.base.storage import sha256_file
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import derived_id, load_or_make, verified_meta
+from pgolf_post.derived import ANOTHER_PLACE, derived_id, load_or_make, require_writable_result, verified_meta
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 CONFIG = {"stage": "stats", "version": 1}
@@ -159,3 +159,11 @@ def test_a_damaged_hessian_file_is_recomputed_to_the_same_hessians(
     assert not again.cached
     assert "does not match the sha256 recorded in meta.json; recomputing" in capsys.readouterr().err
     assert all((again.hessians[site] == hessian).all() for site, hessian in first.hessians.items())
+
+
+def test_a_place_that_cannot_be_a_folder_offers_another_one(tmp_path: Path) -> None:
+    (tmp_path / "derived").write_text("x")
+    for use in (require_writable_result, lambda folder: load_or_make(folder, "payload", CONFIG, Maker())):
+        with pytest.raises(PgolfError, match=r"could not write .*/stats/0123") as caught:
+            use(tmp_path / "derived" / "stats" / "0123")
+        assert caught.value.hint == ANOTHER_PLACE
