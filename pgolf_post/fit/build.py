@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -51,6 +52,11 @@ class Matrix:
     @property
     def num_weights(self) -> int:
         return self.weight.numel()
+
+    @cached_property
+    def loss_of_zeros(self) -> float:  # nats per token
+        """Loss that zeros in the matrix's place cause."""
+        return self.sensitivity.loss(self.weight)
 
 
 class Builder:
@@ -171,6 +177,10 @@ class Builder:
         if self.settings.shrink:
             tensor = _towards_centroid(tensor, matrix)
         error = torch.from_numpy(tensor.dequantize()).view_as(matrix.weight) - matrix.weight
+        loss = matrix.sensitivity.loss(error)
+        if matrix.loss_of_zeros <= loss:
+            reason = "zeros cost less than rounding to the steps of this budget"
+            return as_zeros(matrix.name, matrix.role, self.view.tensors[matrix.name], matrix.loss_of_zeros, reason)
         facts = {
             "method": "fit",
             "role": matrix.role,
@@ -178,7 +188,7 @@ class Builder:
             "constant": constant,
             "damp_used": matrix.factor.damp,
         }
-        facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": matrix.sensitivity.loss(error)}
+        facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": loss}
         return replace(tensor, facts=facts)
 
 

@@ -88,10 +88,11 @@ def show_budgets(answers: Sequence[Mapping[str, Any]], has_code: bool) -> None:
 
 
 def show_zeros(answers: Sequence[Mapping[str, Any]]) -> None:
-    """Print the matrices that are stored as zeros, and why, if there are any; all budgets have the same ones."""
+    """Print the matrices that are stored as zeros at any budget, and why, if there are any."""
+    zeros = {facts["name"]: facts for answer in reversed(answers) for facts in answer["zeros"]}
     rows = [
         (facts["name"], facts["role"], f"{facts['weights']:,}", facts["reason"], f"{facts['predicted_loss']:.1e}")
-        for facts in answers[0]["zeros"]
+        for facts in zeros.values()
     ]
     if rows:
         print_table("", ZEROS_HEADER, rows)

@@ -159,6 +159,26 @@ def test_a_model_without_such_parts_has_no_zeros(view: View, pico_data: DataFold
 
 
 @pytest.mark.parametrize("states", [0, 64])
+def test_what_costs_less_as_zeros_than_rounded_is_zeros_in_that_build(
+    view: View, pico_data: DataFolder, states: int
+) -> None:
+    """A matrix the loss hardly depends on gets steps far above its weights; rounded, it would be mostly error."""
+    small = changed(view, lambda tensors: tensors[FC].mul_(0.1))
+    builder = fitter_of(small, pico_data, kappa="off", trellis_states=states, row_feedback=False).builder
+    assert FC not in builder.zeros
+    matrix = builder.matrices[FC]
+    coarse, fine = builder.quantize({FC: 0.01})[FC], builder.quantize({FC: 1e-5})[FC]
+    assert not coarse.dequantize().any()
+    assert coarse.facts["method"] == "zeros"
+    assert "zeros cost less" in coarse.facts["reason"]
+    assert coarse.facts["predicted_loss"] == pytest.approx(matrix.sensitivity.loss(matrix.weight))
+    assert fine.facts["method"] == "fit"
+    assert fine.facts["predicted_loss"] < matrix.loss_of_zeros
+    for constant in (0.03, 0.001, 0.0003, 0.0001):
+        assert builder.quantize({FC: constant})[FC].facts["predicted_loss"] <= matrix.loss_of_zeros
+
+
+@pytest.mark.parametrize("states", [0, 64])
 def test_an_outlier_makes_its_row_coarser(view: View, pico_data: DataFolder, states: int) -> None:
     """A weight that would need a symbol beyond 16 bits is stored; other rows are rounded as ever."""
     builder = fitter_of(view, pico_data, kappa="off", trellis_states=states).builder
