@@ -83,12 +83,12 @@ def run_here(
     return answer
 
 
-QUICK = ("lora",)  # the one that reaches most
+SHORT = ("lora", "older")  # those that reach most; generating a script takes many seconds
 
 
 def marked(names: Iterable[str]) -> list[Any]:
-    """Names as parameters, those that `make quick` leaves out marked."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Names as parameters, those that are left to long runs marked."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in SHORT else pytest.mark.long) for name in names]
 
 
 @pytest.mark.parametrize("name", marked(PROTOCOLS))

@@ -21,7 +21,7 @@ from pgolf_post.submit.seeds import Seed
 from tests.conftest import pico_recipe
 
 
-@pytest.mark.slow
+@pytest.mark.long  # minutes: the generated packer has plain loops
 @pytest.mark.parametrize("plan", ["sdclip-1394", "record-1855"])
 def test_a_script_trains_to_the_same_bytes(
     plan: str,
