@@ -110,7 +110,7 @@ def test_snapshots_later_than_the_checkpoint_of_a_killed_run_go(
     for folder in (tmp_path / "pico").glob("step_*"):
         if Checkpoint.open(folder).meta["step"] > 5:
             folder.rename(tmp_path / folder.name)  # as if killed before they were written
-    other = dict(TRACKS, run={"seed": 9})
+    other = dict(TRACKS, optim=dict(TRACKS["optim"], matrix_lr=0.001))
     trainer = Trainer(pico_recipe(pico_data, tmp_path, **other))
     trainer.resume(tmp_path / "pico" / "step_000005-step5")
     trainer.run()
