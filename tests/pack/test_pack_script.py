@@ -137,6 +137,7 @@ def test_the_example_holds_the_current_decoder() -> None:
     assert found == [ast.dump(node) for node in current]
 
 
+@pytest.mark.long  # in the short run, scripts that submit makes are packed and score the same
 def test_the_example_is_packed_and_scores_the_same(
     tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder
 ) -> None:

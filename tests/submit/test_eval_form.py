@@ -83,7 +83,7 @@ def run_here(
     return answer
 
 
-SHORT = ("lora", "older")  # those that reach most; generating a script takes many seconds
+SHORT = ("lora",)  # the one that reaches most; generating a script takes many seconds
 
 
 def marked(names: Iterable[str]) -> list[Any]:
