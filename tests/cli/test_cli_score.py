@@ -69,7 +69,7 @@ def test_audit_passes_and_says_why(pgolf: Call) -> None:
     assert tests["implied bytes"]["passed"]
     assert tests["score before update"]["passed"] is None
     assert "bit-identical" in tests["flip"]["evidence"]
-    learned = pgolf("audit", CKPT, *LORA, "--tokens", 200, "--samples", 1, "--json")
+    learned = pgolf("audit", CKPT, *LORA, "--tokens", 100, "--samples", 1, "--json")
     assert learned.code == 0, learned.err
 
 
