@@ -61,15 +61,15 @@ def test_an_artifact_by_a_plan_keeps_its_id(
     [
         (
             {},
-            "af905991bc2b7a38e7aeb3be4d4ee5e5577ad6c487931a889b29d9ba56474a14",
+            "47c3368ae2f28237bedb4d0da0466e89114e65423be824d14af9825a1dedbeae",
             "bbdd371b5265459002fbdf86351ea77d2929e3686db9b9388a4ec3914b765981",
         ),
         (
             {"trellis_states": 0, "kappa": "off", "distill": True},
-            "d8d521cd5f1b0e7a3ece080af1a9e42fe9bac0649bb3c2934e7568e11c038aa6",
+            "b4add879ecfa698b16d1bb8bd4875665c27337575a2bbd751d872b6c93f742ce",
             None,
         ),
-        ({"tune_tokens": 5}, "dd0b8acb6395356a8ae75d9721f169a7588fb958d6fe2a9b70d3b32aa4a1078e", None),
+        ({"tune_tokens": 5}, "b9de40f227b69c8f8d9953745df7bbd5190b5f4f8d168f35be8549952e2f5b40", None),
     ],
 )
 def test_a_fitted_artifact_and_kappa_by_tensor_keep_their_ids(
