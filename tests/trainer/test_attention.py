@@ -105,11 +105,21 @@ class StandInVarlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(q, k, v, cu_seqlens_q)
-        return fa3_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+        if torch.compiler.is_compiling():  # traced: operators of unknown insides, as FlashAttention-3's are
+            return fa3_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen >= int(cu_seqlens_q.diff().max())
+        return naive_ragged(q, k, v, cu_seqlens_q)
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        return *fa3_backward(grad_out.contiguous(), *ctx.saved_tensors), None, None, None
+        if torch.compiler.is_compiling():
+            return *fa3_backward(grad_out.contiguous(), *ctx.saved_tensors), None, None, None
+        *tensors, cu_seqlens = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in tensors]
+            gradients = torch.autograd.grad(naive_ragged(*inputs, cu_seqlens), inputs, grad_out)
+        return *gradients, None, None, None
 
 
 @torch.library.custom_op("pgolf_test::fa3_forward", mutates_args=())
