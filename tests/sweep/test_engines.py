@@ -79,6 +79,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.long  # the short run has a local Ray
 def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
     lab.run(spec_text(TRIALS))
     expected = rows_of(lab.root)

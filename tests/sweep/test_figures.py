@@ -59,6 +59,7 @@ def test_a_plan_says_what_there_is_and_comes_near(lab: Lab) -> None:
         assert 0.5 < predicted / row.result["artifact_bytes"] < 2  # a pico artifact is half manifest and plain floats
 
 
+@pytest.mark.long
 def test_the_command_answers_in_json(lab: Lab) -> None:
     options = lab.options(spec_text())
     where = ["--checkpoint", str(lab.root / "latest"), "--root", str(lab.root), "--results", str(lab.folder / "r")]

@@ -223,6 +223,7 @@ def test_ranks_that_are_told_to_stop_save_together_and_exit_143(tmp_path: Path, 
     assert saved.load("raw").id == saved.view_id("raw")
 
 
+@pytest.mark.long
 def test_a_dry_run_under_torchrun_is_refused(tmp_path: Path, pico_data: DataFolder) -> None:
     done = torchrun(2, "-m", "trainer", str(recipe_file(tmp_path, pico_data, "fp32")), "--dry-run")
     assert done.returncode != 0
