@@ -50,7 +50,8 @@ class Ranks:
         """Join the process group that torchrun describes: NCCL where every rank has a GPU, else gloo.
 
         All ranks but the first print nothing from here on. Raises SettingsError if the variables do not fit together
-        or a GPU machine has fewer GPUs than local ranks, PgolfError if a rank does not come in JOIN_SECONDS.
+        or a GPU machine has fewer GPUs than local ranks, PgolfError if a rank does not come in JOIN_SECONDS or fails at
+        once.
         """
         place = place_of_process()
         ranks = cls(place.rank, place.world_size, place.local_rank)
@@ -68,14 +69,21 @@ class Ranks:
             use_gpu(ranks.local_rank)
         store = _meet(ranks)
         backend, device = ("nccl", ranks.device) if torch.cuda.is_available() else ("gloo", None)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-            device_id=device,  # NCCL then connects at once, on this GPU
-        )
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+                device_id=device,  # NCCL then connects at once, on this GPU
+            )
+        except RuntimeError:
+            first = first_error(store)  # of a rank that came, failed and left while this one was connecting
+            if first is None:
+                raise
+            wait_until_seen(store, ranks.rank, ranks.world_size)
+            raise first from None
         _joined.append(store)
         return ranks
 
@@ -93,10 +101,11 @@ class Ranks:
                 self.wait()
             except (RuntimeError, PgolfError) as breaking:
                 error = broken = breaking
-        first = share(_joined[-1], self.rank, error) if error else None
+        store = _joined[-1] if _joined else None  # none where another program made the group
+        first = share(store, self.rank, error) if error is not None and store is not None else None
         dist.destroy_process_group()
-        if error is not None:
-            wait_until_seen(_joined[-1], self.rank, self.world_size)
+        if error is not None and store is not None:
+            wait_until_seen(store, self.rank, self.world_size)
         if first is not None and str(first) != str(error):  # else it is on its way already
             raise first from error
         if broken is not None:
