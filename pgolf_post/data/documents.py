@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def _array_documents(path: Path, text: str) -> Iterator[Document]:
             f'{path}: {json_kind(records)}, expected a list of objects with "text"{_keys_of(records)}', hint=AS_LINES
         )
     for number, record in enumerate(records, start=1):
-        yield _record_document(record, f"{path} record {number}", AS_LINES)
+        yield _record_document(record, f"{path} record {number}", lambda: AS_LINES)
 
 
 def _decode(data: bytes, where: str, path: Path) -> str:
@@ -140,23 +140,30 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
 
 def _parse_line(line: bytes, path: Path, number: int) -> Document:
     """Parse one JSON object as a document. Raises DamagedFileError naming file and line."""
-    where, without = f"{path} line {number}", without_line(path, number)
+    where = f"{path} line {number}"
     try:
         record = parse_json(_decode(line, where, path))
     except JSONFault as error:
-        raise DamagedFileError(f"{where}: {error}", hint=without) from None
+        raise DamagedFileError(f"{where}: {error}", hint=without_line(path, number)) from None
     renamed = _text_key(record) if number == 1 else None
-    return _record_document(record, where, rename_key(path, renamed) if renamed else without)
+
+    def hint() -> str:
+        return rename_key(path, renamed) if renamed else without_line(path, number)
+
+    return _record_document(record, where, hint)
 
 
-def _record_document(record: Any, where: str, hint: str) -> Document:
-    """Return one record's document. Raises DamagedFileError if it is no object with "text"."""
+def _record_document(record: Any, where: str, hint: Callable[[], str]) -> Document:
+    """Return one record's document. Raises DamagedFileError if it is no object with "text".
+
+    `hint` is called for an error alone: it reads the file's first bytes, and documents are many.
+    """
     if not isinstance(record, dict):
-        raise DamagedFileError(f'{where}: {json_kind(record)}, expected a JSON object with "text"', hint=hint)
+        raise DamagedFileError(f'{where}: {json_kind(record)}, expected a JSON object with "text"', hint=hint())
     text = record.get("text")
     if not isinstance(text, str):
         problem = "is missing" if "text" not in record else f"is {json_kind(text)}, expected a string"
-        raise DamagedFileError(f'{where}: "text" {problem}{_keys_of(record)}', hint=hint)
+        raise DamagedFileError(f'{where}: "text" {problem}{_keys_of(record)}', hint=hint())
     _refuse_lone_surrogates(text, where, hint)
     return Document(_record_key(record, text), text)
 
@@ -174,7 +181,7 @@ def _text_key(record: Any) -> str | None:
     return max(strings, key=lambda key: len(strings[key])) if strings else None
 
 
-def _refuse_lone_surrogates(text: str, where: str, hint: str) -> None:
+def _refuse_lone_surrogates(text: str, where: str, hint: Callable[[], str]) -> None:
     """Raise DamagedFileError for half a surrogate pair (\\ud800), which JSON can spell and UTF-8 cannot."""
     try:
         text.encode("utf-8")
@@ -182,7 +189,7 @@ def _refuse_lone_surrogates(text: str, where: str, hint: str) -> None:
         raise DamagedFileError(
             f'{where}: "text" has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, '
             "which is not Unicode text",
-            hint=hint,
+            hint=hint(),
         ) from None
 
 
