@@ -87,9 +87,9 @@ def _grid(name: str, symbols: Tensor, scale: Tensor, axis: str, path: Path) -> S
     axes: dict[int, Axis] = (
         {1: "tensor", rows: "row"} if axis == "group" else {1: "tensor", columns: "column", rows: "row"}
     )
-    size, rest = divmod(symbols.numel(), max(num_scales, 1))
-    if axis == "group" and num_scales not in axes and not rest:  # LQER_ASYM_GROUP is a setting of the scripts
-        return factor(name, "group", scale, path, size)
+    divides = num_scales > 0 and symbols.numel() % num_scales == 0
+    if axis == "group" and num_scales not in axes and divides:  # LQER_ASYM_GROUP is a setting of the scripts
+        return factor(name, "group", scale, path, symbols.numel() // num_scales)
     if num_scales not in axes:
         raise MismatchError(f"{path}: {name} has {num_scales} scales for {rows} × {columns} symbols")
     return factor(name, axes[num_scales], scale, path)
