@@ -89,8 +89,11 @@ def _require_units_kept(name: str, units: Units, steps: Tensor) -> None:
     a large share of all importance, such as a single huge one: of n rows it has up to n times the mean's.
     """
     size = units.weights.square().mean(dim=1).sqrt()
+    coarse = (steps > LARGEST_STEP * size) & (size > 0)
+    if not coarse.any():
+        return
     plain = _steps(units._replace(rule=units.rule.model_copy(update={"hessian_lambda": 0.0})))
-    lost = (steps > LARGEST_STEP * size) & (plain <= LARGEST_STEP * size) & (size > 0)
+    lost = coarse & (plain <= LARGEST_STEP * size)
     if not lost.any():
         return
     at = int((steps / plain).masked_fill(~lost, 0).argmax())

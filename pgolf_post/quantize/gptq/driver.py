@@ -67,12 +67,7 @@ def gptq_jobs(
     """Return the symbols of many matrices, chunks side by side on torch's threads. Call advance(weights done)."""
     symbols = [torch.empty(job.weight.shape, dtype=torch.int16, device=job.weight.device) for job in jobs]
     fast = [use_compiled(compiled, job.weight) for job in jobs]
-    whole = [Panel(0, 1, 1, len(job.weight)) for job in jobs]
-    panels = [
-        (index, panel)
-        for index, job in enumerate(jobs)
-        for panel in ([whole[index]] if job.along_diagonals else panels_of(job, fast[index]))
-    ]
+    panels = [(index, panel) for index, job in enumerate(jobs) for panel in panels_of(job, fast[index])]
     panels.sort(key=lambda item: -jobs[item[0]].weight.size(1))  # long ones first: none is left alone at the end
 
     def run(item: tuple[int, Panel]) -> int:

@@ -69,7 +69,7 @@ def panels_of(job: Job, single: bool) -> Iterator[Panel]:
     A short last lane and an incomplete last chunk are panels of their own.
     """
     rows = len(job.weight)
-    if job.row_feedback is not None:  # in one piece and in order
+    if job.row_feedback is not None or job.along_diagonals:  # in one piece and in order
         if rows:
             yield Panel(0, 1, 1, rows)
         return
