@@ -35,7 +35,7 @@ class Gathering:
         if same is not None and same.value == point.value:
             self.repeated += 1
             return
-        if known and point.step <= max(known):
+        if known and point.step <= next(reversed(known)):  # steps rise: a restart forgets those from it on
             self._restart(point.step)
         self.points.setdefault(curve, {})[point.step] = point
 

@@ -76,7 +76,10 @@ def phase_steps(run: Path) -> dict[str, float]:
 
 
 def _metas(run: Path) -> list[dict[str, Any]]:
-    return sorted(_readable(run.glob("step_*/meta.json")), key=lambda meta: int(meta["step"]))
+    return sorted(
+        _readable(run.glob("step_*/meta.json")),
+        key=lambda meta: (int(meta["step"]), float(meta.get("created_unix", 0))),
+    )
 
 
 def _readable(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:

@@ -47,7 +47,8 @@ def _read_run(folder: Path) -> Log:
         run = run.parent
     log = run / LOG_FILE
     gathering, torn = gather_own(decode_text(log.read_bytes(), errors="replace")) if log.is_file() else (Gathering(), 0)
-    for curve, point in saved_metrics(run):
+    # Two checkpoints of one step may have other metrics: the newer counts, and is no restart.
+    for (curve, _), point in {(name, one.step): one for name, one in saved_metrics(run)}.items():
         gathering.add(curve, point)
     return _log(run, "run", gathering, torn, phase_steps(run))
 
