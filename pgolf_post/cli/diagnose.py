@@ -100,6 +100,7 @@ def command(
     each block. A second call with the same weights, text and settings reads the cache.
     """
     from pgolf_post.diagnose.recipe_keys import recipe_toml
+    from pgolf_post.diagnose.report import text_of
     from pgolf_post.diagnose.rules import rule_named
     from pgolf_post.diagnose.stage import diagnose
     from pgolf_post.ledger.recording import record
@@ -135,10 +136,11 @@ def command(
         print_json(_answer(found, settings, by, seconds))
     marked = [mark for one in found for mark in one.marks if mark.rule in rules]
     if marked:
-        first = marked[0]
+        first = max(marked, key=lambda mark: mark.excess)
         raise VerificationError(
             f"{len(marked)} numbers are marked by {', '.join(sorted({mark.rule.name for mark in marked}))}; the worst: "
-            f"{first.number.metric} of {first.number.subject} is {first.number.value}, limit {first.rule.limit:g}",
+            f"{first.number.metric} of {first.number.subject} is {text_of(first.number.value)}, "
+            f"limit {first.rule.limit:g}",
             hint=first.rule.advice,
         )
 

@@ -89,7 +89,7 @@ class Number:
     value: float | None  # None: it has no finite value
     role: str = ""  # of a matrix, as its family names it
     layer: int | None = None
-    visit: int | None = None  # 0 = the first of a forward pass
+    visit: int | None = None  # from 1, in a forward pass
     at: int | None = None  # the row, channel, unit or head where an extreme lies
     note: str = ""  # what `at` is for people: a token's text, a list of units
 

@@ -20,7 +20,7 @@ from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage
+from pgolf_post.derived import Stage, derived_folders
 from pgolf_post.diagnose.activations import activation_numbers, on_device
 from pgolf_post.diagnose.embeddings import embedding_numbers
 from pgolf_post.diagnose.headline import headline
@@ -107,8 +107,8 @@ def open_diagnosis(folder: Path, cached: bool = True) -> Diagnosis:
 
 def stored_diagnoses(checkpoint: Path) -> list[Path]:
     """Return the folders of a checkpoint's finished diagnoses, the newest last."""
-    metas = [path for path in checkpoint.glob(f"derived/{DIAGNOSIS.name}/*/meta.json") if path.parent.name[0] != "."]
-    return [path.parent for path in sorted(metas, key=lambda path: path.stat().st_mtime)]
+    own = [folder for folder in derived_folders(checkpoint) if folder.parent.name == DIAGNOSIS.name]
+    return sorted(own, key=lambda folder: (folder / "meta.json").stat().st_mtime)
 
 
 def _text(view: View, data: DataFolder, settings: DiagnoseSettings) -> CalibrationSet:
