@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.storage import disk_errors
 from pgolf_post.errors import DamagedFileError, NotFoundError, VerificationError
 from pgolf_post.score.bpb import Score, documents_of
 from pgolf_post.score.breakdown.details import Details
@@ -114,7 +115,6 @@ class Breakdown:
 
     def save(self, path: Path) -> None:
         """Write all cells as safetensors. Raises OSError, for atomic_folder to report."""
-        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays: dict[str, np.ndarray] = {}
@@ -122,10 +122,8 @@ class Breakdown:
             own = {"document": cells.document, "bin": cells.bin, **cells.sums}
             arrays |= {f"{kind}.{name}": np.ascontiguousarray(array) for name, array in own.items()}
         names = {kind: cells.names for kind, cells in self.kinds.items()}
-        try:
+        with disk_errors():
             save_file(arrays, path, {"format": str(FORMAT), "names": json.dumps(names)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: Path) -> Breakdown:
