@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def joined() -> TrainingRanks:
     if ranks.world_size > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(hours=6))  # the others wait while rank 0 quantizes and packs
     return ranks
 
 
@@ -107,6 +108,9 @@ class TrainingText:
 
 def train(recipe: Recipe, folder: Path, ranks: TrainingRanks) -> dict[str, Tensor]:
     """Train to the end of the schedule. Return the view that is handed in, on the CPU."""
+    if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     text: Any = TrainingText(folder)
     sampler = WindowSampler(text, recipe.data.seq_len, recipe.run.seed)
     torch.manual_seed(recipe.run.seed)
@@ -142,8 +146,10 @@ def train(recipe: Recipe, folder: Path, ranks: TrainingRanks) -> dict[str, Tenso
         if ranks.device.type == "cuda":
             torch.cuda.synchronize(ranks.device)
         seconds = ranks.main_float(seconds + time.perf_counter() - started)
-        if ranks.is_main and step % recipe.run.log_every == 0:
-            print(f"step:{step} train_loss:{float(loss):.4f} train_time:{seconds:.3f}s", flush=True)
+        if step % recipe.run.log_every == 0:
+            (mean,) = ranks.sum_floats(loss)  # each rank has its share of the mean
+            if ranks.is_main:
+                print(f"step:{step} train_loss:{mean:.4f} train_time:{seconds:.3f}s", flush=True)
     if ranks.is_main:
         print(f"step:{step} train_time:{seconds:.3f}s", flush=True)
     return {name: tensor.cpu() for name, tensor in {**model.state_dict(), **averaged(average)}.items()}

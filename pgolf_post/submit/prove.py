@@ -36,14 +36,11 @@ def prove(
     data: Path,
     expected: Mapping[str, Any],  # bpb, nats, tokens, bytes of our scorer
     max_tokens: int | None = None,  # the proof is of so many tokens, from the start; None: of all that are scored
-    trains: bool = False,  # a script that would train first: it is told only to score
-    seconds: float | None = None,  # the most that the script may take
 ) -> Proof:
     """Run a script alone beside its artifact. Raises VerificationError naming each sum that is not the expected one."""
     files: dict[str, Path | bytes] = {SCRIPT: script, ARTIFACT: artifact}
-    limit = {} if seconds is None else {"seconds": seconds}
-    more = ["all" if max_tokens is None else str(max_tokens), *(["eval"] if trains else [])]
-    run = run_isolated(files, [str(data.resolve()), *more], **limit)
+    more = ["all" if max_tokens is None else str(max_tokens), "eval"]  # a script that trains is told only to score
+    run = run_isolated(files, [str(data.resolve()), *more])
     answer = run.answer
     wrong = [
         f"{key} {answer.get(key)!r}, expected {expected[key]!r}" for key in COMPARED if answer.get(key) != expected[key]

@@ -101,8 +101,8 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
             findings = kept_audit(seed, data, order.protocol, order.audit_tokens, make=not order.skip_audit)
             found += refusals.about_audit(seed, findings)
             refusals.require_none([each for each in found if each.stops_a_draft], draft=True)
-            stored = score(seed.artifact, data, order.protocol)
             proof = proved(script, seed, data, order)
+            stored = score(seed.artifact, data, order.protocol)  # after it, for it may have made the score again
             evaluation = evaluation_seconds(stored.facts)
             found += refusals.about_evaluation_time(seed, evaluation.get("strict", 0.0))
             reports.append(SeedReport(seed, size, stored.facts, evaluation, proof, findings))
@@ -138,15 +138,14 @@ def proved(script: PackedScript, seed: Seed, data: DataFolder, order: Order) -> 
     protocol = order.protocol if tokens is None else order.protocol.model_copy(update={"max_tokens": tokens})
     expected = score(seed.artifact, data, protocol)
     say(f"{seed.name}: running {SCRIPT} in an empty folder")
-    trains = order.recipe is not None
     try:
-        return prove(script.data, seed.artifact, data.path, expected.facts, tokens, trains)
+        return prove(script.data, seed.artifact, data.path, expected.facts, tokens)
     except VerificationError as error:
         if not expected.cached:
             raise
         say(f"{error}; the score was kept from before, and is made again here")
     expected = score(seed.artifact, data, protocol, fresh=True)
-    return prove(script.data, seed.artifact, data.path, expected.facts, tokens, trains)
+    return prove(script.data, seed.artifact, data.path, expected.facts, tokens)
 
 
 def evaluation_seconds(facts: Mapping[str, Any]) -> dict[str, float]:
