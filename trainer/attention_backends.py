@@ -254,7 +254,8 @@ def fa3_unavailable(device: torch.device, dtype: torch.dtype, training: bool) ->
     """Return why FlashAttention-3 cannot run: it is a package of its own, for Hopper GPUs."""
     if not fa3_installed():
         return "the package flash_attn_interface (FlashAttention-3) is not installed"
-    return fa3_broken() or _half_on_cuda(device, dtype, (9, 0))
+    broken = fa3_broken() if device.type == "cuda" else None  # elsewhere it need not be imported
+    return broken or _half_on_cuda(device, dtype, (9, 0))
 
 
 def fa3_installed() -> bool:

@@ -78,5 +78,6 @@ def extras() -> list[Finding]:
             how = f"pip install 'pgolf-post[{extra}]'" if extra else f"pip install {distribution}"
             missing.append(warning(f"extra {distribution}", f"not installed: {lost}", how))
         else:
-            present.append(f"{distribution} {importlib.metadata.version(distribution)}")
+            [name, *_] = importlib.metadata.packages_distributions().get(module) or [distribution]  # nightly's differ
+            present.append(f"{name} {importlib.metadata.version(name)}")
     return [ok("extras", ", ".join(present)), *missing] if present else missing
