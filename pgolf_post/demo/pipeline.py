@@ -27,7 +27,9 @@ from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.demo.equal_bytes import plan_within
+from pgolf_post.demo.expected_gap import expected_gaps
 from pgolf_post.errors import PgolfError, SettingsError
+from pgolf_post.families import load_module
 from pgolf_post.fit.artifact import fit
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.container import pack
@@ -37,15 +39,17 @@ from pgolf_post.quantize.gptq.stats_factors import StatsFactors
 from pgolf_post.score.byte_ngram import byte_ngram_bpb
 from pgolf_post.score.compare.comparison import compare
 from pgolf_post.score.plain import PlainProtocol
-from pgolf_post.score.stage import StoredScore, score
+from pgolf_post.score.protocols import folder_text, protocol_spans
+from pgolf_post.score.spans import num_targets
+from pgolf_post.score.stage import StoredScore, open_weights, score
 
 LAMBDAS = (0.0, 0.1, 0.4)
 BLEND_EMA_SHARE = 0.75
-VAL_FRACTION = 0.08
+VAL_FRACTION = 0.04
 RECORD = "record-1855"
 WEAKER = (("round to nearest", "rtn"), ("GPTQ with SDClip", DEFAULT_PRESET))
-CALIBRATION = CalibrationSettings(tokens=65536, fisher=True)  # fit reads the backward half
-FIT = FitSettings()
+CALIBRATION = CalibrationSettings(tokens=32768, fisher=True)  # fit reads the backward half
+FIT = FitSettings(kappa_tokens=4096)
 
 T = TypeVar("T")
 
@@ -81,6 +85,7 @@ class Demo:
         limit = self.at_one_byte_count(table)
         num_rows = len(table.rows)
         self.as_published(table, final)
+        self.timed("score", table.expect)
         return {
             "checkpoint": str(final.path),
             "checkpoint_id": view.id,
@@ -155,8 +160,8 @@ class Demo:
         view = blended.load("raw")
         without_fisher = self.calibration.model_copy(update={"fisher": False})
         stats = self.timed("statistics", lambda: calibrate(view, table.data, without_fisher))
-        blend = replace(table, view=view, stats=stats)  # the same rows
-        table.add("SWA blend, λ = 0", f"requant {blended.path} --lambda 0", "quantize", partial(blend.requantize, 0.0))
+        blend = replace(table, view=view, stats=stats)  # the same rows, but of another unquantized model
+        blend.add("SWA blend, λ = 0", f"requant {blended.path} --lambda 0", "quantize", partial(blend.requantize, 0.0))
 
 
 @dataclass
@@ -170,6 +175,7 @@ class Table:
     before: StoredScore  # of the unquantized model
     protocol: PlainProtocol
     rows: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: dict[str, PackedArtifact] = field(default_factory=dict)  # by the row's command
 
     def requantize(self, hessian_lambda: float) -> PackedArtifact:
         """Return the artifact of the default plan with a λ."""
@@ -199,9 +205,26 @@ class Table:
             "symbols_sha256": artifact.symbols_sha256,
             "artifact_bytes": artifact.num_bytes,
             "bpb": scored.bpb,
-            **{f"gap_{bound}": gap[bound] for bound in ("low_bpb", "high_bpb")},
-            "gap_bpb": gap["difference_bpb"],
+            "measured_gap_bpb": gap["difference_bpb"],
+            **{f"measured_gap_{bound}": gap[bound] for bound in ("low_bpb", "high_bpb")},
+            "checkpoint_id": self.view.id,
             "seconds": round(seconds, 3),
         }
         self.rows.insert(len(self.rows) if place is None else place, row)
+        self.artifacts[row["command"]] = artifact
         return artifact
+
+    def expect(self) -> None:
+        """Add to each row of this checkpoint's artifacts the gap that the checkpoint expects of it."""
+        own = [row for row in self.rows if row["checkpoint_id"] == self.view.id]
+        tokens, token_bytes = folder_text(self.data, self.protocol)
+        targets = num_targets(len(tokens), self.protocol.seq_len, self.protocol.tail)
+        models = [_module(self.artifacts[row["command"]]) for row in own]
+        spans = protocol_spans(self.protocol, targets)
+        for row, gap in zip(own, expected_gaps(_module(self.view), models, tokens, token_bytes, spans), strict=True):
+            row |= {"gap_bpb": gap.bpb, "gap_half_bpb": gap.half}
+
+
+def _module(scored: View | PackedArtifact) -> Any:  # a LanguageModel
+    name, config, tensors = open_weights(scored)
+    return load_module(config, tensors, name)

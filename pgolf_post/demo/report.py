@@ -21,7 +21,8 @@ def show(answer: dict[str, Any], seconds: float) -> None:
         f"\nbefore quantization {answer['pre_quant_bpb']:.5f} bpb, on {answer['tokens']:,} validation tokens "
         f"(an order-3 byte model fitted on the same text: {answer['byte_ngram_bpb']:.5f} bpb)"
     )
-    say("gap: bpb lost by quantization, with its 95 % interval, paired by document; seconds: from the statistics on")
+    say("gap: bpb lost by quantization, averaged over the unquantized model's predictions, with its 95 % interval")
+    say("seconds: from the statistics on")
     _table(f"Four quantizers within {answer['equal_bytes']:,} bytes", answer["rows"])
     blend = f"an average of the warm-down's checkpoints ({answer['blend_ema_share']:.0%} EMA)"
     _table(f"GPTQ with SDClip as published: three λ, and {blend}", answer["more_rows"])
@@ -36,7 +37,11 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return a row's cells. Every gap is against the checkpoint before quantization, the average's too."""
-    half = "unknown" if row["gap_high_bpb"] is None else f"± {row['gap_high_bpb'] - row['gap_bpb']:.5f}"
-    numbers = f"{row['artifact_bytes']:,}", f"{row['bpb']:.5f}", f"{row['gap_bpb']:+.5f}"
-    return row["name"], *numbers, half, f"{row['seconds']:.1f}"
+    """Return a row's cells. The gap of another model than the unquantized one can only be measured."""
+    if "gap_bpb" in row:
+        gap, half, how = row["gap_bpb"], row["gap_half_bpb"], ""
+    else:
+        gap, high, how = row["measured_gap_bpb"], row["measured_gap_high_bpb"], " (measured)"
+        half = None if high is None else high - gap
+    width = "unknown" if half is None else f"± {half:.5f}{how}"
+    return row["name"], f"{row['artifact_bytes']:,}", f"{row['bpb']:.5f}", f"{gap:+.5f}", width, f"{row['seconds']:.1f}"

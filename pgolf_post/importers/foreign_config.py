@@ -16,7 +16,7 @@ from torch import Tensor
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.importers.from_shapes import settings_from_shapes
-from pgolf_post.importers.script_words import FAMILY, require_computed, switched_off, translate
+from pgolf_post.importers.script_words import FAMILY, SWITCHED_OFF, require_computed, switched_off, translate
 
 DETAILS: dict[str, tuple[str, ...]] = {  # what has no meaning where the model lacks the part; scripts state it anyway
     "num_loops": ("loop_start", "loop_end"),
@@ -192,7 +192,7 @@ def _idle_lanes(
             hint="if the script's lanes were off: --set parallel_residual=false; if attention and MLP read one input: "
             "--set gptj_start=LAYER, and leave lanes_start out",
         )
-    return {"lanes_start", "lane_output", "lane_kind"}
+    return set(SWITCHED_OFF["parallel_residual"])
 
 
 def _with_skips(tensors: Mapping[str, Tensor], known: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:

@@ -38,7 +38,7 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "model_dim": model_dim,
         "num_heads": num_heads,
         "num_kv_heads": tensors[f"blocks.{first}.attn.k.weight"].size(0) // (model_dim // num_heads),
-        "mlp_width": hidden_dim,  # a setting under one of two names: see foreign_config.with_width
+        "mlp_width": hidden_dim,  # a setting under one of two names: see foreign_config._width
         "tie_embeddings": "lm_head.weight" not in tensors,
         "skip_gates": "skip_gates" in tensors,
         "smear_gate": "smear_gate" in tensors,

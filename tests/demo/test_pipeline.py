@@ -59,12 +59,20 @@ def all_rows(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 def test_rows_are_real_artifacts(answer: dict[str, Any], root: Path) -> None:
     for row in all_rows(answer):
         assert Path(row["artifact"]).stat().st_size == row["artifact_bytes"]
-        assert row["gap_bpb"] == pytest.approx(row["bpb"] - answer["pre_quant_bpb"], abs=1e-9)
-        assert row["gap_low_bpb"] < row["gap_bpb"] < row["gap_high_bpb"]
+        assert row["measured_gap_bpb"] == pytest.approx(row["bpb"] - answer["pre_quant_bpb"], abs=1e-9)
+        assert row["measured_gap_low_bpb"] < row["measured_gap_bpb"] < row["measured_gap_high_bpb"]
     fitted = answer["rows"][-1]
     assert read_artifact(Path(fitted["artifact"])).manifest["symbols_sha256"] == fitted["symbols_sha256"]
     assert len({row["symbols_sha256"] for row in all_rows(answer)}) == 8
     assert default_checkpoint(root / "checkpoints").view_id() == answer["checkpoint_id"]
+
+
+def test_gaps_are_expected_by_the_checkpoint_and_an_average_of_others_is_measured(answer: dict[str, Any]) -> None:
+    *own, blend = all_rows(answer)
+    assert all(row["gap_bpb"] > 0 and row["gap_half_bpb"] < row["gap_bpb"] for row in own)  # a divergence
+    assert answer["rows"][-1]["gap_bpb"] == min(row["gap_bpb"] for row in answer["rows"])
+    assert "gap_bpb" not in blend
+    assert blend["checkpoint_id"] != answer["checkpoint_id"]
 
 
 def test_four_quantizers_take_the_record_recipes_bytes_or_a_little_less(answer: dict[str, Any]) -> None:
