@@ -274,6 +274,21 @@ def parse_verdict(cell: str) -> Verdict | None:
     return None
 
 
+MARKS: dict[str, Verdict] = {
+    **dict.fromkeys("✅✓🟢⭐", "positive"),
+    **dict.fromkeys("❌✗🔴", "negative"),
+    **dict.fromkeys("⚪🟡≈⚠", "neutral"),
+}
+NOT_RUN = re.compile(r"not (?:yet )?(?:run|trained|tracked)|never ran|no results|pending", re.IGNORECASE)
+
+
+def parse_mark(text: str) -> Verdict | None:
+    """The verdict of the first mark (✅ 🟢 ⭐, ❌ 🔴, ⚪ 🟡) in a text; None without one, or of what was not run."""
+    if NOT_RUN.search(text):
+        return None
+    return next((MARKS[letter] for letter in text if letter in MARKS), None)
+
+
 def is_failure(cell: str) -> bool:
     """Whether a cell says that it did not work: begins with crash, broken, failed …"""
     plain = normal(re.sub(r"^\W+", "", cell))

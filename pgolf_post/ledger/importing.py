@@ -28,6 +28,7 @@ from pgolf_post.ledger.foreign_columns import (
     is_failure,
     normal,
     parse_mapping,
+    parse_mark,
     parse_number,
     parse_verdict,
     read_cell,
@@ -35,8 +36,10 @@ from pgolf_post.ledger.foreign_columns import (
     summary_of,
 )
 from pgolf_post.ledger.lineage import EXTERNAL
+from pgolf_post.ledger.merging import merge
+from pgolf_post.ledger.pages import Record, key_of, read_records
 from pgolf_post.ledger.schema import Kind, Row, iso_utc, priced
-from pgolf_post.ledger.tables import Table, read_tables
+from pgolf_post.ledger.tables import Table, read_tables, read_text
 from pgolf_post.settings import Settings, canonical_json
 
 TEXT_FIELDS: tuple[Field, ...] = ("number", "base", "motivation", "result", "learning")
@@ -48,6 +51,7 @@ KIND_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 
 
 COMMIT = re.compile(r"(?:commit|git|sha|rev|@)?[ :]*(?=[0-9a-f]*\d)([0-9a-f]{7,40})(?:[+-](?:dirty)?)?")
+EXPERIMENT = re.compile(r"(?:exp)?\d+[a-z]*", re.IGNORECASE)
 COMMIT_DIGITS = 7  # that a short hash has
 
 
@@ -99,7 +103,8 @@ def read_log(path: Path, settings: ImportSettings) -> Imported:
             raise SettingsError(f"{path} holds whole rows: --table, --map, --kind and --run do nothing for it")
         return Imported([priced(row, settings.dollars_per_hour) for row in _own_rows(path)], [])
     mapping = parse_mapping(settings.mapping)
-    tables = read_tables(path)
+    records = _records(path, settings)
+    tables = read_tables(path, may_lack=bool(records))
     wanted = _chosen_numbers(settings.tables, tables, path)
     taken = [Taken(**{**vars(table), "chosen": table.number in wanted}) for table in tables]
     chosen = [table for table in taken if table.chosen]
@@ -111,12 +116,33 @@ def read_log(path: Path, settings: ImportSettings) -> Imported:
         rows = _rows_of(table, columns, run, settings)
         drafts += [(row, table) for row in rows]
         declared += _declare(table, columns, rows)
+    merged = merge([row for row, _ in drafts], records, run, settings.kind or "trial")
+    drafts = [(row, table) for row, (_, table) in zip(merged.rows, drafts, strict=True)]
+    if merged.new:
+        beside = _beside(merged.new, len(taken) + 1)
+        taken = [*taken, beside]
+        drafts += [(row, beside) for row in merged.new]
+    declared += merged.declared
     resolved = _with_parents(drafts)
     strangers = Counter(p.removeprefix(EXTERNAL) for r in resolved for p in r.parents if p.startswith(EXTERNAL))
     based = sum(bool(row.parents) for row in resolved)
     outside = f"; not rows of this log: {', '.join(f'{name} ({n})' for name, n in strangers.items())}"
     declared.append(f"{based} of {len(resolved)} rows name a base" + (outside if strangers else ""))
     return Imported(resolved, taken, declared)
+
+
+def _records(path: Path, settings: ImportSettings) -> list[Record]:
+    """Return what a page says beside its tables; nothing of a sheet, or where tables are chosen by number."""
+    if path.suffix.lower() in (".csv", ".tsv") or settings.tables.strip() != "all":
+        return []
+    return read_records(read_text(path))
+
+
+def _beside(rows: Sequence[Row], number: int) -> Taken:
+    """Rows that no table has, as the last table."""
+    cells = tuple((row.name,) for row in rows)
+    title = "cards, leaderboards and trees"
+    return Taken(title, "page", ("name",), cells, ("",) * len(cells), 0, number)
 
 
 def _chosen_numbers(text: str, tables: Sequence[Table], path: Path) -> set[int]:
@@ -169,7 +195,7 @@ def _rows_of(table: Table, columns: Mapping[Field, str], run: str, settings: Imp
                 device=text.get("device"),
                 seconds=parse_number(text.get("seconds", "")),
                 cost_dollars=parse_number(text.get("cost_dollars", "")),
-                verdict=parse_verdict(text.get("result", "")),
+                verdict=parse_verdict(text.get("result", "")) or parse_mark(text.get("result", "")[:1]),
                 conclusion=text.get("learning"),
                 created=_date(text.get("date", "")) or now,
             )
@@ -272,7 +298,7 @@ def _keys(row: Row) -> list[str]:
     """Return the texts by which another row can name this one as its base."""
     words = re.split(r"[\s(]", row.name, maxsplit=1)
     number = str(row.settings.get("number", ""))
-    keys = (normal(row.name), normal(words[0]), _number_key(number), _commit_key(row.commit or ""))
+    keys = (normal(row.name), normal(words[0]), _number_key(number), _commit_key(row.commit or ""), key_of(row.name))
     return list(dict.fromkeys(key for key in keys if key))
 
 
@@ -320,7 +346,8 @@ def _bare(base: str) -> str:
 
 
 def _look_up(base: str, index: int, drafts: Sequence[tuple[Row, Table]], keys: Mapping[str, list[int]]) -> str | None:
-    named = (normal(plain(base)), normal(_bare(base)), _number_key(_bare(base)), _commit_key(_bare(base)))
+    named = [normal(plain(base)), normal(_bare(base)), _number_key(_bare(base)), _commit_key(_bare(base))]
+    named += [key_of(_bare(base))] if EXPERIMENT.fullmatch(_bare(base)) else []
     for key in dict.fromkeys(named):
         places = [place for place in keys.get(key, ()) if place != index] if key else []
         if key == _commit_key(_bare(base)):

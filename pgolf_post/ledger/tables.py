@@ -24,7 +24,7 @@ from pgolf_post.errors import DamagedFileError, NotFoundError
 from pgolf_post.ledger.foreign_columns import Field, field_of, is_blank, parse_number
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-Form = Literal["markdown", "csv", "tabs", "rendered"]
+Form = Literal["markdown", "csv", "tabs", "rendered", "page"]
 SEPARATOR = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 CLEAR_SEPARATOR = re.compile(
     r"^\s*\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)*\|?\s*$"
@@ -57,17 +57,25 @@ class Table:
     unsplit: tuple[int, ...] = ()  # indices of rendered rows that could not be cut: number, and the rest as the name
 
 
-def read_tables(path: Path) -> list[Table]:
-    """Return a file's tables, numbered. Raises NotFoundError if no file or no table is there, DamagedFileError."""
+def read_text(path: Path) -> str:
+    """Return a log's text. Raises NotFoundError, DamagedFileError."""
     try:
-        text = _text(path.read_bytes())
+        return _text(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError):
         raise NotFoundError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}", hint="save it as UTF-8") from None
+
+
+def read_tables(path: Path, may_lack: bool = False) -> list[Table]:
+    """Return a file's tables, numbered. Raises NotFoundError if no file or (unless it may) no table is there.
+
+    Raises DamagedFileError for a file that cannot be read.
+    """
+    text = read_text(path)
     is_sheet = path.suffix.lower() in (".csv", ".tsv")
     tables = [_sheet(text, path)] if is_sheet else find_tables(text)
-    if not tables or not any(table.header for table in tables):
+    if not (may_lack and not tables) and not any(table.header for table in tables):
         raise NotFoundError(
             f"{path} holds no table that can be read: no pipes with a |---| line, no tabs, no header of known columns",
             hint="pgolf-post ledger import FILE.csv   (a spreadsheet exports CSV)",
