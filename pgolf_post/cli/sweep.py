@@ -200,6 +200,7 @@ def run_command(
     finally:
         ranks.leave()
     if ranks.is_main:
+        _remember(chosen, state)
         _report(chosen, state, plots, as_json, time.perf_counter() - started)
 
 
@@ -243,6 +244,16 @@ def watch_command(every: float, as_json: bool, **options: Any) -> None:
     show(state, options["spec"].stem)
     if as_json:
         print_json({"question": state.spec.question, "trials": [facts_of(state, row) for row in ranked(state)]})
+
+
+def _remember(options: Options, state: State) -> None:
+    """Write the decisions on trials of several seeds into the ledger."""
+    from pgolf_post.ledger import Ledger
+    from pgolf_post.sweep.outcomes import outcome_rows
+
+    if rows := outcome_rows(state, options.name):
+        with Ledger.open(options.places.root) as ledger:
+            ledger.add_all(rows, replace=True)
 
 
 def _report(options: Options, state: State, plots: bool, as_json: bool, seconds: float) -> None:

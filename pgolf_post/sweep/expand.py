@@ -14,33 +14,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import apply_override, canonical_json, parse_settings, read_toml
 from pgolf_post.sweep.block_rules import EACH_BLOCK, trial_plan
+from pgolf_post.sweep.over_seeds import over_seeds
 from pgolf_post.sweep.settings import UNQUANTIZED, FitStage, SweepSpec, TrialSettings, is_of_plan
-
-Role = Literal["control", "baseline", "noise", "trial"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial, not yet run."""
-
-    name: str
-    role: Role
-    settings: TrialSettings
-    group: str = ""  # the checkpoint whose control it is compared with
-    changes: tuple[tuple[str, Any], ...] = ()  # (dotted key, value)
-    axis: str = ""  # the key that alone distinguishes it from its neighbours
-
-    @property
-    def value(self) -> Any:
-        """Value of the variant on its axis."""
-        return dict(self.changes).get(self.axis)
+from pgolf_post.sweep.trials import Trial
 
 
 def read_spec(path: Path, overrides: Iterable[str] = ()) -> SweepSpec:
@@ -105,7 +88,7 @@ def _of_base(
         Trial(f"{prefix}noise {n}", "noise", base.with_change("jitter_seed", n), group)
         for n in range(1, spec.noise_repeats + 1)
     ]
-    return [control, *baselines, *noise, *asked]
+    return over_seeds([control, *baselines, *noise, *asked], spec.halving)
 
 
 def content_of(settings: TrialSettings) -> bytes:
@@ -159,6 +142,8 @@ def _blocks(key: str, base: TrialSettings, num_blocks: Callable[[TrialSettings],
     if EACH_BLOCK not in key:
         return [key]
     rule, setting = key.split(EACH_BLOCK)
+    if base.train and base.train.seeds:
+        base = base.model_copy(update={"train": base.train.with_seed(base.train.seeds[0])})
     return [f"{rule}@{block}.{setting}" for block in range(num_blocks(base))]
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
-from pgolf_post.sweep.expand import Trial
 from pgolf_post.sweep.quantizers import identity as quantizing_identity
 from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.trials import Trial
 from pgolf_post.sweep.workbench import Workbench, versions
 
 TRIAL_VERSION = 2

@@ -37,7 +37,6 @@ from pgolf_post.quantize.rows import as_matrix
 from pgolf_post.rules import GridRule
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.calibration import calibration_of
-from pgolf_post.sweep.expand import Trial
 from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.quantizers import fit_stage, limit_of
 from pgolf_post.sweep.run import Sweep
@@ -46,6 +45,7 @@ from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.state import State
 from pgolf_post.sweep.training import run_name
 from pgolf_post.sweep.training_price import TrainingPrice, training_price
+from pgolf_post.sweep.trials import Trial
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
 PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/results/codecs.md)

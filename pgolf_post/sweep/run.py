@@ -21,16 +21,16 @@ from pgolf_post.families import family_sources, load_family
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.provenance import code_commit, device_name
 from pgolf_post.sweep.claims import claim
-from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.expand import expand, read_spec
 from pgolf_post.sweep.listed import Listed, list_trials
 from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.settings import SweepSpec
 from pgolf_post.sweep.state import State
 from pgolf_post.sweep.trial import Provenance, Run
+from pgolf_post.sweep.trials import Trial
 from pgolf_post.sweep.workbench import Workbench
 
 WAIT_SECONDS = 0.1  # between looks at what others are doing
-SKIPPED = "skipped by stop_if_monotone_worse"
 
 
 @dataclass(frozen=True)
@@ -120,28 +120,26 @@ class Sweep:
         control_trial, control = state.control(listed)
         if listed.trial.role != "control" and (control is None or "error" in control.result):
             raise _control_failed(control)
-        if state.is_stopped(listed):
-            return self._stopped(listed), ()
+        if (why := state.why_stopped(listed)) is not None:
+            return self._stopped(listed, why), ()
         noise = [state.rows[one.id] for one in state.noise(listed) if one.id in state.rows]
         run = Run(self.bench, state.spec, listed, control, control_trial, noise, self.provenance)
         failed = self.ledger.get("trial", listed.id)  # only where failures are tried again
         run.attempt = 1 if failed is None else int(failed.result.get("attempt", 1)) + 1
         return run.row()
 
-    def _stopped(self, listed: Listed) -> Row:
+    def _stopped(self, listed: Listed, why: str) -> Row:
         trial, facts = listed.trial, self.provenance
-        named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-        settings = {**named, "trial": trial.settings.facts()}
+        settings = {**trial.named(), "trial": trial.settings.facts()}
         return Row(
             "trial", listed.id, (listed.control_id,), trial.name, facts.sweep, settings, "",
-            {"stopped": SKIPPED}, facts.commit, facts.device, 0.0, None, None, SKIPPED,
+            {"stopped": why}, facts.commit, facts.device, 0.0, None, None, why,
         )  # fmt: skip
 
 
 def as_asked(row: Row, trial: Trial) -> Row:
     """Return a row under this sweep's name for it: another sweep may have run the very same trial before."""
-    named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-    return replace(row, name=trial.name, settings={**row.settings, **named})
+    return replace(row, name=trial.name, settings={**row.settings, **trial.named()})
 
 
 def write(ledger: Ledger, row: Row, extra: Sequence[Row], replace: bool = False) -> None:

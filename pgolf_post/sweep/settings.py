@@ -4,6 +4,7 @@
     [grid] [each] [[trials]] what is changed, trial by trial (expand.py)
     [stages.NAME]            what scores a trial (stages/)
     [gates]                  when a sweep or a trial is not worth going on with
+    [halving]                the rungs of a successive halving (train_stage.py)
 
 docs/howto/sweeps.md has examples.
 """
@@ -24,25 +25,11 @@ from pgolf_post.settings import Settings, parse_settings
 from pgolf_post.sweep.conditions import check_condition
 from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.stages.base import TrialStage
+from pgolf_post.sweep.train_stage import Halving, TrainStage
 
 BYTES = "bytes"  # what a spec may rank by beside its scoring stages
 UNQUANTIZED = "unquantized"
 IN_EVERY_ID = {"predict", "pack", "screen", "expected", "plain", "sliding", "ttt", "seq_len", "level"}
-
-
-class TrainStage(Settings):
-    """Training as the first stage: the trainer's own recipe, run as a process of its own."""
-
-    recipe: str = Field(description="TOML file of the recipe.")
-    set: tuple[str, ...] = Field((), description="KEY=VALUE changes of the recipe.")
-    seconds: float | None = Field(None, gt=0, description="Length in seconds, instead of the recipe's.")
-    steps: int | None = Field(None, ge=1, description="Length in steps, instead of the recipe's.")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainStage:
-        if self.seconds is not None and self.steps is not None:
-            raise ValueError("seconds and steps are two ways of saying how long; give one")
-        return self
 
 
 class BlendStage(Selection):
@@ -198,6 +185,14 @@ class Gates(Settings):
         0, ge=0, description="After so many trials of an axis, each worse than the one before, skip the rest of it."
     )
     drop_if_over_budget: bool = Field(False, description="Do not score artifacts over the budget.")
+    accept: float | None = Field(None, le=0, description="PROMOTE needs a difference in bpb of at most this.")
+    kill: float | None = Field(None, ge=0, description="KILL from this difference in bpb on, however few the seeds.")
+    minimum_effect: float = Field(0.0, ge=0, description="A gain in bpb below this is not worth having.")
+
+    @property
+    def decide(self) -> bool:
+        """Whether trials of one run are decided on too; those of several seeds always are."""
+        return self.accept is not None or self.kill is not None or self.minimum_effect > 0
 
 
 class SweepSpec(Settings):
@@ -214,6 +209,7 @@ class SweepSpec(Settings):
     noise_repeats: int = Field(2, ge=0, description="Repeats of the control with jittered scales.")
     stages: Stages = Stages()
     gates: Gates = Gates()
+    halving: Halving | None = Field(None, description="Train all trials shortly, the better ones longer.")
     rank_by: str | None = Field(None, description="A scoring stage or bytes; default: the last scoring stage.")
     budget_bytes: int = Field(16_000_000, ge=0, description="Bytes of code and artifact.")
     code: tuple[str, ...] = Field((), description="Counted code files.")

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.expand import Trial
 from pgolf_post.sweep.listed import Listed
-from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.outcomes import outcome_of
+from pgolf_post.sweep.standing import Standing
+from pgolf_post.sweep.train_stage import Halving
+from pgolf_post.sweep.trials import Trial
 
 
-@dataclass
-class State:
-    """A sweep as it stands: what is asked for, and the rows there are."""
-
-    spec: SweepSpec
-    listed: list[Listed]
-    rows: dict[str, Row]
-
-    @property
-    def open(self) -> list[Listed]:
-        return [one for one in self.listed if one.id not in self.rows]
+class State(Standing):
+    """A sweep as it stands, and what is to be run next."""
 
     def control(self, listed: Listed) -> tuple[Trial, Row | None]:
         """Return the control that a trial is compared with, and its row."""
@@ -51,12 +43,56 @@ class State:
             needed += [one.id for one in self.noise(listed)]
             if self.spec.gates.stop_if_monotone_worse:
                 needed += [one.id for one in self.before(listed)]
+            needed += self._waits_for(listed.trial)
         return all(one in self.rows for one in needed)
 
-    def is_stopped(self, listed: Listed) -> bool:
+    def _waits_for(self, trial: Trial) -> list[str]:
+        """Return the runs that decide whether a run is worth making: of the rung before, and of its trial's seeds."""
+        if trial.seed is None:
+            return []
+        runs = [one for one in self.listed if one.trial.seed is not None]
+        before = [one.id for one in runs if one.trial.rung == trial.rung - 1]
+        return before + [id for one in self._earlier_seeds(trial) for id in (one.id, one.control_id)]
+
+    def _earlier_seeds(self, trial: Trial) -> list[Listed]:
+        """Return the runs of a trial before this one, where `gates.kill` may end it after them."""
+        if self.spec.gates.kill is None:
+            return []
+        runs = [one for one in self.listed if (one.trial.of, one.trial.rung) == (trial.of, trial.rung)]
+        return runs[: next(place for place, one in enumerate(runs) if one.trial.seed == trial.seed)]
+
+    def why_stopped(self, listed: Listed) -> str | None:
+        """Return why a trial is not run, by the rows of those before it; None where it is."""
+        trial = listed.trial
+        if trial.role != "trial":
+            return None
+        if self._is_left(listed):
+            return "skipped by stop_if_monotone_worse"
+        earlier = self._earlier_seeds(trial)
+        seen = outcome_of(self, earlier) if earlier else None
+        if seen is not None and seen.decision == "KILL" and seen.difference is not None:
+            return f"KILL after {seen.difference.seeds} of its seeds: {seen.why}"
+        if self.spec.halving is not None and trial.rung > 0:
+            return self._why_not_kept(trial, self.spec.halving)
+        return None
+
+    def _why_not_kept(self, trial: Trial, halving: Halving) -> str | None:
+        """Return a trial's place among those of the rung before, if that many did not go on."""
+        runs = [one for one in self.listed if one.trial.rung == trial.rung - 1 and one.trial.role == "trial"]
+        names = dict.fromkeys(one.trial.of for one in runs)
+        found = [outcome_of(self, [one for one in runs if one.trial.of == name]) for name in names]
+        ran = [one for one in found if one is not None and one.difference is not None and one.decision != "KILL"]
+        ran.sort(key=lambda one: (one.difference.mean if one.difference else 0.0, one.name))
+        place = next((number for number, one in enumerate(ran, 1) if one.name == trial.of), None)
+        if place is None:
+            return f"not among the trials that are left after rung {trial.rung}"
+        most = halving.kept(sum(one is not None for one in found))
+        return None if place <= most else f"place {place} of {len(ran)} in rung {trial.rung}; {most} go on"
+
+    def _is_left(self, listed: Listed) -> bool:
         """Whether the trials before it on its axis were each worse than the one before them."""
         wanted, stage = self.spec.gates.stop_if_monotone_worse, self.spec.deciding_stage
-        if not wanted or stage is None or listed.trial.role != "trial":
+        if not wanted or stage is None:
             return False
         earlier = [self.rows[one.id].result for one in self.before(listed)]
         if any("stopped" in result for result in earlier):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger import Row
+from pgolf_post.sweep.outcomes import HEADER as OUTCOME_HEADER
+from pgolf_post.sweep.outcomes import Outcome, outcomes
 from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.state import State
 from pgolf_post.sweep.verdict import noise_floor
@@ -106,13 +109,25 @@ def noise_floor_of(state: State) -> float | None:
 def show(state: State, title: str) -> None:
     """Print the table."""
     print_table(f"{title}: {caption(state)}", HEADER, [cells(state, row) for row in ranked(state)])
+    if found := decided(state):
+        print_table("decisions, the best first", OUTCOME_HEADER, [one.cells() for one in found])
+
+
+def decided(state: State) -> list[Outcome]:
+    """Return the outcomes of trials: the last rung first, there the control, then by the difference from it."""
+    return sorted(outcomes(state), key=lambda one: (-one.rung, one.difference.mean if one.difference else -math.inf))
 
 
 def markdown(state: State, title: str) -> str:
     """Return the table as Markdown."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *(cells(state, row) for row in ranked(state))]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return f"# {title}\n\n{caption(state)}\n\n" + "\n".join(lines) + "\n"
+    text = f"# {title}\n\n{caption(state)}\n\n" + _as_markdown(HEADER, [cells(state, row) for row in ranked(state)])
+    found = decided(state)
+    return text + ("\n" + _as_markdown(OUTCOME_HEADER, [one.cells() for one in found]) if found else "")
+
+
+def _as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in lines)
 
 
 def as_csv(state: State) -> str:
@@ -140,6 +155,7 @@ def answer(state: State) -> dict[str, Any]:
         "ranked_by": state.spec.ranking,
         "noise_floor_bpb": noise_floor_of(state),
         "trials": [facts_of(state, row) for row in ranked(state)],
+        **({"outcomes": [one.facts() for one in found]} if (found := decided(state)) else {}),
         "open": [one.trial.name for one in state.open],
     }
 

@@ -26,7 +26,6 @@ from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.session import StoppedError
 from pgolf_post.sweep.calibration import calibration_of
 from pgolf_post.sweep.conditions import SCORE_FACTS, SIZES, holds
-from pgolf_post.sweep.expand import Trial
 from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.quantizers import Request, fit_stage
 from pgolf_post.sweep.scores import stage_protocol
@@ -34,6 +33,7 @@ from pgolf_post.sweep.settings import SweepSpec
 from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.training import recipe_tree
 from pgolf_post.sweep.trial_model import TrialModel, unquantized
+from pgolf_post.sweep.trials import Trial
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
 from pgolf_post.sweep.workbench import Workbench
@@ -101,8 +101,7 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         """Return what was asked for: what is changed, and all of it."""
         trial = self.trial
-        named = {"role": trial.role, "changes": dict(trial.changes), "axis": trial.axis, "group": trial.group}
-        return {**named, "question": self.spec.question, "trial": trial.settings.facts()}
+        return {**trial.named(), "question": self.spec.question, "trial": trial.settings.facts()}
 
     def _stages(self, result: dict[str, Any]) -> None:
         """Run every stage in order; facts go into `result`. Raises DroppedError where a condition or gate ends it."""

@@ -17,9 +17,10 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.ledger import Ledger
 from pgolf_post.ledger.disk import scan
-from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.expand import expand, read_spec
 from pgolf_post.sweep.plan import plan_rows
 from pgolf_post.sweep.run import Sweep
+from pgolf_post.sweep.trials import Trial
 from tests.sweep.conftest import Lab, by_name, spec_text
 
 BUDGET = 8000

@@ -9,8 +9,9 @@ import pytest
 from pgolf_post.errors import SettingsError
 from pgolf_post.sweep.block_rules import trial_plan
 from pgolf_post.sweep.conditions import check_condition, holds
-from pgolf_post.sweep.expand import Trial, expand, read_spec
+from pgolf_post.sweep.expand import expand, read_spec
 from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.trials import Trial
 
 SHIPPED = sorted((Path(__file__).parents[2] / "sweeps").glob("*.toml"))
 NAMES = (
