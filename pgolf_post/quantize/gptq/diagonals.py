@@ -12,24 +12,29 @@ So all targets of a diagonal are known before it is searched, and plain Viterbi 
 they are not: every survivor carries a feedback of its own, which costs ten times as much and settles rows too early. A
 path is at most min(rows, columns) long; it starts in state 0, in the first row or in the last column.
 
-Errors are handed on twice: within the 32 × 32 tile of a weight and the next one by the weight itself, beyond them by a
-matrix product for the whole tile, as soon as the last of its diagonals is done, which is just when the tile after the
-next begins. Columns are visited in their own order, for the decoder must know which weights are neighbours.
+Errors are handed on three times: within the 32 × 32 tile of a weight and the next one by the weight itself; beyond them
+by a matrix product for the whole tile, as soon as the last of its diagonals is done, which is just when the tile after
+the next begins; and likewise by blocks of 4 × 4 tiles, beyond a block and the next. Columns are visited in their own
+order, for the decoder must know which weights are neighbours. What a weight reads and writes fits a cache: feedback of
+64 places a row, sums whose rows are no power of two apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.quantize.gptq.job import Job
+from pgolf_post.quantize.gptq.trellis import TILE
 from pgolf_post.quantize.gptq.viterbi import Grid, search
 
-TILE = 32  # rows and columns; 64 costs a quarter more, 16 as much
+BLOCK = 4 * TILE  # larger matrix products take half the time
 F = np.float32
 
 
@@ -38,13 +43,16 @@ class Sheet(NamedTuple):
 
     weights: np.ndarray
     steps: np.ndarray  # (rows or 1, columns or 1), of the union grid
-    feedback: np.ndarray  # (columns, columns) F of the inputs
-    row_feedback: np.ndarray  # (rows, rows) G of the outputs; (0, 0): rows are not coupled
-    along: np.ndarray  # Σ_l<j F_lj·V_il
-    down: np.ndarray  # (columns, rows): Σ_k<i G_ki·E_kj
+    near: np.ndarray  # (columns, 2 * TILE): F of a column's own tile and the next, 0 up to the column itself
+    near_rows: np.ndarray  # (rows, 2 * TILE), the same of G; (0, 2 * TILE): rows are not coupled
+    along: np.ndarray  # (rows, columns + up to 3 tiles): Σ_l<j F_lj·V_il
+    down: np.ndarray  # (columns, rows + up to 3 tiles): Σ_k<i G_ki·E_kj
     errors: np.ndarray  # E
     residuals: np.ndarray  # V
     symbols: np.ndarray  # int16
+
+
+Sweep = Callable[[Sheet, int, int], None]  # rounds diagonals first .. stop-1
 
 
 def round_diagonals(job: Job, fast: bool) -> np.ndarray:  # (out, in) int16
@@ -53,12 +61,14 @@ def round_diagonals(job: Job, fast: bool) -> np.ndarray:  # (out, in) int16
     Raises MismatchError if its factor visits columns in another order than their own.
     """
     sheet, grid = _sheet(job), Grid.of(job.trellis.states if job.trellis else 0, 0, job.limit)
-    sweep: Callable[[Sheet, Grid, int, int, int], None] = _compiled_sweep() if fast else _numpy_sweep
     rows, columns = sheet.weights.shape
+    sweep: Sweep = _compiled_sweep(grid, min(rows, columns)) if fast else partial(_numpy_sweep, grid)
     diagonals = rows + columns - 1 if rows and columns else 0
     for first in range(0, diagonals, TILE):
-        _fold(sheet, first // TILE - 2)
-        sweep(sheet, grid, TILE, first, min(first + TILE, diagonals))
+        for size, within in ((BLOCK, max(rows, columns)), (TILE, BLOCK)):
+            if first % size == 0:
+                _fold(sheet, job.factor.feedback, job.row_feedback, first // size - 2, size, within)
+        sweep(sheet, first, min(first + TILE, diagonals))
     return sheet.symbols
 
 
@@ -66,36 +76,59 @@ def _sheet(job: Job) -> Sheet:
     if not torch.equal(job.factor.order, torch.arange(len(job.factor.order))):
         raise MismatchError(f"{job.name}: a trellis along diagonals visits columns in their own order")
     weights = job.weight.detach().float().contiguous().numpy()
-    row_feedback = np.zeros((0, 0), F) if job.row_feedback is None else job.row_feedback.contiguous().numpy()
-    steps, feedback = job.spread(job.steps).float().contiguous().numpy(), job.factor.feedback.contiguous().numpy()
-    along, errors, residuals = (np.zeros_like(weights) for _ in range(3))
-    down, symbols = np.zeros(weights.shape[::-1], F), np.zeros(weights.shape, np.int16)
-    return Sheet(weights, steps, feedback, row_feedback, along, down, errors, residuals, symbols)
+    steps = job.spread(job.steps).float().contiguous().numpy()
+    near = _near(job.factor.feedback)
+    near_rows = np.zeros((0, 2 * TILE), F) if job.row_feedback is None else _near(job.row_feedback)
+    errors, residuals = np.zeros_like(weights), np.zeros_like(weights)
+    rows, columns = weights.shape
+    along, down = np.zeros((rows, _padded(columns)), F), np.zeros((columns, _padded(rows)), F)
+    return Sheet(weights, steps, near, near_rows, along, down, errors, residuals, np.zeros(weights.shape, np.int16))
 
 
-def _fold(sheet: Sheet, tiles: int) -> None:
-    """Hand on the errors of all tiles (I, J) with I + J = tiles to the tiles after the next, in both directions."""
+def _near(feedback: Tensor) -> np.ndarray:  # (size, size) → (size, 2 * TILE)
+    """Return of each row what lies right of the diagonal, in the diagonal's tile and the next."""
+    near, above = np.zeros((len(feedback), 2 * TILE), F), np.triu(feedback.numpy(), 1)
+    for start in range(0, len(near), TILE):
+        window = above[start : start + TILE, start : start + 2 * TILE]
+        near[start : start + TILE, : window.shape[1]] = window
+    return near
+
+
+def _padded(size: int) -> int:
+    """Return the room that a row of `size` sums needs: the last tile whole, one after it, and no power of two."""
+    tiles = -(-size // TILE) + 1
+    return (tiles + (tiles + 1) % 2) * TILE
+
+
+def _fold(sheet: Sheet, feedback: Tensor, row_feedback: Tensor | None, tiles: int, size: int, within: int) -> None:
+    """Hand on the errors of all tiles (I, J) with I + J = tiles to the tiles after the next, in both directions.
+
+    Tiles have `size` rows and columns. Those after the next end with the block after a tile's own, of `within` of them.
+    """
     rows, columns = sheet.weights.shape
+    along, down = torch.from_numpy(sheet.along), torch.from_numpy(sheet.down)
+    errors, residuals = torch.from_numpy(sheet.errors), torch.from_numpy(sheet.residuals)
     for number in range(max(0, tiles + 1)):
-        top, edge = number * TILE, (tiles - number) * TILE
-        above, left = slice(top, top + TILE), slice(edge, edge + TILE)
-        below, right = slice(top + 2 * TILE, rows), slice(edge + 2 * TILE, columns)
-        if above.start >= rows or left.start >= columns:
+        top, edge = number * size, (tiles - number) * size
+        if top >= rows or edge >= columns:
             continue
-        if len(sheet.row_feedback) and below.start < rows:
-            sheet.down[left, below] += sheet.errors[above, left].T @ sheet.row_feedback[above, below]
-        if right.start < columns:
-            sheet.along[above, right] += sheet.residuals[above, left] @ sheet.feedback[left, right]
+        above, left = slice(top, min(top + size, rows)), slice(edge, min(edge + size, columns))
+        below = slice(top + 2 * size, min((top // within + 2) * within, rows))
+        right = slice(edge + 2 * size, min((edge // within + 2) * within, columns))
+        if row_feedback is not None and below.start < below.stop:
+            down[left, below].addmm_(errors[above, left].T, row_feedback[above, below])
+        if right.start < right.stop:
+            along[above, right].addmm_(residuals[above, left], feedback[left, right])
 
 
-def _compiled_sweep() -> Callable[[Sheet, Grid, int, int, int], None]:
-    from pgolf_post.quantize.gptq import diagonal_kernels
+def _compiled_sweep(grid: Grid, length: int) -> Sweep:
+    from pgolf_post.quantize.gptq import diagonal_kernels as kernels
 
-    sweep: Callable[[Sheet, Grid, int, int, int], None] = diagonal_kernels.sweep
-    return sweep
+    work = kernels.workspace(length, grid.came_from)
+    return lambda sheet, first, stop: kernels.sweep(sheet, grid.bounds, work, first, stop)
 
 
-def _numpy_sweep(sheet: Sheet, grid: Grid, tile: int, first: int, stop: int) -> None:
+def _numpy_sweep(grid: Grid, sheet: Sheet, first: int, stop: int) -> None:
     """Round diagonals first .. stop-1: the kernel's operations in the kernel's order."""
     rows, columns = sheet.weights.shape
     steps, bounds = np.broadcast_to(sheet.steps, sheet.weights.shape), torch.from_numpy(grid.bounds)
@@ -110,13 +143,12 @@ def _numpy_sweep(sheet: Sheet, grid: Grid, tile: int, first: int, stop: int) -> 
         sheet.errors[i, j] = sheet.weights[i, j] - points * steps[i, j]
         sheet.residuals[i, j] = sheet.errors[i, j] + sheet.down[j, i]
         for row, column in zip(i, j, strict=True):
-            _hand_on(sheet, tile, row, column)
+            _hand_on(sheet, row, column)
 
 
-def _hand_on(sheet: Sheet, tile: int, i: int, j: int) -> None:
+def _hand_on(sheet: Sheet, i: int, j: int) -> None:
     """Add to the sums of this tile and of the next what one weight's error asks for."""
-    if len(sheet.row_feedback):
-        below = slice(i + 1, (i // tile + 2) * tile)
-        sheet.down[j, below] += sheet.row_feedback[i, below] * sheet.errors[i, j]
-    right = slice(j + 1, (j // tile + 2) * tile)
-    sheet.along[i, right] += sheet.feedback[j, right] * sheet.residuals[i, j]
+    top, edge = i // TILE * TILE, j // TILE * TILE
+    if len(sheet.near_rows):
+        sheet.down[j, top : top + 2 * TILE] += sheet.near_rows[i] * sheet.errors[i, j]
+    sheet.along[i, edge : edge + 2 * TILE] += sheet.near[j] * sheet.residuals[i, j]

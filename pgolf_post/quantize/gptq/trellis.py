@@ -22,6 +22,7 @@ POLYNOMIALS = {  # states → (h0, h1), octal
     64: (0o103, 0o24), 128: (0o235, 0o126), 256: (0o515, 0o362),
 }  # fmt: skip
 DIAGONALS = 0  # lane_rows of a trellis along anti-diagonals
+TILE = 32  # rows and columns of a tile, within which a weight hands its error on by itself (diagonals.py)
 UNION_GRID = 0.5  # step of the union grid, in steps of the scalar grid that has as many symbols
 
 
