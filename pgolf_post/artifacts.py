@@ -125,6 +125,7 @@ def keep(
     codec: str,
     packed: Callable[[], bytes],  # the model's file
     facts: Mapping[str, Any],  # more for meta.json
+    phases: Mapping[str, float],  # seconds so far: quantize, and compress where packing was part of a search
     started: float | None = None,  # by time.perf_counter(): where `seconds` begin; None: with packing
     link_twins: bool = False,  # a file of the very same model is linked instead of packed again
 ) -> PackedArtifact:
@@ -137,13 +138,19 @@ def keep(
 
     def make(building: Path) -> Mapping[str, Any]:
         path = building / key.stage.payload
-        twin = _twin(key.folder.parent, recorded) if link_twins else None
+        twin, spent = _twin(key.folder.parent, recorded) if link_twins else None, dict(phases)
         if twin is None:
-            verified.append(write_verified(path, packed(), recorded["symbols_sha256"]))
+            before = time.perf_counter()
+            data = packed()
+            after = time.perf_counter()
+            spent["compress"] = spent.get("compress", 0.0) + after - before
+            verified.append(write_verified(path, data, recorded["symbols_sha256"]))
+            spent["verify"] = time.perf_counter() - after
         else:
             _link(twin, path)
         seconds = {} if started is None else {"seconds": round(time.perf_counter() - started, 3)}
-        return {**recorded, **seconds}
+        by_phase = {name: round(value, 3) for name, value in spent.items()}
+        return {**recorded, **seconds, "phase_seconds": by_phase}
 
     meta = key.stage.store(key.folder, key.config, make)
     return PackedArtifact(key.folder, key.id, meta, False, verified[0] if verified else None)
@@ -173,13 +180,14 @@ def requant(
     require_writable_result(key.folder)
     started = time.perf_counter()
     model, _, report = quantize_by_plan(view, stats, plan, factors, text)
+    quantize_seconds = time.perf_counter() - started - (report.seconds if report else 0.0)
 
     def packed() -> bytes:
         with progress_bar("packing", count_units(model), "units") as advance:
             return pack(model, packing, advance)
 
     facts = {"distill": report.facts()} if report else {}
-    return keep(key, model, stats, packing.codec, packed, facts, started)
+    return keep(key, model, stats, packing.codec, packed, facts, {"quantize": quantize_seconds}, started)
 
 
 def artifact_facts(model: QuantizedModel, view: View, stats: Stats, codec: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pgolf_post.settings import canonical_json
 
 FORMAT_VERSION = 1
 CHECKPOINT_ROOT = Path("checkpoints")
+SMOKE_FOLDER = "smoke"  # in a checkpoint root: the root of smoke runs, with a ledger of its own
 MAKE_ONE = "pgolf-post demo   (or: python -m trainer trainer/recipes/tiny_cpu.toml)"
 
 ViewName = Literal["raw", "ema", "swa"]

@@ -139,6 +139,48 @@ def lineage_command(
         print_json({"count": count, "roots": len(roots), "nodes": [{**n.facts(), "depth": d} for d, n in nodes]})
 
 
+@command.command("phases")
+@click.argument("row_id", metavar="[ID]", required=False)
+@root_option
+@kind_option
+@run_option
+@where_option
+@json_option
+def phases_command(
+    row_id: str | None, root: Path, kind: str | None, run: str | None, conditions: tuple[str, ...], as_json: bool
+) -> None:
+    """Show where the time went, against both limits of 600 s: training, and evaluation.
+
+    \b
+    pgolf-post ledger phases            every row that has seconds by phase, in sums
+    pgolf-post ledger phases 3fa2       one chain: training, statistics, quantizing, compressing, scoring
+
+    Strictly every phase counts; by convention what reads training data, scoring and adapting. ID is a run, artifact or
+    score; an artifact comes with its longest score. A cap (`schedule.seconds`) or `eval --time-budget` stands under
+    "given".
+    """
+    from pgolf_post.ledger import Ledger
+    from pgolf_post.ledger.phases import chain_of, phases_of, sums
+    from pgolf_post.ledger.report import show_chain, show_phase_sums
+
+    if row_id and (kind or run or conditions):
+        raise click.UsageError("ID names the row; leave out --kind, --run and --where")
+    if row_id is None:
+        timed = [row for row in _select(root, kind, run, conditions) if row.phases]
+        show_phase_sums(timed)
+        if as_json:
+            print_json({"rows": [{"id": row.id, "kind": row.kind, **sums(phases_of(row))} for row in timed]})
+        return
+    with Ledger.open(root, read_only=True) as ledger:
+        row = ledger.find(row_id)
+        chain = chain_of(ledger.rows(), row)
+    phases = [phase for each in chain for phase in phases_of(each)]
+    show_chain(row, phases)
+    if as_json:
+        of = [each.id for each in chain]
+        print_json({"id": row.id, "of": of, **sums(phases), "phases": [phase.facts() for phase in phases]})
+
+
 @command.command("best")
 @root_option
 @click.option("--budget", type=click.IntRange(min=0), help="Only rows that count at most this many bytes.")

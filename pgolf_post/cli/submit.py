@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,9 @@ def command() -> None:
 @click.option(
     "--audit-tokens", type=click.IntRange(min=3), help="Length of the audit's excerpt in tokens.  [default: as needed]"
 )
-@click.option("--skip-audit", is_flag=True, help="Do not test the rules where no earlier audit is kept; for drafts.")
+@click.option(
+    "--skip-audit", is_flag=True, help="Do not audit where the ledger has no audit by this protocol; for drafts."
+)
 @click.option("--explain", "explained", is_flag=True, help="Show what each part of the script costs in bytes.")
 @threads_option
 @quiet_option
@@ -129,7 +132,7 @@ def make(artifacts: tuple[Path, ...], data_dir: Path | None, explained: bool, as
     for remark in made.remarks:
         say(f"draft: {remark}")
     if explained:
-        show_parts(_parts(made.amalgam))
+        show_parts(made.parts)
     if as_json:
         print_json({"out": str(made.folder), **facts, "seconds": round(time.perf_counter() - started, 3)})
 
@@ -142,13 +145,7 @@ def _opened(artifact: Path, data_dir: Path | None) -> tuple[Any, Any]:
     return find_data(seed.checkpoint, data_dir), seed.manifest["config"]
 
 
-def _parts(amalgam: Any) -> list[PartBytes]:
-    from pgolf_post.submit.explain import explain
-
-    return explain(amalgam)
-
-
-def show_parts(parts: list[PartBytes]) -> None:
+def show_parts(parts: Sequence[PartBytes]) -> None:
     """Print what each part of a script costs."""
     rows = [(part.name, f"{part.source_bytes:,}", f"{part.packed_bytes:,}") for part in parts]
     total = ("in all", f"{sum(p.source_bytes for p in parts):,}", f"{sum(p.packed_bytes for p in parts):,}")
@@ -215,15 +212,15 @@ def times(artifact: Path, as_json: bool) -> None:
     Strictly every phase counts; by convention what reads training data, scoring and adapting. The evaluation is that of
     the artifact's longest recorded score.
     """
-    from pgolf_post.submit.chain import CHAIN_HEADER, chain, chain_rows, sums
+    from pgolf_post.ledger.phases import HEADER, phase_rows, sums
+    from pgolf_post.submit.chain import chain
     from pgolf_post.submit.seeds import Seed
-    from pgolf_post.submit.stage import evaluation_seconds
 
     seed = Seed.open(artifact)
     own = [each for each in seed.scores() if each["of"] == "artifact"]
     longest = max(own, key=lambda each: int(each["tokens"]), default=None)
-    phases = chain(seed, evaluation_seconds(longest["meta"]) if longest else None)
-    print_table(str(artifact), CHAIN_HEADER, chain_rows(phases))
+    phases = chain(seed, longest["meta"] if longest else None)
+    print_table(str(artifact), HEADER, phase_rows(phases))
     if seed.training_seconds() is None:
         say("the seconds of its training run are not known")
     if longest is None:

@@ -74,8 +74,8 @@ def fit_artifact(fitter: Fitter, artifact_limit: int, codec: str = "rans", fresh
     if artifact is None:
         require_writable_result(key.folder)
         started = time.perf_counter()
-        solution, facts = fitted(fitter, artifact_limit, codec, partial)
-        artifact = keep(key, solution.model, fitter.stats, codec, lambda: solution.data, facts, started)
+        solution, facts, phases = fitted(fitter, artifact_limit, codec, partial)
+        artifact = keep(key, solution.model, fitter.stats, codec, lambda: solution.data, facts, phases, started)
     partial.remove()
     return artifact
 
@@ -104,15 +104,17 @@ def partial_of(key: ArtifactKey) -> TunePartial:
 
 def fitted(
     fitter: Fitter, artifact_limit: int, codec: str, partial: TunePartial
-) -> tuple[Solution, dict[str, Any]]:  # and what meta.json says of it, beside what it says of any artifact
+) -> tuple[Solution, dict[str, Any], dict[str, float]]:  # and, for meta.json, facts of it and seconds by phase
     """Solve for a budget. Raises what `Search.solve` does."""
-    search = Search(fitter.builder, fitter.kappa, codec)
+    search, started, read_before = Search(fitter.builder, fitter.kappa, codec), time.perf_counter(), fitter.clock.total
     solution, extra = search.solve(artifact_limit, _say_build), dict[str, Any]()
     if fitter.texts:
         solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, fitter.texts, partial)
     if fitter.distills:
         solution, extra["distilled"] = _distilled(fitter, solution, artifact_limit, codec)
-    return solution, {**_facts(fitter, solution), **extra}
+    spent = time.perf_counter() - started - (fitter.clock.total - read_before)
+    phases = {"quantize": max(spent - search.pack_seconds, 0.0), "compress": search.pack_seconds}
+    return solution, {**_facts(fitter, solution), **extra}, phases
 
 
 def _fine_tuned(

@@ -9,6 +9,7 @@ the scale of some tens; the search does not mind, because it asks for a window a
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,6 +55,7 @@ class Search:
     def __init__(self, builder: Builder, kappa: Mapping[str, float], codec: str = "rans") -> None:
         self.builder, self.kappa, self.packing = builder, kappa, PackSettings(codec=codec)
         self.predictor = SizePredictor()
+        self.pack_seconds = 0.0  # of all builds that were packed
 
     def solve(self, limit: int, on_build: Callable[[Build], object] = lambda build: None) -> Solution:
         """Return the best artifact of at most `limit` bytes, and of at least `limit` - 2,000.
@@ -91,7 +93,7 @@ class Search:
     def _nothing_to_round(self, limit: int) -> Solution:
         """Return the model whose matrices are all zeros. Raises OverBudgetError if its floats do not fit."""
         model = self.builder.model({})
-        data = pack(model, self.packing)
+        data = self._packed(model)
         if len(data) > limit:
             raise OverBudgetError(
                 f"all matrices are zeros, and what is left takes {len(data):,} of {limit:,} bytes for the artifact",
@@ -102,7 +104,13 @@ class Search:
 
     def packed_bytes(self, model: QuantizedModel) -> int:
         """Return the bytes that a model takes, packed."""
-        return len(pack(model, self.packing))
+        return len(self._packed(model))
+
+    def _packed(self, model: QuantizedModel) -> bytes:
+        started = time.perf_counter()
+        data = pack(model, self.packing)
+        self.pack_seconds += time.perf_counter() - started
+        return data
 
     def constants(self, constant: float) -> dict[str, float]:
         """Return c/√κ of every matrix."""
@@ -126,7 +134,7 @@ class Search:
             predicted = self.predictor.predict_bytes(model)
             if abs(predicted / aim - 1) > PREDICTED_TO and len(before) < MOST_BUILDS // 2:
                 return None, Build(constant, predicted, False)
-        data = pack(model, self.packing)
+        data = self._packed(model)
         return data, Build(constant, len(data), True)
 
     def _next(self, builds: Sequence[Build], aim: float) -> float:

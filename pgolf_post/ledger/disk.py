@@ -6,15 +6,16 @@ later are the same row. Ids are those that the folders are named by: a view's id
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgolf_post.base.storage import read_json
 from pgolf_post.cache import CacheEntry, entry_at, list_entries
-from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, list_checkpoints, run_checkpoints
+from pgolf_post.checkpoint import CHECKPOINT_ROOT, SMOKE_FOLDER, Checkpoint, list_checkpoints, run_checkpoints
 from pgolf_post.derived import NAMING, id_from_config
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
+from pgolf_post.ledger import phases
 from pgolf_post.ledger.schema import Kind, Row, iso_utc
 
 KNOBS = {"bits": "bits", "clip": "clip", "hessian_lambda": "λ"}
@@ -23,16 +24,28 @@ SUMS = ("bpb", "nats", "tokens", "bytes")
 LINEAGE_FACTS = ("kind", "phase", "step", "ema_share", "ema", "prune", "source", "allowed_differences")
 
 
-def scan(root: Path) -> list[Row]:
-    """Rows of everything complete under a checkpoint root, oldest first. Raises NotFoundError if there is no root."""
-    entries = [entry for entry in list_entries(root) if entry.stage in STAGES]
-    checkpoints = list_checkpoints(root)
+def scan(
+    root: Path, checkpoints: Sequence[Checkpoint] | None = None, entries: Sequence[CacheEntry] | None = None
+) -> list[Row]:
+    """Rows of everything complete under a checkpoint root, oldest first. Raises NotFoundError if there is no root.
+
+    Smoke runs are left out, whose root is one of their own. `checkpoints` and `entries` are what lies there, where the
+    caller has listed it.
+    """
+    listed = list_entries(root) if entries is None else entries
+    entries = [entry for entry in listed if entry.stage in STAGES and not _is_of_smoke(entry, root)]
+    checkpoints = list_checkpoints(root) if checkpoints is None else checkpoints
     own = [checkpoint for checkpoint in checkpoints if checkpoint.meta["kind"] in RUN_KINDS]
     newest = {c.path.parent: c for c in sorted(own, key=lambda checkpoint: int(checkpoint.meta["step"]))}
     rows = [run_row(checkpoint) for checkpoint in newest.values()]
     rows += [row for checkpoint in checkpoints for row in view_rows(checkpoint)]
     rows += [row for entry in entries for row in entry_rows(entry)]
     return sorted(rows, key=lambda row: row.created)
+
+
+def _is_of_smoke(entry: CacheEntry, root: Path) -> bool:
+    place = entry.checkpoint.relative_to(root).parts
+    return len(place) > 2 and place[0] == SMOKE_FOLDER
 
 
 def rows_at(folder: Path) -> list[Row]:
@@ -99,6 +112,7 @@ def run_row(checkpoint: Checkpoint) -> Row:
     settings = meta.get("recipe") or {"source": meta.get("source")}
     told: dict[str, Any] = {"settings": settings, "result": {**facts, **_metric(default)}}
     told["seconds"] = meta.get("wall_seconds", meta.get("train_seconds"))
+    told["phases"] = [phase.facts() for phase in phases.of_run(meta)]
     where: dict[str, Any] = {"commit": _commit(meta), "device": meta.get("device"), "created": _created(meta)}
     return Row("run", f"run:{run}", (), run, run, **told, **where)
 
@@ -115,6 +129,7 @@ def entry_rows(entry: CacheEntry) -> list[Row]:
     settings = {key: value for key, value in entry.config.items() if key not in NAMING and key != "spans"}
     told: dict[str, Any] = {"settings": settings, "result": result}
     told |= {"seconds": meta.get("seconds"), "device": meta.get("device")}
+    told["phases"] = [phase.facts() for phase in STAGES[entry.stage].phases(meta, entry.config)]
     created = iso_utc((entry.path / "meta.json").stat().st_mtime)
     return [
         Row(
@@ -182,19 +197,20 @@ def _score(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
 
 
 class StageRows(NamedTuple):
-    """Row of STAGES: the kind of row that a result becomes, and the function that describes it."""
+    """Row of STAGES: the kind of row that a result becomes, and the functions that describe and time it."""
 
     kind: Kind
     describe: Callable[[CacheEntry, Mapping[str, Any]], Description]
+    phases: Callable[[Mapping[str, Any], Mapping[str, Any]], list[phases.ChainPhase]]  # of its meta and config
 
 
 # Stages by name: their `Stage` objects (STATS, DIAGNOSIS, ARTIFACT, SCORE) stand beside the code that makes results,
 # which the ledger must not import. The version and settings of a result are read from its config.json.
 STAGES = {
-    "stats": StageRows("stats", _stats),
-    "diagnosis": StageRows("diagnosis", _diagnosis),
-    "artifact": StageRows("artifact", _artifact),
-    "score": StageRows("score", _score),
+    "stats": StageRows("stats", _stats, phases.of_stats),
+    "diagnosis": StageRows("diagnosis", _diagnosis, lambda *_: []),
+    "artifact": StageRows("artifact", _artifact, phases.of_artifact),
+    "score": StageRows("score", _score, lambda meta, _: phases.of_score(meta)),
 }
 
 

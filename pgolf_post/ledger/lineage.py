@@ -101,6 +101,18 @@ def tree_of(rows: Sequence[Row], row: Row) -> Node | None:
     return at
 
 
+def ancestors(rows: Sequence[Row], row: Row) -> list[Row]:
+    """Return all rows that a row was made of, and those that they were made of, the oldest first."""
+    by_id, found, pending = _first_by_id(rows), dict[int, Row](), [row]
+    while pending:
+        for parent in pending.pop().parents:
+            known = by_id.get(parent) or by_id.get(parent[:ID_DIGITS] if _is_hex(parent) else parent)
+            if known is not None and known is not row and id(known) not in found:
+                found[id(known)] = known
+                pending.append(known)
+    return sorted(found.values(), key=lambda each: each.created)
+
+
 def _first_by_id(rows: Sequence[Row]) -> dict[str, Row]:
     """Rows by id, and by the id's first digits, which is how folders are named."""
     by_id: dict[str, Row] = {}

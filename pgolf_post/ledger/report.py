@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf_post.base.progress import print_table, say, terminal_width
-from pgolf_post.errors import SettingsError
+from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.ledger.phases import HEADER as PHASES_HEADER
+from pgolf_post.ledger.phases import LIMIT_SECONDS, ChainPhase, phase_rows, phases_of, sums
 from pgolf_post.ledger.query import MISSING, bpb_of, counted_bytes, value_of
 from pgolf_post.ledger.schema import KINDS, Row
 
@@ -84,6 +86,28 @@ def show_row(row: Row, notes: Sequence[Row]) -> None:
     for key, value in cells:
         if value not in ("None", ""):
             say(f"{key:<{max(len(name) for name, _ in cells)}}  {value}")
+
+
+def show_chain(row: Row, phases: Sequence[ChainPhase]) -> None:
+    """Print the phases of a row's chain and their sums. Raises NotFoundError where none is recorded."""
+    if not phases:
+        raise NotFoundError(
+            f"no seconds by phase are recorded of {row.kind} {row.name or row.id[:12]}, nor of what it was made of",
+            hint="pgolf-post ledger scan   (reads them from the folders)",
+        )
+    print_table(row.name or row.id[:12], PHASES_HEADER, phase_rows(phases))
+
+
+def show_phase_sums(rows: Sequence[Row]) -> None:
+    """Print the sums of each row's own phases."""
+    header = ("id", "kind", "run", "name", "training, strict", "by convention", "evaluation, strict", "by convention")
+    cells = []
+    for row in rows:
+        found = sums(phases_of(row))
+        numbers = [found[f"{limit}_{how}_seconds"] for limit in LIMIT_SECONDS for how in ("strict", "convention")]
+        seconds = [f"{number:,.1f}" if number else "" for number in numbers]
+        cells.append((_cut(row.id, 12), row.kind, _cut(row.run, 20), row.name, *seconds))
+    print_table(f"{len(rows)} rows with seconds by phase", header, cells)
 
 
 def show_scan(root: Path, rows: Sequence[Row], new: Sequence[bool]) -> dict[str, int]:

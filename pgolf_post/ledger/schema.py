@@ -22,7 +22,7 @@ from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.settings import canonical_json
 
 Kind = Literal["run", "checkpoint", "stats", "diagnosis", "trial", "artifact", "score", "comparison", "audit", "note"]
-Verdict = Literal["positive", "neutral", "negative", "no-op"]
+Verdict = Literal["positive", "neutral", "negative", "no-op", "stopped early"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SECONDS_PER_HOUR = 3600.0
@@ -75,10 +75,16 @@ class Row:
     device: str | None = column("The accelerator or processor.", default=None)
     seconds: float | None = column("How long it took.", sql="REAL", default=None)
     cost_dollars: float | None = column("What it cost, in US dollars.", sql="REAL", default=None)
-    verdict: Verdict | None = column("Its outcome: positive, neutral, negative or no-op.", default=None)
+    verdict: Verdict | None = column("Its outcome: positive, neutral, negative, no-op or stopped early.", default=None)
     conclusion: str | None = column("What was learned.", default=None)
     created: str = column("When it was made: ISO 8601, UTC; now where left out.", default="")
     command: str | None = column("The command that made it, as it was typed.", since=2, default=None)
+    phases: list[dict[str, Any]] = column(
+        "Seconds by phase, with what each limit counts of them (phases.py).",
+        since=3,
+        is_json=True,
+        default_factory=list,
+    )
 
     def __post_init__(self) -> None:
         """Raise SettingsError (unknown kind or verdict, empty id), NumericsError (a value that JSON cannot hold)."""

@@ -125,9 +125,9 @@ class Ledger:
     def complete(self, row: Row) -> bool:
         """Keep a row, or fill in what the row that is there lacks. Return True if it was new.
 
-        Its result gains and renews keys, its seconds are renewed; commit, device, cost and command stay where known,
-        and name, parents, settings and conclusion as they are. For facts read from disk, of which one command sees more
-        than another.
+        Its result gains and renews keys, its seconds and phases are renewed; commit, device, cost and command stay
+        where known, and name, parents, settings and conclusion as they are. For facts read from disk, of which one
+        command sees more than another.
         """
         with self._transaction():
             return self._complete(row)
@@ -143,7 +143,8 @@ class Ledger:
             return self._add(row, False)
         first = {name: getattr(known, name) or getattr(row, name) for name in FIRST_KNOWN}
         seconds = known.seconds if row.seconds is None else row.seconds
-        completed = replace(known, result={**known.result, **row.result}, seconds=seconds, **first)
+        result, phases = {**known.result, **row.result}, row.phases or known.phases
+        completed = replace(known, result=result, seconds=seconds, phases=phases, **first)
         if completed != known:
             self._write(completed)
         return False

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Literal
 
 from pgolf_post.base.progress import say
+from pgolf_post.ledger.phases import SCORING
 
 WARN_SHARE = 0.8
 
 Phase = Literal["load", "decompress", "compile", "score", "adapt"]
-CONVENTION: tuple[Phase, ...] = ("score", "adapt")
 
 
 class PhaseTimes:
@@ -42,7 +42,7 @@ class PhaseTimes:
 
     @property
     def by_convention(self) -> float:
-        return sum(self.seconds.get(name, 0.0) for name in CONVENTION)
+        return sum(seconds for name, seconds in self.seconds.items() if name in SCORING)
 
     def over_budget(self) -> bool:
         """Return whether the strict sum has reached the budget; says so once at 80 % of it."""
@@ -54,9 +54,10 @@ class PhaseTimes:
         return self.strict >= self.budget_seconds
 
     def facts(self) -> dict[str, float]:
-        """Return seconds per phase and both sums, as JSON facts."""
+        """Return seconds per phase, both sums and the budget if there is one, as JSON facts."""
         phases = {f"{name}_seconds": round(value, 3) for name, value in self.seconds.items()}
-        return {**phases, "strict_seconds": round(self.strict, 3), "convention_seconds": round(self.by_convention, 3)}
+        totals = {"strict_seconds": round(self.strict, 3), "convention_seconds": round(self.by_convention, 3)}
+        return {**phases, **totals, **({} if self.budget_seconds is None else {"time_budget": self.budget_seconds})}
 
     def load(self, seconds: Mapping[Phase, float]) -> None:
         """Add the phases of an earlier, interrupted part of the same run."""

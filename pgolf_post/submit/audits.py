@@ -1,42 +1,76 @@
-"""Audits that are kept: the challenge's rules tested on an artifact under a protocol, once."""
+"""The audit of an artifact under a protocol: the ledger's, or made now and kept in the ledger."""
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pgolf_post.base.storage import write_json
+from pgolf_post.base.progress import say
 from pgolf_post.data import DataFolder
-from pgolf_post.derived import Stage
+from pgolf_post.errors import NotFoundError
+from pgolf_post.ledger import Ledger, Row
+from pgolf_post.ledger.comparison import audit_row
+from pgolf_post.ledger.disk import rows_at
+from pgolf_post.ledger.recording import record
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.audit.stage import audit
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.submit.seeds import Seed
 
-AUDIT = Stage("audit", 1, "findings.json")
 
-
-def kept_audit(
+def audited(
     seed: Seed, data: DataFolder, protocol: Protocol, tokens: int | None, make: bool
-) -> list[Finding] | None:
-    """Return an artifact's findings under a protocol, kept or made now; None if there are none and `make` is False."""
-    identity = {
-        **protocol.model_copy(update={"max_tokens": None}).model_dump(mode="json"),
+) -> list[Finding] | None:  # tokens: of the excerpt; None: as the protocol needs, or as many as a recorded audit had
+    """Return the findings on an artifact under a protocol: the ledger's newest, or made now and recorded.
+
+    None if the ledger has none and `make` is False.
+    """
+    settings = audit_settings(data, protocol)
+    subject = rows_at(seed.artifact.absolute().parent)[-1]
+    row = recorded(seed, subject.id, settings, tokens)
+    if row is not None:
+        say(f"{seed.name}: audited {row.created[:16].replace('T', ' ')} UTC (ledger {row.id[:12]})")
+    elif make:
+        say(f"{seed.name}: auditing {seed.artifact}, for the ledger has no audit of it by this protocol")
+        row = _made(seed, data, protocol, tokens, settings, subject)
+    else:
+        return None
+    return [Finding(test["test"], test["passed"], test["evidence"]) for test in row.result["tests"]]
+
+
+def audit_settings(data: DataFolder, protocol: Protocol) -> dict[str, Any]:
+    """Return what an audit is recorded under: the protocol and the text, however much of it is then scored."""
+    return {
+        "protocol": protocol.model_copy(update={"max_tokens": None}).model_dump(mode="json"),
         "data_manifest_sha256": data.manifest_sha256,
-        "excerpt_tokens": tokens,
     }
-    folder = AUDIT.folder(seed.checkpoint.path / "derived", AUDIT.id([seed.sha256], identity))
-    if AUDIT.intact_meta(folder) is None:
-        if not make:
-            return None
-        AUDIT.store(folder, identity, lambda building: _write(building, seed, data, protocol, tokens))
-    rows = json.loads((folder / AUDIT.payload).read_text("utf-8"))["findings"]
-    return [Finding(row["test"], row["passed"], row["evidence"]) for row in rows]
 
 
-def _write(building: Path, seed: Seed, data: DataFolder, protocol: Protocol, tokens: int | None) -> Mapping[str, Any]:
+def recorded(seed: Seed, subject_id: str, settings: Mapping[str, Any], tokens: int | None) -> Row | None:
+    """Return the newest audit that the ledger has of a row by these settings, over so long an excerpt; else None."""
+    try:
+        with Ledger.open(seed.checkpoint.path.parent.parent, read_only=True) as ledger:
+            rows = [row for row in ledger.rows("audit") if subject_id in row.parents]
+    except NotFoundError:
+        return None
+    fitting = [row for row in rows if _whole(row.settings) == settings]
+    fitting = [row for row in fitting if tokens is None or row.result["excerpt_tokens"] == tokens]
+    return fitting[-1] if fitting else None
+
+
+def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, "protocol": {**settings["protocol"], "max_tokens": None}}
+
+
+def _made(
+    seed: Seed, data: DataFolder, protocol: Protocol, tokens: int | None, settings: Mapping[str, Any], subject: Row
+) -> Row:
+    started = time.perf_counter()
     result = audit(seed.artifact, data, protocol, tokens=tokens)
-    write_json(building / AUDIT.payload, {"findings": [finding.facts() for finding in result.findings]})
-    return {"passed": result.passed, "subject_id": seed.sha256, "excerpt_tokens": result.excerpt_tokens}
+    seconds = round(time.perf_counter() - started, 3)
+    tests = [finding.facts() for finding in result.findings]
+    name = f"{protocol.protocol} of {seed.artifact}"
+    row = audit_row(name, settings, tests, result.excerpt_tokens, subject.id, subject.run, seconds)
+    record(seed.artifact.absolute().parent, rows=lambda: [row], seconds=seconds)
+    return row

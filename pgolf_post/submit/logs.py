@@ -32,7 +32,6 @@ EVAL_TIME = re.compile(r"\beval_time[:=]\s*([\d.]+)\s*(ms|s)\b", re.IGNORECASE)
 HESSIANS = re.compile(r"hessians?\b[^\n]*?\bin\s+([\d.]+)\s*(ms|s)\b", re.IGNORECASE)
 TOTAL = re.compile(r"total submission size[^:\n]*:\s*([\d,]+)", re.IGNORECASE)
 CODE = re.compile(r"code size[^:\n]*:\s*([\d,]+)", re.IGNORECASE)
-MODEL = re.compile(r"(?:serialized|compressed|quantized) model[^:\n]*:\s*([\d,]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class RunLog:
     hessian_seconds: float = 0.0
     total_bytes: int | None = None  # the last that is printed: the compressed one
     code_bytes: int | None = None
-    model_bytes: int | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
@@ -100,7 +98,7 @@ def _read_line(log: RunLog, line: str) -> None:
         log.step_seconds = _seconds(match)
     if match := HESSIANS.search(line):
         log.hessian_seconds += _seconds(match)
-    for name, pattern in (("total_bytes", TOTAL), ("code_bytes", CODE), ("model_bytes", MODEL)):
+    for name, pattern in (("total_bytes", TOTAL), ("code_bytes", CODE)):
         if match := pattern.search(line):
             setattr(log, name, _number(match.group(1)))
     if match := SCORED.search(line):

@@ -38,16 +38,7 @@ class Amalgam:
     @property
     def source(self) -> str:
         """The whole file."""
-        return self.without(None)
-
-    def without(self, module: str | None) -> str:
-        """Return the file less the definitions of one module, to see what they cost; it does not run."""
-        bodies = [part.source for part in self.parts if part.module != module]
-        return "\n\n".join([HEADER + self.imports, *bodies, self.start]) + "\n"
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(part.module for part in self.parts))
+        return "\n\n".join([HEADER + self.imports, *(part.source for part in self.parts), self.start]) + "\n"
 
 
 def written(reach: Reach) -> Amalgam:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgolf_post.errors import OverBudgetError, PgolfError, VerificationError
+from pgolf_post.ledger.phases import LIMIT_SECONDS
 from pgolf_post.pack.report.size import SizeReport
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.compare.record import RECORD_SEEDS
 from pgolf_post.submit.seeds import Seed
 
-TRAINING_SECONDS = 600.0
-EVALUATION_SECONDS = 600.0
+TRAINING_SECONDS, EVALUATION_SECONDS = LIMIT_SECONDS["training"], LIMIT_SECONDS["evaluation"]
 SHOWN = 6  # differing settings that a message names
 
 # name: (whether a draft may have it, what it means)

@@ -15,11 +15,11 @@ from typing import Any
 from pgolf_post.base.storage import read_json, sha256_file
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints, run_checkpoints
 from pgolf_post.errors import MismatchError, NotFoundError, PgolfError
+from pgolf_post.ledger.phases import READS_TRAINING_TEXT, of_artifact, reading_seconds
 from pgolf_post.ledger.store import Ledger
 from pgolf_post.pack.artifact import find_artifact, read_artifact
 
 SUMS = ("bpb", "nats", "tokens", "bytes")
-READS_TRAINING_TEXT = "train"  # source of a calibration
 IDENTITY_KEYS = ("view", "view_id", "stats_id", "calibration_sha256", "jitter_seed", "spans")
 
 
@@ -138,14 +138,14 @@ class Seed:
         return {"training": float(times["training_data_seconds"]), **self.later_seconds()}
 
     def later_seconds(self) -> dict[str, float]:
-        """Return seconds of what read training data after the run: statistics, κ, tuning, distillation."""
-        later = dict(self.meta.get("train_seconds") or {})
-        if not later and (stats := self.stats()) and stats.get("source") == READS_TRAINING_TEXT:
+        """Return seconds of what read training data after the run: statistics, κ, tuning, a sequential plan."""
+        own, stats, later = reading_seconds(self.meta), self.stats(), dict[str, float]()
+        if "statistics" in own:
+            later["statistics"] = float(own["statistics"])
+        elif stats.get("source") == READS_TRAINING_TEXT:
             later["statistics"] = float(stats["seconds"])
-        distill = self.meta.get("distill") or {}
-        if "seconds" in distill:
-            later["distillation"] = float(distill["seconds"])
-        return {name: float(value) for name, value in later.items()}
+        made = of_artifact(self.meta, self.settings)
+        return later | {phase.name: phase.seconds for phase in made if phase.reads_training_data}
 
     def stats(self) -> dict[str, Any]:
         """Return source and seconds of the statistics that the artifact was made with; empty if they are gone."""

@@ -24,9 +24,9 @@ from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.stage import score
 from pgolf_post.submit import refusals
 from pgolf_post.submit.amalgamate import Amalgam
-from pgolf_post.submit.audits import kept_audit
+from pgolf_post.submit.audits import audited
 from pgolf_post.submit.evaluate import ARTIFACT
-from pgolf_post.submit.explain import KEPT, explain
+from pgolf_post.submit.explain import KEPT, PartBytes, explain
 from pgolf_post.submit.forms import eval_form, read_recipe, whole_form
 from pgolf_post.submit.prove import SCRIPT, Proof, prove, prove_training
 from pgolf_post.submit.refusals import Refusal
@@ -64,8 +64,7 @@ class Submission:
 
     folder: Path
     facts: Mapping[str, Any]  # submission.json
-    amalgam: Amalgam
-    script: PackedScript
+    parts: Sequence[PartBytes]  # of its script
     remarks: tuple[Refusal, ...]
 
 
@@ -98,14 +97,13 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
         # rules, scores and the proof, seed by seed
         reports = []
         for seed, size in zip(seeds, sizes, strict=True):
-            findings = kept_audit(seed, data, order.protocol, order.audit_tokens, make=not order.skip_audit)
+            findings = audited(seed, data, order.protocol, order.audit_tokens, make=not order.skip_audit)
             found += refusals.about_audit(seed, findings)
             refusals.require_none([each for each in found if each.stops_a_draft], draft=True)
             proof = proved(script, seed, data, order)
             stored = score(seed.artifact, data, order.protocol)  # after it, for it may have made the score again
-            evaluation = evaluation_seconds(stored.facts)
-            found += refusals.about_evaluation_time(seed, evaluation.get("strict", 0.0))
-            reports.append(SeedReport(seed, size, stored.facts, evaluation, proof, findings))
+            found += refusals.about_evaluation_time(seed, float(stored.facts.get("strict_seconds", 0.0)))
+            reports.append(SeedReport(seed, size, stored.facts, proof, findings))
         remarks = refusals.require_none(found, order.draft)
         if order.prove_training:
             say(f"{seeds[0].name}: training by {SCRIPT} in an empty folder")
@@ -114,14 +112,15 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
         # the files
         protocol = order.protocol.model_dump(mode="json")
         about = (order.name, order.author, order.github_id, order.blurb, protocol, reports)
-        writing = Writing(*about, len(script.data), explain(amalgam), order.against, remarks)
+        parts = explain(amalgam)
+        writing = Writing(*about, len(script.data), parts, order.against, remarks)
         facts = writing.submission()
         shutil.copyfile(seeds[0].artifact, building / ARTIFACT)
         write_json(building / "submission.json", facts)
         (building / "README.md").write_text(writing.readme(), "utf-8")
         for report in reports:
             _write_logs(building, report)
-    return Submission(order.out, facts, amalgam, script, tuple(remarks))
+    return Submission(order.out, facts, parts, tuple(remarks))
 
 
 def form_of(seed: Seed, order: Order) -> Amalgam:
@@ -146,11 +145,6 @@ def proved(script: PackedScript, seed: Seed, data: DataFolder, order: Order) -> 
         say(f"{error}; the score was kept from before, and is made again here")
     expected = score(seed.artifact, data, protocol, fresh=True)
     return prove(script.data, seed.artifact, data.path, expected.facts, tokens)
-
-
-def evaluation_seconds(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Return seconds by phase of a stored score, `strict` and `convention` last."""
-    return {key.removesuffix("_seconds"): float(value) for key, value in facts.items() if key.endswith("_seconds")}
 
 
 def _write_logs(building: Path, report: SeedReport) -> None:

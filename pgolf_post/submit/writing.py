@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from pgolf_post.errors import PgolfError
+from pgolf_post.ledger import phases as clock
 from pgolf_post.pack.report.size import SizeReport
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.score.compare.record import record_rule
-from pgolf_post.submit.chain import CHAIN_HEADER, chain, chain_rows, sums
+from pgolf_post.submit.chain import chain
 from pgolf_post.submit.explain import PartBytes
 from pgolf_post.submit.prove import Proof
 from pgolf_post.submit.refusals import Refusal
@@ -29,15 +30,14 @@ class SeedReport:
 
     seed: Seed
     size: SizeReport
-    score: Mapping[str, Any]  # bpb, nats, tokens, bytes by the submission's protocol
-    evaluation: Mapping[str, float]  # seconds by phase, strict and by convention
+    score: Mapping[str, Any]  # of the submission's protocol: bpb, nats, tokens, bytes, seconds by phase
     proof: Proof
     findings: Sequence[Finding] | None
 
     def facts(self) -> dict[str, Any]:
         """Return the seed's entry of submission.json."""
         seed, nats = self.seed, float(self.score["nats"])
-        training, phases = seed.training_seconds(), chain(seed, self.evaluation)
+        training, phases = seed.training_seconds(), chain(seed, self.score)
         return {
             "seed": seed.seed,
             "val_loss": nats / int(self.score["tokens"]),
@@ -51,7 +51,7 @@ class SeedReport:
             "bytes_total": self.size.strict_total_bytes,
             "bytes_total_convention": self.size.convention_total_bytes,
             "training_data_seconds_by_step": training,
-            "seconds": {**sums(phases), "phases": [phase.facts() for phase in phases]},
+            "seconds": {**clock.sums(phases), "phases": [phase.facts() for phase in phases]},
             "checkpoint_id": seed.view_id,
             "audit": None if self.findings is None else [finding.facts() for finding in self.findings],
             "proof": self.proof.facts(),
@@ -170,8 +170,8 @@ class Writing:
     def _seconds(self) -> list[str]:
         lines = []
         for report in self.reports:
-            rows = chain_rows(chain(report.seed, report.evaluation))
-            lines += [f"Seed {report.seed.label}:", "", *markdown_table(CHAIN_HEADER, rows), ""]
+            rows = clock.phase_rows(chain(report.seed, report.score))
+            lines += [f"Seed {report.seed.label}:", "", *markdown_table(clock.HEADER, rows), ""]
             if report.seed.training_seconds() is None:
                 lines += ["The seconds of its training run are not known.", ""]
         note = "Strictly every phase counts towards its limit; by convention those that are marked."

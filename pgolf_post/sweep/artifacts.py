@@ -96,7 +96,8 @@ class Artifacts:
             before_packing(predict)
         with self.spending.timed("pack"):
             codec = request.settings.codec
-            artifact = keep(key, made.model, request.stats, codec, made.packed, facts, link_twins=True)
+            about = (made.packed, facts, made.phases)
+            artifact = keep(key, made.model, request.stats, codec, *about, link_twins=True)
         if artifact.verified is None:
             self.spending.shared.append("pack")
         return artifact

@@ -5,6 +5,7 @@ Either says under which key the artifact is looked up, and how its model is made
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class Made:
     model: QuantizedModel
     packed: Callable[[], bytes]  # its file
     facts: Mapping[str, Any] = field(default_factory=dict)  # more for meta.json
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds by phase
 
 
 class Quantizer(Protocol):
@@ -80,9 +82,11 @@ class ByPlan:
     def make(self, request: Request) -> Made:
         settings, stats = request.settings, request.stats
         view = jittered(request.view, settings.jitter_seed)
-        model = quantize_view(view, stats, trial_plan(settings), self.factors(stats))
+        factors, started = self.factors(stats), time.perf_counter()
+        model = quantize_view(view, stats, trial_plan(settings), factors)
+        phases = {"quantize": time.perf_counter() - started}
         packing = parse_settings(PackSettings, {"codec": settings.codec}, "sweep")
-        return Made(model, lambda: pack(model, packing))
+        return Made(model, lambda: pack(model, packing), phases=phases)
 
 
 class ByFit:
@@ -105,9 +109,9 @@ class ByFit:
             fitter = replace(fitter, view=view, builder=Builder(view, fitter.stats, fitter.settings))
         partial = partial_of(self.key(request))
         limit = limit_of(request.spec, settings)
-        solution, facts = fitted(fitter, limit, settings.codec, partial)
+        solution, facts, phases = fitted(fitter, limit, settings.codec, partial)
         partial.remove()
-        return Made(solution.model, lambda: solution.data, facts)
+        return Made(solution.model, lambda: solution.data, facts, phases)
 
     def _fitter(self, request: Request) -> Fitter:
         view, stats = request.view, request.stats

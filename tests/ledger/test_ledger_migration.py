@@ -26,8 +26,8 @@ FIRST_COLUMNS += " conclusion created"
 class LaterRow(Row):
     """A row with two columns that this program does not have."""
 
-    reviewer: str | None = column("Who has looked at it.", since=3, default=None)
-    tags: tuple[str, ...] = column("Words to find it by.", since=4, is_json=True, default=("untagged",))
+    reviewer: str | None = column("Who has looked at it.", since=4, default=None)
+    tags: tuple[str, ...] = column("Words to find it by.", since=5, is_json=True, default=("untagged",))
 
 
 class LaterLedger(Ledger):
@@ -36,7 +36,7 @@ class LaterLedger(Ledger):
 
 @dataclass(frozen=True)
 class BrokenRow(LaterRow):
-    second: str | None = column("A column that SQLite cannot add.", sql="TEXT UNIQUE", since=4, default=None)
+    second: str | None = column("A column that SQLite cannot add.", sql="TEXT UNIQUE", since=5, default=None)
 
 
 class BrokenLedger(Ledger):
@@ -84,7 +84,7 @@ def test_missing_columns_are_added_and_no_row_changes(old_root: Path) -> None:
         new = LaterRow("trial", "t3", reviewer="Ada", tags=("a", "b"))
         ledger.add(new)
     version, more, stored_now = table_of(old_root)
-    assert (version, more) == (4, [*columns, "command", "reviewer", "tags"])
+    assert (version, more) == (5, [*columns, "command", "phases", "reviewer", "tags"])
     assert [values[: len(columns)] for values in stored_now[: len(stored)]] == stored
     with LaterLedger.open(old_root) as ledger:
         again = ledger.get("trial", "t3")
@@ -110,7 +110,7 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(old_root: Path) -> Non
 
 def test_a_migrated_file_is_refused_by_an_older_program(old_root: Path) -> None:
     LaterLedger.open(old_root).close()
-    with pytest.raises(DamagedFileError, match="version 4, this program reads 2"):
+    with pytest.raises(DamagedFileError, match="version 5, this program reads 3"):
         Ledger.open(old_root)
 
 

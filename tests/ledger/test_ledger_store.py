@@ -163,7 +163,7 @@ def test_another_version_is_refused_and_left_alone(tmp_path):
     with sqlite3.connect(tmp_path / LEDGER_FILE) as connection:
         connection.execute("PRAGMA user_version = 7")
     connection.close()
-    with pytest.raises(DamagedFileError, match="version 7, this program reads 2"):
+    with pytest.raises(DamagedFileError, match="version 7, this program reads 3"):
         Ledger.open(tmp_path)
 
 
