@@ -60,6 +60,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     is_flag=True,
     help="Train 30 steps and take the result through every later stage, to a draft record folder; about two minutes.",
 )
+@click.option(
+    "--smoke-passed",
+    is_flag=True,
+    help="Say whether this recipe has passed its smoke ladder here. Train nothing, and exit 4 if it has not.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
 def command(
     recipe_path: Path,
@@ -69,6 +74,7 @@ def command(
     step_seconds: float | None,
     looped_step_seconds: float | None,
     smoke: bool,
+    smoke_passed: bool,
     as_json: bool,
 ) -> None:
     """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
@@ -85,11 +91,14 @@ def command(
         raise click.UsageError("--looped-step-seconds needs --step-seconds")
     if step_seconds is not None and not dry_run:
         raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
-    if smoke and (resume or dry_run):
+    if (smoke or smoke_passed) and (resume or dry_run):
         raise click.UsageError("--smoke climbs a ladder of its own; leave --resume and --dry-run out")
     recipe = read_settings(recipe_path, Recipe, overrides)
     if smoke:
         climb(recipe, as_json)
+        return
+    if smoke_passed:
+        ask(recipe, str(recipe_path), as_json)
         return
     if dry_run:
         if place_of_process().world_size > 1:
@@ -109,6 +118,16 @@ def climb(recipe: Recipe, as_json: bool) -> None:
     rows = smoke(recipe)
     if as_json:
         print_json({"recipe": recipe.run.name, "rungs": rows})
+
+
+def ask(recipe: Recipe, source: str, as_json: bool) -> None:
+    """Say that a recipe has passed its smoke ladder. Raises VerificationError if it has not."""
+    from trainer.smoke import require_passed, smoke_path
+
+    require_passed(recipe, shlex.join(["python", "-m", "trainer", source, "--smoke"]))
+    say(f"{recipe.run.name} has passed: {smoke_path(recipe)}")
+    if as_json:
+        print_json({"recipe": recipe.run.name, "passed": True})
 
 
 def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) -> None:

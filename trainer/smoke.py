@@ -2,8 +2,9 @@
 
 A fault that only shows after training costs a training run. So the recipe itself is trained for 30 steps, and what
 comes of it goes through statistics, quantization, the first build of a fit, scoring and a draft of the record folder. A
-rung that fails ends the ladder, with its error. What passed is kept in RUN/smoke.json under the recipe's sha256, so
-that a later, dear run can ask whether its recipe has been tried.
+rung that fails ends the ladder, with its error. What passed, or failed, is kept in RUN/smoke.json under the recipe's
+sha256, so that a dear run can ask whether its recipe has been tried (`sweep run` on several GPUs does). Smoke runs live
+under a root of their own, ROOT/smoke, where no command takes them for the newest run.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pgolf_post.artifacts import requant
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.base.storage import atomic_file, read_json, write_json
 from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.checkpoint import SMOKE_FOLDER
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import PgolfError
+from pgolf_post.errors import VerificationError
 from pgolf_post.fit.prepare import prepare
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
@@ -34,6 +36,7 @@ from pgolf_post.settings import canonical_json
 from pgolf_post.submit.stage import Order, submit
 from trainer.config import Recipe
 from trainer.loop import Trainer
+from trainer.stopping import StopSettings
 
 STEPS = 30
 WINDOWS = 64  # that are scored
@@ -41,12 +44,11 @@ CALIBRATION_WINDOWS = 8
 DRAFT_WINDOWS = 8  # of which the draft's script is proved
 PLAN = "sdclip-1394"
 SMOKE_FILE = "smoke.json"
-SUFFIX = "-smoke"
 HEADER = ("rung", "seconds", "result")
 
 
 def short_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe for a few steps, under a name of its own; architecture, data and optimizer are untouched."""
+    """Return the recipe for a few steps, under a root of its own; architecture, data and optimizer are untouched."""
     steps = min(STEPS, recipe.schedule.steps or STEPS)
     schedule = recipe.schedule.model_copy(
         update={"steps": steps, "seconds": None, "reserve_seconds": "auto", "hessian_seconds": None}
@@ -55,9 +57,12 @@ def short_recipe(recipe: Recipe) -> Recipe:
     checkpoint = recipe.checkpoint.model_copy(
         update={**kept, "every_seconds": None, "keep_last": None, "fractions": ()}
     )
-    run = recipe.run.model_copy(update={"name": recipe.run.name + SUFFIX, "min_tokens_per_second": None})
+    root = recipe.run.checkpoint_root / SMOKE_FOLDER
+    run = recipe.run.model_copy(update={"checkpoint_root": root, "min_tokens_per_second": None})
     return Recipe.model_validate(
-        recipe.model_copy(update={"schedule": schedule, "checkpoint": checkpoint, "run": run}).model_dump()
+        recipe.model_copy(
+            update={"schedule": schedule, "checkpoint": checkpoint, "run": run, "stop": StopSettings()}
+        ).model_dump()
     )
 
 
@@ -73,8 +78,13 @@ class Ladder:
     """The rungs of one recipe, each with what the earlier ones made."""
 
     recipe: Recipe
-    made: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)  # of earlier rungs: view, data, stats, artifact
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        """Settings of the statistics: a few windows."""
+        return CalibrationSettings(tokens=CALIBRATION_WINDOWS * self.recipe.data.seq_len)
 
     def rungs(self) -> dict[str, Callable[[], str]]:
         """Return the rungs in order, by name: functions that return what they have to show."""
@@ -88,20 +98,28 @@ class Ladder:
         }
 
     def climb(self) -> None:
-        """Take every rung, and keep what passed. Raises what a rung raises."""
-        for name, rung in self.rungs().items():
-            started = time.perf_counter()
-            try:
-                shown = rung()
-            except PgolfError as error:
-                self.rows.append({"rung": name, "passed": False, "result": str(error)})
-                say(f"smoke: {name} failed")
-                raise
-            seconds = round(time.perf_counter() - started, 3)
-            self.rows.append({"rung": name, "passed": True, "seconds": seconds, "result": shown})
-            say(f"smoke: {name} passed in {seconds:.1f} s")
-        with atomic_file(smoke_path(self.recipe)) as building:
-            write_json(building, {"recipe_sha256": recipe_sha256(self.recipe), "rungs": self.rows})
+        """Take every rung, and keep what passed or failed. Raises what a rung raises."""
+        try:
+            for name, rung in self.rungs().items():
+                self._take(name, rung)
+        finally:
+            with atomic_file(smoke_path(self.recipe)) as building:
+                write_json(building, {"recipe_sha256": recipe_sha256(self.recipe), "rungs": self.rows})
+
+    def _take(self, name: str, rung: Callable[[], str]) -> None:
+        """Take one rung. Whatever it raises, foreseen or not, is in its row."""
+        started, outcome = time.perf_counter(), "failed"
+        row: dict[str, Any] = {"rung": name, "passed": False}
+        self.rows.append(row)
+        try:
+            row |= {"result": rung(), "passed": True}
+            outcome = "passed"
+        except BaseException as error:
+            row["result"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            say(f"smoke: {name} {outcome} after {row['seconds']:.1f} s")
 
     def train(self) -> str:
         short = short_recipe(self.recipe)
@@ -112,9 +130,8 @@ class Ladder:
         return f"{short.schedule.steps} steps, {checkpoint.path}"
 
     def statistics(self) -> str:
-        view, seq_len = self.made["view"], self.recipe.data.seq_len
-        self.calibration = CalibrationSettings(tokens=CALIBRATION_WINDOWS * seq_len)
-        self.made["stats"] = calibrate(view, self.made["data"], self.calibration.model_copy(update={"fisher": True}))
+        with_fisher = self.calibration.model_copy(update={"fisher": True})
+        self.made["stats"] = calibrate(self.made["view"], self.made["data"], with_fisher)
         return f"{self.made['stats'].num_tokens:,} tokens"
 
     def requantize(self) -> str:
@@ -148,13 +165,24 @@ class Ladder:
 
 def smoke_path(recipe: Recipe) -> Path:
     """Return the file that keeps what passed, beside the smoke run's checkpoints."""
-    return recipe.run.checkpoint_root / (recipe.run.name + SUFFIX) / SMOKE_FILE
+    return recipe.run.checkpoint_root / SMOKE_FOLDER / recipe.run.name / SMOKE_FILE
 
 
 def has_passed(recipe: Recipe) -> bool:
     """Return whether this very recipe (whatever its seed and name's place) has passed its smoke ladder here."""
     path = smoke_path(recipe)
-    return path.is_file() and read_json(path).get("recipe_sha256") == recipe_sha256(recipe)
+    if not path.is_file():
+        return False
+    kept = read_json(path)
+    return kept.get("recipe_sha256") == recipe_sha256(recipe) and all(rung["passed"] for rung in kept["rungs"])
+
+
+def require_passed(recipe: Recipe, command: str) -> None:
+    """Raise VerificationError, naming `command` as the next, unless the recipe has passed its smoke ladder."""
+    if not has_passed(recipe):
+        raise VerificationError(
+            f"{recipe.run.name}: this recipe has not passed its smoke ladder here ({smoke_path(recipe)})", hint=command
+        )
 
 
 def smoke(recipe: Recipe) -> list[dict[str, Any]]:

@@ -140,6 +140,12 @@ def plan_command(as_json: bool, **options: Any) -> None:
     show_default=True,
     help="With ray, how often a dead worker's trial is tried again.",
 )
+@click.option(
+    "--smoke/--no-smoke",
+    default=None,
+    help="Before trials train, ask whether their recipes have passed `python -m trainer RECIPE --smoke` here.  "
+    "[default: on several GPUs]",
+)
 @click.option("--plots/--no-plots", default=False, help="Draw figures beside the table (extra `plots`).")
 @threads_option
 @quiet_option
@@ -154,6 +160,7 @@ def run_command(
     cpus_per_trial: float,
     gpus_per_trial: float,
     retries: int,
+    smoke: bool | None,
     plots: bool,
     as_json: bool,
     **options: Any,
@@ -167,12 +174,13 @@ def run_command(
     pgolf-post sweep run SPEC --engine ray --ray-address auto --gpus-per-trial 1
 
     A trial that fails is a row with its error, and the others go on. Exit code 4 if the control does not reproduce
-    what the spec's gate says.
+    what the spec's gate says, or a recipe to train has not passed its smoke ladder.
     """
     from pgolf_post.base.ranks import Ranks
     from pgolf_post.ledger.schema import iso_utc
     from pgolf_post.sweep.engines.local import run_local
     from pgolf_post.sweep.engines.torchrun import run_torchrun
+    from pgolf_post.sweep.smoke import num_gpus, require_smoke
     from pgolf_post.sweep.table import live
 
     started, spent = time.perf_counter(), list[float]()
@@ -186,9 +194,12 @@ def run_command(
         live(state, row, spent)
 
     try:
+        if ranks.world_size > 1 and (engine != "local" or workers > 1):
+            raise click.UsageError("under torchrun its ranks are the workers; leave out --engine and --workers")
+        gpus = num_gpus(workers * ranks.world_size, gpus_per_trial if engine == "ray" else None)
+        if smoke or (smoke is None and gpus > 1):
+            require_smoke(chosen)
         if ranks.world_size > 1:
-            if engine != "local" or workers > 1:
-                raise click.UsageError("under torchrun its ranks are the workers; leave out --engine and --workers")
             state = run_torchrun(chosen, ranks, on_row)
         elif engine == "ray":
             from pgolf_post.sweep.engines.ray import RayOptions, run_ray

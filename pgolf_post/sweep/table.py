@@ -19,6 +19,7 @@ from pgolf_post.sweep.state import State
 from pgolf_post.sweep.verdict import noise_floor
 
 HEADER = ("trial", "bytes", "headroom", "bpb", "Δ control", "interval", "verdict", "seconds", "note")
+NOTED = ("error", "dropped", "stopped", "stopped_early")  # keys of a result that say why a trial has no score
 
 
 def ranked(state: State) -> list[Row]:
@@ -54,6 +55,8 @@ def facts_of(state: State, row: Row) -> dict[str, Any]:
         "no_op",
         "dropped",
         "stopped",
+        "stopped_early",
+        "at_stop",
     )
     return {
         "id": row.id,
@@ -85,9 +88,9 @@ def cells(state: State, row: Row) -> tuple[str, ...]:
 
 def _note(row: Row) -> str:
     result = row.result
-    for key in ("error", "dropped", "stopped"):
+    for key in NOTED:
         if key in result:
-            return f"{key}: {result[key]}"
+            return f"{key.replace('_', ' ')}: {result[key]}"
     return ", ".join(f"no {stage}" for stage in result.get("skipped", {}))
 
 
@@ -166,7 +169,7 @@ def live(state: State, row: Row, spent: Sequence[float]) -> None:
     lead = "; ".join(f"{place}. {one.name} {_short(state, one)}" for place, one in enumerate(best, 1))
     left, mean = len(state.open), sum(spent) / max(1, len(spent))
     done = len(state.listed) - left
-    outcome = _note(row) if row.result.keys() & {"error", "dropped", "stopped"} else _short(state, row)
+    outcome = _note(row) if row.result.keys() & set(NOTED) else _short(state, row)
     line = f"[{done}/{len(state.listed)}] {row.name}: {outcome}"
     line += f" {row.verdict}" if row.verdict else ""
     say(line + (f" | {lead}" if lead else "") + f" | eta {left * mean:.0f} s")

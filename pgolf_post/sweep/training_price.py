@@ -15,7 +15,7 @@ from typing import Any
 from pgolf_post.checkpoint import list_checkpoints
 from pgolf_post.ledger import Row
 from pgolf_post.sweep.settings import TrainStage
-from pgolf_post.sweep.training import find_trained, recipe_tree
+from pgolf_post.sweep.training import find_stopped, find_trained, recipe_tree
 
 STEP_KEYS = ("seq_len", "batch_tokens")  # of the table data: what a step reads
 
@@ -32,6 +32,8 @@ def training_price(stage: TrainStage, root: Path, runs: Iterable[Row], device: s
     """Return what a training will cost. Raises SettingsError or NotFoundError for its recipe."""
     if find_trained(stage, root) is not None:
         return TrainingPrice(0.0, "trained already")
+    if find_stopped(stage, root) is not None:
+        return TrainingPrice(0.0, "stopped early already")
     tree = recipe_tree(stage)
     schedule = tree.get("schedule", {})
     cap, steps = schedule.get("seconds"), schedule.get("steps")

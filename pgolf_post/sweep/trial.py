@@ -31,12 +31,14 @@ from pgolf_post.sweep.quantizers import Request, fit_stage
 from pgolf_post.sweep.scores import stage_protocol
 from pgolf_post.sweep.settings import SweepSpec
 from pgolf_post.sweep.stages import STAGES
-from pgolf_post.sweep.training import recipe_tree
+from pgolf_post.sweep.training import TrainingStoppedError, recipe_tree
 from pgolf_post.sweep.trial_model import TrialModel, unquantized
 from pgolf_post.sweep.trials import Trial
 from pgolf_post.sweep.verdict import judge, noise_floor
 from pgolf_post.sweep.weights import FIELDS as WEIGHT_FIELDS
 from pgolf_post.sweep.workbench import Workbench
+
+STOP_FACTS = ("step", "tokens_seen", "train_seconds")
 
 
 class DroppedError(Exception):
@@ -83,6 +85,8 @@ class Run:
             raise KeyboardInterrupt from error
         except DroppedError as dropped:
             result["dropped"] = str(dropped)
+        except TrainingStoppedError as stopped:
+            self._stopped_early(stopped, result)
         except PgolfError as error:
             result["error"] = str(error)
         except Exception as error:  # not foreseen: the row keeps what is needed to find out
@@ -146,6 +150,20 @@ class Run:
         self.parents = (str(model.facts["artifact_id"]),)
         self.extra_rows = self._lineage(request, model)
         return model
+
+    def _stopped_early(self, stopped: TrainingStoppedError, result: dict[str, Any]) -> None:
+        """Put what a stopped training left into `result`. It is an error of what other trials are compared with."""
+        if not self._is_ordinary:
+            result["error"] = f"{stopped}: other trials are compared with it (leave out [stop] in its recipe)"
+            return
+        checkpoint = stopped.checkpoint
+        view = checkpoint.view_name(None)
+        facts, metric = dict(checkpoint.meta["stopped_early"]), checkpoint.meta["views"][view].get("metric") or {}
+        self.parents = (checkpoint.view_id(view),)
+        result["checkpoint_id"] = self.parents[0]
+        result["stopped_early"] = facts.pop("reason")
+        result["at_stop"] = facts | {key: checkpoint.meta[key] for key in STOP_FACTS if key in checkpoint.meta}
+        result["at_stop"] |= {key: metric[key] for key in ("bpb", "nats", "tokens", "bytes") if key in metric}
 
     @property
     def _is_ordinary(self) -> bool:
@@ -238,6 +256,8 @@ class Run:
         floor = noise_floor([row for row in self.noise if "error" not in row.result], stage)
         if self.control is None or self.trial.role == "noise" or "error" in result:
             return None, None
+        if "stopped_early" in result:
+            return "stopped early", str(result["stopped_early"])
         same = ("content_sha256", "protocols", "artifact_bytes")
         if all(result.get(key) == self.control.result.get(key) for key in same):
             result["no_op"] = True

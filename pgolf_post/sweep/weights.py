@@ -23,7 +23,7 @@ from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.recent import Recent
 from pgolf_post.sweep.settings import BlendStage, EmaStage, TrialSettings
 from pgolf_post.sweep.spending import Spending
-from pgolf_post.sweep.training import run_id, trained
+from pgolf_post.sweep.training import TrainingStoppedError, run_id, trained
 
 FIELDS = {"checkpoint", "weights", "train", "blend", "ema"}  # of a trial's settings: those that decide its weights
 JITTER = 1e-4
@@ -39,7 +39,8 @@ class Weights:
     def checkpoint(self, settings: TrialSettings) -> Checkpoint:
         """Return the checkpoint that a trial starts from; trained first, where it says so.
 
-        Raises NotFoundError, DamagedFileError as `Checkpoint.open` does, PgolfError if training fails.
+        Raises NotFoundError, DamagedFileError as `Checkpoint.open` does, TrainingStoppedError if training ended early,
+        PgolfError if it fails.
         """
         if settings.train:
             name = f"train-{run_id(settings.train)}"
@@ -84,7 +85,10 @@ class Weights:
 
     def num_blocks(self, settings: TrialSettings) -> int:
         """Return how many blocks the model of a trial has."""
-        config = self.checkpoint(settings).config
+        try:
+            config = self.checkpoint(settings).config
+        except TrainingStoppedError as stopped:
+            config = stopped.checkpoint.config
         return get_family(config["family"]).num_layers(build_module(config))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import pgolf_post.sweep.quantizers as quantizers
+import pgolf_post.sweep.smoke as smoke
 import pgolf_post.sweep.stages.screen as screen
+import pgolf_post.sweep.training as training
 from pgolf_post.artifacts import requant
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
@@ -371,6 +374,93 @@ def test_training_is_a_first_stage(lab: Lab, pico_data: DataFolder) -> None:
     again = by_name(lab.run(spec_text(twice), "twice"))
     assert again["short, k = 11"].result["checkpoint_id"] == final.view_id()
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+STOPPING = """
+question = "?"
+noise_repeats = 0
+[[trials]]
+name = "worse"
+train = {recipe = "RECIPE", set = ["checkpoint.fractions=[]"]}
+[[trials]]
+name = "worse, k = 11"
+matrices.clip = 11
+train = {recipe = "RECIPE", set = ["checkpoint.fractions=[]"]}
+"""
+
+
+def test_a_training_that_stops_early_is_a_finished_trial(
+    lab: Lab, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its numbers and no score, ends after the scored ones, and is trained once, not resumed to its end."""
+    from tests.conftest import pico_recipe, write_recipe
+
+    log = lab.folder / "better.log"
+    log.write_text("\n".join(f"step:{step}/12 train_loss:0.5 train_time:{step}ms" for step in range(1, 13)))
+    stop = {"against": str(log), "at": [0.5]}
+    recipe = write_recipe(pico_recipe(pico_data, lab.root, stop=stop), lab.folder / "recipe.toml")
+    run, trainings = training.subprocess.run, []
+    monkeypatch.setenv("RANK", "7")  # of a sweep under torchrun, whose trainings are alone
+    monkeypatch.setattr(training.subprocess, "run", lambda *a, **k: trainings.append(k["env"]) or run(*a, **k))
+    state = lab.run(spec_text(STOPPING.replace("RECIPE", str(recipe))))
+    rows = by_name(state)
+    assert len(trainings) == 1
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & trainings[0].keys()
+    for row in (rows["worse"], rows["worse, k = 11"]):
+        assert (row.verdict, "error" in row.result, "screen" in row.result) == ("stopped early", False, False)
+        assert row.result["at_stop"]["step"] == row.result["at_stop"]["at"] == 6
+        assert row.result["at_stop"]["difference"] > 0.01
+        assert row.result["at_stop"]["bpb"] > 0
+        assert row.result["stopped_early"] == row.conclusion
+        with Ledger.open(lab.root) as ledger:
+            assert ledger.get("checkpoint", row.parents[0]) is not None
+    assert [row.name for row in ranked(state)][-2:] == ["worse", "worse, k = 11"]
+    assert "stopped early: train_loss" in markdown(state, "lab")
+
+
+def test_a_control_that_stops_early_is_an_error(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Checkpoint.open(lab.root / "latest")
+    stopped.meta["stopped_early"] = {"reason": "worse by 0.05", "at": 6.0}
+
+    def stop(*_: object) -> None:
+        raise training.TrainingStoppedError(stopped)
+
+    monkeypatch.setattr("pgolf_post.sweep.weights.trained", stop)
+    text = 'question = "?"\nnoise_repeats = 0\ntrain = {recipe = "R.toml"}\n[grid]\n"*.hessian_lambda" = [0, 0.2]\n'
+    (lab.folder / "R.toml").write_text("[run]\nname = 'r'\n")
+    monkeypatch.chdir(lab.folder)
+    with pytest.raises(PgolfError, match=r"the control failed.*worse by 0\.05.*compared with it"):
+        lab.run(spec_text(text))
+
+
+def test_smoke_is_asked_of_recipes_that_are_still_to_be_trained(
+    lab: Lab, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import pico_recipe, write_recipe
+
+    recipe = write_recipe(pico_recipe(pico_data, lab.root), lab.folder / "recipe.toml")
+    options, asked = lab.options(spec_text(STOPPING.replace("RECIPE", str(recipe)))), []
+    codes = {"returncode": 4}
+
+    def run(command: list[str], **_: object) -> object:
+        asked.append(command[-2:])
+        return subprocess.CompletedProcess(command, codes["returncode"], "", "error: no such thing")
+
+    monkeypatch.setattr(smoke.subprocess, "run", run)
+    with pytest.raises(VerificationError, match="has not passed its smoke ladder") as caught:
+        smoke.require_smoke(options)
+    assert f"python -m trainer {recipe} --smoke" in str(caught.value.hint)
+    codes["returncode"] = 0
+    smoke.require_smoke(options)
+    assert asked == [[str(recipe), "--smoke-passed"]] * 2  # one recipe, though two trials train it
+    codes["returncode"] = 2
+    with pytest.raises(PgolfError, match="no such thing"):
+        smoke.require_smoke(options)
+    monkeypatch.setattr(smoke, "find_trained", lambda *_: object())
+    smoke.require_smoke(options)
+    assert len(asked) == 3
+    monkeypatch.setattr(smoke.torch.cuda, "is_available", lambda: True)
+    assert [smoke.num_gpus(8), smoke.num_gpus(4, 0.0), smoke.num_gpus(4, 0.5)] == [8, 0, 2]
 
 
 def test_a_table_ranks_and_is_written(lab: Lab, tmp_path: Path) -> None:

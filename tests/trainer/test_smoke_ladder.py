@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pgolf_post.base.storage import read_json
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import PgolfError
+from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.submit.prove import Proof
 from tests.conftest import pico_recipe
 from trainer import smoke
@@ -23,7 +24,7 @@ def test_a_short_recipe_is_the_recipe_but_for_its_length(recipe: Recipe) -> None
     short = smoke.short_recipe(recipe)
     assert (short.schedule.steps, short.schedule.seconds) == (smoke.STEPS, None)
     assert (short.model, short.optim, short.data) == (recipe.model, recipe.optim, recipe.data)
-    assert short.run.name == "pico-smoke"
+    assert short.run.folder == recipe.run.checkpoint_root / "smoke" / "pico"  # where no run is the newest
 
 
 def test_the_hash_ignores_seed_and_name_and_nothing_else(recipe: Recipe) -> None:
@@ -45,17 +46,24 @@ def test_every_rung_is_taken_and_what_passed_is_kept(recipe: Recipe, monkeypatch
     rows = smoke.smoke(recipe)
     assert [row["rung"] for row in rows] == ["train", "statistics", "requant", "fit", "score", "submit"]
     assert all(row["passed"] for row in rows)
-    assert smoke.has_passed(recipe)
+    smoke.require_passed(recipe, "")
     assert not smoke.has_passed(recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"matrix_lr": 0.5})}))
 
 
-def test_a_rung_that_fails_ends_the_ladder(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [PgolfError, ZeroDivisionError])
+def test_a_rung_that_fails_ends_the_ladder_and_is_kept(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     def broken(_: smoke.Ladder) -> str:
-        raise PgolfError("the disk is full")
+        raise kind("the disk is full")
 
     monkeypatch.setattr(smoke.Ladder, "train", broken)
     ladder = smoke.Ladder(recipe)
-    with pytest.raises(PgolfError, match="disk is full"):
+    with pytest.raises(kind, match="disk is full"):
         ladder.climb()
-    assert ladder.rows == [{"rung": "train", "passed": False, "result": "the disk is full"}]
+    (row,) = read_json(smoke.smoke_path(recipe))["rungs"]
+    assert (row["rung"], row["passed"], row["result"]) == ("train", False, f"{kind.__name__}: the disk is full")
     assert not smoke.has_passed(recipe)
+    with pytest.raises(VerificationError, match="has not passed") as caught:
+        smoke.require_passed(recipe, "python -m trainer R.toml --smoke")
+    assert (caught.value.exit_code, caught.value.hint) == (4, "python -m trainer R.toml --smoke")
