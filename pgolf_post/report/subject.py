@@ -8,7 +8,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.ledger.disk import entry_id, scan
+from pgolf_post.ledger.lineage import Node, trees
 from pgolf_post.ledger.store import LEDGER_FILE
+from pgolf_post.report.points import Point, points_of
 
 ID_DIGITS = 12  # of the ids by which folders are named
 
@@ -32,12 +34,28 @@ class Subject:
     rows: list[Row]  # oldest first
     budget_bytes: int
     names: tuple[str, ...] = ()  # what was asked for; empty: all
-    folders: list[Path] = field(default_factory=list)  # checkpoint folders
+    opened: Sequence[Checkpoint] = ()  # checkpoints that are shown
+    listed: Sequence[CacheEntry] = ()  # derived results under the root
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Folders of the checkpoints."""
+        return [checkpoint.path for checkpoint in self.opened]
 
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints, by run and step."""
-        return sorted(map(Checkpoint.open, self.folders), key=lambda one: (one.path.parent.name, int(one.meta["step"])))
+        return sorted(self.opened, key=lambda one: (one.path.parent.name, int(one.meta["step"])))
+
+    @cached_property
+    def trees(self) -> list[Node]:
+        """All rows but notes as trees."""
+        return trees(self.rows)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Artifacts and packed trials with their scores, the fewest bits per byte first."""
+        return points_of(self.rows, self.trees)
 
     @cached_property
     def run_folders(self) -> list[Path]:
@@ -48,7 +66,7 @@ class Subject:
 
     @cached_property
     def _complete(self) -> list[CacheEntry]:
-        return [entry for entry in list_entries(self.root) if entry.state in ("complete", "orphan")]
+        return [entry for entry in self.listed if entry.state in ("complete", "orphan")]
 
     @cached_property
     def entries(self) -> dict[str, CacheEntry]:
@@ -86,30 +104,27 @@ def find_subject(targets: Sequence[Path], root: Path, budget_bytes: int) -> Subj
             hint="make a report for each",
         )
     own_root = roots[0]
-    rows = all_rows(own_root)
-    folders = [checkpoint.path for checkpoint in list_checkpoints(own_root)]
+    opened, entries = list_checkpoints(own_root), list_entries(own_root)
+    rows = all_rows(own_root, opened, entries)
     if not rows:
         raise NotFoundError(f"nothing is recorded under {own_root}", hint="pgolf-post demo")
     if not asked:
-        return Subject(f"{own_root.resolve().name}", own_root, rows, budget_bytes, (), folders)
+        return Subject(f"{own_root.resolve().name}", own_root, rows, budget_bytes, (), opened, entries)
     seeds = [row for row in rows if any(one.fits(row) for one in asked)]
     kept = related(rows, seeds)
-    folders = [folder for folder in folders if any(one.holds(folder) for one in asked)]
+    opened = [checkpoint for checkpoint in opened if any(one.holds(checkpoint.path) for one in asked)]
     names = tuple(one.name for one in asked)
-    if not seeds and not folders:
+    if not seeds and not opened:
         raise NotFoundError(
             f"nothing is recorded of {', '.join(names)} under {own_root}",
             hint=f"pgolf-post ledger scan --root {own_root}, or pgolf-post sweep run for a sweep",
         )
-    return Subject(", ".join(names), own_root, kept, budget_bytes, names, folders)
+    return Subject(", ".join(names), own_root, kept, budget_bytes, names, opened, entries)
 
 
-def all_rows(root: Path) -> list[Row]:
-    """Return the rows of what lies on disk and of the ledger, oldest first; the ledger's say more.
-
-    Raises NotFoundError if there is no such folder.
-    """
-    rows = {(row.kind, row.id): row for row in scan(root)}
+def all_rows(root: Path, checkpoints: Sequence[Checkpoint], entries: Sequence[CacheEntry]) -> list[Row]:
+    """Return the rows of what lies on disk and of the ledger, oldest first; the ledger's say more."""
+    rows = {(row.kind, row.id): row for row in scan(root, checkpoints, entries)}
     if (root / LEDGER_FILE).is_file():
         with Ledger.open(root, read_only=True) as ledger:
             for row in ledger.rows():

@@ -18,10 +18,12 @@ from pgolf_post.diagnose.settings import DiagnoseSettings
 from pgolf_post.diagnose.stage import diagnose
 from pgolf_post.errors import MismatchError, NotFoundError, PgolfError
 from pgolf_post.ledger import Row
+from pgolf_post.ledger.lineage import trees
 from pgolf_post.plan import read_plan
 from pgolf_post.report.blocks import Figure, Table
+from pgolf_post.report.points import points_of
 from pgolf_post.report.sections import tensors
-from pgolf_post.report.sections.artifacts import front, points_of
+from pgolf_post.report.sections.artifacts import front
 from pgolf_post.report.sections.diagnostics import diagnostics
 from pgolf_post.report.sections.ranges import near_axis
 from pgolf_post.report.sections.runs import runs, thinned
@@ -96,7 +98,7 @@ def test_a_gap_is_against_the_weights_that_were_quantized() -> None:
         Row("artifact", "a1", ("v1",), "six bits", result={"artifact_bytes": 10}),
         Row("score", "s2", ("a1",), "plain of an artifact", settings=protocol, result={"bpb": 1.75, **sums}),
     ]
-    (point,) = points_of(rows)
+    (point,) = points_of(rows, trees(rows))
     assert (point.num_bytes, point.bpb, point.gap_bpb) == (10, 1.75, 0.25)
 
 

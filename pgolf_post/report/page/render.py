@@ -21,7 +21,7 @@ import numpy as np
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.ledger.schema import iso_utc
 from pgolf_post.report.blocks import Figure, Section
-from pgolf_post.report.sections.artifacts import main_text, points_of
+from pgolf_post.report.points import main_text
 from pgolf_post.report.sections.table import sections_of
 from pgolf_post.report.subject import Subject
 
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 def _facts(subject: Subject) -> list[tuple[str, str]]:
     """Return what a reader wants first: the best numbers, and how much there is."""
     facts = []
-    compared = main_text(points_of(subject.rows))
+    compared = main_text(subject.points)
     fitting = [point for point in compared if point.num_bytes <= subject.budget_bytes]
     if fitting:
         best = fitting[0]

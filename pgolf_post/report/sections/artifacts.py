@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pgolf_post.ledger import Row
-from pgolf_post.ledger.lineage import Node, trees
-from pgolf_post.ledger.query import bpb_of, counted_bytes
 from pgolf_post.report.blocks import Block, Cell, Figure, Section, Table, cut, lines, number
+from pgolf_post.report.points import Point, main_text
 from pgolf_post.report.sections.ranges import near_axis
 from pgolf_post.report.subject import Subject
 
@@ -17,77 +15,15 @@ NOT_NAMED = ("view", "codec", "data_manifest_sha256", "rules")  # settings that 
 FAR = 3.0  # the budget line is drawn if it lies within so many widths of the points
 
 
-@dataclass(frozen=True)
-class Point:
-    """An artifact's bytes with one score."""
-
-    row: Row  # of the artifact or trial
-    num_bytes: int
-    bpb: float | None
-    gap_bpb: float | None
-    text: str  # protocol and text of the score, in words; empty if there is none
-    text_id: str = ""  # the same for scores that compare
-
-
 def artifacts(subject: Subject) -> Section | None:
     """Return the section of the artifacts and packed trials."""
-    points = points_of(subject.rows)
+    points = subject.points
     if not points:
         return None
     table = Table("All artifacts", HEADER, [_cells(point, subject) for point in points])
     scored = [point for point in points if point.bpb is not None]
     blocks: list[Block] = [_figure(scored, subject, table)] if len(scored) > 1 else [table]
     return Section("artifacts", "Artifacts", blocks, "The gap is against the weights that were quantized, same text.")
-
-
-def points_of(rows: list[Row]) -> list[Point]:
-    """Return every artifact and packed trial with each of its scores, the fewest bits per byte first."""
-    points = []
-    trials = {str(row.result.get("artifact_id")) for row in rows if row.kind == "trial"}
-    for root in trees(rows):
-        for _, node in root.walk():
-            row = node.row
-            if row is None or row.kind not in ("artifact", "trial") or "artifact_bytes" not in row.result:
-                continue
-            if row.kind == "artifact" and row.id in trials:
-                continue  # its trial says more
-            points += _of_node(row, node)
-    return sorted(points, key=lambda point: (point.bpb is None, point.bpb or 0.0, point.num_bytes))
-
-
-def _of_node(row: Row, node: Node) -> list[Point]:
-    num_bytes = counted_bytes(row) or 0
-    if row.kind == "trial":
-        told = f"sweep {row.run}" if bpb_of(row) is not None else ""
-        return [Point(row, num_bytes, bpb_of(row), _trial_gap(row), told, told)]
-    scores = [(child.row, child) for child in node.children if child.row is not None and child.row.kind == "score"]
-    found = [
-        Point(row, num_bytes, bpb_of(score), child.delta_bpb, _text_of(score), score.settings_hash)
-        for score, child in scores
-    ]
-    return found or [Point(row, num_bytes, bpb_of(row), node.delta_bpb, "")]
-
-
-def _text_of(score: Row) -> str:
-    """Return a score's protocol and text in words."""
-    tokens = score.result.get("tokens")
-    return f"{score.name.removesuffix(' of an artifact')}, {tokens:,} tokens" if tokens else score.name
-
-
-def main_text(points: list[Point]) -> list[Point]:
-    """Return the scored points of the text and protocol that most were scored on: they compare with each other."""
-    by_text: dict[str, list[Point]] = {}
-    for point in points:
-        if point.bpb is not None:
-            by_text.setdefault(point.text_id, []).append(point)
-    return max(by_text.values(), key=len, default=[])
-
-
-def _trial_gap(row: Row) -> float | None:
-    parts = (
-        part for part in row.result.values() if isinstance(part, dict) and part.get("bpb") == row.result.get("bpb")
-    )
-    return next((part.get("difference_bpb") for part in parts), None)
 
 
 def settings_of(row: Row) -> list[str]:

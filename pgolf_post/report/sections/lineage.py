@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pgolf_post.ledger.lineage import Node, describe, trees
+from pgolf_post.ledger.lineage import Node, describe
 from pgolf_post.report.blocks import Branch, Section, Tree
 from pgolf_post.report.subject import Subject
 
 
 def lineage(subject: Subject) -> Section | None:
     """Return the section of the trees of all rows but notes."""
-    roots = [branch_of(root) for root in trees(subject.rows)]
+    roots = [branch_of(root) for root in subject.trees]
     note = "A difference is shown only against a number of the same text by the same protocol."
     return Section("lineage", "Lineage", [Tree("What was made of what", roots)], note) if roots else None
 

@@ -19,7 +19,7 @@ from pgolf_post.errors import PgolfError
 from pgolf_post.pack.artifact import find_artifact
 from pgolf_post.pack.report.tensor_bytes import CONTAINER, TensorBytes, role_table, tensor_table
 from pgolf_post.report.blocks import Cell, Figure, Section, Table, label, number
-from pgolf_post.report.sections.artifacts import main_text, points_of
+from pgolf_post.report.points import main_text
 from pgolf_post.report.subject import Subject
 
 BYTES = Stage("bytes", 1, "tensors.json")
@@ -67,7 +67,7 @@ def kept_table(path: Path) -> list[TensorBytes]:
 
 def chosen_artifact(subject: Subject) -> tuple[str, Path] | None:
     """Return the name and the file of the best artifact that is here and fits the budget, else of the newest."""
-    points = points_of(subject.rows)
+    points = subject.points
     fits = [point for point in main_text(points) if point.num_bytes <= subject.budget_bytes]
     newest = sorted(points, key=lambda point: point.row.created, reverse=True)
     for point in [*fits, *newest]:  # the best come first
