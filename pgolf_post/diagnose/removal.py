@@ -72,7 +72,7 @@ def log_probs(module: Any, batch: Tensor) -> Tensor:  # (batch, seq_len) → (ba
 
 
 class Replay:
-    """What every attention and MLP gave in one pass of the whole model, to be given again until a block is removed."""
+    """Outputs of every attention and MLP in one pass of the whole model, given again until a block is removed."""
 
     def __init__(self, module: nn.Module, branches: Mapping[int, Sequence[str]]) -> None:
         self.branches = branches

@@ -49,7 +49,7 @@ class Subject:
 
     @cached_property
     def trees(self) -> list[Node]:
-        """All rows but notes as trees."""
+        """Trees of all rows but notes."""
         return trees(self.rows)
 
     @cached_property
