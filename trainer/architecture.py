@@ -86,7 +86,8 @@ class ArchitectureSettings(Settings):
     lanes_start: int | None = Field(
         None,
         ge=0,
-        description="two residual lanes from this layer on, in the decoder half; 0 = weights kept, unused",
+        description="two residual lanes from this layer on, in the decoder half; later visits of layers below it go "
+        "to a third stream that nothing reads, as in the public scripts; 0 = weights kept, unused",
     )
     lane_kind: LaneKind = Field(
         "routed", description="both parts read what the last visit left, or one after the other, or each its own lane"
@@ -136,10 +137,10 @@ class ArchitectureSettings(Settings):
                 f"layer {layer} comes before the decoder half; lanes, here from lanes_start {self.lanes_start} on, "
                 "begin in that half"
             )
-        if self.lane_kind != "separate" and (layer := visit_after_lanes(self)) is not None:
+        if self.lane_kind == "sequential" and (layer := visit_after_lanes(self)) is not None:
             raise ValueError(
                 f"{'visits' if self.visits is not None else 'loops'}: layer {layer} comes after the lanes split at "
-                f"lanes_start {self.lanes_start}, where the public scripts give it a stream that nothing reads"
+                f"lanes_start {self.lanes_start}; sequential lanes take no layer below that"
             )
         longest = len(visit_list(self, self.max_active_loops))
         if self.encoder_visits is not None and self.encoder_visits > longest:
@@ -156,7 +157,8 @@ class ArchitectureSettings(Settings):
         if (self.carry != "none" or self.untied_loop_mlps) and not size:
             raise ValueError("carry and untied_loop_mlps need a layer that is visited twice: set num_loops or visits")
         lists = [visit_list(self, active) for active in range(self.max_active_loops + 1)]
-        if not self.first_attention and any(0 in visits_in_lanes(self, active) for active in range(len(lists))):
+        late = [visits_in_lanes(self, active) for active in range(len(lists))]
+        if not self.first_attention and self.lane_kind == "separate" and any(0 in visits for visits in late):
             raise ValueError("first_attention = false: block 0 cannot be visited in lanes")
         if not self.first_attention and self.visit_controls and any(visits[:1] != [0] for visits in lists):
             raise ValueError("first_attention = false with visit_controls: lists must begin with block 0")
@@ -283,6 +285,11 @@ def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int
     decoder = split_visits(config, active_loops)[1]
     split = [i for i, layer in enumerate(decoder) if config.lanes_start and layer >= config.lanes_start]
     return decoder[split[0] :] if split else []
+
+
+def is_left_behind(config: ArchitectureSettings, layer: int) -> bool:
+    """Return whether a visit of a layer after the lanes split has the old stream, not the lanes."""
+    return config.lane_kind == "routed" and layer < (config.lanes_start or 0)
 
 
 def visit_after_lanes(config: ArchitectureSettings) -> int | None:

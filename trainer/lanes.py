@@ -3,6 +3,9 @@
 The public scripts of openai/parameter-golf have three kinds. *Routed* (#1529 and the banked line after it): both read
 what the visit before left, and both write to both lanes. *Sequential* (#1204, #1285): the MLP reads the second lane
 after attention has written to it, and mixes it with x0 too. *Separate* (#1334): each writes to its own lane only.
+
+Where a list visits a layer below the lanes' start after they split (PARALLEL_START_LAYER inside a loop), routed scripts
+leave the lanes alone: that visit pops its skip and runs on the single stream of before the split, which nothing reads.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from trainer.activations import activation_of
 from trainer.architecture import (
     GraphState,
     ModelConfig,
+    is_left_behind,
     looped_layers,
     mlp_width,
     num_places,
@@ -372,7 +373,8 @@ class GolfGPT(nn.Module):
             x = self._visit(layer, x, x0, context, recurrence)
             skips.append(x)
 
-        # Decoder: every visit takes a skip back, the last one first; from lanes_start on, in two residual lanes.
+        # Decoder: every visit takes a skip back, the last one first; from lanes_start on, in two residual lanes. Visits
+        # that routed lanes leave behind go on with the stream from before the split, which nothing reads again.
         lanes: Lanes | None = None
         for index, layer in enumerate(decoder):
             has_just_split = bool(lanes is None and self.config.lanes_start and layer >= self.config.lanes_start)
@@ -380,7 +382,7 @@ class GolfGPT(nn.Module):
                 lanes = x, x
             row = self._skip_row(index) if len(skips) > 0 else None  # torch 2.11 compiles no bool(list)
             skip = None if row is None else skips.pop()
-            if lanes is None:
+            if lanes is None or is_left_behind(self.config, layer):
                 x = x if skip is None or row is None else self._skip(x, skip, row)
                 x = self._visit(layer, x, x0, context, recurrence)
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ from pgolf_post.importers import FORMATS
 from pgolf_post.ledger import Ledger, Row
 from tests.cli.conftest import Call, caller
 from tests.conftest import pico_documents, pico_recipe, write_recipe
+from tests.importers.test_repack import int8_artifact, saved
 from tests.small_disk import files_of_at_most
 from trainer.log import LOG_FILE
+from trainer.loop import Trainer
 
 CKPT = "checkpoints/latest"
 FEW = ("--calibration-tokens", "512")
@@ -53,6 +56,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Path, 
     (folder / "log.md").write_text(LOG, encoding="utf-8")
     with Ledger.open(folder / "elsewhere") as ledger:
         ledger.add(Row("trial", "a", name="a"))
+    (folder / "final_model.int8.ptz").write_bytes(zlib.compress(saved(int8_artifact()[0])))
+    optim, steps = {"power_ema_sigmas": (0.05, 0.1)}, {"steps": 12}
+    Trainer(pico_recipe(pico_data, folder / "kept", run={"name": "kept"}, schedule=steps, optim=optim)).run()
     (folder / "train_gpt.py").write_text("print('a script', 1)\n" * 30, encoding="utf-8")
     write_recipe(pico_recipe(pico_data, Path("checkpoints"), run={"name": "again"}), folder / "recipe.toml")
     return folder
@@ -63,7 +69,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data adopt": ("data", "adopt", "shards", "--tokenizer", "shards/tokenizer.model", "--out", "adopted"),
     "import": ("import", "model.pt", "--config", "run.toml", "--data", "data", "--metric-tokens", "300"),
     "export": ("export", CKPT, "--format", "flat", "--out", "exported.pt"),
+    "repack": ("repack", "final_model.int8.ptz", "--codec", "zlib", "--out", "repacked/artifact.pgolf"),
     "swa-blend": ("swa-blend", CKPT),
+    "ema-blend": ("ema-blend", "kept/latest", "--sigma", "0.07", "--max-error", "1"),
     "calibrate": ("calibrate", CKPT, "--tokens", "512"),
     "calibrate self": ("calibrate", CKPT, "--tokens", "64", "--source", "self"),
     "prune": ("prune", CKPT, *FEW),
@@ -77,6 +85,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sweep run": ("sweep", "run", "sweep.toml", "--checkpoint", CKPT),
     "ledger scan": ("ledger", "scan"),
     "ledger import": ("ledger", "import", "log.md"),
+    "ledger note": ("ledger", "note", "a", "what was learned " * 500, "--root", "elsewhere"),
     "ledger export": ("ledger", "export", "--root", "elsewhere", "--format", "csv", "--out", "rows.csv"),
     "train": ("recipe.toml",),
 }

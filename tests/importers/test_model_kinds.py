@@ -83,8 +83,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "banked",
     ),
     "an artifact of the banked line, named as flat files are": (
-        {**LATE, "lanes_start": 4},
-        {"smear_across_bos": False, "parallel_start_layer": 4, "parallel_final_lane": "mean"},
+        {**LATE, "lanes_start": 4, "loop_start": 3, "loop_end": 5, "num_loops": 2},  # the lanes split inside the loop
+        {"smear_across_bos": False, "parallel_start_layer": 4, "parallel_final_lane": "mean"}
+        | {"loop_start": 3, "loop_end": 5, "num_loops": 2},
         "parallel_post_lambdas",
         "flat",
     ),

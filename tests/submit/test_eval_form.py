@@ -37,6 +37,7 @@ OLD_LINE = {"smear_gate": False, "bigram_buckets": 32, "trigram": True, "value_r
 OLD_GATES = {"lanes_start": None, "attn_gate": "double_sigmoid", "attn_gate_source": "query"}
 MODELS: dict[str, dict[str, Any]] = {
     "record": {},
+    "split in a loop": {"loop_end": 3, "lanes_start": 2},
     "isolated": {"isolate_documents": True, "document_cut": 16},
     "older": {**OLD_GATES, **OLD_LINE, "value_embed_layers": (1, 2), "value_embed_dim": 8, "activation": "swiglu"},
     "carry": {"carry": "frozen", "lanes_start": None, "untied_loop_mlps": True, "embedding_dim": 24, "rope_ntk": True},

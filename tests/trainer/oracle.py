@@ -349,10 +349,16 @@ class Pass:
             stored.append(xs)
         lane1: list[ndarray] | None = None  # before the lanes split there is only xs, afterwards xs is lane 0
         kind = config["lane_kind"]
+        stale: list[ndarray] = []  # the single stream that routed lanes leave behind
         for k, layer in enumerate(decoder):
+            if lane1 is not None and kind == "routed" and layer < config["lanes_start"]:
+                stale = self.visit(layer, self.skip(k, stored, stale))
+                continue
             splits = lane1 is None and config["lanes_start"] and layer >= config["lanes_start"]
             kept = list(stored)
             joined = self.skip(k, stored, xs)
+            if splits:
+                stale = xs
             if lane1 is None:
                 lane1 = {"routed": xs, "sequential": joined, "separate": joined}[kind] if splits else None
                 xs = joined

@@ -53,6 +53,7 @@ EVERYTHING: dict[str, Any] = {
     "activation": "swiglu",
     "tie_embeddings": False,
 }
+UNTIED = {"untied_loop_mlps": True, "visit_controls": True, "value_residual": True, "first_attention": False}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": EVERYTHING,
@@ -80,6 +81,8 @@ CASES: dict[str, dict[str, Any]] = {
     "the last stored skip used again": {**LOOP, "stored_skips": 2, "reuse_last_skip": True, "skip_gates": False},
     "no skip stored": {"stored_skips": 0, "reuse_last_skip": True},
     "value embeddings in descending order": {"value_embed_layers": [3, 0, 2], "value_embed_dim": 3},
+    "lanes that split inside a loop": {"num_layers": 2, "loop_end": 1, "num_loops": 2, "lanes_start": 1},
+    "lanes that split inside a listed loop": {"visits": [0, 1, 2, 3, 1, 2, 3, 0], "lanes_start": 3, **UNTIED},
     "lanes one after the other": {**LOOP, "lanes_start": 3, "lane_kind": "sequential", "lane_output": "attn"},
     "lanes of their own": {"lanes_start": 2, "lane_kind": "separate", "skip_gates": False},
     "lanes of their own, entered by a loop": {**LOOP, "lanes_start": 2, "lane_kind": "separate", "carry": "none"},
@@ -374,6 +377,10 @@ def test_an_explicit_list_is_on_or_off() -> None:
         GolfGPTFamily().build({**PICO, "visits": [0, 1, 1, 2, 3]}, {"active_loops": 2})
 
 
+LATE_LANES = {"lane_kind": "sequential", "lanes_start": 3}
+OWN_LANES = {"lane_kind": "separate", "lanes_start": 1}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -381,19 +388,8 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({"visits": [0, -1]}, "visits: -1 is not a layer"),
         ({"visits": []}, "visits is empty"),
         ({"visits": [0, 1], **LOOP}, "visits replaces loop_start, loop_end and num_loops"),
-        ({"visits": [0, 1, 2, 3, 1], "lanes_start": 3}, "layer 1 comes after the lanes split at lanes_start 3"),
-        (
-            {"num_layers": 2, "loop_start": 0, "loop_end": 1, "num_loops": 2, "lanes_start": 1},
-            "loops: layer 0 comes after the lanes split at lanes_start 1",
-        ),
-        (
-            {"num_layers": 11, "loop_start": 3, "loop_end": 5, "num_loops": 2, "lanes_start": 5},
-            "loops: layer 3 comes after the lanes split at lanes_start 5",
-        ),
-        (
-            {"num_layers": 11, "loop_start": 6, "loop_end": 8, "num_loops": 2, "lanes_start": 8},
-            "loops: layer 6 comes after the lanes split at lanes_start 8",
-        ),
+        ({**LATE_LANES, "visits": [0, 1, 2, 3, 1]}, "visits: layer 1 comes after the lanes split at lanes_start 3"),
+        ({**LATE_LANES, **LOOP, "loop_end": 3, "encoder_visits": 3}, "loops: layer 1 comes after the lanes split"),
         ({"encoder_visits": 5}, "encoder_visits 5 exceeds the 4 visits"),
         ({"encoder_visits": -1}, "encoder_visits = -1"),
         ({"carry": "frozen"}, "need a layer that is visited twice"),
@@ -412,8 +408,8 @@ def test_an_explicit_list_is_on_or_off() -> None:
         ({"lanes_start": 1, "lane_kind": "sequential"}, "layer 1 comes before the decoder half"),
         ({"visit_controls": True}, "needs a list with more visits than layers"),
         (
-            {"first_attention": False, "lanes_start": 1, "visits": [1, 2, 3, 0, 1], "encoder_visits": 0},
-            "layer 0 comes after",
+            {**OWN_LANES, "first_attention": False, "visits": [1, 2, 3, 0, 1], "encoder_visits": 0},
+            "block 0 cannot be visited in lanes",
         ),
         (
             {"first_attention": False, "visits": [1, 0, 1, 2, 3], "visit_controls": True},
