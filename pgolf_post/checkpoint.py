@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.storage import atomic_folder, atomic_symlink, disk_errors, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.families import ModelFamily, build_module, check_finite, check_tensors, get_family
@@ -151,7 +152,7 @@ class Checkpoint:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises NotFoundError, or DamagedFileError if the file is truncated or malformed."""
     if not path.is_file():
-        raise NotFoundError(f"no such file: {path}")
+        raise NotFoundError(absent(path))
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, OSError) as error:

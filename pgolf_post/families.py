@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, SettingsError
 from pgolf_post.watching import Watcher
 
@@ -194,7 +195,7 @@ def load_family(source: str) -> ModelFamily:  # "FILE.py:CLASS"
     if not colon or path.suffix != ".py":
         raise SettingsError(f"--family {source!r}: expected FILE.py:CLASS, for example my_family.py:TinyGPTFamily")
     if not path.is_file():
-        raise NotFoundError(f"--family {source!r}: no such file: {path}")
+        raise NotFoundError(f"--family {source!r}: {absent(path)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

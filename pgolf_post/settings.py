@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.text import decode_text
 from pgolf_post.errors import NotFoundError, SettingsError
 
@@ -76,9 +77,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return a TOML file as nested plain values. Raises SettingsError, NotFoundError."""
     try:
         return tomllib.loads(decode_text(path.read_bytes()))
-    except FileNotFoundError:
-        raise NotFoundError(f"no such settings file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(absent(path, "settings file")) from None
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pgolf_post.average.members import member_shares, select_members
 from pgolf_post.average.settings import Selection, SwaSettings
+from pgolf_post.base.paths import absent
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.storage import update_digest
 from pgolf_post.checkpoint import (
@@ -145,7 +146,7 @@ def _common_names(parts: Sequence[Part]) -> list[str]:
 def _stand_ins(path: Path) -> dict[str, Tensor]:
     """Return a file's tensors on the meta device, without values."""
     if not path.is_file():
-        raise NotFoundError(f"no such file: {path}")
+        raise NotFoundError(absent(path))
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

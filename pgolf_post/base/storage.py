@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgolf_post.base.ownership import owned_folder, remove_abandoned, temporary_path
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 if TYPE_CHECKING:
@@ -228,9 +229,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises NotFoundError or DamagedFileError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(absent(path)) from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5,000 digits, brackets without end
         raise DamagedFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path} holds a {type(value).__name__}, expected a JSON object")

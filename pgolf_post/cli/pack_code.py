@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option
 
@@ -52,7 +53,7 @@ def command(
     packed = pack_source(source)
     for path in beside:
         if not path.is_file():
-            raise NotFoundError(f"no such file: {path}")
+            raise NotFoundError(absent(path))
     check_unpacks(packed)
     output = check_same_output(script.read_bytes(), packed.data, beside, arguments) if beside else None
     out = out or script.with_suffix(".packed.py")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.text import decode_text
 from pgolf_post.curves.curve import Log
 from pgolf_post.curves.gathering import Gathering
@@ -29,7 +30,7 @@ def read_log(path: Path | str) -> Log:
     if path.is_dir():
         return _read_run(path)
     if not path.is_file():
-        raise NotFoundError(f"no such log: {path}", hint=f"pgolf-post curves takes {FORMS}")
+        raise NotFoundError(absent(path, "log"), hint=f"pgolf-post curves takes {FORMS}")
     text = decode_text(path.read_bytes(), errors="replace")
     if is_own(text):
         gathering, torn = gather_own(text)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.paths import absent
 from pgolf_post.data.conversions import AS_LINES, rename_key, to_utf8, without_line
 from pgolf_post.data.json_records import JSONFault, json_kind, parse_json
 from pgolf_post.data.streams import read_chunks
@@ -43,7 +44,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
         if path.is_dir():
             raise NotFoundError(f"{path} is a folder, expected a file", hint=f"name its files: {path}/*.txt")
         if not path.is_file():
-            raise NotFoundError(f"no such file: {path}", hint="pgolf-post data build --help")
+            raise NotFoundError(absent(path), hint="pgolf-post data build --help")
         yield from _file_documents(path)
 
 

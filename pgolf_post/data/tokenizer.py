@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, NotFoundError
 
 BOS_ID = 1  # every document in a shard starts with this token
@@ -26,7 +27,7 @@ def load_tokenizer(path: Path) -> Any:
     import sentencepiece
 
     if not path.is_file():
-        raise NotFoundError(f"no such tokenizer: {path}", hint="--tokenizer FILE.model names a sentencepiece model")
+        raise NotFoundError(absent(path, "tokenizer"), hint="--tokenizer FILE.model names a sentencepiece model")
     content = path.read_bytes()
     try:
         if content:  # sentencepiece takes an empty file for a model without pieces

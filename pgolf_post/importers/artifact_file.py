@@ -23,6 +23,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.importers.file_kinds import AGAIN, KINDS, PICKLE, RESAVE, file_kind, first_bytes
 from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor, ScaleFactor
@@ -38,7 +39,7 @@ TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")  # 
 def read_dictionary(path: Path) -> Mapping[str, Any]:
     """Return the dictionary in a compressed artifact. Raises NotFoundError, DamagedFileError, MismatchError."""
     if not path.is_file():
-        raise NotFoundError(f"no such artifact file: {path}")
+        raise NotFoundError(absent(path, "artifact file"))
     if path.stat().st_size > MAX_INFLATED_BYTES:
         raise DamagedFileError(f"{path} has {path.stat().st_size:,} bytes; the limit is {MAX_INFLATED_BYTES:,}")
     content = path.read_bytes()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.paths import absent
 from pgolf_post.checkpoint import ViewName, read_tensors
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.importers.artifact_file import casts_of
@@ -40,7 +41,7 @@ class ForeignFile:
 def read_foreign(path: Path) -> ForeignFile:
     """Read a .pt, .safetensors or .ptz file. Raises NotFoundError, DamagedFileError, MismatchError, NumericsError."""
     if not path.is_file():
-        raise NotFoundError(f"{path} is a folder, not a file of weights" if path.is_dir() else f"no such file: {path}")
+        raise NotFoundError(absent(path))
     wrapped, notes = _wrapped(path)
     views: dict[ViewName, Mapping[str, Tensor]] = {}
     for name, state in wrapped.views.items():

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.progress import say
 from pgolf_post.base.text import decode_text
 from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
@@ -58,7 +59,7 @@ class Block:
         """Take one setting; a second one of the same name must have the same value."""
         if name in self.settings:
             self.repeated += 1
-            if self.settings[name] != value:
+            if repr(self.settings[name]) != repr(value):  # NaN is not equal to itself
                 was = f"{name} = {self.settings[name]!r} in line {self.lines[name]}"
                 self.conflicts.append(f"{was}, {value!r} in line {line}")
             return
@@ -71,7 +72,7 @@ def read_log(path: Path, block: int | None = None) -> dict[str, Any]:
     Raises NotFoundError, MismatchError if the log has no settings, SettingsError if blocks disagree about the model.
     """
     if not path.is_file():
-        raise NotFoundError(f"no such log: {path}")
+        raise NotFoundError(absent(path, "log"))
     lines = _lines(path)
     blocks = read_blocks(lines)
     if not blocks:

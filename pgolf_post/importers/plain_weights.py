@@ -53,6 +53,8 @@ def _problem(tensor: Tensor) -> str:
     """Return why a tensor is no weight; nothing if it is one."""
     if tensor.layout != torch.strided:
         return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_nested:
+        return "a nested tensor"
     if tensor.device.type != "cpu":
         return f"without values (device {tensor.device.type})"
     if type(tensor) not in (Tensor, torch.nn.Parameter):

@@ -33,6 +33,7 @@ WRAPPERS = {  # parts of a name that a wrapper adds, wherever they stand
     "_forward_module": "Lightning Fabric",
 }
 LEADING = ("model", "net", "gpt", "base_model")  # parts that an outer module adds, where all names begin with it
+LARGEST_STEP = 10**9  # of any run; a larger number is something else, a time in nanoseconds say
 COUNTERS = ("n_averaged",)  # tensors that AveragedModel keeps beside the weights
 RESAVE = "save one of them alone: torch.save(state_dict, 'weights.pt')"
 
@@ -168,16 +169,17 @@ def read_step(loaded: Mapping[str, Any]) -> tuple[int | None, str]:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number ≥ 0 however it was saved: Python, NumPy, a tensor, digits; None for anything else."""
+    """Return a step's number, 0 … 10⁹, however it was saved: Python, NumPy, a tensor, digits; else None."""
     if isinstance(value, Tensor):
-        value = value.item() if value.numel() == 1 and not value.dtype.is_complex else None
+        is_number = value.numel() == 1 and not value.dtype.is_complex and not value.is_meta
+        value = value.item() if is_number else None
     elif isinstance(value, StandIn):
         value = number_of(value)
     if isinstance(value, str):
-        value = int(value) if value.strip().isdecimal() else None
+        value = int(value) if value.strip().isdecimal() and len(value.strip()) <= 10 else None
     if isinstance(value, bool | None) or not isinstance(value, int | float | np.integer | np.floating):
         return None
-    return int(value) if np.isfinite(value) and value >= 0 and int(value) == value else None
+    return int(value) if 0 <= value <= LARGEST_STEP and int(value) == value else None  # NaN is neither
 
 
 # the names

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import Field as SettingsField
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, NotFoundError, SettingsError
 from pgolf_post.ledger.foreign_columns import (
     Field,
@@ -366,8 +367,8 @@ def _own_rows(path: Path) -> list[Row]:
     """The rows of `ledger export --format jsonl`. Raises DamagedFileError naming the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise NotFoundError(f"no such file: {path}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(absent(path)) from None
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
     return [_own_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]

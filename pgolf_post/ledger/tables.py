@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, NotFoundError
 from pgolf_post.ledger.foreign_columns import Field, field_of, is_blank, parse_number
 
@@ -62,7 +63,7 @@ def read_text(path: Path) -> str:
     try:
         return _text(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError):
-        raise NotFoundError(f"no such file: {path}") from None
+        raise NotFoundError(absent(path)) from None
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}", hint="save it as UTF-8") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.paths import absent
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.errors import DamagedFileError, NotFoundError, VerificationError
 from pgolf_post.pack import codecs, decode
@@ -83,7 +84,7 @@ def find_artifact(path: Path) -> Path:
     """Return `path` if it is a file, or the artifact in it if it is a derived artifact folder. Raises NotFoundError."""
     file = path / ARTIFACT_FILE if path.is_dir() else path
     if not file.is_file():
-        raise NotFoundError(f"no such artifact: {file}", hint="pgolf-post requant writes one")
+        raise NotFoundError(absent(file, "artifact"), hint="pgolf-post requant writes one")
     return file
 
 
@@ -179,7 +180,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise NotFoundError(f"no such artifact: {path}", hint="pgolf-post requant writes one") from None
+        raise NotFoundError(absent(path, "artifact"), hint="pgolf-post requant writes one") from None
 
 
 def _decode_file(path: Path, data: bytes) -> DecodedArtifact:

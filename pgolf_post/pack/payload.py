@@ -27,6 +27,7 @@ from typing import Any
 import brotli
 import zstandard
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import NotFoundError, SettingsError
 
 MAX_SOURCE_BYTES = 1 << 26
@@ -96,7 +97,7 @@ def decode_source(data: bytes, name: str) -> str:
 def read_script(path: Path) -> str:
     """Return a script's text. Raises NotFoundError, SettingsError for what is not text in its stated encoding."""
     if not path.is_file():
-        raise NotFoundError(f"no such script: {path}")
+        raise NotFoundError(absent(path, "script"))
     return decode_source(path.read_bytes(), str(path))
 
 

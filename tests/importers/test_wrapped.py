@@ -148,8 +148,9 @@ def test_a_step_is_read_however_it_was_saved(tmp_path: Path, step: Any) -> None:
     [
         (None, "empty"), ("final", "'final'"), (-1, "-1"), (1.5, "1.5"), (float("nan"), "nan"), (True, "True"),
         (np.datetime64("2026-04-13"), "an object of numpy"), (torch.ones(2), "tensor"), ({}, "{}"),
+        (10**30, "1000"), ("9" * 5000, "'999"), (torch.empty((), device="meta"), "tensor"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:20],
 )  # fmt: skip
 def test_a_step_that_is_no_number_is_said_and_left_out(tmp_path: Path, step: Any, shown: str) -> None:
     read = reread({"model_state_dict": STATE, "step": step}, tmp_path)

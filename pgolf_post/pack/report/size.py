@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgolf_post.base.paths import absent
 from pgolf_post.errors import NotFoundError, OverBudgetError, SettingsError
 from pgolf_post.pack.artifact import ArtifactFacts
 from pgolf_post.pack.payload import read_script
@@ -120,7 +121,7 @@ def count(
         raise SettingsError(f"budget of {budget_bytes:,} bytes: it cannot be negative")
     artifact = Path(artifact)
     if not artifact.is_file():
-        raise NotFoundError(f"no such artifact file: {artifact}", hint="pgolf-post requant writes one")
+        raise NotFoundError(absent(artifact, "artifact file"), hint="pgolf-post requant writes one")
     counted = {_identity(artifact)}
     files = []
     for path in _code_files(code):
@@ -163,7 +164,7 @@ def _code_files(code: Sequence[Path]) -> Iterator[Path]:
             if path.suffix == ".py":
                 yield from local_imports(path, named)
         else:
-            raise NotFoundError(f"no such code file: {path}; a missing file is never counted as 0 bytes")
+            raise NotFoundError(f"{absent(path, 'code file')}; a missing file is never counted as 0 bytes")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -1,0 +1,61 @@
+"""A path that is no file is called what it is, by whatever reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgolf_post.base.paths import absent
+from pgolf_post.base.storage import read_json
+from pgolf_post.checkpoint import read_tensors
+from pgolf_post.data.tokenizer import load_tokenizer
+from pgolf_post.errors import DamagedFileError, NotFoundError
+from pgolf_post.importers.foreign_file import read_foreign
+from pgolf_post.importers.log_file import read_log
+from pgolf_post.importers.repack import read_foreign_artifact
+from pgolf_post.ledger.tables import read_tables
+from pgolf_post.pack.payload import read_script
+from pgolf_post.settings import read_toml
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A folder with a link to nothing, a folder and a pipe."""
+    (tmp_path / "link").symlink_to("/mnt/away/file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+def test_a_path_is_called_what_it_is(places: Path) -> None:
+    assert absent(places / "link") == f"{places}/link is a link to /mnt/away/file, which is not there"
+    assert absent(places / "folder") == f"{places}/folder is a folder, not a file"
+    assert absent(places / "pipe").startswith(f"{places}/pipe is a pipe or a device, not a file; copy")
+    assert absent(places / "nothing", "log") == f"no such log: {places}/nothing"
+
+
+READERS: tuple[Callable[[Path], Any], ...] = (
+    read_json, read_tensors, load_tokenizer, read_foreign, read_log, read_foreign_artifact, read_tables, read_script,
+    read_toml,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_every_reader_says_so(read: Callable[[Path], Any], places: Path) -> None:
+    with pytest.raises(NotFoundError, match="is a link to /mnt/away/file, which is not there"):
+        read(places / "link")
+    with pytest.raises(NotFoundError, match="is a folder, not a file"):
+        read(places / "folder")
+
+
+@pytest.mark.parametrize(
+    "content", ["9" * 5000, "[" * 100_000, "\ufeff{}", "{}}"], ids=["digits", "depth", "mark", "end"]
+)
+def test_json_that_no_reader_takes_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "meta.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=r"meta\.json is not valid JSON"):
+        read_json(tmp_path / "meta.json")
