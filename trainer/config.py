@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
+from pgolf_post.base.threads import MOST_THREADS
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
@@ -35,7 +36,9 @@ class RunSettings(Settings):
         description="triton_loss, triton_mlp = fused loss or MLP (trainer/kernels), triton = both; CUDA only; not the "
         "default: not yet timed",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; left out: as many as this process may use")
+    threads: int | None = Field(
+        None, ge=1, le=MOST_THREADS, description="CPU threads; left out: as many as this process may use"
+    )
     attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
     compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
     deterministic: bool = Field(

@@ -1,12 +1,29 @@
-"""Paths that are no file which can be read: what is said about them.
+"""Paths as people give them: what is said of one that is no file which can be read, and which names make a folder.
 
 "No such file" sends people to look for a typing error. Often something is there: a link to a disk that is not mounted,
-a folder, the pipe of a shell's `<(…)`.
+a folder, the pipe of a shell's `<(…)`. A name that becomes a folder's stays where it was meant: `../up`, or what is
+left of a file called `...pt`, would leave the root, and what begins with a dot is not listed.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from pgolf_post.errors import SettingsError
+
+FOLDER_NAME = re.compile(r"[^/\\\0-\x1f.-][^/\\\0-\x1f]*")
+
+
+def require_folder_name(name: str, option: str = "--name") -> str:
+    """Return a name that can be a folder's. Raises SettingsError for several parts, a leading dot or dash, controls."""
+    if not FOLDER_NAME.fullmatch(name):
+        raise SettingsError(
+            f"{option} {name!r} cannot name a folder: one part without / and \\ is wanted, which begins with no dot or "
+            "dash",
+            hint=f"give another one: {option} NAME",
+        )
+    return name
 
 
 def absent(path: Path, what: str = "file") -> str:

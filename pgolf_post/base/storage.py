@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgolf_post.base.ownership import owned_folder, remove_abandoned, temporary_path
+from pgolf_post.base.ownership import TEMPORARY_PREFIX, owned_folder, remove_abandoned, temporary_path
 from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
@@ -92,14 +92,22 @@ def named_failures(destination: Path) -> Iterator[None]:
     """Turn a refusal of the disk into an error that names the destination, what it needs, and what to do."""
     try:
         yield
-    except FileNotFoundError:  # the caller's input is missing; nothing of ours can be
-        raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not _is_of(error, destination):
+            raise  # the caller's input is missing
+        if _is_of(error, destination):
+            error.filename = str(destination)
         need = _need(destination, getattr(error, "written_bytes", 0)) if error.errno in NO_SPACE else ""
         raise PgolfError(
             f"could not write {destination}: {error}{need}; what was there before is unchanged",
             hint=hint_of(error) or ANOTHER_PATH,
         ) from error
+
+
+def _is_of(error: OSError, destination: Path) -> bool:
+    """Return whether an error is about a temporary path of ours, which a file system like /proc does not make."""
+    path = Path(error.filename if isinstance(error.filename, str) else "")
+    return path.parent == destination.parent and path.name.startswith(TEMPORARY_PREFIX)
 
 
 def hint_of(error: OSError) -> str | None:

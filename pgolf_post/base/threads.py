@@ -20,6 +20,7 @@ from pathlib import Path
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 QUOTA_MOUNTS = ("", "unified", "cpu", "cpu,cpuacct")  # below CGROUP_MOUNT, of version 2 (first two) and 1
+MOST_THREADS = 1024  # OpenMP ends the process, without a word to Python, when it cannot make as many as it is told
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from pgolf_post.base.progress import say, tables_alone
-from pgolf_post.base.threads import use_threads
+from pgolf_post.base.threads import MOST_THREADS, use_threads
 from pgolf_post.errors import MismatchError, NotFoundError
 from pgolf_post.settings import Settings, parse_settings
 
@@ -54,7 +54,7 @@ allow_stale_option = click.option(
 )
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_THREADS),
     expose_value=False,
     is_eager=True,
     callback=lambda _context, _option, count: use_threads(count) if count else None,

@@ -83,12 +83,13 @@ def build_command(
     pgolf-post data build docs.jsonl.zst --vocab-size 8192 --name docs
     pgolf-post data build train.jsonl --val val.jsonl --tokenizer fineweb_1024_bpe.model --byte-sidecar
     """
+    from pgolf_post.base.paths import require_folder_name
     from pgolf_post.data.build import build, refuse_destination
 
     _refuse_usage(inputs, stdlib, tokenizer, val_inputs, options)
     name = name or ("stdlib" if stdlib else inputs[0].name.split(".")[0] or "data")
     settings = given_settings(BuildSettings, {"name": name, **options}, "data build")
-    out = out or DATA_ROOT / name
+    out = out or DATA_ROOT / require_folder_name(name)
     refuse_destination(out, force)  # before the inputs are read
     started = time.monotonic()
     corpus = _corpus(inputs, stdlib, val_inputs)
@@ -180,11 +181,12 @@ def adopt_command(shard_folder: Path, tokenizer: Path, name: str | None, out: Pa
     \b
     pgolf-post data adopt data/datasets/fineweb10B_sp1024 --tokenizer data/tokenizers/fineweb_1024_bpe.model
     """
+    from pgolf_post.base.paths import require_folder_name
     from pgolf_post.data.adopt import adopt
 
     name = name or shard_folder.resolve().name
     started = time.monotonic()
-    folder = adopt(shard_folder, tokenizer, out or DATA_ROOT / name, name)
+    folder = adopt(shard_folder, tokenizer, out or DATA_ROOT / require_folder_name(name), name)
     _report(folder, time.monotonic() - started, as_json)
 
 

@@ -135,7 +135,7 @@ def command(
     """
     from pgolf_post.fit.artifact import fit
     from pgolf_post.fit.report import facts_of, show_explained
-    from pgolf_post.fit.target_gap import limit_for_gap
+    from pgolf_post.fit.target_gap import limit_for_gap, require_gap
     from pgolf_post.score.plain import PlainProtocol
 
     # Read what is asked for.
@@ -143,6 +143,8 @@ def command(
     refuse_idle_eval_tokens(evaluate, eval_tokens)
     calibration = given_settings(CalibrationSettings, {key: options.pop(key) for key in CALIBRATION_FLAGS}, "fit")
     settings = given_settings(FitSettings, {key: options.pop(key) for key in FIT_FLAGS}, "fit")
+    if target_gap is not None:
+        require_gap(target_gap)  # before anything is computed
     totals, code_bytes = chosen_budgets(budget, budgets, target_gap), count_code(code)
     home = find_checkpoint(checkpoint)
     view, data = load_view(home, weights), find_data(home, data_dir)

@@ -83,6 +83,7 @@ def command(
 
     Several checkpoints of one run imported under one --name can be averaged: pgolf-post swa-blend.
     """
+    from pgolf_post.base.paths import require_folder_name
     from pgolf_post.data import DataFolder
     from pgolf_post.errors import SettingsError
     from pgolf_post.importers.importing import import_file
@@ -95,16 +96,17 @@ def command(
         raise SettingsError(f"--phase {phase!r}: letters, digits, '.', '_' and '+' only")
     if log_block and not log_path:
         raise SettingsError("--log-block has no effect without --log")
+    folder = require_folder_name(name or file.name.split(".")[0])
     given: dict[str, Any] = {}
     if log_path:
         given, other = split_log(read_log(log_path, log_block))
-        say(f"{log_path}: {len(given)} settings of the model; {len(other)} others passed over: {', '.join(other)}")
+        passed_over = f"; {len(other)} others passed over: {', '.join(other)}" if other else ""
+        say(f"{log_path}: {len(given)} settings of the model{passed_over}")
     given |= read_toml(config_path) if config_path else {}
     for override in overrides:
         apply_override(given, override)
     require_known(given)
     data = DataFolder.open(data_dir)
-    folder = name or file.name.split(".")[0]
     imported = import_file(file, given, data, folder, active_loops, metric_tokens, phase=phase, trim_vocab=trim_vocab)
     checkpoint = imported.checkpoint
     views = checkpoint.meta["views"]

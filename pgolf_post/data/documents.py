@@ -22,6 +22,7 @@ from pgolf_post.data.json_records import JSONFault, json_kind, parse_json
 from pgolf_post.data.streams import read_chunks
 from pgolf_post.errors import DamagedFileError, NotFoundError
 
+NOT_A_PAGE = "fetch the file itself: on Hugging Face /resolve/ in place of /blob/, on GitHub the raw file"
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -145,6 +146,8 @@ def _parse_line(line: bytes, path: Path, number: int) -> Document:
     try:
         record = parse_json(_decode(line, where, path))
     except JSONFault as error:
+        if number == 1 and line.lstrip().startswith(b"<"):
+            raise DamagedFileError(f"{path} is an HTML or XML page, not JSON lines", hint=NOT_A_PAGE) from None
         raise DamagedFileError(f"{where}: {error}", hint=without_line(path, number)) from None
     renamed = _text_key(record) if number == 1 else None
 

@@ -22,6 +22,10 @@ def parse_json(text: str) -> Any:
         raise JSONFault(f"not valid JSON: {error.msg.removesuffix(' at')} at {place}") from None
     except RecursionError:
         raise JSONFault("not readable as JSON: it is nested too deeply") from None
+    except JSONFault:
+        raise
+    except ValueError:  # Python's own limit
+        raise JSONFault("not readable as JSON: it has a number of more than 4,300 digits") from None
 
 
 def json_kind(value: Any) -> str:

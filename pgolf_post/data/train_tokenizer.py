@@ -17,6 +17,7 @@ from pgolf_post.errors import SettingsError
 MAX_SENTENCE_CHARS = 2000
 MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARS
 CHARACTER_COVERAGE = 0.999  # of the sample's characters; the rest fall back to bytes
+LEAST = 256 + 5  # pieces that every tokenizer has: the bytes; control pieces and the newline
 TRAINING_THREADS = 2  # fixed, not a setting: the model file records it, and its sha256 names the tokenizer
 
 
@@ -88,4 +89,6 @@ def _explain(message: str, vocab_size: int) -> SettingsError:
             f"{least}",
             hint=f"--vocab-size {least}",
         )
+    if vocab_size <= LEAST:
+        return SettingsError(f"vocab_size {vocab_size} is too small: 256 bytes and 5 fixed pieces come first")
     return SettingsError(f"sentencepiece could not train a tokenizer of {vocab_size} pieces: {message.strip()}")

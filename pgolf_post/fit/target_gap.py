@@ -6,6 +6,8 @@ the one wanted; what that model takes, packed, is the budget.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -25,12 +27,17 @@ def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
     """Return the artifact bytes at which quantizing should cost `gap_bpb`, measured on training text.
 
     What is measured is the divergence from the unquantized model, which grows as c²; its seconds count as training
-    time. Raises SettingsError for a gap that is not positive.
+    time. Raises SettingsError for a gap that is not positive and finite.
     """
-    if not gap_bpb > 0:
-        raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive")
+    require_gap(gap_bpb)
     with fitter.clock.step("target gap"):
         return _limit_for_gap(fitter, gap_bpb, codec)
+
+
+def require_gap(gap_bpb: float) -> None:
+    """Raise SettingsError for a gap that no number of bytes has."""
+    if not 0 < gap_bpb < math.inf:
+        raise SettingsError(f"a target gap of {gap_bpb:g} bpb: it must be positive and finite")
 
 
 def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:

@@ -42,7 +42,9 @@ def is_safetensors(content: bytes) -> bool:
 
 
 def zip_names(content: bytes) -> list[str]:
-    """Return the names in a whole zip file; nothing if it is cut or no zip."""
+    """Return the names in a whole zip file; nothing if it is cut, no zip, or something else with a zip inside."""
+    if not content.startswith(b"PK"):
+        return []
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return archive.namelist()

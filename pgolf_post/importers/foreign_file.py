@@ -19,7 +19,7 @@ from pgolf_post.base.paths import absent
 from pgolf_post.checkpoint import ViewName, read_tensors
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.importers.artifact_file import casts_of
-from pgolf_post.importers.file_kinds import RESAVE, FileKind, file_kind, first_bytes
+from pgolf_post.importers.file_kinds import AGAIN, RESAVE, FileKind, file_kind, first_bytes
 from pgolf_post.importers.plain_weights import plain_weights
 from pgolf_post.importers.repack import read_foreign_artifact
 from pgolf_post.importers.stand_ins import HARMLESS, foreign_names, load_plainly
@@ -59,13 +59,21 @@ def _wrapped(path: Path) -> tuple[Wrapped, list[str]]:
         tensors, notes = _dequantized(path)
         return unwrap(tensors, str(path)), notes
     if kind.name == "safetensors":
-        return unwrap(read_tensors(path), str(path)), []
+        return unwrap(_safetensors(path), str(path)), []
     if kind.name == "torch" and path.suffix == ".ptz":  # stored, not compressed: the dictionary of an artifact
         tensors, notes = _dequantized(path)
         return unwrap(tensors, str(path)), notes
     if kind.name != "torch":
         raise not_weights(path, kind, content)
     return unwrap(_load(content, path), str(path)), []
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of another program, of which no other checkpoint is here."""
+    try:
+        return read_tensors(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(str(error), hint=AGAIN) from None
 
 
 PLAIN = (

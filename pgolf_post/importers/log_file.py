@@ -32,6 +32,7 @@ from pgolf_post.importers.script_words import known_keys
 
 COLOUR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 HEADER = re.compile(r"hyperparameters[ \t]*:[ \t]*(?P<rest>\{.*|)$", re.IGNORECASE)  # scripts print their source too
+PREFIX_END = ("|", "]:")  # of docker compose; of syslog: a date, a host, a program and its number
 PREFIX_WORD = re.compile(r".*\d.*|\W+|.+[:|\]]|(?i:debug|info|warning|error|root)")  # numbers, marks, levels
 LONGEST_PREFIX = 120  # characters
 SETTING = re.compile(r"""^(?P<indent>\s*)["']?(?P<name>[A-Za-z][A-Za-z0-9_]*)["']?\s*[:=]\s*(?P<value>.*?),?\s*$""")
@@ -111,7 +112,7 @@ def _lines(path: Path) -> list[str]:
     kind = file_kind(content)
     if kind.name not in ("text", UNKNOWN.name) and "Hyperparameters" not in text:
         raise MismatchError(f"{path} is {kind.words}, not a log", hint=kind.hint.format(path=path))
-    return [COLOUR.sub("", line) for line in text.split("\n")]
+    return [COLOUR.sub("", line) for line in text.replace("\0", "").split("\n")]  # a crash leaves nulls behind
 
 
 def read_blocks(lines: Sequence[str]) -> list[Block]:
@@ -146,7 +147,9 @@ def _header(line: str) -> tuple[str, str] | None:
     """Return what stands before and after a block's first word; None if the line is none, or a sentence with it."""
     match = HEADER.search(line)
     prefix = line[: match.start()] if match else ""
-    if not match or len(prefix) > LONGEST_PREFIX or not all(map(PREFIX_WORD.fullmatch, prefix.split())):
+    if not match or len(prefix) > LONGEST_PREFIX:
+        return None
+    if not prefix.rstrip().endswith(PREFIX_END) and not all(map(PREFIX_WORD.fullmatch, prefix.split())):
         return None
     return prefix.lstrip(), match["rest"].strip()
 

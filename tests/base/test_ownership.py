@@ -148,6 +148,8 @@ def test_failures_name_the_final_path(tmp_path: Path) -> None:
     with pytest.raises(PgolfError, match="could not write") as caught, atomic_folder(tmp_path / "result") as building:
         building.mkdir()
     assert TEMPORARY_PREFIX not in str(caught.value)
+    with pytest.raises(PgolfError, match=r"could not write /proc/result: .*'/proc/result'"):  # no folder is made there
+        require_new(Path("/proc/result"))
     with pytest.raises(PgolfError) as caught, atomic_file(tmp_path / "file") as temporary:
         raise PgolfError(f"{temporary} is wrong", hint=f"see {temporary}")
     assert (str(caught.value), caught.value.hint) == (f"{tmp_path / 'file'} is wrong", f"see {tmp_path / 'file'}")

@@ -51,6 +51,10 @@ def test_jsonl_and_its_compressed_form(tmp_path: Path, name: str) -> None:
         (b'{"text": NaN}', r'"text" is a number'),
         (b'{"text": "first", "text": "second"}', r'line 2: the key "text" stands 2 times in one object'),
         (b"[" * 100_000, r"line 2: not readable as JSON: it is nested too deeply"),
+        (
+            b'{"text": "a", "n": ' + b"9" * 5000 + b"}",
+            "line 2: .* a number of more than 4,300 digits",
+        ),
         (b'{"body": "a", "id": 1}', r'bad\.jsonl line 2: "text" is missing; the keys are: body, id'),
         (b'{"text": 3}', r'bad\.jsonl line 2: "text" is a number'),
         (b'{"text": "\xff"}', r"bad\.jsonl line 2: not UTF-8 text: byte 0xff at offset 10"),
@@ -62,6 +66,13 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
     with pytest.raises(DamagedFileError, match=message) as caught:
         list(read_documents([tmp_path / "bad.jsonl"]))
     assert caught.value.hint
+
+
+def test_a_page_named_as_lines_is_called_a_page(tmp_path: Path) -> None:
+    (tmp_path / "docs.jsonl").write_bytes(b"<!DOCTYPE html><html>404</html>")
+    with pytest.raises(DamagedFileError, match=r"docs\.jsonl is an HTML or XML page, not JSON lines") as caught:
+        list(read_documents([tmp_path / "docs.jsonl"]))
+    assert "/resolve/" in str(caught.value.hint)
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

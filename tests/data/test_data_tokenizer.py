@@ -92,6 +92,8 @@ def test_vocabulary_out_of_reach_names_the_limit(documents: list[Document]) -> N
     assert train_tokenizer(texts, limit, 10_000)
     with pytest.raises(SettingsError, match=r"vocab_size 262 is too small.* at least (\d+)"):
         train_tokenizer(texts, 262, 10_000)
+    with pytest.raises(SettingsError, match=r"vocab_size 3 is too small"):
+        train_tokenizer(texts, 3, 10_000)
 
 
 def test_a_token_too_long_for_a_sidecar(normalising_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
-from pgolf_post.fit.target_gap import limit_for_gap
+from pgolf_post.fit.target_gap import limit_for_gap, require_gap
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.quantize.gptq.trellis import DIAGONALS
@@ -209,6 +210,8 @@ def test_bytes_for_a_gap(fitter: Fitter) -> None:
     assert large > small
     with pytest.raises(SettingsError, match="must be positive"):
         limit_for_gap(fitter, -1.0)
+    with pytest.raises(SettingsError, match="must be positive and finite"):
+        require_gap(math.inf)
     assert fitter.clock.seconds["target gap"] > 0
 
 

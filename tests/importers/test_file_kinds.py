@@ -39,7 +39,9 @@ def written(kind: str) -> bytes:
             archive.writestr("readme.txt", "hello")
     elif kind == "tar":
         with tarfile.open(fileobj=buffer, mode="w") as archive:
-            archive.addfile(tarfile.TarInfo("m.pt"))
+            member = tarfile.TarInfo("m.pt")
+            member.size = len(WHOLE)
+            archive.addfile(member, io.BytesIO(WHOLE))  # its directory of a zip is near the end
     return buffer.getvalue()
 
 
@@ -93,6 +95,13 @@ def test_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     assert file_kind((tmp_path / "m.pt").read_bytes()).name == "torch"
     assert torch.equal(read_foreign(tmp_path / "m.pt").views["raw"]["tok_emb.weight"], STATE["tok_emb.weight"])
+
+
+def test_a_cut_safetensors_file_is_to_be_copied_again(tmp_path: Path) -> None:
+    (tmp_path / "m.pt").write_bytes(save(STATE)[:-4])
+    with pytest.raises(DamagedFileError, match=r"m\.pt is damaged") as caught:
+        read_foreign(tmp_path / "m.pt")
+    assert "copy or download it again" in str(caught.value.hint)
 
 
 def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
