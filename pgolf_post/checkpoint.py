@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pgolf_post.base.paths import absent
+from pgolf_post.base.paths import absent, followed
 from pgolf_post.base.storage import atomic_folder, atomic_symlink, disk_errors, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 from pgolf_post.families import ModelFamily, build_module, check_finite, check_tensors, get_family
@@ -88,8 +88,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
         """Read a folder's JSON. Raises NotFoundError, or DamagedFileError if the folder is incomplete."""
-        path = Path(path)
-        path = path.resolve() if path.is_symlink() else path
+        path = followed(Path(path))
         if not path.is_dir():
             raise NotFoundError(f"no checkpoint folder at {path}", hint=MAKE_ONE)
         if not (path / "meta.json").is_file():
@@ -156,7 +155,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, OSError) as error:
-        raise DamagedFileError(f"{path} is damaged: {error}", hint="pgolf-post checkpoint list") from None
+        from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
+
+        kind = file_kind(path.read_bytes())
+        if kind.name in ("safetensors", UNKNOWN.name):
+            raise DamagedFileError(f"{path} is damaged: {error}", hint="pgolf-post checkpoint list") from None
+        words = f"{path} is {kind.words}, where a safetensors file belongs"
+        raise DamagedFileError(words, hint=kind.hint.format(path=path)) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -236,7 +241,7 @@ def default_checkpoint(root: Path = CHECKPOINT_ROOT) -> Checkpoint:
     """
     finals = [c for c in list_checkpoints(root) if c.meta.get("kind") == "raw" and c.meta.get("phase") == "final"]
     if not finals:
-        _refuse_newer_damage(root, 0.0, MAKE_ONE)
+        _refuse_newer_damage(root, 0.0, "copy that folder again, or name another one: pgolf-post checkpoint list")
         raise NotFoundError(f"no final checkpoint of a training run under {root}/", hint=MAKE_ONE)
     newest = finals[-1]
     _refuse_newer_damage(root, float(newest.meta.get("created_unix", 0)), f"an older one by its name: {newest.path}")

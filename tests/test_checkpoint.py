@@ -375,9 +375,22 @@ def test_latest_leads_to_the_last_checkpoint_wherever_the_root_is_moved(pico_run
     assert Checkpoint.open(moved / "latest").path == (moved / "pico" / "step_000000-init").resolve()
 
 
+def test_weights_that_are_another_file_are_called_what_they_are(pico_checkpoint: Checkpoint) -> None:
+    (pico_checkpoint.path / "ema.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n"
+    )
+    with pytest.raises(DamagedFileError, match=r"ema\.safetensors is a git-LFS pointer, not the file itself") as caught:
+        pico_checkpoint.load("ema")
+    assert caught.value.hint == "git lfs pull"
+
+
 def test_a_link_to_nothing_is_not_found(pico_run: Path) -> None:
     shutil.rmtree(pico_run / "pico")
-    with pytest.raises(NotFoundError, match="no checkpoint folder"):
+    with pytest.raises(NotFoundError, match=r"latest is a link to pico/step_\S+, which is not there"):
+        Checkpoint.open(pico_run / "latest")
+    (pico_run / "latest").unlink()
+    (pico_run / "latest").symlink_to("latest")
+    with pytest.raises(NotFoundError, match="latest is a link to latest, which is not there"):
         Checkpoint.open(pico_run / "latest")
 
 

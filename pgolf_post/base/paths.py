@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pgolf_post.errors import SettingsError
+from pgolf_post.errors import NotFoundError, SettingsError
 
 FOLDER_NAME = re.compile(r"[^/\\\0-\x1f.-][^/\\\0-\x1f]*")
 
@@ -35,3 +35,12 @@ def absent(path: Path, what: str = "file") -> str:
     if path.exists():
         return f"{path} is a pipe or a device, not a file; copy what it holds to a file first"
     return f"no such {what}: {path}"
+
+
+def followed(path: Path) -> Path:
+    """Return where a link leads, any other path as it is. Raises NotFoundError for a link to nothing or to itself."""
+    if not path.is_symlink():
+        return path
+    if not path.exists():
+        raise NotFoundError(absent(path), hint=f"remove the link, or name what it should lead to: rm {path}")
+    return path.resolve()

@@ -18,11 +18,12 @@ def command(path: Path | None, as_json: bool) -> None:
 
     With PATH left out: the newest final checkpoint.
     """
+    from pgolf_post.base.paths import followed
     from pgolf_post.checkpoint import default_checkpoint
     from pgolf_post.describe import describe
 
     path = path or default_checkpoint().path
-    description = describe(path.resolve() if path.is_symlink() else path)
+    description = describe(followed(path))
     print_table(f"{description.what}  {path}", ("", "value"), description.rows)
     for line in description.next_commands:
         say(f"next: {line}")

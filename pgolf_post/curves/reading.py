@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgolf_post.base.paths import absent
+from pgolf_post.base.paths import absent, followed
 from pgolf_post.base.text import decode_text
 from pgolf_post.curves.curve import Log
 from pgolf_post.curves.gathering import Gathering
@@ -43,7 +43,7 @@ def read_log(path: Path | str) -> Log:
 
 def _read_run(folder: Path) -> Log:
     """Return the curves of a run's folder: its log's and its checkpoints'; of a checkpoint's folder, its run's."""
-    run = folder.resolve() if folder.is_symlink() else folder
+    run = followed(folder)
     if not (run / LOG_FILE).is_file() and (run.parent / LOG_FILE).is_file():
         run = run.parent
     log = run / LOG_FILE

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pgolf_post.base.paths import followed
 from pgolf_post.base.storage import read_json
 from pgolf_post.cache import CacheEntry, list_entries
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
@@ -184,7 +185,7 @@ class _Asked:
             return cls(path.stem, root, run=path.stem)
         for folder in (path, root / path):
             if (folder / "config.json").is_file() and (folder / "meta.json").is_file():
-                own = folder.resolve() if folder.is_symlink() else folder
+                own = followed(folder)
                 checkpoint = Checkpoint.open(own)
                 ids = frozenset(str(view["id"]) for view in checkpoint.meta["views"].values())
                 return cls(f"{own.parent.name}/{own.name}", own.parent.parent, folder=own, ids=ids)

@@ -42,7 +42,7 @@ def test_a_name_that_would_leave_its_root_is_refused_before_anything_is_read(pgo
         answer = pgolf("data", "adopt", "nothing", "--tokenizer", "nothing", "--name", name)
         assert (answer.code, "cannot name a folder" in answer.err) == (2, True), answer.err
     assert "cannot name a folder" in pgolf("import", "...pt", "--data", "nothing").err
-    assert "no such file" in pgolf("data", "build", "nothing", "--name", "a b ä (1)").err
+    assert "cannot name a folder" not in pgolf("data", "build", "nothing", "--name", "a b ä (1)").err
 
 
 def test_a_log_may_say_more_and_what_it_says_more_is_named(
