@@ -158,7 +158,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
 
         kind = file_kind(path.read_bytes())
-        if kind.name in ("safetensors", UNKNOWN.name):
+        if kind.name in ("safetensors", "empty", UNKNOWN.name):
             raise DamagedFileError(f"{path} is damaged: {error}", hint="pgolf-post checkpoint list") from None
         words = f"{path} is {kind.words}, where a safetensors file belongs"
         raise DamagedFileError(words, hint=kind.hint.format(path=path)) from None

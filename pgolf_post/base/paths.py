@@ -37,6 +37,14 @@ def absent(path: Path, what: str = "file") -> str:
     return f"no such {what}: {path}"
 
 
+def require_another(out: Path, source: Path) -> None:
+    """Raise SettingsError if what a command writes would replace the file that it reads."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise SettingsError(
+            f"--out {out} is the file that is read: it would be replaced", hint="give --out another name"
+        )
+
+
 def followed(path: Path) -> Path:
     """Return where a link leads, any other path as it is. Raises NotFoundError for a link to nothing or to itself."""
     if not path.is_symlink():

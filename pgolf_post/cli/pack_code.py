@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pgolf_post.base.paths import absent
+from pgolf_post.base.paths import absent, require_another
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option
 
@@ -50,13 +50,14 @@ def command(
     )
 
     source = read_script(script)
+    out = out or script.with_suffix(".packed.py")
+    require_another(out, script)
     packed = pack_source(source)
     for path in beside:
         if not path.is_file():
             raise NotFoundError(absent(path))
     check_unpacks(packed)
     output = check_same_output(script.read_bytes(), packed.data, beside, arguments) if beside else None
-    out = out or script.with_suffix(".packed.py")
     with atomic_file(out) as temporary:
         temporary.write_bytes(packed.data)
     rows = [(str(script), f"{script.stat().st_size:,}"), (f"{out}  ({packed.codec})", f"{len(packed.data):,}")]

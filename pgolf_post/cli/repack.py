@@ -34,10 +34,13 @@ def command(file: Path, out: Path | None, codec: str, as_json: bool) -> None:
     with or without byte shuffle. Every weight is compared bit for bit, in float32, before the script's own cast;
     tensors keep the script's names. Nothing in FILE is run.
     """
+    from pgolf_post.base.paths import require_another
     from pgolf_post.importers.repack import read_foreign_artifact, repack
     from pgolf_post.pack.artifact import write_artifact
 
     started = time.perf_counter()
+    if out is not None:
+        require_another(out, file)
     foreign = read_foreign_artifact(file)
     with progress_bar("repacking", 1, "artifacts") as advance:
         data = repack(foreign, codec)

@@ -232,7 +232,7 @@ def _imported(tree: ast.Module, path: Path, folder: Path) -> Iterable[tuple[Path
 def check_same_output(script: str | bytes, packed: bytes, beside: Sequence[Path], arguments: Sequence[str]) -> str:
     """Run the script and its packed form, each in an empty folder beside copies of `beside`; return their output.
 
-    Raises VerificationError if the two differ in output or exit status, or fail.
+    Raises VerificationError if the two differ in output or exit status, or fail, or if the script is never the same.
     """
     content = script.encode() if isinstance(script, str) else script
     plain, wrapped = (_run(form, beside, arguments) for form in (content, packed))
@@ -241,6 +241,12 @@ def check_same_output(script: str | bytes, packed: bytes, beside: Sequence[Path]
             f"the script itself fails with status {plain.returncode}: {plain.stderr.strip()[-500:]}"
         )
     if (plain.stdout, plain.returncode) != (wrapped.stdout, wrapped.returncode):
+        if _run(content, beside, arguments).stdout != plain.stdout:
+            raise VerificationError(
+                f"the script prints something else at each run, so that its forms cannot be compared: "
+                f"{plain.stdout.strip()[:200]}",
+                hint="run it on what it prints the same for, or leave out --beside",
+            )
         detail = wrapped.stderr.strip()[-500:] or wrapped.stdout[-500:]
         raise VerificationError(f"the packed script does not do what the script does: {detail}")
     return plain.stdout

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pgolf_post.base.paths import absent
+from pgolf_post.base.paths import absent, followed, require_another
 from pgolf_post.base.storage import read_json
 from pgolf_post.checkpoint import read_tensors
 from pgolf_post.data.tokenizer import load_tokenizer
-from pgolf_post.errors import DamagedFileError, NotFoundError
+from pgolf_post.errors import DamagedFileError, NotFoundError, SettingsError
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.log_file import read_log
 from pgolf_post.importers.repack import read_foreign_artifact
@@ -36,6 +36,25 @@ def test_a_path_is_called_what_it_is(places: Path) -> None:
     assert absent(places / "folder") == f"{places}/folder is a folder, not a file"
     assert absent(places / "pipe").startswith(f"{places}/pipe is a pipe or a device, not a file; copy")
     assert absent(places / "nothing", "log") == f"no such log: {places}/nothing"
+
+
+def test_links_are_followed_to_what_is_there(places: Path) -> None:
+    (places / "good").symlink_to("folder")
+    (places / "loop").symlink_to("loop")
+    assert followed(places / "good") == (places / "folder").resolve()
+    assert followed(places / "nothing") == places / "nothing"
+    for name in ("link", "loop"):
+        with pytest.raises(NotFoundError, match="which is not there"):
+            followed(places / name)
+
+
+def test_what_is_read_is_not_replaced(places: Path) -> None:
+    (places / "script.py").write_text("print(1)")
+    (places / "same.py").symlink_to("script.py")
+    require_another(places / "new.py", places / "script.py")
+    for out in ("script.py", "same.py"):
+        with pytest.raises(SettingsError, match="it would be replaced"):
+            require_another(places / out, places / "script.py")
 
 
 READERS: tuple[Callable[[Path], Any], ...] = (

@@ -59,6 +59,9 @@ def test_a_packed_script_that_differs_is_refused() -> None:
         script.check_same_output("print(42)", b"print(43)", [], [])
     with pytest.raises(VerificationError, match="the script itself fails with status 1"):
         script.check_same_output("1/0", b"1/0", [], [])
+    noisy = "import os\nprint(os.urandom(8))"
+    with pytest.raises(VerificationError, match="prints something else at each run"):
+        script.check_same_output(noisy, noisy.encode(), [], [])
     with pytest.raises(SettingsError, match="not Python: line 1"):
         script.pack_source("def :")
 
