@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pgolf_post.base.file_kinds import UNKNOWN, file_kind
 from pgolf_post.base.paths import absent, followed
 from pgolf_post.base.storage import atomic_folder, atomic_symlink, disk_errors, read_json, tensors_sha256, write_json
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
@@ -155,8 +156,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, OSError) as error:
-        from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
-
         kind = file_kind(path.read_bytes())
         if kind.name in ("safetensors", "empty", UNKNOWN.name):
             raise DamagedFileError(f"{path} is damaged: {error}", hint="pgolf-post checkpoint list") from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pgolf_post.base.file_kinds import UNKNOWN, FileKind, file_kind, first_bytes
 from pgolf_post.errors import MismatchError
-from pgolf_post.importers.file_kinds import UNKNOWN, FileKind, file_kind, first_bytes
 
 OURS = "ours"
 STREAMS = ("artifact", "gzip", "bzip2", "xz", "lzma", "zstd", "lrzip", "lz4", UNKNOWN.name)

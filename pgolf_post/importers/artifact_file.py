@@ -23,9 +23,9 @@ import torch
 import zstandard
 from torch import Tensor
 
+from pgolf_post.base.file_kinds import AGAIN, KINDS, PICKLE, RESAVE, file_kind, first_bytes
 from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
-from pgolf_post.importers.file_kinds import AGAIN, KINDS, PICKLE, RESAVE, file_kind, first_bytes
 from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor, ScaleFactor
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.file_kinds import AGAIN, RESAVE, FileKind, file_kind, first_bytes
 from pgolf_post.base.paths import absent
 from pgolf_post.checkpoint import ViewName, read_tensors
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
 from pgolf_post.importers.artifact_file import casts_of
-from pgolf_post.importers.file_kinds import AGAIN, RESAVE, FileKind, file_kind, first_bytes
 from pgolf_post.importers.plain_weights import plain_weights
 from pgolf_post.importers.repack import read_foreign_artifact
 from pgolf_post.importers.stand_ins import HARMLESS, foreign_names, load_plainly

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.file_kinds import UNKNOWN, file_kind
 from pgolf_post.base.paths import absent
 from pgolf_post.base.progress import say
 from pgolf_post.base.text import decode_text
 from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
-from pgolf_post.importers.file_kinds import UNKNOWN, file_kind
 from pgolf_post.importers.script_source import smear_across_bos
 from pgolf_post.importers.script_words import known_keys
 

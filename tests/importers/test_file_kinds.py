@@ -20,8 +20,8 @@ import torch
 import zstandard
 from safetensors.torch import save
 
+from pgolf_post.base.file_kinds import file_kind
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
-from pgolf_post.importers.file_kinds import file_kind
 from pgolf_post.importers.foreign_file import read_foreign
 from pgolf_post.importers.repack import read_foreign_artifact
 from tests.importers.test_repack import int8_artifact, saved
