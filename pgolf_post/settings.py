@@ -11,9 +11,16 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from pgolf_post.base.paths import absent
 from pgolf_post.base.text import decode_text
@@ -24,6 +31,26 @@ class Settings(BaseModel):
     """Base of every settings class: unknown keys are refused, instances are immutable, floats are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+Precision = Literal["fp32", "bf16"]
+
+
+class PrecisionIdentity(Settings):
+    """Settings that leave a precision of float32 out of what an id is made of: results are older than the choice."""
+
+    @model_serializer(mode="wrap")
+    def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = own_values(self)
+        return {key: value for key, value in values.items() if not (key.endswith("precision") and value == "fp32")}
+
+
+class PrecisionSettings(PrecisionIdentity):
+    """Settings with the precision of forward passes."""
+
+    precision: Precision = Field(
+        "fp32", description="Type of forward passes' products; bf16 is faster on a GPU and gives other numbers."
+    )
 
 
 S = TypeVar("S", bound=Settings)

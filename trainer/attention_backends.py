@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_post.base.copying import to_device
 from pgolf_post.errors import SettingsError
-from trainer.batches import to_device
 
 BackendName = Literal["sdpa", "flex", "varlen", "fa3"]
 BackendChoice = Literal["auto", "sdpa", "flex", "varlen", "fa3"]

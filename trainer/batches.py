@@ -13,26 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.copying import page_locked
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 
 Batches = list[tuple[Tensor, Tensor]]  # inputs and targets of every micro-batch of a step, each (windows, seq_len)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device; to a GPU through pinned memory, without waiting for what is queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return page_locked(tensor).to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def page_locked(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy in page-locked memory, or the tensor where it is one: a strided one is not copied
-    asynchronously, whatever is asked for.
-    """
-    if tensor.is_pinned() and tensor.is_contiguous():
-        return tensor
-    return tensor.contiguous().pin_memory()
 
 
 class WindowSampler:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pgolf_post.base.copying import to_device
 from pgolf_post.errors import SettingsError
-from trainer.batches import to_device
 from trainer.compiled import compiled_loss, compiles, training_loss
 from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
+from pgolf_post.base.autocast import autocast_dtype
+from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.calibrate.stats import Stats

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pgolf_post.calibrate.collect import FORWARD_TOKENS, autocast_dtype
+from pgolf_post.base.autocast import autocast_dtype, autocast_to
+from pgolf_post.calibrate.collect import FORWARD_TOKENS
 from pgolf_post.calibrate.forward import forward_batch
 from pgolf_post.calibrate.sums import Sums
 from trainer.family import GolfGPTFamily
@@ -57,7 +57,7 @@ def _snapshot_seconds(state: RunState) -> float:
 @torch.no_grad()
 def _hessian_seconds(state: RunState) -> float:
     """Return the seconds of collecting Hessians as `pgolf_post.calibrate` does, reckoned from one batch."""
-    trained, tokens = state.model, _synthetic_tokens(state, FORWARD_TOKENS).to(state.device)
+    trained, tokens = state.model, _synthetic_tokens(state, FORWARD_TOKENS[state.device.type]).to(state.device)
     # A float32 model on the same weights, all loops on: nothing is drawn, and nothing copied that is float32 already.
     graph = trained.graph.model_copy(update={"active_loops": trained.config.max_active_loops})
     with torch.device("meta"):
@@ -65,8 +65,10 @@ def _hessian_seconds(state: RunState) -> float:
     module.load_state_dict({name: tensor.float() for name, tensor in trained.state_dict().items()}, assign=True)
     sites = GolfGPTFamily().sites(module)
     dtype = autocast_dtype("auto", state.device)
-    with torch.autocast(state.device.type, dtype) if dtype else contextlib.nullcontext():
-        seconds = _seconds_of(state.device, lambda: forward_batch(module, sites, tokens, Sums()))
+    with autocast_to(state.device, dtype):
+        seconds = _seconds_of(
+            state.device, lambda: forward_batch(module, sites, tokens, Sums(products_in=dtype or torch.float32))
+        )
     return seconds * max(1, state.recipe.schedule.hessian_tokens // tokens.numel())
 
 

@@ -97,8 +97,8 @@ def observed_lookups(module: nn.Module, lookups: Sequence[Lookup], sums: Sums) -
 def _add_lookup(sums: Sums, table: str, num_rows: int, indices: Tensor, gradient: Tensor) -> None:
     g = gradient.detach().flatten(0, -2).float()  # (tokens, width)
     sums.add_gram(f"lookup.{table}", g)
-    sums.add(f"counts.{table}", torch.bincount(indices, minlength=num_rows))
     zeros = torch.zeros(num_rows, dtype=torch.float64, device=g.device)
+    sums.add(f"counts.{table}", zeros.index_add(0, indices, torch.ones_like(indices, dtype=torch.float64)))
     sums.add(f"lookup_rows.{table}", zeros.index_add(0, indices, squares(g)[1].double()))
 
 

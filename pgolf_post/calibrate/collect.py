@@ -6,7 +6,6 @@ float64, so the result is the same for any number of processes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from pgolf_post.base.autocast import autocast_to
+from pgolf_post.base.copying import to_device
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.backward import fisher_batch
@@ -24,7 +25,7 @@ from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.sums import MAXIMA, Sums, kind_of
 from pgolf_post.families import Lookup, Site
 
-FORWARD_TOKENS = 8192  # per batch
+FORWARD_TOKENS = {"cpu": 8192, "cuda": 32768}  # per batch
 FISHER_TOKENS = {"cpu": 2048, "cuda": 16384}  # a backward pass keeps every activation; a GPU waits for launches
 
 
@@ -45,16 +46,15 @@ class Observed:
 
     def batch_windows(self, seq_len: int) -> int:
         """Windows per batch."""
-        return max(1, (FISHER_TOKENS[self.device.type] if self.fisher else FORWARD_TOKENS) // seq_len)
+        return max(1, (FISHER_TOKENS if self.fisher else FORWARD_TOKENS)[self.device.type] // seq_len)
 
     def add_batch(self, text: np.ndarray, windows: range, sums: Sums) -> None:  # text: (all windows, seq_len)
         """Run the given windows and add their sums."""
-        tokens = torch.from_numpy(text[windows.start : windows.stop]).to(self.device)
-        precision = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with precision:
+        tokens = to_device(torch.from_numpy(text[windows.start : windows.stop]), self.device)
+        with autocast_to(self.device, self.autocast):
             if not self.fisher:
                 return forward_batch(self.module, self.sites, tokens, sums)
-            numbers = torch.from_numpy(uniforms(self.seed, "labels", windows, tokens.size(1))).to(self.device)
+            numbers = to_device(torch.from_numpy(uniforms(self.seed, "labels", windows, tokens.size(1))), self.device)
             return fisher_batch(self.module, self.sites, self.lookups, tokens, numbers, sums)
 
 
@@ -98,9 +98,3 @@ def _add_up(sums: Sums, device: torch.device, ranks: Ranks) -> None:
     for key, shape in shapes.items():
         total = sums.tensors.setdefault(key, torch.zeros(shape, dtype=torch.float64, device=device))
         (ranks.maximum_ if kind_of(key) in MAXIMA else ranks.sum_)(total)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type: bfloat16 where asked for, or by default on a GPU; None for float32."""
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if wanted else None

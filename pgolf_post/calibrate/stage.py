@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.base.autocast import autocast_dtype, autocast_to
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.base.storage import PARTIAL_SUFFIX, read_json
-from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
+from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.memory import plan_memory, require_memory
 from pgolf_post.calibrate.settings import CalibrationSettings
@@ -97,7 +98,8 @@ def _collect(
         require_writable_result(folder)
     observed = observe(view, settings, ranks)
     batch_tokens = observed.batch_windows(seq_len) * seq_len
-    plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)
+    with autocast_to(observed.device, observed.autocast):
+        plan = plan_memory(observed.module, observed.sites, observed.lookups, batch_tokens, seq_len, settings.fisher)
     require_memory(plan, observed.device, ranks.world_size)
     # collect on every rank
     ranks.wait()

@@ -265,6 +265,10 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     protocol = parse_protocol(options, opened[0].config, "compare")
     if protocol.protocol == "ttt":
         raise click.UsageError("--until-ci samples windows; test-time training needs the whole text")
+    if options["reference"] and protocol.precision != "fp32":
+        raise click.UsageError(
+            "--reference measures divergences that bf16's rounding would drown; leave out --precision"
+        )
     if len({one.data.manifest_sha256 for one in opened}) > 1:
         raise MismatchError(f"{' and '.join(names)} belong to different data", hint="pass --data FOLDER")
     tokens, token_bytes = folder_text(opened[0].data, protocol)
@@ -277,7 +281,9 @@ def _screen(candidate: str, control: str, options: dict[str, Any]) -> Compared:
     settings = parse_settings(ScreenSettings, wanted, "compare")
     expected = ExpectedWindows(reference[0], first, second, *text) if reference else None
     all_bytes = bytes_of_windows(text[2], token_bytes)
-    screening = screen(expected or window_scorer(first, second, *text), all_bytes, targets, settings)
+    screening = screen(
+        expected or window_scorer(first, second, *text, protocol.precision), all_bytes, targets, settings
+    )
 
     facts = _expected_facts(expected, all_bytes, options) if expected else {}
     print_table(f"{candidate} against {control}", HEADER, screening_rows(screening, settings.level, facts))

@@ -59,6 +59,7 @@ FIT_FLAGS = {
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
     "tune_tokens": "--tune-tokens",
+    "forward_precision": "--precision",
     "distill": "--distill",
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",
@@ -90,6 +91,7 @@ FIT_FLAGS = {
     is_flag=True,
     help="Show where the bytes went, and what more of them would buy, by tensor.",
 )
+@click.option("--compile", "compiled", is_flag=True, help="Compile the forward passes that measure κ.")
 @eval_option
 @eval_tokens_option
 @data_option
@@ -111,6 +113,7 @@ def command(
     code: tuple[Path, ...],
     train_seconds: float | None,
     explained: bool,
+    compiled: bool,
     evaluate: bool,
     eval_tokens: int | None,
     data_dir: Path | None,
@@ -148,7 +151,7 @@ def command(
     totals, code_bytes = chosen_budgets(budget, budgets, target_gap), count_code(code)
     home = find_checkpoint(checkpoint)
     view, data = load_view(home, weights), find_data(home, data_dir)
-    fitter = prepare_by_all_ranks(view, data, calibration, settings, train_seconds, allow_stale, fresh)
+    fitter = prepare_by_all_ranks(view, data, calibration, settings, train_seconds, allow_stale, fresh, compiled)
     if fitter is None:
         return
 
@@ -174,6 +177,7 @@ def prepare_by_all_ranks(
     train_seconds: float | None,
     allow_stale: str | None,
     fresh: bool,
+    compiled: bool = False,
 ) -> Fitter | None:
     """Collect statistics and κ on all ranks; return what fits share on the main rank, None on the others."""
     from pgolf_post.base.ranks import Ranks
@@ -184,7 +188,7 @@ def prepare_by_all_ranks(
     ranks = Ranks.join()
     try:
         stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
-        fitter = prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats)
+        fitter = prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats, compiled)
     finally:
         ranks.leave()
     return fitter if ranks.is_main else None

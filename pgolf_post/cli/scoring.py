@@ -70,6 +70,12 @@ def protocol_options(function: F) -> F:
             help="Drop or score the targets that do not fill a last window.",
         ),
         click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            help="Type of forward passes' products; bf16 is faster on a GPU and gives another number, kept as another "
+            "score.  [default: fp32]",
+        ),
+        click.option(
             "--ttt",
             type=click.Choice(list(PRESETS)),
             help="Published settings, or a method, of test-time training; for --protocol ttt.",
@@ -120,7 +126,7 @@ def parse_protocol(options: dict[str, Any], config: Mapping[str, Any], command: 
     from pgolf_post.score.protocols import make_protocol
 
     kind = options["protocol"]
-    given = {key: options[key] for key in ("split", "seq_len", "max_tokens", "tail")}
+    given = {key: options[key] for key in ("split", "seq_len", "max_tokens", "tail", "precision")}
     if kind == "ttt" and not options["ttt"]:
         raise click.UsageError("--protocol ttt needs --ttt PRESET or METHOD, for example --ttt record-1855")
     if kind != "ttt" and (options["ttt"] or options["overrides"]):

@@ -22,6 +22,8 @@ ALL_REDUCE = """
 import sys, torch, torch.distributed as dist
 rank, backend, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if backend == "nccl":
+    torch.cuda.set_device(device)
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
 dist.init_process_group(backend, store=store, rank=rank, world_size=2)
 total = torch.full((1 << 16,), rank + 1.0, device=device)

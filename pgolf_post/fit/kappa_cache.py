@@ -22,7 +22,7 @@ STAGES = {"tensor": Stage("kappa", 1, "kappa.json"), "role": Stage("kappa", 2, "
 
 
 def cached_kappas(
-    builder: Builder, data: DataFolder, settings: FitSettings, fresh: bool, ranks: Ranks
+    builder: Builder, data: DataFolder, settings: FitSettings, fresh: bool, ranks: Ranks, compiled: bool = False
 ) -> tuple[dict[str, Kappa], float]:
     """Return κ by group, and the seconds that measuring took if it was done before: 0 where all ranks measure now.
 
@@ -45,8 +45,9 @@ def cached_kappas(
         )
     if ranks.is_main:
         require_writable_result(folder)
-    probe = Probe(view, text, ranks)
-    require_idle(probe, builder.zeros)
+    probe = Probe(view, text, ranks, settings.forward_precision, "inductor" if compiled else None)
+    exact = probe if settings.forward_precision == "fp32" or not builder.zeros else Probe(view, text, ranks)
+    require_idle(exact, builder.zeros)
     measured = measure_kappas(builder, probe, settings.kappa)
 
     def make(building: Path) -> Mapping[str, Any]:

@@ -69,6 +69,7 @@ def prepare(
     fresh: bool = False,
     ranks: Ranks = ALONE,
     stats: Stats | None = None,  # instead of collecting them; their seconds are the caller's to count
+    compiled: bool = False,  # whether κ's forward passes are
 ) -> Fitter:
     """Collect statistics, measure κ, and do everything else that does not depend on the budget. Runs on all ranks.
 
@@ -84,7 +85,7 @@ def prepare(
     kappas: Mapping[str, Kappa] = {}
     if settings.kappa != "off" and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
         with clock.step("kappa") as step:
-            kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks)
+            kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks, compiled)
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
     tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_dtype, autocast_to
+from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import token_divergences
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate import CalibrationSettings
@@ -27,6 +29,8 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module, swap_weights
+from pgolf_post.score.pool import CompiledModel
+from pgolf_post.settings import Precision
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -42,16 +46,26 @@ class Measured:
 class Probe:
     """Measures divergences on one text."""
 
-    def __init__(self, view: View, text: CalibrationSet, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        view: View,
+        text: CalibrationSet,
+        ranks: Ranks = ALONE,
+        precision: Precision = "fp32",
+        backend: str | None = None,  # of torch.compile; None: not compiled
+    ) -> None:
         self.view, self.text, self.ranks = view, text, ranks
+        self.autocast = autocast_dtype(precision, ranks.device)
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(ranks.device)
+        self.model: Any = self.module if backend is None else CompiledModel(self.module, backend)
         head = next(site for site in view.family.sites(self.module) if site.is_head)
-        self.head = head.tensors[0]
+        self.head = self.module.get_parameter(head.tensors[0])
+        self.own_head = self.head.detach().clone()
         size = max(1, BATCH_TOKENS[ranks.device.type] // text.tokens.shape[1])
         tokens = torch.from_numpy(text.tokens)
         self.batches = [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
         self.batches = [self.batches[i] for i in ranks.share(range(len(self.batches)))]
-        with torch.no_grad():
+        with torch.no_grad(), autocast_to(ranks.device, self.autocast):
             self.hidden = [self._hidden(batch) for _, batch in self.batches]
 
     def divergence(self, tensors: Mapping[str, Tensor]) -> Measured:
@@ -69,26 +83,29 @@ class Probe:
     def _divergences(self) -> np.ndarray:  # (windows,) float64 nats per token
         windows = torch.zeros(len(self.text.tokens), dtype=torch.float64, device=self.ranks.device)
         for (start, batch), hidden in zip(self.batches, self.hidden, strict=True):
-            reference = self._reference_logits(hidden.flatten(0, 1))
-            changed = self.module.logits(self._hidden(batch).flatten(0, 1))
-            tokens = token_divergences(reference, changed)
-            windows[start : start + len(batch)] = tokens.double().view(len(batch), -1).mean(1)
+            windows[start : start + len(batch)] = self.means(batch, hidden)
         self.ranks.sum_(windows)
         if not torch.isfinite(windows).all():
             raise NumericsError("predictions on calibration text are not finite with quantized weights")
         return windows.cpu().numpy()
 
+    def means(self, batch: Tensor, hidden: Tensor) -> Tensor:  # (windows, seq_len), (…, dim) → (windows,) float64
+        """Return each window's mean divergence; `hidden` is the reference's."""
+        with autocast_to(self.ranks.device, self.autocast):
+            reference = self._reference_logits(hidden.flatten(0, 1))
+            changed = self.model.logits(self._hidden(batch).flatten(0, 1))
+        return token_divergences(reference, changed).double().view(len(batch), -1).mean(1)
+
     def _hidden(self, batch: Tensor) -> Tensor:  # (windows, seq_len) → (windows, seq_len, dim)
-        hidden: Tensor = self.module.hidden(batch.to(self.ranks.device))
+        hidden: Tensor = self.model.hidden(to_device(batch, self.ranks.device))
         return hidden
 
     def _reference_logits(self, hidden: Tensor) -> Tensor:  # (tokens, dim) → (tokens, vocab)
         """Apply the view's own head, whichever is in the module now."""
-        weight = self.module.get_parameter(self.head)
-        now = weight.detach().clone()
-        weight.copy_(self.view.tensors[self.head])
-        logits: Tensor = self.module.logits(hidden)
-        weight.copy_(now)
+        now = self.head.detach().clone()
+        self.head.copy_(self.own_head)
+        logits: Tensor = self.model.logits(hidden)
+        self.head.copy_(now)
         return logits
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from pgolf_post.quantize.gptq.trellis import POLYNOMIALS
-from pgolf_post.settings import Settings
+from pgolf_post.settings import Precision, PrecisionIdentity
 
 
-class FitSettings(Settings):
+class FitSettings(PrecisionIdentity):
     """Optional parts of a fit, and the text each may read. All settings are part of the artifact's identity."""
 
     rows: bool = Field(True, description="Use per-row step sizes, from the Fisher information of each output.")
@@ -42,6 +42,10 @@ class FitSettings(Settings):
         0,
         ge=0,
         description="Tokens of calibration text, in all, to fine-tune blocks that are not rounded yet; 0 tunes none.",
+    )
+    forward_precision: Precision = Field(
+        "fp32",
+        description="Type of the products in fine-tuning and in κ's measurements; bf16 is faster on a GPU.",
     )
     distill: bool = Field(False, description="Tune non-matrix parameters by distillation, with symbols frozen.")
 

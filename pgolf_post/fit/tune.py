@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_dtype, autocast_to
+from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import token_divergences
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.base.ranks import ALONE
@@ -26,6 +28,7 @@ from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import load_module, swap_weights
 from pgolf_post.fit.build import Builder
 from pgolf_post.quantize.tensor import QuantizedTensor
+from pgolf_post.settings import Precision
 
 BATCH_TOKENS = 2048  # at least
 MOST_STEPS = 512  # between two blocks: more text makes larger batches
@@ -58,8 +61,9 @@ def learning_rates(builder: Builder, constants: Mapping[str, float]) -> dict[str
 class TunedModel:
     """The model as it is after some of its blocks were rounded, and its reference."""
 
-    def __init__(self, view: View, text: CalibrationSet, tokens_between: int) -> None:
+    def __init__(self, view: View, text: CalibrationSet, tokens_between: int, precision: Precision = "fp32") -> None:
         self.view, self.device = view, ALONE.device
+        self.autocast = autocast_dtype(precision, self.device)
         self.tokens = torch.from_numpy(text.tokens)  # (windows, seq_len) int64
         seq_len = self.tokens.shape[1]
         batch_tokens = max(BATCH_TOKENS, tokens_between // MOST_STEPS)
@@ -91,36 +95,53 @@ class TunedModel:
         # Only these matrices learn: a group each, one cosine for all.
         chosen = [self.parameters[name].requires_grad_(True) for name in rates]
         groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(chosen, rates.values(), strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
+        optimizer = self.optimizer(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
         )
 
+        # A step's KL is read when the next step is queued, so that a GPU never waits for this process.
+        before: Tensor | None = None
         with progress_bar(f"fine-tuning after block {label}", self.steps, "steps") as advance:
             for _ in range(self.steps):
                 optimizer.zero_grad(set_to_none=True)
-                kl = self._backward(torch.from_numpy(next(self.batches)))
-                if not math.isfinite(kl):
-                    raise NumericsError("predictions on calibration text are not finite with quantized weights")
+                kl = self.backward(torch.from_numpy(next(self.batches)))
                 optimizer.step()
                 schedule.step()
-                advance(note=f"KL {kl:.5f}")
+                advance(note="" if before is None else f"KL {_finite(before):.5f}")
+                before = kl
+        if before is not None:
+            _finite(before)
 
         # The next call chooses others.
         for parameter in chosen:
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _backward(self, chosen: Tensor) -> float:
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
+        """Return the optimizer of some groups of parameters."""
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12, fused=on_gpu or None)
+
+    def backward(self, chosen: Tensor) -> Tensor:  # (windows,) int64 → ()
         """Add the gradients of the mean KL(reference ‖ tuned) over some windows; returns that mean, nats per token."""
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for part in chosen.split(self.micro):
-            tokens = self.tokens[part].to(self.device)
-            with torch.no_grad():
-                reference = self.reference.logits(self.reference.hidden(tokens))
+            tokens = to_device(self.tokens[part], self.device)
             with torch.enable_grad():
-                tuned = self.module.logits(self.module.hidden(tokens))
+                with autocast_to(self.device, self.autocast):
+                    with torch.no_grad():
+                        reference = self.reference.logits(self.reference.hidden(tokens))
+                    tuned = self.module.logits(self.module.hidden(tokens))
                 kl = token_divergences(reference, tuned).mean() * (len(part) / len(chosen))
                 kl.backward()
-            total += kl.item()
+            total += kl.detach()
         return total
+
+
+def _finite(kl: Tensor) -> float:
+    """Return the number. Raises NumericsError if it is none."""
+    value = kl.item()
+    if not math.isfinite(value):
+        raise NumericsError("predictions on calibration text are not finite with quantized weights")
+    return value

@@ -189,6 +189,7 @@ def _score(entry: CacheEntry, meta: Mapping[str, Any]) -> Description:
     subject, config = str(meta["subject_id"]), entry.config
     result = {key: meta[key] for key in (*SUMS, "documents")} | dict(meta.get("breakdown", {}))
     name = str(config["protocol"]) + (f", stride {config['stride']}" if config.get("stride") else "")
+    name += ", bf16" if config.get("precision") == "bf16" else ""
     for artifact, artifact_meta in _siblings(entry, "artifact"):
         if artifact_meta.get("payload_sha256") == subject:
             packed = _artifact(artifact, artifact_meta)[2]

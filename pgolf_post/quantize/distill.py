@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import divergences_of
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.ranks import ALONE
@@ -38,6 +39,7 @@ from pgolf_post.quantize.tensor import QuantizedModel, widen
 
 STAGE_VERSION = 1
 BETAS = (0.9, 0.99)
+READING_TOKENS = {"cpu": 0, "cuda": 32768}  # of a batch where nothing learns, if the settings' own are fewer
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class ReferenceText:
     """Windows of text with the reference's hidden states, so that only its head is run again."""
 
     tokens: Tensor  # (windows, seq_len) int64
-    hidden: Tensor  # (windows, seq_len, dim), on the CPU
+    hidden: Tensor  # (windows, seq_len, dim), where the models are
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -173,13 +175,13 @@ class _Work:
     def with_reference(self, windows: np.ndarray, advance: Callable[..., None]) -> ReferenceText:
         """Run the reference once over (windows, seq_len) int64."""
         tokens, hidden = torch.from_numpy(windows), []
-        for batch in tokens.split(self._batch_windows(windows.shape[1])):
-            hidden.append(self.reference.hidden(batch.to(self.device)).cpu())
+        for batch in tokens.split(self._batch_windows(windows.shape[1], READING_TOKENS[self.device.type])):
+            hidden.append(self.reference.hidden(to_device(batch, self.device)))
             advance(len(batch))
         return ReferenceText(tokens, torch.cat(hidden))
 
-    def _batch_windows(self, seq_len: int) -> int:
-        return max(1, self.settings.batch_tokens // seq_len)
+    def _batch_windows(self, seq_len: int, at_least: int = 0) -> int:  # tokens
+        return max(1, max(at_least, self.settings.batch_tokens) // seq_len)
 
     def tune(self, tune_text: ReferenceText, advance: Callable[..., None]) -> None:
         """Run the steps; parameters that the forward pass does not reach stay as they are."""
@@ -190,7 +192,7 @@ class _Work:
             list(self.parameters.values()), settings.learning_rate, BETAS, weight_decay=settings.weight_decay
         )
         size = min(len(tune_text), self._batch_windows(tune_text.tokens.size(1)))
-        batches = epochs(len(tune_text), size, settings.seed, "distillation")
+        batches, before = epochs(len(tune_text), size, settings.seed, "distillation"), None
         with torch.enable_grad():
             for step in range(settings.steps):
                 rate = 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
@@ -199,15 +201,16 @@ class _Work:
                 optimizer.zero_grad(set_to_none=True)
                 kl.backward()
                 optimizer.step()
-                advance(note=f"KL {kl.item():.5f}")
+                advance(note="" if before is None else f"KL {before.item():.5f}")
+                before = kl.detach()  # read when the next step is queued: a GPU does not wait
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
     def _loss(self, text: ReferenceText, chosen: Tensor) -> tuple[Tensor, Tensor]:  # chosen: (batch,) int64
         """Return the mean KL over all positions, and the mean nats of the next tokens."""
-        tokens = text.tokens[chosen].to(self.device)
+        tokens, windows = to_device(text.tokens[chosen], self.device), to_device(chosen, self.device)
         with torch.no_grad():
-            target = F.log_softmax(self.reference.logits(text.hidden[chosen].to(self.device)).float(), -1)
+            target = F.log_softmax(self.reference.logits(text.hidden[windows]).float(), -1)
         log_probs = F.log_softmax(self.quantized.logits(self.quantized.hidden(tokens)).float(), -1)
         kl = divergences_of(target, log_probs).mean()
         nats = F.nll_loss(log_probs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -217,7 +220,8 @@ class _Work:
     def losses(self, held_out: ReferenceText) -> Losses:
         """Return the quantized model's losses, summed in float64. Raises NumericsError if they are not finite."""
         sums = np.zeros(2)
-        for batch in torch.arange(len(held_out)).split(self._batch_windows(held_out.tokens.size(1))):
+        size = self._batch_windows(held_out.tokens.size(1), READING_TOKENS[self.device.type])
+        for batch in torch.arange(len(held_out)).split(size):
             sums += [float(loss) * len(batch) for loss in self._loss(held_out, batch)]
         if not np.isfinite(sums).all():
             raise NumericsError("the held-out loss is not finite", hint="--set distill.learning_rate=…, a lower one")

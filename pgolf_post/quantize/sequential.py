@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_dtype
 from pgolf_post.base.progress import say
 from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate import Stats
-from pgolf_post.calibrate.collect import Observed, autocast_dtype, collect
+from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.forward import hooks
 from pgolf_post.calibrate.packed import pack_upper, unpack_upper
 from pgolf_post.calibrate.text import CalibrationSet

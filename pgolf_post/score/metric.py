@@ -35,7 +35,7 @@ def recorded_protocol(checkpoint: Checkpoint, view: str) -> tuple[dict[str, Any]
     metric = checkpoint.meta["views"][view].get("metric")
     if not metric:
         raise NotFoundError(f"{checkpoint.path} records no metric for its {view!r} weights")
-    fields = {key: metric[key] for key in PlainProtocol.model_fields}
+    fields = {key: metric[key] for key in PlainProtocol.model_fields if key in metric}
     return metric, parse_settings(PlainProtocol, fields, f"{checkpoint.path}: metric")
 
 

@@ -19,12 +19,12 @@ from pgolf_post.errors import MismatchError
 from pgolf_post.score.bpb import Score, require_finite, sum_units
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
-from pgolf_post.settings import Settings
+from pgolf_post.settings import Precision, PrecisionSettings
 
 BATCH_TOKENS = 32768  # of one forward on a GPU
 
 
-class PlainProtocol(Settings):
+class PlainProtocol(PrecisionSettings):
     """Plain scoring: what exactly was scored. Part of a score's identity."""
 
     protocol: Literal["plain"] = "plain"
@@ -49,9 +49,10 @@ def score_plain(
     protocol: PlainProtocol,
     description: str = "scoring",
 ) -> Score:
-    """Score a text in float32. Raises MismatchError if it is shorter than one window."""
+    """Score a text. Raises MismatchError if it is shorter than one window."""
     spans = protocol_windows(tokens, protocol)
-    return score_windows(module, tokens, token_bytes, spans, np.arange(len(spans)), description)
+    chosen = np.arange(len(spans))
+    return score_windows(module, tokens, token_bytes, spans, chosen, description, precision=protocol.precision)
 
 
 def protocol_windows(tokens: np.ndarray, protocol: PlainProtocol) -> list[tuple[int, int]]:
@@ -70,14 +71,15 @@ def score_windows(
     chosen: np.ndarray,  # (windows,) int64, which of them to score
     description: str = "scoring",
     pieces: np.ndarray | None = None,  # (n,) int64, to cut units finer than documents
+    precision: Precision = "fp32",
 ) -> Score:
-    """Score some windows of a text in float32."""
+    """Score some windows of a text."""
     started = time.perf_counter()
     picked = [Span(spans[i][0], spans[i][1], spans[i][1]) for i in chosen]
     nats: list[np.ndarray] = []
     with progress_bar(description, len(picked), "windows") as advance:
         for batch in batches_of(picked, fitting(BATCH_TOKENS, module)):
-            nats.append(batch_nats(module, tokens, batch, Session()))
+            nats.append(batch_nats(module, tokens, batch, Session(), precision))
             require_finite(tokens, places_of(batch), nats[-1])
             advance(len(batch))
     places = places_of(picked)

@@ -18,18 +18,34 @@ from pgolf_post.families import LanguageModel, check_tensors, load_module, swap_
 from pgolf_post.score.phase_times import PhaseTimes
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.protocols import Protocol, protocol_spans
-from pgolf_post.score.spans import Span, batches_of, fitting, num_targets
+from pgolf_post.score.spans import Span, batches_of, computing_in, fitting, num_targets
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import canonical_json
 
 
 class CompiledModel:
-    """A language model whose `hidden` and `logits` torch.compile has made; shapes are fixed, one graph for each."""
+    """A language model whose `hidden` and `logits` torch.compile has made; shapes are fixed, one graph for each.
+
+    Once it is told the shape of its largest batch, smaller ones are padded to it at their ends, where no position that
+    is read can see it. So a whole text takes one graph of `hidden`, which takes a minute to compile.
+    """
 
     def __init__(self, module: Any, backend: str) -> None:
         self.module = module
-        self.hidden = torch.compile(module.hidden, backend=backend, dynamic=False)
+        self.largest: tuple[int, int] | None = None  # windows, length
+        self._hidden = torch.compile(module.hidden, backend=backend, dynamic=False)
         self.logits = torch.compile(module.logits, backend=backend, dynamic=False)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the head's input: (batch, seq_len) int64 → (batch, seq_len, dim)."""
+        windows, length = tokens.shape
+        if self.largest is None or windows > self.largest[0] or length > self.largest[1]:
+            hidden: Tensor = self._hidden(tokens)
+            return hidden
+        padded = tokens.new_zeros(self.largest)
+        padded[:windows, :length] = tokens
+        hidden = self._hidden(padded)
+        return hidden[:windows, :length]
 
     def parameters(self) -> Iterator[Tensor]:
         yield from self.module.parameters()
@@ -43,7 +59,7 @@ class ModelPool:
         self._key = b""
         self._module: nn.Module | None = None
         self._model: Any = None
-        self._warm: set[tuple[int, int, int]] = set()  # (batch, length, scored) that have run
+        self._warm: set[tuple[str, int, int, int]] = set()  # (precision, batch, length, scored) that have run
 
     def load(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, device: torch.device
@@ -69,11 +85,12 @@ class ModelPool:
         spans = protocol_spans(protocol, num_targets(num_tokens, protocol.seq_len, protocol.tail))
         size = fitting(BATCH_TOKENS, model)
         shapes = {(len(batch), batch[0].length, batch[0].scored): batch[0] for batch in batches_of(spans, size)}
-        with clock.phase("compile"), torch.no_grad():
+        self._model.largest = tuple(max(shape[i] for shape in shapes) for i in (0, 1))
+        with clock.phase("compile"), torch.no_grad(), computing_in(protocol.precision, model):
             for shape, span in shapes.items():
-                if shape not in self._warm:
+                if (protocol.precision, *shape) not in self._warm:
                     self._run(model, shape[0], span)
-                    self._warm.add(shape)
+                    self._warm.add((protocol.precision, *shape))
 
     def _run(self, model: LanguageModel, batch: int, span: Span) -> None:
         device = next(model.parameters()).device

@@ -87,7 +87,7 @@ def make_pass(module: Any, family: ModelFamily, tokens: np.ndarray, protocol: Pr
         _, make = ttt_method(protocol.method).load()
         return make(module, family, log, protocol, session)
     spans = protocol_spans(protocol, log.num_targets)
-    return SpanPass(module, log, spans, fitting(BATCH_TOKENS, module), session)
+    return SpanPass(module, log, spans, fitting(BATCH_TOKENS, module), session, protocol.precision)
 
 
 def run_protocol(

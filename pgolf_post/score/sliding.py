@@ -14,10 +14,10 @@ from pydantic import Field
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.score.spans import Span
-from pgolf_post.settings import Settings
+from pgolf_post.settings import PrecisionSettings
 
 
-class SlidingProtocol(Settings):
+class SlidingProtocol(PrecisionSettings):
     """Sliding-window scoring: what exactly was scored. Part of a score's identity."""
 
     protocol: Literal["sliding"] = "sliding"

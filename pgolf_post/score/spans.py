@@ -8,6 +8,7 @@ batch is halved, which is said.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -15,14 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_dtype, autocast_to
 from pgolf_post.base.progress import say
 from pgolf_post.errors import MismatchError, PgolfError
 from pgolf_post.families import LanguageModel
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.nats import observe, target_nats
 from pgolf_post.score.session import Session
+from pgolf_post.settings import Precision
 
 CPU_BATCH_TOKENS = 2048  # a sixth faster than 16,384 at width 256
+# The CPU's allocator has no exception of its own; on a GPU page-locked memory and cuBLAS's workspace have none either.
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Span(NamedTuple):
@@ -68,25 +78,34 @@ def stack(tokens: np.ndarray, batch: list[Span]) -> tuple[Tensor, Tensor]:
     """Return inputs (batch, length) and scored targets (batch, scored), int64."""
     rows = np.stack([tokens[s.start : s.start + s.length + 1] for s in batch]).astype(np.int64)
     whole = torch.from_numpy(rows)
-    return whole[:, :-1], whole[:, -batch[0].scored :]
+    return whole[:, :-1].contiguous(), whole[:, -batch[0].scored :].contiguous()
 
 
 @torch.no_grad()
-def batch_nats(module: LanguageModel, tokens: np.ndarray, batch: list[Span], session: Session) -> np.ndarray:
+def batch_nats(
+    module: LanguageModel, tokens: np.ndarray, batch: list[Span], session: Session, precision: Precision = "fp32"
+) -> np.ndarray:
     """Return float64 nats (batch · scored,) of the targets of spans of one shape.
 
     Halves the batch where memory runs out.
     """
 
     def work(part: list[Span]) -> np.ndarray:
-        hidden, targets = scored_hidden(module, tokens, part)
-        nats = target_nats(module, hidden, targets)
-        observe(session.observer, module, hidden, places_of(part))
-        if session.details is not None:
-            session.details.note(module, hidden, targets, places_of(part), context_of(part), len(tokens))
+        with computing_in(precision, module):
+            hidden, targets = scored_hidden(module, tokens, part)
+            nats = target_nats(module, hidden, targets)
+            observe(session.observer, module, hidden, places_of(part))
+            if session.details is not None:
+                session.details.note(module, hidden, targets, places_of(part), context_of(part), len(tokens))
         return nats.double().cpu().numpy()
 
     return halving(work, batch)
+
+
+def computing_in(precision: Precision, module: LanguageModel) -> AbstractContextManager[object]:
+    """Return a context in which a module's products are computed in a precision."""
+    device = next(module.parameters()).device
+    return autocast_to(device, autocast_dtype(precision, device))
 
 
 def scored_hidden(
@@ -121,18 +140,24 @@ def halving(work: Callable[[list[Span]], np.ndarray], batch: list[Span]) -> np.n
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch ran out of memory, on a GPU or on the CPU (whose allocator has no exception of its own)."""
+    """Return whether torch ran out of memory, on a GPU or on the CPU."""
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 class SpanPass:
     """A pass without learning: every step is a batch of spans; ranks take turns."""
 
     def __init__(
-        self, module: LanguageModel, log: CommitLog, spans: list[Span], batch_tokens: int, session: Session
+        self,
+        module: LanguageModel,
+        log: CommitLog,
+        spans: list[Span],
+        batch_tokens: int,
+        session: Session,
+        precision: Precision = "fp32",
     ) -> None:
-        self.module, self.log, self.session = module, log, session
+        self.module, self.log, self.session, self.precision = module, log, session, precision
         batches = batches_of(spans, batch_tokens)
         self.batches = [batches[i] for i in session.ranks.share(range(len(batches)))]
         self.costs = np.array([float(len(b) * b[0].length) for b in self.batches])
@@ -140,7 +165,8 @@ class SpanPass:
     def step(self, index: int) -> None:
         batch = self.batches[index]
         with self.session.clock.phase("score"):
-            self.log.commit(places_of(batch), batch_nats(self.module, self.log.tokens, batch, self.session))
+            nats = batch_nats(self.module, self.log.tokens, batch, self.session, self.precision)
+            self.log.commit(places_of(batch), nats)
 
     def state(self) -> Mapping[str, Tensor]:
         return {}

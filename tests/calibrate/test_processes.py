@@ -30,7 +30,7 @@ from pgolf_post.cli import main
 
 last = int(sys.argv.pop(1))
 added = []
-collect.FORWARD_TOKENS, collect.FISHER_TOKENS = 32, {"cpu": 32}
+collect.FORWARD_TOKENS, collect.FISHER_TOKENS = {"cpu": 32}, {"cpu": 32}
 partial.SAVE_SECONDS, partial.SAVE_SHARE = 0.0, 1e9
 add_batch = collect.Observed.add_batch
 
@@ -48,7 +48,7 @@ main()
 @pytest.fixture
 def small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The script above, and the same batches in this process."""
-    monkeypatch.setattr("pgolf_post.calibrate.collect.FORWARD_TOKENS", 32)
+    monkeypatch.setattr("pgolf_post.calibrate.collect.FORWARD_TOKENS", {"cpu": 32})
     monkeypatch.setattr("pgolf_post.calibrate.collect.FISHER_TOKENS", {"cpu": 32})
     script = tmp_path / "small_batches.py"
     script.write_text(SMALL_BATCHES)

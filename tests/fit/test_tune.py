@@ -88,12 +88,34 @@ def test_gradients_do_not_depend_on_the_micro_batch(fitter: Fitter, view: View, 
         tuned.micro = micro
         name = rounded_first(fitter, tuned)[0]
         weight = tuned.parameters[name].requires_grad_(True)
-        loss = tuned._backward(torch.arange(8))
+        loss = tuned.backward(torch.arange(8))
         assert weight.grad is not None
-        found.append((loss, weight.grad.clone()))
+        found.append((float(loss), weight.grad.clone()))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-9)
+
+
+def test_bf16_tunes_by_the_gradient_that_autocast_gives(fitter: Fitter, view: View, text: CalibrationSet) -> None:
+    tuned, tokens = TunedModel(view, text, 4096, "bf16"), torch.from_numpy(text.tokens[:8])
+    name = rounded_first(fitter, tuned)[0]
+    weight = tuned.parameters[name].requires_grad_(True)
+    loss = tuned.backward(torch.arange(8))
+    assert weight.grad is not None
+    own = weight.grad.clone()
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        logits = [model.logits(model.hidden(tokens)).float() for model in (tuned.reference, tuned.module)]
+    reference, ours = (torch.log_softmax(each, -1) for each in logits)
+    kl = (reference.exp() * (reference - ours)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(kl, weight)
+    assert float(loss) == pytest.approx(float(kl.detach()), rel=1e-4)
+    torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-8)
+    exact = TunedModel(view, text, 4096)
+    rounded_first(fitter, exact)
+    exact.parameters[name].requires_grad_(True)
+    exact.backward(torch.arange(8))
+    difference = exact.parameters[name].grad - own  # type: ignore[operator]
+    assert 0 < float(difference.norm()) < 0.2 * float(own.norm())
 
 
 def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) -> None:

@@ -1,4 +1,4 @@
-"""Peak memory on a GPU that is not there: `python -m tests.gpu.fake_cuda LIBRARY` prints it as JSON, in GiB.
+"""Peak memory on a GPU that is not there, in GiB, as JSON lines: `python -m tests.gpu.fake_cuda LIBRARY ttt others`.
 
 Fake CUDA tensors have shapes, dtypes and storages, but no numbers: the record model runs at its full size, and a
 dispatch mode adds up the bytes of the storages that are alive. `guard.cpp`, built as LIBRARY, makes a CPU build of
@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,15 @@ def ttt_peak(precision: str) -> float:
     import torch
     from torch import Tensor
 
+    from pgolf_post.base.autocast import autocast_to
     from pgolf_post.families import get_family
     from pgolf_post.score.nats import target_nats
     from pgolf_post.score.session import Session
     from pgolf_post.score.ttt.adapters import Adapters
     from pgolf_post.score.ttt.documents import Document
-    from pgolf_post.score.ttt.gradients import autocast_to
     from pgolf_post.score.ttt.lora import LoraPass
     from pgolf_post.score.ttt.methods import ttt_protocol
     from pgolf_post.score.ttt.optimizers import make_optimizers
-    from trainer.architecture import GraphState
-    from trainer.model import GolfGPT
 
     class Unread(LoraPass):
         """A pass whose nats nobody reads: they have no values."""
@@ -101,13 +99,121 @@ def ttt_peak(precision: str) -> float:
             return np.zeros(stop - begin, dtype=np.int64)
 
     def work() -> None:
-        with torch.device("cuda"):
-            module = GolfGPT(record_config(), GraphState(active_loops=2)).requires_grad_(False)
+        module = record_model()
         settings = ttt_protocol("record-1855", [f"precision={precision}"], {}, 2048)
         step = Unread(module, settings)
         documents = [Document(0, 4096)] * settings.batch_documents  # type: ignore[attr-defined]
         with step.adapters.attached():
             step.score_and_learn(documents, 2048 // settings.chunk_tokens)
+
+    return peak_gib(work)
+
+
+def record_model() -> Any:
+    """Return the record model, its loops on, with fake weights that do not learn."""
+    import torch
+
+    from trainer.architecture import GraphState
+    from trainer.model import GolfGPT
+
+    with torch.device("cuda"):
+        return GolfGPT(record_config(), GraphState(active_loops=2)).requires_grad_(False)
+
+
+def scoring_peak(kind: str, precision: str) -> float:
+    """Return the peak of the batch of a protocol without learning that holds most."""
+    import numpy as np
+    import torch
+
+    from pgolf_post.score.nats import target_nats
+    from pgolf_post.score.plain import BATCH_TOKENS
+    from pgolf_post.score.protocols import make_protocol, protocol_spans
+    from pgolf_post.score.spans import batches_of, computing_in, fitting, scored_hidden
+
+    def work() -> None:
+        module = record_model()
+        spans = protocol_spans(make_protocol(kind, {}, 2048, "test"), 4 * BATCH_TOKENS)  # type: ignore[arg-type]
+        batches = batches_of(spans, fitting(BATCH_TOKENS, module))
+        largest = max(batches, key=lambda batch: len(batch) * batch[0].length)
+        assert len(largest) * 2048 >= 32768
+        tokens = np.zeros(5 * BATCH_TOKENS, dtype=np.uint16)
+        with torch.no_grad(), computing_in(precision, module):  # type: ignore[arg-type]
+            target_nats(module, *scored_hidden(module, tokens, largest)).double()
+
+    return peak_gib(work)
+
+
+def calibration_peak(fisher: bool) -> float:
+    """Return the peak of two batches of statistics, the sums of the first held beside the second."""
+    import numpy as np
+
+    from pgolf_post.calibrate.collect import Observed
+    from pgolf_post.calibrate.sums import Sums
+    from pgolf_post.families import get_family
+
+    def work() -> None:
+        import torch
+
+        module, family = record_model(), get_family("golf_gpt")
+        observed = Observed(module, family.sites(module), family.lookups(module), fisher, autocast=torch.bfloat16)
+        windows, sums = observed.batch_windows(2048), Sums(products_in=torch.bfloat16)
+        for _ in range(2):
+            observed.add_batch(np.zeros((windows, 2048), dtype=np.int64), range(windows), sums)
+
+    return peak_gib(work)
+
+
+class FakeView:
+    """A view whose weights are fake."""
+
+    def __init__(self) -> None:
+        from pgolf_post.families import get_family
+
+        self.family, self.module = get_family("golf_gpt"), record_model()
+        graph = self.module.graph.model_dump()
+        self.config = {"family": "golf_gpt", "model": self.module.config.model_dump(), "graph": graph}
+        self.tensors = dict(self.module.state_dict())
+
+
+def fake_text(windows: int) -> Any:
+    import numpy as np
+
+    from pgolf_post.calibrate.text import CalibrationSet
+
+    return CalibrationSet((), np.zeros((windows, 2048), dtype=np.int64))
+
+
+def kappa_peak(precision: str) -> float:
+    """Return the peak of a divergence: batches as large as they get, the reference's hidden states of all held."""
+    import torch
+
+    from pgolf_post.fit.probe import Probe
+
+    def work() -> None:
+        probe: Any = Probe(FakeView(), fake_text(64), precision=precision)  # type: ignore[arg-type]
+        assert len(probe.batches[0][1]) * 2048 >= 32768
+        with torch.no_grad():
+            for (_, batch), hidden in zip(probe.batches, probe.hidden, strict=True):
+                probe.means(batch, hidden)
+
+    return peak_gib(work)
+
+
+def tuning_peak(precision: str) -> float:
+    """Return the peak of a step of fine-tuning of every matrix, with a batch as large as a micro-batch gets."""
+    import torch
+
+    from pgolf_post.fit.tune import MICRO_TOKENS, MOST_STEPS, TunedModel
+
+    def work() -> None:
+        tuned = TunedModel(FakeView(), fake_text(64), MOST_STEPS * MICRO_TOKENS["cuda"], precision)  # type: ignore[arg-type]
+        assert tuned.batch == tuned.micro == 16
+        chosen = [parameter.requires_grad_(True) for parameter in tuned.parameters.values() if parameter.ndim == 2]
+        optimizer = tuned.optimizer([{"params": chosen}])
+        for _ in range(2):  # moments are there from the first one on
+            optimizer.zero_grad(set_to_none=True)
+            tuned.backward(torch.zeros(tuned.batch, dtype=torch.int64))
+            optimizer.step()
 
     return peak_gib(work)
 
@@ -121,22 +227,42 @@ def record_config() -> Any:
     return recipe.model_config_for(8192)
 
 
+def ttt_peaks() -> Iterator[tuple[str, float]]:
+    for precision in ("fp32", "bf16"):
+        yield f"ttt {precision}", ttt_peak(precision)
+    from pgolf_post.score.ttt import lora
+
+    lora.ROW_TOKENS.clear()  # all rows in one forward
+    yield "ttt fp32 at once", ttt_peak("fp32")
+
+
+def other_peaks() -> Iterator[tuple[str, float]]:
+    for precision in ("fp32", "bf16"):
+        for kind in ("plain", "sliding"):
+            yield f"{kind} {precision}", scoring_peak(kind, precision)
+        yield f"kappa {precision}", kappa_peak(precision)
+        yield f"tuning {precision}", tuning_peak(precision)
+    yield "statistics", calibration_peak(fisher=False)
+    yield "statistics with derivatives", calibration_peak(fisher=True)
+
+
+PEAKS = {"ttt": ttt_peaks, "others": other_peaks}
+
+
 def main() -> None:
     load_guard(sys.argv[1])
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Autocast asks for these; nothing else here does.
+    # Autocast asks for the first two; fake tensors have no page-locked memory.
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment,misc]
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        peaks = {f"ttt {precision}": ttt_peak(precision) for precision in ("fp32", "bf16")}
-        from pgolf_post.score.ttt import lora
-
-        lora.ROW_TOKENS.clear()  # all rows in one forward
-        peaks["ttt fp32 at once"] = ttt_peak("fp32")
-        print(json.dumps(peaks))
+        for kind in sys.argv[2:]:
+            for name, gib in PEAKS[kind]():
+                print(json.dumps({name: gib}), flush=True)
 
 
 if __name__ == "__main__":

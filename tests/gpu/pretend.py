@@ -272,7 +272,7 @@ SYNCING = {
 }  # fmt: skip
 POINTWISE = {
     *("aten::where", "aten::fill_", "aten::masked_fill_", "aten::masked_fill", "aten::addcmul", "aten::addcdiv"),
-    "aten::_fused_adamw_",
+    *("aten::_fused_adamw_", "aten::_fused_adam_"),
 }
 
 

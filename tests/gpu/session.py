@@ -2,9 +2,10 @@
 
 Four parts of at most ten minutes each, so that a short session is of use: 1 the environment and the kernels, 2 the
 trainer, 3 the trainer's variants one by one, 4 the chain after training. Every step is a process of its own with a
-limit of its own. As soon as it ends, one JSON line goes to FOLDER/session.jsonl {part, name, rc, seconds, peak_mib,
-last_lines, …} and its whole output to FOLDER/NAME.log. A step that ended well is not run again by the same command, and
-a step that failed does not keep the others from running. Nothing is read from the network.
+limit of its own, and with the part's: what a part has no time for is left to the next call. As soon as a step ends, one
+JSON line goes to FOLDER/session.jsonl {part, name, rc, seconds, peak_mib, last_lines, …} and its whole output to
+FOLDER/NAME.log. A step that ended well is not run again by the same command, and a step that failed does not keep the
+others from running. Nothing is read from the network.
 
 Without a GPU every step runs dry: small, on the CPU, so that it is known to start and to end. `docs/results/gpu.md`
 says how to read what comes out.
@@ -20,13 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDS = "session.jsonl"
 PART_SECONDS = 600
+LEAST_SECONDS = 20  # that a step is started with
 LAST_LINES = 12
 
 
@@ -41,20 +43,25 @@ class Step:
 
 
 def steps(out: Path, dry: bool) -> list[Step]:
-    """Return every step in order; those of a part take at most PART_SECONDS by their limits."""
+    """Return every step in order, the most telling ones of a part first."""
 
     def step(part: int, name: str, seconds: int, what: str, *rest: object) -> Step:
         own = ["-m", "tests.gpu.steps", what, "--out", out, "--peak", peak_file(out, name), *(["--dry"] if dry else [])]
         return Step(part, name, tuple(map(str, [*own, *rest])), seconds)
 
-    def pgolf(name: str, seconds: int, command: str, *rest: object) -> Step:
-        trained = out / "small" / "checkpoints" / "latest"
-        return step(4, name, seconds, "command", "--", "pgolf_post", command, trained, *rest)
+    root = out / "small" / "checkpoints"
 
-    few, budget = (512, 40_000) if dry else (262_144, 4_000_000)
+    def pgolf(name: str, seconds: int, command: str, *rest: object) -> Step:
+        return step(4, name, seconds, "command", "--", "pgolf_post", command, root / "latest", *rest)
+
+    few, budget, tuned = (512, 40_000, 1024) if dry else (262_144, 4_000_000, 1_310_720)
     short, learned = (400, 200) if dry else (1_000_000, 200_000)
     statistics, ttt = ("--calibration-tokens", few), ("--max-tokens", learned, "--protocol", "ttt", "--ttt")
     chunks = ("--set", "chunk_tokens=64", "--set", "stride=16") if dry else ()
+    audited = ("--tokens", 200, "--samples", 1, "--power", 0.5) if dry else ("--tokens", 2000)
+    compiled = () if dry else ("--compile",)
+    solved = ("fit", *statistics, "--budget", budget, "--kappa-tokens", 256)
+    scored = ("eval", "--max-tokens", short, "--json")
     return [
         step(1, "environment", 60, "environment"),
         step(1, "attention", 120, "attention"),
@@ -65,18 +72,23 @@ def steps(out: Path, dry: bool) -> list[Step]:
         step(2, "record-model", 300, "train", "--trace"),
         step(2, "one-rank-of-nccl", 120, "one_rank"),
         *(
-            step(3, f"variant-{label}", 75, "train", "--label", label, "--set", change)
+            step(3, f"variant-{label}", 150, "train", "--label", label, "--without-loops", "--set", change)
             for label, change in VARIANTS.items()
         ),
         step(4, "small-run", 200, "small_run"),
         pgolf("calibrate", 60, "calibrate", "--tokens", few, "--fisher"),
         pgolf("requant", 60, "requant", *statistics, "--eval", "--max-tokens", short, "--json"),
-        pgolf("fit", 90, "fit", *statistics, "--budget", budget, "--kappa-tokens", 256, "--json"),
-        pgolf("eval-plain", 30, "eval", "--max-tokens", short, "--json"),
-        pgolf("eval-sliding", 40, "eval", "--max-tokens", learned, "--protocol", "sliding", "--json"),
-        pgolf("eval-ttt-sgd", 40, "eval", *ttt, "sgd", *chunks, "--json"),
-        pgolf("eval-ttt-lora", 40, "eval", *ttt, "lora", "--json"),
-        pgolf("blend", 40, "swa-blend", "--json"),
+        pgolf("fit", 90, *solved, "--json"),
+        pgolf("eval-plain", 60, *scored),
+        pgolf("eval-plain-bf16", 60, *scored, "--precision", "bf16", *compiled),
+        pgolf("eval-sliding", 60, "eval", "--max-tokens", learned, "--protocol", "sliding", "--json"),
+        pgolf("eval-ttt-sgd", 60, "eval", *ttt, "sgd", *chunks, "--json"),
+        pgolf("eval-ttt-lora", 60, "eval", *ttt, "lora", "--json"),
+        pgolf("blend", 60, "swa-blend", "--json"),
+        step(4, "sweep", 120, "sweep", "--trained", root),
+        pgolf("blend-search", 60, "swa-blend", "--search", "--search-tokens", short, "--json"),
+        pgolf("audit", 90, "audit", *audited, "--json"),
+        pgolf("fit-tune", 120, *solved, "--tune-tokens", tuned, "--precision", "bf16", "--json"),
     ]
 
 
@@ -195,7 +207,7 @@ def main(words: list[str] | None = None) -> int:
         install(given.wheels)
     facts = facts_of_session(given.dry)
     dry = facts["dry"] = given.dry or facts["device"] == "cpu"
-    records, failed = out / RECORDS, 0
+    records, failed, started = out / RECORDS, 0, time.monotonic()
     before = done_before(records)
     for one in steps(out, dry):
         if one.part != given.part or given.only not in (None, one.name):
@@ -203,7 +215,12 @@ def main(words: list[str] | None = None) -> int:
         if (one.part, one.name) in before:
             print(f"{one.name}: ended well before", flush=True)
             continue
-        record = run_step(one, out, facts)
+        left = PART_SECONDS - (time.monotonic() - started)
+        if left < LEAST_SECONDS:
+            print(f"{one.name}: no time left in this part; run it again to go on", flush=True)
+            failed += 1
+            continue
+        record = run_step(replace(one, seconds=min(one.seconds, int(left))), out, facts)
         append(records, record)
         failed += record["rc"] != 0
         peak = f", {record['peak_mib']:,} MiB" if record["peak_mib"] is not None else ""

@@ -34,12 +34,12 @@ from benchmarks.bench_train import (
     flops_per_token,
     trainer_for,
 )
+from pgolf_post.base.copying import page_locked, to_device
 from pgolf_post.base.progress import say
 from pgolf_post.base.ranks import ALONE
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from trainer.attention_backends import BACKENDS, Reach
-from trainer.batches import page_locked, to_device
 from trainer.muon import COEFFICIENTS, orthogonalize
 from trainer.warm_up import warm_up
 
@@ -201,11 +201,12 @@ def train(given: argparse.Namespace) -> None:
         data, recipe, tokens, count = data_of(given.out, 8192), "record_8xh100.toml", RECORD_TOKENS, RECORD_STEPS
         overrides = [f"data.batch_tokens={tokens}", f"data.micro_batch_tokens={tokens}", "run.warmup_steps=3"]
         overrides += given.set
+    overrides += ["model.num_loops=0"] if given.without_loops else []  # half of the minutes that compiling takes
     trainer = trainer_for(recipe, data.path, folder, 0.0, *overrides)
     warmed = warm_up(trainer.state, trainer.gradients)
     backend = trainer.model.attention_backend.name
     tell(label=given.label, attention=backend, compiled=trainer.gradients.compiled, warm_up=warmed)
-    for loops in (0, trainer.model.config.max_active_loops):
+    for loops in sorted({0, trainer.model.config.max_active_loops}):
         trainer.state.set_active_loops(loops)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -308,8 +309,43 @@ def small_run(given: argparse.Namespace) -> None:
 def command(given: argparse.Namespace) -> None:
     """One command of the package, as a person would type it."""
     name, *words = given.words
-    sys.argv = [name, *words]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    run_as_typed(name, *words)
+
+
+def run_as_typed(module: str, *words: object) -> None:
+    sys.argv = [module, *map(str, words)]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+SWEEP = """
+question = "Does a sweep run on this device?"
+rank_by = "expected"
+
+[grid]
+"*.hessian_lambda" = [0, 0.2]
+
+[calibration]
+tokens = {calibration}
+
+[stages.expected]
+tokens = {scored}
+
+[stages.ttt]
+preset = "sgd"
+set = ["chunk_tokens={chunk}", "epochs=1", "stride={stride}"]
+max_tokens = {learned}
+"""
+
+
+def sweep(given: argparse.Namespace) -> None:
+    """Trials of two quantizations, each with a stage that learns and one that is compiled on a GPU."""
+    small = {"calibration": 512, "scored": 320, "chunk": 64, "stride": 16, "learned": 200}
+    large = {"calibration": 262_144, "scored": 262_144, "chunk": 8192, "stride": 64, "learned": 65_536}
+    spec = given.out / "small" / "sweep.toml"
+    spec.write_text(SWEEP.format(**(small if given.dry else large)), encoding="utf-8")
+    results = given.out / "small" / "results"
+    where = ("--checkpoint", given.trained / "latest", "--root", given.trained, "--results", results)
+    run_as_typed("pgolf_post", "sweep", "run", spec, *where, "--json")
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -323,6 +359,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
     "one_rank": one_rank,
     "small_run": small_run,
     "command": command,
+    "sweep": sweep,
 }
 
 
@@ -344,7 +381,9 @@ def main() -> None:
     parser.add_argument("--peak", type=Path, help="File for the peak memory in MiB.")
     parser.add_argument("--label", default="default", help="Name of a training variant.")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE change of the recipe.")
+    parser.add_argument("--without-loops", action="store_true", help="Train a model that has no loops.")
     parser.add_argument("--trace", action="store_true", help="Profile steps.")
+    parser.add_argument("--trained", type=Path, help="Checkpoint root of the small run.")
     given = parser.parse_args(words)
     given.words = rest
     if given.peak:

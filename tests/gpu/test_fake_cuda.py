@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.gpu.fake_cuda import scoring_peak
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(torch.__file__).parent
@@ -28,11 +31,34 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.long
-def test_test_time_training_at_record_size_fits_an_h100(guard: Path) -> None:
-    words = [sys.executable, "-m", "tests.gpu.fake_cuda", str(guard)]
+def test_a_batch_of_plain_windows_at_record_size_fits_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small form: without gradients, fake CUDA tensors need no guard."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert 2 < scoring_peak("plain", "fp32") < 75
+
+
+def peaks(guard: Path, kind: str) -> dict[str, float]:
+    words = [sys.executable, "-m", "tests.gpu.fake_cuda", str(guard), kind]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    peak = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    return found
+
+
+@pytest.mark.long
+def test_test_time_training_at_record_size_fits_an_h100(guard: Path) -> None:
+    peak = peaks(guard, "ttt")
     assert 10 < peak["ttt bf16"] < peak["ttt fp32"] < 70
     assert peak["ttt fp32 at once"] > 80  # what an H100 does not have
+
+
+@pytest.mark.long
+def test_every_other_stage_at_record_size_fits_an_h100(guard: Path) -> None:
+    peak = peaks(guard, "others")
+    assert len(peak) == 10
+    assert all(0.5 < gib < 75 for gib in peak.values()), peak
+    assert peak["plain bf16"] < peak["plain fp32"]
+    assert peak["tuning bf16"] < peak["tuning fp32"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ def test_every_step_is_known_named_once_and_fits_its_part(tmp_path: Path) -> Non
         assert len({one.name for one in listed}) == len(listed)
         assert {one.arguments[2] for one in listed} <= STEPS.keys()
         for part in (1, 2, 3, 4):
-            assert 0 < sum(one.seconds for one in listed if one.part == part) <= PART_SECONDS
+            limits = [one.seconds for one in listed if one.part == part]
+            assert limits
+            assert max(limits) <= PART_SECONDS
 
 
 def test_a_step_that_fails_or_hangs_is_recorded_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -47,6 +50,25 @@ def test_a_part_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         file.write('{"part": 1, "na')  # cut short by the end of the session
     assert main(words) == 0
     assert len(list(read_records(tmp_path / RECORDS))) == 4
+
+
+def test_a_part_that_is_over_starts_nothing_more_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(session, "steps", lambda out, dry: [Step(1, "one", (), 90), Step(1, "another", (), 90)])
+    monkeypatch.setattr(session, "facts_of_session", lambda dry: {"device": "cpu"})
+    now = iter([0.0, PART_SECONDS - 30.5, PART_SECONDS - 5.0])
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=now.__next__))
+
+    def run(one: Step, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        limits.append(one.seconds)
+        return {"part": one.part, "name": one.name, "rc": 0, "seconds": 1.0, "peak_mib": None}
+
+    monkeypatch.setattr(session, "run_step", run)
+    assert main(["--part", "1", "--out", str(tmp_path)]) == 1
+    assert limits == [30]
+    assert "another: no time left in this part" in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -1,20 +1,13 @@
-"""On a pretended GPU: the trainer and the commands mix no devices, and wait for the GPU only where it is meant.
-
-Small in every run of the tests; all commands where whole campaigns run.
-"""
+"""On a pretended GPU: the trainer mixes no devices, and waits for the GPU only where it is meant."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import pgolf_post.cli
-from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from tests.cli.conftest import caller
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
 from tests.trainer.test_distributed import torchrun
@@ -24,25 +17,6 @@ pytestmark = pytest.mark.slow
 
 # Where a training step may wait for the GPU: once, for the loss; the norm is there by then.
 WAITS_OF_A_STEP = {"item @ trainer/distributed.py:sum_floats", "item @ trainer/loop.py:timed_step"}
-TTT = ("--protocol", "ttt", "--ttt")
-LORA_SET = ("--set", "rank=2", "--set", "chunk_tokens=8", "--set", "batch_documents=4")
-
-SMALL: dict[str, tuple[object, ...]] = {
-    "statistics with derivatives": ("calibrate", "--tokens", 128, "--fisher"),
-    "quantization and a score": ("requant", "--calibration-tokens", 128, "--eval"),
-    "test-time training": ("eval", *TTT, "lora", *LORA_SET, "--max-tokens", 100),
-    "verification": ("checkpoint", "verify"),
-}
-WHOLE: dict[str, tuple[object, ...]] = {
-    "sliding windows": ("eval", "--protocol", "sliding", "--stride", 8, "--max-tokens", 100),
-    "learning chunks": ("eval", *TTT, "sgd", "--set", "chunk_tokens=64", "--set", "stride=8", "--max-tokens", 200),
-    "learning phases": ("eval", *TTT, "phased", *LORA_SET, "--set", "phases=[2]", "--max-tokens", 200),
-    "sequential quantization": ("requant", "--calibration-tokens", 128, "--set", "sequential=true"),
-    "blend": ("swa-blend",),
-    "searched blend": ("swa-blend", "--search"),
-    "solution": ("fit", "--budget", 9000, "--calibration-tokens", 512, "--kappa-tokens", 256),
-    "pruning": ("prune", "--share", 0.2, "--calibration-tokens", 128),
-}
 
 
 def by_function(places: list[str]) -> set[str]:
@@ -114,35 +88,3 @@ def test_two_ranks_send_gpu_tensors_alone_and_in_the_same_order(pico_data: DataF
     assert one["violations"] == other["violations"] == []
     assert one["collectives"] == other["collectives"]
     assert len(one["collectives"]) > 3 * 5
-
-
-@pytest.fixture
-def pgolf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pico_run: Path) -> Any:
-    """`pgolf-post …` in a folder whose checkpoints/ is a private copy of the pico run."""
-    monkeypatch.chdir(tmp_path)
-    return caller(pgolf_post.cli.main, "pgolf-post", monkeypatch, capsys)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *(pytest.param(arguments, id=name) for name, arguments in SMALL.items()),
-        *(pytest.param(arguments, id=name, marks=pytest.mark.long) for name, arguments in WHOLE.items()),
-    ],
-)
-def test_a_command_mixes_no_devices(pgolf: Any, pico_checkpoint: Checkpoint, arguments: tuple[object, ...]) -> None:
-    with pretend.cuda() as seen:
-        answer = pgolf(*arguments)
-    assert answer.code == 0, answer.err
-    assert not seen.violations
-    assert not seen.hazards
-
-
-def test_a_score_waits_once_for_each_batch(pgolf: Any) -> None:
-    with pretend.cuda() as seen:
-        answer = pgolf("eval", "--max-tokens", 300)
-    assert answer.code == 0, answer.err
-    assert by_function(seen.places(seen.syncs, "pgolf_post/score/spans.py:work")) == {
-        "copy to the GPU @ pgolf_post/score/spans.py:scored_hidden",
-        "copy from the GPU @ pgolf_post/score/spans.py:work",
-    }

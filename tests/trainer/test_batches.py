@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pgolf_post.base.copying import page_locked
 from pgolf_post.data import DataFolder
 from trainer import batches
-from trainer.batches import AheadSampler, WindowSampler, page_locked
+from trainer.batches import AheadSampler, WindowSampler
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pgolf_post.score.compare.paired import require_same_text
 from pgolf_post.score.plain import BATCH_TOKENS
 from pgolf_post.score.session import Session
 from pgolf_post.score.spans import Span, batch_nats, batches_of, fitting, places_of
+from pgolf_post.settings import Precision
 
 ScoreWindows = Callable[[np.ndarray], tuple[Score, Score]]  # windows (k,) → candidate's and control's sums of them
 
@@ -36,11 +37,12 @@ def window_scorer(
     tokens: np.ndarray,  # (n,)
     token_bytes: np.ndarray,  # (n,)
     spans: list[Span],
+    precision: Precision = "fp32",
 ) -> ScoreWindows:
     """Return a function that scores chosen windows of a text with two models."""
 
     def one(module: Any, chosen: np.ndarray) -> Score:
-        return score_chosen(module, tokens, token_bytes, spans, None, chosen)
+        return score_chosen(module, tokens, token_bytes, spans, None, chosen, precision)
 
     return lambda chosen: (one(candidate, chosen), one(control, chosen))
 
@@ -52,11 +54,12 @@ def score_chosen(
     spans: list[Span],  # the text's windows
     pieces: np.ndarray | None,  # (n,)
     chosen: np.ndarray,  # (k,) which of the windows
+    precision: Precision = "fp32",
 ) -> Score:
     """Score chosen windows of a text with one model. Raises NumericsError for nats that are not finite."""
     picked = [spans[i] for i in chosen]
     batches = batches_of(picked, fitting(BATCH_TOKENS, module))
-    nats = np.concatenate([batch_nats(module, tokens, batch, Session()) for batch in batches])
+    nats = np.concatenate([batch_nats(module, tokens, batch, Session(), precision) for batch in batches])
     places = places_of(picked)
     require_finite(tokens, places, nats)
     windows = np.repeat(chosen, [span.scored for span in picked])

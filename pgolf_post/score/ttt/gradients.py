@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_to
+from pgolf_post.base.copying import to_device
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.errors import PgolfError, VerificationError
 from pgolf_post.families import LanguageModel
@@ -46,11 +47,6 @@ def micro_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list
         yield sequences[first : first + size]
 
 
-def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which products are computed in `dtype`; None changes nothing."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 @torch.enable_grad()
 def backward(
     module: LanguageModel,
@@ -70,10 +66,11 @@ def backward(
         parameter.requires_grad_(True)
     try:
         for part in micro_batches(own, fitting(BATCH_TOKENS, module)):
-            inputs, targets = (tensor.to(device) for tensor in pad(part))
-            real = targets != IGNORED
+            inputs, targets = pad(part)
+            real = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # found here: a GPU would be waited for
+            inputs, wanted, places = (to_device(x, device) for x in (inputs, targets.flatten()[real], real))
             with autocast_to(device, autocast):
-                nats = target_nats(module, module.hidden(inputs)[real], targets[real])
+                nats = target_nats(module, module.hidden(inputs).flatten(0, 1)[places], wanted)
             (nats.sum() / total).backward()
         sum_gradients(parameters, ranks)
     except RuntimeError as error:

@@ -26,6 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pgolf_post.base.autocast import autocast_to
 from pgolf_post.base.progress import say
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import ModelFamily
@@ -35,7 +36,6 @@ from pgolf_post.score.session import Session
 from pgolf_post.score.spans import is_out_of_memory
 from pgolf_post.score.ttt.adapters import AdapterProtocol, Adapters
 from pgolf_post.score.ttt.documents import Document, batch_by_length, deal, find_documents
-from pgolf_post.score.ttt.gradients import autocast_to
 from pgolf_post.score.ttt.optimizers import (
     Optimizers,
     load_optimizers_state,

@@ -56,6 +56,8 @@ def run_ray(options: Options, wanted: RayOptions, on_row: Callable[[State, Row],
         import ray
     except ImportError:
         raise PgolfError("the Ray engine needs the extra `cluster`", hint="pip install 'pgolf-post[cluster]'") from None
+    if torch.cuda.is_available() and not wanted.gpus_per_trial:
+        say("warning: trials run on processors, as Ray gives them no GPU: --gpus-per-trial 1")
     options = _absolute(options)
     driver = Sweep(options, torch.device("cpu"))
     driver.state()
