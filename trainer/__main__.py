@@ -18,6 +18,7 @@ from pgolf_post.errors import SettingsError
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
+    from trainer.costs import Wanted
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -56,6 +57,22 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     "the number of block visits.",
 )
 @click.option(
+    "--plan", metavar="PLAN", help="With --dry-run, predict the artifact under a preset, a TOML file, or fit."
+)
+@click.option(
+    "--code",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="With --plan, a counted code file or folder. Repeatable.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(min=0),
+    metavar="BYTES",
+    help="With --plan, of code and artifact.  [default: 16000000]",
+)
+@click.option("--dollars-per-hour", type=POSITIVE, help="With --dry-run, price the run.")
+@click.option(
     "--smoke",
     is_flag=True,
     help="Train 30 steps and take the result through every later stage, to a draft record folder; about two minutes.",
@@ -65,6 +82,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     is_flag=True,
     help="Say whether this recipe has passed its smoke ladder here. Train nothing, and exit 4 if it has not.",
 )
+@click.option(
+    "--no-ledger",
+    is_flag=True,
+    help="Leave the ledger alone: who started this run, as a sweep does, writes its rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
 def command(
     recipe_path: Path,
@@ -73,8 +95,13 @@ def command(
     dry_run: bool,
     step_seconds: float | None,
     looped_step_seconds: float | None,
+    plan: str | None,
+    code: tuple[Path, ...],
+    budget: int | None,
+    dollars_per_hour: float | None,
     smoke: bool,
     smoke_passed: bool,
+    no_ledger: bool,
     as_json: bool,
 ) -> None:
     """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
@@ -91,9 +118,14 @@ def command(
         raise click.UsageError("--looped-step-seconds needs --step-seconds")
     if step_seconds is not None and not dry_run:
         raise click.UsageError("--step-seconds is the time that --dry-run reckons with; add --dry-run")
+    if not dry_run and (plan or code or budget is not None or dollars_per_hour):
+        raise click.UsageError("--plan, --code, --budget and --dollars-per-hour are for --dry-run; add it")
+    if plan is None and (code or budget is not None):
+        raise click.UsageError("--code and --budget need --plan")
     if (smoke or smoke_passed) and (resume or dry_run):
         raise click.UsageError("--smoke climbs a ladder of its own; leave --resume and --dry-run out")
     recipe = read_settings(recipe_path, Recipe, overrides)
+    require_base(recipe)
     if smoke:
         climb(recipe, as_json)
         return
@@ -103,10 +135,32 @@ def command(
     if dry_run:
         if place_of_process().world_size > 1:
             raise SettingsError("--dry-run is for one process; start it without torchrun")
-        plan(recipe, str(recipe_path), step_seconds, looped_step_seconds, as_json)
+        from trainer.costs import BUDGET_BYTES, Wanted
+
+        wanted = Wanted(plan, code, BUDGET_BYTES if budget is None else budget, dollars_per_hour)
+        foresee(recipe, str(recipe_path), step_seconds, looped_step_seconds, wanted, as_json)
     else:
         sets = [word for override in overrides for word in ("--set", override)]
-        train(recipe, resume, as_json, [str(recipe_path), *sets])
+        train(recipe, resume, as_json, [str(recipe_path), *sets], not no_ledger)
+
+
+def require_base(recipe: Recipe) -> None:
+    """Raise NotFoundError if the run that a recipe names as its base is neither on disk nor in the ledger."""
+    from pgolf_post.errors import NotFoundError
+    from pgolf_post.ledger import LEDGER_FILE, Ledger
+    from pgolf_post.ledger.disk import run_row_id
+
+    base, root = recipe.run.base, recipe.run.checkpoint_root
+    if base is None or (root / base).is_dir():
+        return
+    if (root / LEDGER_FILE).is_file():
+        with Ledger.open(root, read_only=True) as ledger:
+            if ledger.get("run", run_row_id(base)) is not None:
+                return
+    raise NotFoundError(
+        f"run.base = {base!r}: no such run under {root} or in its ledger",
+        hint=f"pgolf-post ledger table --root {root} --kind run",
+    )
 
 
 def climb(recipe: Recipe, as_json: bool) -> None:
@@ -130,7 +184,7 @@ def ask(recipe: Recipe, source: str, as_json: bool) -> None:
         print_json({"recipe": recipe.run.name, "passed": True})
 
 
-def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) -> None:
+def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str], recorded: bool = True) -> None:
     """Train a recipe to its end, and record its checkpoints in the ledger; `words` are the command's own arguments."""
     from pgolf_post.checkpoint import Checkpoint, run_checkpoints
     from pgolf_post.ledger.recording import record
@@ -156,14 +210,15 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str]) 
     except WorseRun as worse:
         if ranks.is_main:
             ended = Checkpoint.open(worse.path)
-            record(*(saved.path for saved in run_checkpoints(ended)))
+            if recorded:
+                record(*(saved.path for saved in run_checkpoints(ended)))
             if as_json:
                 named = {"checkpoint": str(ended.path), "checkpoint_id": ended.meta["id"]}
                 print_json({**named, "stopped_early": ended.meta["stopped_early"]})
         raise
     finally:
         ranks.leave()
-    if ranks.is_main:
+    if ranks.is_main and recorded:
         record(*(saved.path for saved in run_checkpoints(checkpoint)))
     if as_json and ranks.is_main:
         views = {name: view["metric"] for name, view in checkpoint.meta["views"].items()}
@@ -186,10 +241,15 @@ def say_how_to_go_on(recipe: Recipe, path: Path, words: list[str], world_size: i
     say(f"go on: {shlex.join([*program, '-m', 'trainer', *words, '--resume', str(path)])}")
 
 
-def plan(
-    recipe: Recipe, source: str, step_seconds: float | None, looped_step_seconds: float | None, as_json: bool
+def foresee(
+    recipe: Recipe,
+    source: str,
+    step_seconds: float | None,
+    looped_step_seconds: float | None,
+    wanted: Wanted,
+    as_json: bool,
 ) -> None:
-    """Predict a recipe's timeline and show it. Raises SettingsError if a setting can never act in it."""
+    """Predict a recipe's timeline and costs, and show them. Raises SettingsError if a check refuses the recipe."""
     from trainer import dry_run
     from trainer.step_times import StepTimes
 
@@ -197,10 +257,10 @@ def plan(
         times, reserve = dry_run.measure_times(recipe)
     else:
         times, reserve = StepTimes.given(recipe.model, step_seconds, looped_step_seconds), None
-    timeline, findings = dry_run.dry_run(recipe, times, reserve)
+    found = dry_run.dry_run(recipe, times, reserve, wanted)
     if as_json:
-        print_json(dry_run.answer(timeline, findings))
-    dry_run.require_no_refusal(findings, source)
+        print_json(dry_run.answer(found))
+    dry_run.require_no_refusal(found.findings, source)
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ class RunSettings(Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder under checkpoint_root"
     )
     checkpoint_root: Path = Field(Path("checkpoints"), description="folder that holds the folders of runs")
+    base: str | None = Field(None, description="run that this one changes, under checkpoint_root or in its ledger")
+    why: str | None = Field(None, min_length=1, description="what the run is made to find out, in words")
     seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
     precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     kernels: Kernels = Field(

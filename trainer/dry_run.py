@@ -7,13 +7,14 @@ inside it is measured too. Nothing is written.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import SettingsError
+from pgolf_post.errors import NotFoundError, SettingsError
 from trainer.config import Recipe
+from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
 from trainer.loop import Trainer
 from trainer.measuring import measure_reserve
@@ -60,11 +61,30 @@ def validation_tokens(recipe: Recipe) -> int | None:
     return sum(len(shard) for _, shard in DataFolder.open(recipe.data.dir).shards("val"))
 
 
-def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> tuple[Timeline, list[Finding]]:
-    """Predict and check a run, show both, and return timeline and findings. A missing reserve is estimated."""
+@dataclass(frozen=True)
+class DryRun:
+    """What was predicted of a run, and what is wrong with it."""
+
+    timeline: Timeline
+    findings: list[Finding]
+    costs: Costs | None  # None where the data folder is not here
+
+
+def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wanted: Wanted | None = None) -> DryRun:
+    """Predict and check a run, show both, and return them. A missing reserve is estimated.
+
+    Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read.
+    """
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
+    costs = costs_of(timeline, wanted or Wanted())
     show(timeline)
+    if costs is not None:
+        show_costs(costs)
+        refused = check_bytes(costs)
+        findings = [*([refused] if refused else []), *findings]
+    elif wanted is not None and wanted.plan is not None:
+        raise NotFoundError(f"--plan needs the vocabulary, and there is no data folder {recipe.data.dir}")
     if need := disk_need(timeline):
         free = free_bytes(recipe)
         say(f"disk: {need}; {free / 1e9:.1f} GB free")
@@ -72,7 +92,7 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) ->
         findings = [*([refused] if refused else []), *findings]
     for finding in findings:
         say(str(finding))
-    return timeline, findings
+    return DryRun(timeline, findings, costs)
 
 
 def require_no_refusal(findings: list[Finding], source: str) -> None:
@@ -134,8 +154,9 @@ def _totals_line(timeline: Timeline) -> str:
     )
 
 
-def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
+def answer(found: DryRun) -> dict[str, Any]:
     """Return the dry run as the JSON object of --json."""
+    timeline, findings = found.timeline, found.findings
     times, steps = timeline.times, timeline.clock.end_step
     return {
         "dry_run": True,
@@ -148,5 +169,6 @@ def answer(timeline: Timeline, findings: list[Finding]) -> dict[str, Any]:
         "boundaries": [asdict(boundary) for boundary in timeline.boundaries],
         "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
+        **({"costs": found.costs.facts()} if found.costs else {}),
         "findings": [asdict(finding) for finding in findings],
     }

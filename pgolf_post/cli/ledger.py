@@ -181,6 +181,32 @@ def phases_command(
         print_json({"id": row.id, "of": of, **sums(phases), "phases": [phase.facts() for phase in phases]})
 
 
+@command.command("diff")
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@root_option
+@json_option
+def diff_command(one: str, other: str, root: Path, as_json: bool) -> None:
+    """Show the settings in which A differs from B, and its difference in bpb with an interval.
+
+    \b
+    pgolf-post ledger diff run:wide run:narrow
+    pgolf-post ledger diff width/wide width/control      trials of the sweep `width`, over all their seeds
+
+    A and B are the beginning of an id or a name. Intervals are over seeds, else over documents where scores of both by
+    one protocol are on disk.
+    """
+    from pgolf_post.ledger import Ledger
+    from pgolf_post.sweep.row_difference import row_difference, show, subject
+
+    with Ledger.open(root, read_only=True) as ledger:
+        found = row_difference(ledger, root, subject(ledger, one), subject(ledger, other))
+    for line in show(found):
+        say(line)
+    if as_json:
+        print_json(found.facts())
+
+
 @command.command("best")
 @root_option
 @click.option("--budget", type=click.IntRange(min=0), help="Only rows that count at most this many bytes.")

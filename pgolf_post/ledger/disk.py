@@ -84,7 +84,7 @@ def view_rows(checkpoint: Checkpoint) -> list[Row]:
     """A row for each view; its parents are those of the checkpoint, else its run."""
     meta, run = checkpoint.meta, checkpoint.path.parent.name
     parents = tuple(_parent_id(parent) for parent in meta.get("parents") or ())
-    parents = parents or ((f"run:{run}",) if meta["kind"] in RUN_KINDS else ())
+    parents = parents or ((run_row_id(run),) if meta["kind"] in RUN_KINDS else ())
     settings = {key: meta[key] for key in LINEAGE_FACTS if meta.get(key) is not None}
     common: dict[str, Any] = {"run": run, "commit": _commit(meta), "device": meta.get("device")}
     common["created"] = _created(meta)
@@ -114,7 +114,13 @@ def run_row(checkpoint: Checkpoint) -> Row:
     told["seconds"] = meta.get("wall_seconds", meta.get("train_seconds"))
     told["phases"] = [phase.facts() for phase in phases.of_run(meta)]
     where: dict[str, Any] = {"commit": _commit(meta), "device": meta.get("device"), "created": _created(meta)}
-    return Row("run", f"run:{run}", (), run, run, **told, **where)
+    base = (meta.get("recipe") or {}).get("run", {}).get("base")
+    return Row("run", run_row_id(run), (run_row_id(base),) if base else (), run, run, **told, **where)
+
+
+def run_row_id(run: str) -> str:
+    """Return the id of a training run's row, by the run's name."""
+    return f"run:{run}"
 
 
 def entry_rows(entry: CacheEntry) -> list[Row]:

@@ -1,0 +1,196 @@
+"""Costs of a run before it starts, for `--dry-run`: parameters by role, FLOPs, peak memory, dollars, artifact bytes.
+
+FLOPs are those of matrix products in the forward and backward pass, 6 for each weight, token and visit, and those of
+attention, 12 · dim · context / 2 for a causal one (Kaplan et al. 2020, arXiv 2001.08361). Memory is that of weights,
+gradients, moments and averages, and of activations counted as in Korthikanti et al. 2022 (arXiv 2205.05198), of an
+attention that stores no scores: about right, for one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_post.base.progress import print_table, say
+from pgolf_post.data import DataFolder
+from pgolf_post.fit.forecast import Forecast, bits_left, fitted_bytes, forecast
+from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
+from pgolf_post.plan import read_plan
+from trainer.architecture import GraphState, visit_list
+from trainer.config import Recipe
+from trainer.family import GolfGPTFamily
+from trainer.model import GolfGPT
+from trainer.optim import assign_groups
+from trainer.preflight import Finding
+from trainer.timeline import Timeline
+
+FIT = "fit"  # stands for a plan: the artifact fills the budget
+FLOAT_BYTES, HALF_BYTES = 4, 2
+LEAST_BITS = 1.0  # of a weight: a fit with less keeps little of a model (docs/results/fit.md)
+SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Options of the forecast: the plan, the counted code, the budget, the price of an hour."""
+
+    plan: str | None = None  # a preset, a file, or FIT
+    code: tuple[Path, ...] = ()
+    budget_bytes: int = BUDGET_BYTES
+    dollars_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs."""
+
+    parameters: dict[str, int]  # by role
+    tokens: int
+    flops: float
+    peak_bytes: int
+    dollars: float | None
+    code_bytes: int
+    budget_bytes: int
+    artifact: Forecast | None  # under a plan
+    artifact_bytes: int | None
+    bits_left: float  # of a weight, that the budget leaves
+    plan: str | None
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Bytes left under the budget; negative over it, None without a plan."""
+        return None if self.artifact_bytes is None else self.budget_bytes - self.code_bytes - self.artifact_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """Return the costs as JSON."""
+        told = {"parameters": self.parameters, "flops": self.flops, "peak_bytes": self.peak_bytes}
+        told |= {"dollars": self.dollars, "bits_left": self.bits_left}
+        if self.plan is None:
+            return told
+        sizes = {"plan": self.plan, "predicted_artifact_bytes": self.artifact_bytes, "code_bytes": self.code_bytes}
+        return {**told, **sizes, "headroom_bytes": self.headroom_bytes}
+
+
+def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
+    """Return what a run costs; None where the data folder is not here, which decides the vocabulary.
+
+    Raises SettingsError or NotFoundError for a plan or code that cannot be read.
+    """
+    recipe = timeline.recipe
+    if not recipe.data.dir.is_dir():
+        return None
+    with torch.device("meta"):
+        config = recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size)
+        model = GolfGPT(config, GraphState(active_loops=recipe.model.max_active_loops))
+    family = GolfGPTFamily()
+    shapes = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    roles: dict[str, int] = {}
+    for name, tensor in shapes.items():
+        roles[family.role(name)] = roles.get(family.role(name), 0) + tensor.numel()
+    code_bytes = count_code(wanted.code)
+    limit = wanted.budget_bytes - code_bytes
+    planned = None if wanted.plan in (None, FIT) else forecast(shapes, family, model, read_plan(str(wanted.plan)))
+    by_fit = fitted_bytes(limit) if wanted.plan == FIT else None
+    hours, price = timeline.seconds / SECONDS_PER_HOUR, wanted.dollars_per_hour
+    return Costs(
+        parameters=dict(sorted(roles.items(), key=lambda pair: -pair[1])),
+        tokens=timeline.clock.end_step * recipe.data.batch_tokens,
+        flops=run_flops(timeline, shapes),
+        peak_bytes=peak_bytes(recipe, model, shapes),
+        dollars=None if price is None else hours * price,
+        code_bytes=code_bytes,
+        budget_bytes=wanted.budget_bytes,
+        artifact=planned,
+        artifact_bytes=planned.artifact_bytes if planned else by_fit,
+        bits_left=bits_left(limit, shapes),
+        plan=wanted.plan,
+    )
+
+
+def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
+    """Return the FLOPs of a whole run, segment by segment."""
+    recipe, clock = timeline.recipe, timeline.clock
+    ends = [*(segment.first_step for segment in clock.segments[1:]), clock.end_step]
+    steps = [
+        (end - segment.first_step, segment.active_loops) for segment, end in zip(clock.segments, ends, strict=True)
+    ]
+    each = {loops: token_flops(recipe, shapes, loops) for _, loops in steps}
+    return float(sum(count * each[loops] for count, loops in steps) * recipe.data.batch_tokens)
+
+
+def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int) -> float:
+    """Return the FLOPs of a token, forward and backward, with so many loops on."""
+    family, model = GolfGPTFamily(), recipe.model
+    by_layer: dict[int | None, int] = {}
+    for name, tensor in shapes.items():
+        if tensor.ndim > 1 and not (family.role(name) == "embedding" and not model.tie_embeddings):
+            layer = family.layer(name)
+            by_layer[layer] = by_layer.get(layer, 0) + tensor.numel()
+    visits = visit_list(model, active_loops)
+    weights = by_layer.get(None, 0) + sum(by_layer.get(layer, 0) for layer in visits)
+    context = min(recipe.data.seq_len, model.document_cut or recipe.data.seq_len) / 2
+    return 6.0 * weights + 12.0 * len(visits) * model.model_dim * context
+
+
+def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> int:
+    """Return about the memory of a training process at its peak."""
+    optim, config = recipe.optim, model.config
+    total = sum(tensor.numel() for tensor in shapes.values())
+    matrices = sum(shapes[name].numel() for name in assign_groups(model).get("matrix", []))
+    averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
+    states = (
+        total * (2 + averages) + matrices + 2 * (total - matrices)
+    )  # weights, gradients; Muon one moment, AdamW two
+    number = FLOAT_BYTES if recipe.run.precision in ("fp32", "fp64") else HALF_BYTES
+    hidden = round(config.model_dim * config.mlp_mult)
+    per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads + 3 * hidden
+    tokens = recipe.data.micro_batch_tokens or recipe.data.batch_tokens
+    visits = len(visit_list(recipe.model, recipe.model.max_active_loops))
+    head = config.vocab_size * (2 * FLOAT_BYTES + number)
+    return FLOAT_BYTES * states + tokens * (visits * per_visit * number + head)
+
+
+def check_bytes(costs: Costs) -> Finding | None:
+    """Refuse a run whose artifact would be over the budget."""
+    headroom, limit = costs.headroom_bytes, costs.budget_bytes - costs.code_bytes
+    if headroom is not None and (headroom < 0 or limit < 0):
+        return Finding(
+            "refuse",
+            "model",
+            f"artifact of {costs.artifact_bytes:,} bytes and {costs.code_bytes:,} of code: {-headroom:,} over "
+            f"the budget of {costs.budget_bytes:,} under plan {costs.plan}; take a smaller model or a coarser plan",
+        )
+    if costs.plan == FIT and costs.bits_left < LEAST_BITS:
+        return Finding(
+            "refuse",
+            "model",
+            f"the budget of {costs.budget_bytes:,} bytes leaves {costs.bits_left:.2f} bits for each weight, fewer than "
+            f"{LEAST_BITS:g}: take a smaller model",
+        )
+    return None
+
+
+def show_costs(costs: Costs) -> None:
+    """Show parameters and bytes by role, then the run's FLOPs, memory, dollars and headroom."""
+    total = sum(costs.parameters.values())
+    planned = costs.artifact.roles if costs.artifact else {}
+    rows = [
+        (role, f"{count:,}", f"{count / total:.1%}", f"{planned[role].bytes:,.0f}" if role in planned else "")
+        for role, count in costs.parameters.items()
+    ]
+    header: Sequence[str] = ("role", "parameters", "share", "predicted bytes")
+    width = 4 if planned else 3
+    print_table(f"{total:,} parameters", header[:width], [row[:width] for row in rows])
+    dollars = f", ${costs.dollars:.2f}" if costs.dollars is not None else ""
+    memory = f"about {costs.peak_bytes / 2**20:,.0f} MiB at the peak"
+    say(f"{costs.tokens:,} tokens, {costs.flops:.3g} FLOPs, {memory}{dollars}")
+    if costs.artifact_bytes is not None:
+        say(
+            f"plan {costs.plan}: about {costs.artifact_bytes:,} bytes of artifact, {costs.code_bytes:,} of code, "
+            f"{costs.headroom_bytes:,} left of {costs.budget_bytes:,} ({costs.bits_left:.2f} bits for each weight)"
+        )
