@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run costs."""
+    """The costs of a run."""
 
     parameters: dict[str, int]  # by role
     tokens: int

@@ -63,7 +63,7 @@ def validation_tokens(recipe: Recipe) -> int | None:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was predicted of a run, and what is wrong with it."""
+    """The prediction of a run, and the findings on it."""
 
     timeline: Timeline
     findings: list[Finding]

@@ -86,24 +86,35 @@ def chosen_options(options: dict[str, Any], **more: Any) -> Options:
     return Options(options["spec"], tuple(options["overrides"]), places, **more)
 
 
+def seconds_of_budget(seconds: float | None, dollars: float | None, dollars_per_hour: float | None) -> float | None:
+    """Return the smaller of both limits in seconds; None without one. Raises UsageError for dollars without a price."""
+    if dollars is not None and dollars_per_hour is None:
+        raise click.UsageError("--max-dollars needs --dollars-per-hour, which turns them into seconds")
+    limits = [seconds, None if dollars is None else dollars / float(dollars_per_hour or 1) * 3600]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 @command.command("plan")
 @sweep_options
+@click.option("--measure", is_flag=True, help="Time four steps of each training whose step time no earlier run tells.")
+@dollars_option
 @threads_option
 @quiet_option
 @json_option
-def plan_command(as_json: bool, **options: Any) -> None:
+def plan_command(measure: bool, dollars_per_hour: float | None, as_json: bool, **options: Any) -> None:
     """List the trials of SPEC: what is there already, bytes, seconds and peak memory, before any work."""
     from pgolf_post.sweep.plan import plan_rows, show_plan
     from pgolf_post.sweep.run import Sweep
 
     sweep = Sweep(chosen_options(options))
     try:
-        rows, state = plan_rows(sweep), sweep.state()
+        rows, state = plan_rows(sweep, measure), sweep.state()
     finally:
         sweep.close()
-    seconds = show_plan(rows, state, options["spec"].stem)
+    seconds = show_plan(rows, state, options["spec"].stem, dollars_per_hour)
     if as_json:
-        print_json({"question": state.spec.question, "trials": [row.facts() for row in rows], "seconds": seconds})
+        told = {"question": state.spec.question, "trials": [row.facts() for row in rows], "seconds": seconds}
+        print_json({**told, "dollars": None if dollars_per_hour is None else seconds / 3600 * dollars_per_hour})
 
 
 @command.command("run")
@@ -126,6 +137,12 @@ def plan_command(as_json: bool, **options: Any) -> None:
 )
 @click.option("--retry-failed", is_flag=True, help="Run trials again whose row is an error.")
 @dollars_option
+@click.option(
+    "--max-seconds",
+    type=POSITIVE,
+    help="Begin no trial that does not fit, and stop a training, once all trials have taken so long together.",
+)
+@click.option("--max-dollars", type=POSITIVE, help="The same in dollars; needs --dollars-per-hour.")
 @click.option(
     "--ray-address", help="With ray, a running cluster, such as auto or ray://HOST:10001.  [default: a local Ray]"
 )
@@ -156,6 +173,8 @@ def run_command(
     compiled: bool | None,
     retry_failed: bool,
     dollars_per_hour: float | None,
+    max_seconds: float | None,
+    max_dollars: float | None,
     ray_address: str | None,
     cpus_per_trial: float,
     gpus_per_trial: float,
@@ -184,7 +203,8 @@ def run_command(
     from pgolf_post.sweep.table import live
 
     started, spent = time.perf_counter(), list[float]()
-    more = {"compiled": compiled, "dollars_per_hour": dollars_per_hour}
+    limit = seconds_of_budget(max_seconds, max_dollars, dollars_per_hour)
+    more = {"compiled": compiled, "dollars_per_hour": dollars_per_hour, "max_seconds": limit}
     chosen = chosen_options(options, retry_before=iso_utc() if retry_failed else None, **more)
 
     ranks = Ranks.join()

@@ -169,6 +169,11 @@ class Ledger:
     def _names(self) -> str:
         return ", ".join(f'"{column.name}"' for column in self._columns)
 
+    def ids(self, kind: str) -> set[str]:
+        """Return the ids of all rows of a kind: cheap, to see what is new."""
+        with _explained(self.path):
+            return {stored[0] for stored in self._connection.execute("SELECT id FROM rows WHERE kind = ?", (kind,))}
+
     def get(self, kind: str, id: str) -> Row | None:
         """Return the row of exactly this kind and id, or None."""
         with _explained(self.path):

@@ -43,8 +43,8 @@ from pgolf_post.sweep.run import Sweep
 from pgolf_post.sweep.settings import SweepSpec, TrialSettings
 from pgolf_post.sweep.stages import STAGES
 from pgolf_post.sweep.state import State
-from pgolf_post.sweep.training import run_name
-from pgolf_post.sweep.training_price import TrainingPrice, training_price
+from pgolf_post.sweep.training import run_id
+from pgolf_post.sweep.training_price import Measured, TrainingPrice, training_price
 from pgolf_post.sweep.trials import Trial
 
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
@@ -78,21 +78,25 @@ class PlanRow:
         return {**named, **there, **estimates, "problem": self.problem, "note": self.note}
 
 
-def plan_rows(sweep: Sweep) -> list[PlanRow]:
-    """Return every trial of a sweep with what it will take. A trial that cannot be run says why."""
+def plan_rows(sweep: Sweep, measure: bool = False) -> list[PlanRow]:
+    """Return every trial of a sweep with what it will take. A trial that cannot be run says why.
+
+    With `measure`, the steps of trainings that no earlier run tells of are timed.
+    """
     state, rates = sweep.state(), dict[str, float]()
     collected: set[str] = set()  # statistics that an earlier trial of the list will have collected
     rows = []
+    timed = Measured(sweep.options.places.results / "recipes") if measure else None
     for listed in state.listed:
         try:
-            rows.append(_plan_row(sweep, state, listed, rates, collected))
+            rows.append(_plan_row(sweep, state, listed, rates, collected, timed))
         except PgolfError as error:
             done = listed.id in state.rows
             rows.append(PlanRow(listed, done, (), None, None, None, str(error)))
     return rows
 
 
-def show_plan(rows: list[PlanRow], state: State, title: str) -> float:
+def show_plan(rows: list[PlanRow], state: State, title: str, dollars_per_hour: float | None = None) -> float:
     """Print the plan as a table; returns the seconds that are known of trials to do."""
     header = ("trial", "what is there", "predicted bytes", "seconds", "peak MiB", "remarks")
     print_table(f"{title}: {state.spec.question}", header, [_cells(row) for row in rows])
@@ -101,7 +105,8 @@ def show_plan(rows: list[PlanRow], state: State, title: str) -> float:
     partly = [row for row in rows if row.listed.trial.settings.train and row not in unknown and not row.done]
     told = f", and {len(unknown)} trials of unknown length" if unknown else ""
     told += f"; of {len(partly)} trials the training alone is counted" if partly else ""
-    say(f"{len(state.open)} of {len(rows)} trials to do, about {seconds:.0f} s on one worker{told}")
+    dollars = f" (${seconds / 3600 * dollars_per_hour:.2f})" if dollars_per_hour is not None else ""
+    say(f"{len(state.open)} of {len(rows)} trials to do, about {seconds:.0f} s on one worker{dollars}{told}")
     return seconds
 
 
@@ -115,10 +120,17 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     return (row.listed.trial.name, there, *numbers, row.problem or row.note)
 
 
-def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float], collected: set[str]) -> PlanRow:
+def _plan_row(
+    sweep: Sweep,
+    state: State,
+    listed: Listed,
+    rates: dict[str, float],
+    collected: set[str],
+    timed: Measured | None,
+) -> PlanRow:
     trial, done, settings = listed.trial, listed.id in state.rows, listed.trial.settings
     if settings.train:
-        return _training_row(sweep, listed, done, collected)
+        return _training_row(sweep, listed, done, collected, timed)
     view = sweep.bench.weights.view(settings)
     cached = _cached(sweep, state.spec, trial, view)
     predicted = predicted_bytes(state.spec, settings, view) if settings.quantize else None
@@ -130,15 +142,17 @@ def _plan_row(sweep: Sweep, state: State, listed: Listed, rates: dict[str, float
     return PlanRow(listed, done, cached, predicted, seconds, peak_bytes(view, settings))
 
 
-def _training_row(sweep: Sweep, listed: Listed, done: bool, begun: set[str]) -> PlanRow:
+def _training_row(sweep: Sweep, listed: Listed, done: bool, begun: set[str], timed: Measured | None) -> PlanRow:
     """Return a trial that trains first, at the price of its training; later stages need the weights to be priced."""
     stage = listed.trial.settings.train
     assert stage is not None
-    name = run_name(stage)
+    name = run_id(stage)
     price = TrainingPrice(0.0, "an earlier trial of the list trains it")
     if name not in begun:
         runs = sweep.ledger.rows("run")
         price = training_price(stage, sweep.options.places.root, runs, sweep.provenance.device)
+        if price.seconds is None and timed is not None:
+            price = timed.price(stage)
     begun.add(name)
     cached = ("run",) if price.seconds == 0 else ()
     seconds = 0.0 if done else price.seconds

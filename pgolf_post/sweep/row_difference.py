@@ -1,4 +1,4 @@
-"""Differences of ledger rows (`ledger diff`): the settings in which two runs, trials, checkpoints or artifacts differ, and what came of it.
+"""Differences of ledger rows (`ledger diff`): the settings in which two runs, trials or artifacts differ, and the Δ.
 
 The difference in bpb has an interval where one can be had: over seeds, where both are trials that were trained with
 several; over documents, where scores of both by one protocol lie on disk. Else it is the difference of two numbers of

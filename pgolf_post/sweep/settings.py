@@ -11,6 +11,7 @@ docs/howto/sweeps.md has examples.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
@@ -232,12 +233,12 @@ class SweepSpec(Settings):
             raise ValueError("gates.control_bpb needs a scoring stage")
         return self
 
-    @property
+    @cached_property
     def ranking(self) -> str:
         """The ranking: a scoring stage, or bytes."""
         return self.rank_by or self.stages.scoring()[-1]
 
-    @property
+    @cached_property
     def deciding_stage(self) -> str | None:
         """The scoring stage whose differences decide verdicts; None where nothing is scored."""
         if self.ranking != BYTES:

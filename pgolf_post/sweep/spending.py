@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
+class BudgetSpentError(Exception):
+    """Raised where a sweep's seconds are spent amid a trial: the trial has no row, and is taken up by the next run."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message, seconds)  # both, so that it can be sent from one process to another
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass
 class Spending:
     """The seconds of the current trial by stage, and the stages that were cache hits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cached_property
 from typing import Any
 
 from pgolf_post.ledger import Row
@@ -16,15 +17,42 @@ from pgolf_post.sweep.trials import Trial
 class State(Standing):
     """A sweep as it stands, and what is to be run next."""
 
+    @cached_property
+    def _by_id(self) -> dict[str, Listed]:
+        return {one.id: one for one in self.listed}
+
+    @cached_property
+    def _noise(self) -> dict[str, list[Listed]]:
+        """Noise repeats by their control."""
+        found: dict[str, list[Listed]] = {}
+        for one in self.listed:
+            if one.trial.role == "noise":
+                found.setdefault(one.control_id, []).append(one)
+        return found
+
+    @cached_property
+    def _runs(self) -> dict[int, list[Listed]]:
+        """Runs of one seed by their rung."""
+        found: dict[int, list[Listed]] = {}
+        for one in self.listed:
+            if one.trial.seed is not None:
+                found.setdefault(one.trial.rung, []).append(one)
+        return found
+
     def control(self, listed: Listed) -> tuple[Trial, Row | None]:
         """Return the control that a trial is compared with, and its row."""
         if listed.trial.role == "control":
             return listed.trial, None
-        trial = next(one.trial for one in self.listed if one.id == listed.control_id)
+        trial = self._by_id[listed.control_id].trial
         return trial, self.rows.get(listed.control_id)
 
     def noise(self, listed: Listed) -> list[Listed]:
-        return [one for one in self.listed if one.trial.role == "noise" and one.control_id == listed.control_id]
+        return self._noise.get(listed.control_id, [])
+
+    def compared(self, listed: Listed) -> dict[str, Row]:
+        """Return the rows that a trial is compared with: its control's and the noise repeats'."""
+        ids = [listed.control_id, *(one.id for one in self.noise(listed))]
+        return {one: self.rows[one] for one in ids if one in self.rows}
 
     def before(self, listed: Listed) -> list[Listed]:
         """Return the trials that come before one on its axis."""
@@ -50,15 +78,14 @@ class State(Standing):
         """Return the runs that decide whether a run is worth making: of the rung before, and of its trial's seeds."""
         if trial.seed is None:
             return []
-        runs = [one for one in self.listed if one.trial.seed is not None]
-        before = [one.id for one in runs if one.trial.rung == trial.rung - 1]
+        before = [one.id for one in self._runs.get(trial.rung - 1, [])]
         return before + [id for one in self._earlier_seeds(trial) for id in (one.id, one.control_id)]
 
     def _earlier_seeds(self, trial: Trial) -> list[Listed]:
         """Return the runs of a trial before this one, where `gates.kill` may end it after them."""
         if self.spec.gates.kill is None:
             return []
-        runs = [one for one in self.listed if (one.trial.of, one.trial.rung) == (trial.of, trial.rung)]
+        runs = [one for one in self._runs[trial.rung] if one.trial.of == trial.of]
         return runs[: next(place for place, one in enumerate(runs) if one.trial.seed == trial.seed)]
 
     def why_stopped(self, listed: Listed) -> str | None:
@@ -78,7 +105,7 @@ class State(Standing):
 
     def _why_not_kept(self, trial: Trial, halving: Halving) -> str | None:
         """Return a trial's place among those of the rung before, if that many did not go on."""
-        runs = [one for one in self.listed if one.trial.rung == trial.rung - 1 and one.trial.role == "trial"]
+        runs = [one for one in self._runs[trial.rung - 1] if one.trial.role == "trial"]
         names = dict.fromkeys(one.trial.of for one in runs)
         found = [outcome_of(self, [one for one in runs if one.trial.of == name]) for name in names]
         ran = [one for one in found if one is not None and one.difference is not None and one.decision != "KILL"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import math
 from collections.abc import Sequence
@@ -163,9 +164,16 @@ def answer(state: State) -> dict[str, Any]:
     }
 
 
+def leaders(state: State, count: int = 3) -> list[Row]:
+    """Return the first trials of the ranking that have a value to be ranked by, without sorting the others."""
+    trials = [row for row in state.rows.values() if row.settings.get("role") == "trial" and "error" not in row.result]
+    valued = [(value, row) for row in trials if (value := rank_value(state, row)) is not None]
+    return [row for _, row in heapq.nsmallest(count, valued, key=lambda pair: pair[0])]
+
+
 def live(state: State, row: Row, spent: Sequence[float]) -> None:
     """Print one line after a trial: what came of it, who leads, and when the sweep will be over."""
-    best = [one for one in ranked(state) if one.settings.get("role") == "trial" and "error" not in one.result][:3]
+    best = leaders(state)
     lead = "; ".join(f"{place}. {one.name} {_short(state, one)}" for place, one in enumerate(best, 1))
     left, mean = len(state.open), sum(spent) / max(1, len(spent))
     done = len(state.listed) - left

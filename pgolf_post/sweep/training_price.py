@@ -6,16 +6,22 @@ what steps of the same model and size took before, on this device: runs of the l
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pgolf_post.checkpoint import list_checkpoints
+from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row
+from pgolf_post.settings import canonical_json
 from pgolf_post.sweep.settings import TrainStage
-from pgolf_post.sweep.training import find_stopped, find_trained, recipe_tree
+from pgolf_post.sweep.trainer_process import as_toml
+from pgolf_post.sweep.training import find_stopped, find_trained, recipe_tree, run_id
 
 STEP_KEYS = ("seq_len", "batch_tokens")  # of the table data: what a step reads
 
@@ -66,3 +72,31 @@ def _is_alike(tree: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
         return False
     same_model = all(model.get(key) == value for key, value in tree.get("model", {}).items())
     return same_model and all(data.get(key) == tree.get("data", {}).get(key) for key in STEP_KEYS)
+
+
+class Measured:
+    """Prices by steps that are timed here, once for each model and step size: the trainer's own `--dry-run`."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self._times: dict[bytes, tuple[float, float]] = {}  # seconds of a step without loops, with all of them
+
+    def price(self, stage: TrainStage) -> TrainingPrice:
+        """Return what a training costs. Raises PgolfError with the trainer's last line if its recipe is refused."""
+        tree = recipe_tree(stage)
+        key = canonical_json(
+            [tree.get("model"), tree.get("data"), tree.get("optim"), tree.get("run", {}).get("precision")]
+        )
+        recipe = self.scratch / f"price_{run_id(stage)[:12]}.toml"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(as_toml(tree), encoding="utf-8")
+        command = [sys.executable, "-m", "trainer", str(recipe), "--dry-run", "--json"]
+        if key in self._times:
+            plain, looped = self._times[key]
+            command += ["--step-seconds", f"{plain}", "--looped-step-seconds", f"{looped}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PgolfError(f"{stage.recipe}: no price: {' | '.join(done.stderr.strip().splitlines()[-2:])}")
+        told = json.loads(done.stdout.splitlines()[-1])
+        self._times[key] = told["step_seconds"]["plain"], told["step_seconds"]["looped"]
+        return TrainingPrice(float(told["seconds"]), f"{told['steps']:,} steps, four timed here")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf_post.checkpoint import View
+from pgolf_post.checkpoint import Checkpoint, View, run_checkpoints
 from pgolf_post.derived import derived_id
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import Row, Verdict
+from pgolf_post.ledger.disk import checkpoint_rows
 from pgolf_post.ledger.schema import priced
 from pgolf_post.pack.report.size import count
 from pgolf_post.score.bpb import Score
@@ -30,8 +31,9 @@ from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.quantizers import Request, fit_stage
 from pgolf_post.sweep.scores import stage_protocol
 from pgolf_post.sweep.settings import SweepSpec
+from pgolf_post.sweep.spending import BudgetSpentError
 from pgolf_post.sweep.stages import STAGES
-from pgolf_post.sweep.training import TrainingStoppedError, recipe_tree
+from pgolf_post.sweep.training import TrainingStoppedError, run_id
 from pgolf_post.sweep.trial_model import TrialModel, unquantized
 from pgolf_post.sweep.trials import Trial
 from pgolf_post.sweep.verdict import judge, noise_floor
@@ -83,6 +85,8 @@ class Run:
             self._stages(result)
         except StoppedError as error:
             raise KeyboardInterrupt from error
+        except BudgetSpentError:
+            raise
         except DroppedError as dropped:
             result["dropped"] = str(dropped)
         except TrainingStoppedError as stopped:
@@ -115,6 +119,7 @@ class Run:
         data = bench.calibration.data(spec, view.checkpoint)
         result["checkpoint_id"] = view.id
         self.parents = (view.id,)
+        self.extra_rows = self._run_rows(view.checkpoint)
         reference = unquantized(view)
         model = self._quantized(view, result) if settings.quantize else reference
         result["content_sha256"] = model.content_sha256
@@ -159,7 +164,7 @@ class Run:
         checkpoint = stopped.checkpoint
         view = checkpoint.view_name(None)
         facts, metric = dict(checkpoint.meta["stopped_early"]), checkpoint.meta["views"][view].get("metric") or {}
-        self.parents = (checkpoint.view_id(view),)
+        self.parents, self.extra_rows = (checkpoint.view_id(view),), self._run_rows(checkpoint)
         result["checkpoint_id"] = self.parents[0]
         result["stopped_early"] = facts.pop("reason")
         result["at_stop"] = facts | {key: checkpoint.meta[key] for key in STOP_FACTS if key in checkpoint.meta}
@@ -226,8 +231,7 @@ class Run:
         runs: tuple[Row, ...] = ()
         if settings.train:
             source = (f"run:{checkpoint.path.parent.name}",)  # as `ledger scan` calls it
-            recipe = recipe_tree(settings.train)
-            runs = (Row("run", source[0], (), Path(settings.train.recipe).stem, checkpoint.path.parent.name, recipe),)
+            runs = self.extra_rows
         facts = self.provenance
         where: dict[str, Any] = {"commit": facts.commit, "device": facts.device}
         name, run = f"{checkpoint.path.name} ({view.name})", checkpoint.path.parent.name
@@ -247,6 +251,17 @@ class Run:
                 quantizing, result=artifact, **where,
             ),
         )  # fmt: skip
+
+    def _run_rows(self, checkpoint: Checkpoint) -> tuple[Row, ...]:
+        """Return the rows of a run that was trained for the trial, which its trainer did not write itself."""
+        train, facts = self.trial.settings.train, self.provenance
+        if train is None:
+            return ()
+        asked = self.bench.weights.asked.get(run_id(train))
+        rows = [row for saved in run_checkpoints(checkpoint) for row in checkpoint_rows(saved)]
+        name = asked.title if asked else checkpoint.path.parent.name
+        own = {row.id: replace(row, name=name) if row.kind == "run" else row for row in rows}
+        return tuple(replace(row, commit=row.commit or facts.commit) for row in own.values())
 
     # ---- what it means -----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Averages are made in memory, as `swa-blend` and `ema-blend` make them, and held 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.recent import Recent
 from pgolf_post.sweep.settings import BlendStage, EmaStage, TrialSettings
 from pgolf_post.sweep.spending import Spending
+from pgolf_post.sweep.trainer_process import Asked
 from pgolf_post.sweep.training import TrainingStoppedError, run_id, trained
 
 FIELDS = {"checkpoint", "weights", "train", "blend", "ema"}  # of a trial's settings: those that decide its weights
@@ -34,6 +36,8 @@ class Weights:
 
     def __init__(self, places: Places, spending: Spending) -> None:
         self.places, self.spending = places, spending
+        self.asked: dict[str, Asked] = {}  # who asks for a training, by its id
+        self.seconds_left: Callable[[], float | None] = lambda: None  # of the sweep's budget; None without one
         self._views = Recent[View]()
 
     def checkpoint(self, settings: TrialSettings) -> Checkpoint:
@@ -45,7 +49,9 @@ class Weights:
         if settings.train:
             name = f"train-{run_id(settings.train)}"
             with self.spending.timed("train"), claim(self.places.locks, name, wait=True, inherit=True):
-                return trained(settings.train, self.places.root, self.places.results / "recipes")
+                asked = self.asked.get(run_id(settings.train))
+                scratch = self.places.results / "recipes"
+                return trained(settings.train, self.places.root, scratch, asked, self.seconds_left)
         if settings.checkpoint:
             return Checkpoint.open(Path(settings.checkpoint))
         if self.places.checkpoint:

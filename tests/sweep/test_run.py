@@ -359,14 +359,16 @@ def test_training_is_a_first_stage(lab: Lab, pico_data: DataFolder) -> None:
     row = rows["short"]
     assert "error" not in row.result, row.result
     assert row.result["stage_seconds"]["train"] > 0
-    run = next(lab.root.glob("sweep_*"))
+    run = next(lab.root.glob("lab.short_*"))
     final = Checkpoint.open(max(run.glob("step_*-final")))
     assert final.meta["step"] == 4
+    assert final.meta["recipe"]["run"]["why"] == "? (short)"
     assert row.result["checkpoint_id"] == final.view_id()
     with Ledger.open(lab.root) as ledger:
         trained = ledger.get("run", f"run:{run.name}")
         checkpoint = ledger.get("checkpoint", final.view_id())
     assert trained is not None
+    assert (trained.name, trained.command) == ("lab/short", None)  # the sweep's row, and not the trainer's own
     assert checkpoint is not None
     assert trained.id in checkpoint.parents
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}

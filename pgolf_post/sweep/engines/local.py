@@ -63,6 +63,8 @@ def _supervise(watching: Sweep, options: Options, workers: int, on_row: Callable
                 return state
             if not any(process.is_alive() for process in processes):
                 check_control(watching.state())
+                if options.max_seconds is not None and all(process.exitcode == 0 for process in processes):
+                    return state  # each has said that nothing fits in what is left
                 codes = ", ".join(str(process.exitcode) for process in processes)
                 raise PgolfError(
                     f"all {workers} workers ended (exit codes {codes}) with {len(state.open)} trials to go",
