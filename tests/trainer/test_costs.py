@@ -1,0 +1,105 @@
+"""What a run costs before it starts: counted by hand, and bytes against an artifact that was packed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.fit import forecast as forecasts
+from pgolf_post.fit.forecast import bits_left, fitted_bytes, forecast
+from pgolf_post.pack.container import pack
+from pgolf_post.plan import read_plan
+from pgolf_post.quantize.model import quantize_view
+from tests.conftest import pico_recipe
+from trainer.architecture import visit_list
+from trainer.config import Recipe
+from trainer.costs import FIT, Wanted, check_bytes, costs_of, token_flops
+from trainer.dry_run import dry_run, require_no_refusal
+from trainer.step_times import StepTimes
+from trainer.timeline import predict
+
+
+@pytest.fixture
+def recipe(pico_data: DataFolder, tmp_path: Path) -> Recipe:
+    return pico_recipe(pico_data, tmp_path)
+
+
+def times(recipe: Recipe) -> StepTimes:
+    return StepTimes.given(recipe.model, 0.5, 1.0)
+
+
+def test_parameters_flops_and_dollars_are_those_of_the_model(recipe: Recipe, view: View) -> None:
+    costs = costs_of(predict(recipe, times(recipe)), Wanted(dollars_per_hour=7200.0))
+    assert costs is not None
+    named = dict(view.module.named_parameters())
+    assert sum(costs.parameters.values()) == sum(tensor.numel() for tensor in named.values())
+    assert costs.dollars == pytest.approx(2 * predict(recipe, times(recipe)).seconds)
+    assert costs.artifact_bytes is None
+
+    # a token: 6 for each weight of each visit and of the tied head, 12 · dim · mean context for each attention
+    model, loops = recipe.model, recipe.model.max_active_loops
+    blocks = Counter[int]()
+    for name, tensor in named.items():
+        if name.startswith("blocks.") and tensor.ndim > 1:
+            blocks[int(name.split(".")[1])] += tensor.numel()
+    rest = sum(tensor.numel() for name, tensor in named.items() if tensor.ndim > 1 and not name.startswith("blocks."))
+    visits = visit_list(model, loops)
+    by_hand = (
+        6 * (rest + sum(blocks[layer] for layer in visits))
+        + 12 * len(visits) * model.model_dim * recipe.data.seq_len / 2
+    )
+    assert token_flops(recipe, named, loops) == by_hand
+    assert token_flops(recipe, named, 0) < by_hand
+
+
+@pytest.mark.parametrize("plan", ["sdclip-1394", "record-1855"])
+def test_bytes_of_gaussian_weights_are_foretold(
+    plan: str, view: View, stats: Stats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what trained weights take instead of Gaussian ones."""
+    monkeypatch.setattr(forecasts, "TRAINED", {})
+    generator = torch.Generator().manual_seed(5)
+    drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in view.tensors.items()}
+    gaussian = replace(view, tensors=drawn)
+    packed = len(pack(quantize_view(gaussian, stats, read_plan(plan))))
+    told = forecast(drawn, view.family, view.module, read_plan(plan))
+    assert told.artifact_bytes == pytest.approx(packed, rel=0.05)  # of 30 KB, 1.5 are overhead
+    assert sum(role.weights for role in told.roles.values()) == sum(tensor.numel() for tensor in drawn.values())
+
+
+def test_a_run_over_the_budget_is_refused_before_it_starts(recipe: Recipe, tmp_path: Path, capsys) -> None:
+    code = tmp_path / "train.py"
+    code.write_text("x = 1\n")
+    timeline = predict(recipe, times(recipe))
+    fits = costs_of(timeline, Wanted("sdclip-1394", (code,)))
+    assert fits is not None
+    assert fits.artifact_bytes is not None
+    assert (fits.code_bytes, check_bytes(fits)) == (6, None)
+    tight = Wanted("sdclip-1394", (code,), fits.artifact_bytes + 6)
+    assert check_bytes(costs_of(timeline, tight)) is None  # type: ignore[arg-type]
+    found = dry_run(recipe, times(recipe), wanted=replace(tight, budget_bytes=tight.budget_bytes - 1))
+    assert found.findings[0].level == "refuse"
+    with pytest.raises(SettingsError, match="cannot act in this run: model"):
+        require_no_refusal(found.findings, "recipe")
+    assert "1 over the budget of" in capsys.readouterr().err
+
+
+def test_a_fit_fills_the_budget_and_says_what_a_weight_gets(recipe: Recipe, view: View) -> None:
+    timeline = predict(recipe, times(recipe))
+    costs = costs_of(timeline, Wanted(FIT, (), 30_000))
+    assert costs is not None
+    assert costs.artifact_bytes == fitted_bytes(30_000) == 29_000
+    assert costs.bits_left == bits_left(30_000, dict(view.module.named_parameters()))
+    scarce = costs_of(timeline, Wanted(FIT, (), 3_000))
+    assert scarce is not None
+    assert check_bytes(scarce) is not None
+    with pytest.raises(NotFoundError, match="no plan named 'no-such-plan'"):
+        costs_of(timeline, Wanted("no-such-plan"))
