@@ -98,7 +98,7 @@ def test_a_fit_fills_the_budget_and_says_what_a_weight_gets(recipe: Recipe, view
     assert costs is not None
     assert costs.artifact_bytes == fitted_bytes(30_000) == 29_000
     assert costs.bits_left == bits_left(30_000, dict(view.module.named_parameters()))
-    scarce = costs_of(timeline, Wanted(FIT, (), 3_000))
+    scarce = costs_of(timeline, Wanted(FIT, (), 2_500))
     assert scarce is not None
     assert check_bytes(scarce) is not None
     with pytest.raises(NotFoundError, match="no plan named 'no-such-plan'"):
