@@ -401,9 +401,9 @@ def test_a_training_that_stops_early_is_a_finished_trial(
     log.write_text("\n".join(f"step:{step}/12 train_loss:0.5 train_time:{step}ms" for step in range(1, 13)))
     stop = {"against": str(log), "at": [0.5]}
     recipe = write_recipe(pico_recipe(pico_data, lab.root, stop=stop), lab.folder / "recipe.toml")
-    run, trainings = training.subprocess.run, []
+    run, trainings = training.run_trainer, []
     monkeypatch.setenv("RANK", "7")  # of a sweep under torchrun, whose trainings are alone
-    monkeypatch.setattr(training.subprocess, "run", lambda *a, **k: trainings.append(k["env"]) or run(*a, **k))
+    monkeypatch.setattr(training, "run_trainer", lambda *a: trainings.append(a[2]) or run(*a))
     state = lab.run(spec_text(STOPPING.replace("RECIPE", str(recipe))))
     rows = by_name(state)
     assert len(trainings) == 1
