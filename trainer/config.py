@@ -19,6 +19,7 @@ PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", 
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton", "triton_loss", "triton_mlp"]
 CompileChoice = Literal["auto"] | bool
+Stream = Literal["auto", "fp32", "bf16"]
 MetricTime = Literal["each", "end", "final"]
 
 
@@ -33,6 +34,11 @@ class RunSettings(Settings):
     why: str | None = Field(None, min_length=1, description="what the run is made to find out, in words")
     seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
     precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
+    stream: Stream = Field(
+        "auto",
+        description="dtype of the residual stream and of all that is applied to it, in training; auto = bf16 on a GPU "
+        "whose products are bf16, as in the public record scripts, else fp32",
+    )
     kernels: Kernels = Field(
         "eager",
         description="triton_loss, triton_mlp = fused loss or MLP (trainer/kernels), triton = both; CUDA only; not the "

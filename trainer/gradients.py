@@ -1,8 +1,8 @@
 """Forward and backward of a step on this rank: micro-batches in, accumulated gradients and the mean loss out.
 
-How the loss is computed (autocast, fused kernels, torch.compile) is decided here once, from the recipe and the device;
-the loop, the warm-up and the measurement of the reserve all go through it, so what is warmed up and measured is what
-runs.
+How the loss is computed (autocast, a bfloat16 twin, fused kernels, torch.compile) is decided here once, from the recipe
+and the device; the loop, the warm-up and the measurement of the reserve all go through it, so what is warmed up and
+measured is what runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks
 from trainer.kernels import LOSS_KERNELS, fused_loss
 from trainer.model import GolfGPT
+from trainer.twin import Twin, narrow_stream
 
 
 def training_autocast(precision: TrainingPrecision, device: torch.device) -> torch.dtype | None:
@@ -59,24 +60,30 @@ class GradientAccumulator:
         self.compiled = compiles(recipe.run.compile, self.device)
         eager_loss = fused_loss if recipe.run.kernels in LOSS_KERNELS else training_loss
         self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
+        self.twin = Twin(model) if narrow_stream(recipe.run.stream, self.device, autocast) else None
 
     def loss(
         self,
         inputs: Tensor,  # (batch, seq_len) int64, on the CPU
         targets: Tensor,  # (batch, seq_len) int64, on the CPU
     ) -> Tensor:  # () mean nats per token
-        """Return the loss of one micro-batch, differentiable in the model's parameters."""
+        """Return the loss of one micro-batch, differentiable in the parameters of what computes it: model or twin."""
+        computing = self.twin.module if self.twin else self.model
         enabled = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with enabled:
             reach = self.model.reach(inputs)
             inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
-            return self.loss_function(self.model, inputs, targets, reach)
+            return self.loss_function(computing, inputs, targets, reach)
 
     def accumulate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64
         """Run backward over this rank's micro-batches of a step. Return their share of the step's mean loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.twin:
+            self.twin.take_weights()
         for inputs, targets in batches:
             loss = self.loss(inputs, targets) * self.share
             loss.backward()
+            if self.twin:
+                self.twin.give_gradients()
             total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
         return total

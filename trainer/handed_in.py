@@ -168,7 +168,7 @@ def warm_up(model: GolfGPT, gradients: GradientAccumulator, sampler: WindowSampl
         for active in (known("loops"), 0):
             model.set_graph(SimpleNamespace(active_loops=active))  # type: ignore[arg-type]
             tokens = torch.full(shape, 2)
-            gradients.loss(tokens, tokens).backward()
+            gradients.accumulate([(tokens, tokens)])
         model.zero_grad(set_to_none=True)
 
 

@@ -125,6 +125,9 @@ class Trainer:
             "attention": self.model.attention_backend.name,
             "compile": self.gradients.compiled,
             "kernels": recipe.run.kernels,
+            "stream": "bf16"
+            if self.gradients.twin
+            else str(self.model.tok_emb.weight.dtype).replace("torch.float", "fp"),
         }
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)

@@ -104,6 +104,7 @@ VARIANTS: dict[str, str] = {  # label → the one thing that is not as in the de
     "triton-mlp": "run.kernels=triton_mlp",
     "float32-newton-schulz": "optim.newton_schulz_dtype=fp32",
     "clip-each-rank": "optim.clip_norm_of=each",
+    "float32-stream": "run.stream=fp32",
     "three-micro-batches": "data.micro_batch_tokens=32768",
     "eager": "run.compile=false",
 }

@@ -1,0 +1,113 @@
+"""The bfloat16 twin: its gradients are the model's to bfloat16, and what is trained stays float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
+from tests.conftest import pico_recipe
+from trainer.compiled import training_loss
+from trainer.loop import Trainer
+from trainer.twin import narrow_stream
+from trainer.warm_up import synthetic_batch
+
+WHOLE: dict[str, Any] = {
+    "num_layers": 5, "loop_end": 2, "lanes_start": 3, "smear_gate": True, "attn_gate": "sparse", "carry": "learnable",
+    "isolate_documents": True, "bigram_buckets": 64, "value_embed_layers": (1,), "value_embed_dim": 8,
+}  # fmt: skip
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def trainer(data: DataFolder, root: Path, stream: str, **tables: dict[str, Any]) -> Trainer:
+    run = {"precision": "bf16", "stream": stream, **tables.pop("run", {})}
+    return Trainer(pico_recipe(data, root, run=run, **{"model": WHOLE, **tables}))
+
+
+def gradients(run: Trainer, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    run.model.zero_grad(set_to_none=True)
+    run.gradients.accumulate(batches)
+    return {name: p.grad.double() for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+def exact_gradients(run: Trainer, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    model = run.model.double()
+    model.zero_grad(set_to_none=True)
+    for inputs, targets in batches:
+        (training_loss(model, inputs, targets, model.reach(inputs)) * run.gradients.share).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_the_exact_ones_to_bfloat16(pico_data: DataFolder, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [synthetic_batch(320, 2, 16, generator) for _ in range(2)]
+    runs = {stream: trainer(pico_data, tmp_path / stream, stream) for stream in ("fp32", "bf16")}
+    for run in runs.values():
+        with torch.no_grad():
+            for parameter in run.model.parameters():  # no product of theirs is zero
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        run.state.set_active_loops(1)
+    found = {stream: gradients(run, batches) for stream, run in runs.items()}
+    exact = exact_gradients(runs["fp32"], batches)
+    assert found["bf16"].keys() == exact.keys()
+    assert all(parameter.dtype == torch.float32 for parameter in runs["bf16"].model.parameters())
+    assert all(parameter.grad is None for parameter in runs["bf16"].gradients.twin.module.parameters())  # type: ignore[union-attr]
+    total = torch.cat([gradient.flatten() for gradient in exact.values()]).norm()
+    errors = {
+        stream: float(torch.cat([(own[name] - exact[name]).flatten() for name in exact]).norm() / total)
+        for stream, own in found.items()
+    }
+    assert errors["bf16"] < 0.02, errors
+    assert errors["bf16"] < 4 * errors["fp32"], errors
+
+
+def test_nothing_that_a_step_passes_on_is_float32(pico_data: DataFolder, tmp_path: Path) -> None:
+    run = trainer(pico_data, tmp_path, "bf16")
+    run.state.set_active_loops(1)
+    seen: set[torch.dtype] = set()
+    twin = run.gradients.twin
+    assert twin is not None
+    for block in twin.module.blocks:
+        block.stream_out.register_forward_hook(
+            lambda module, given, out: seen.update(x.dtype for x in (out if isinstance(out, tuple) else (out,)))
+        )
+    twin.module.head_in.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    run.gradients.accumulate([synthetic_batch(320, 4, 16, torch.Generator().manual_seed(1))])
+    assert seen == {torch.bfloat16}
+
+
+def test_a_run_with_a_narrow_stream_learns_the_same(pico_data: DataFolder, tmp_path: Path) -> None:
+    losses = {}
+    for stream in ("fp32", "bf16"):
+        run = trainer(pico_data, tmp_path / stream, stream, schedule={"steps": 8}, model={})
+        saved = run.run()
+        assert saved.meta["stream"] == stream
+        assert all(tensor.dtype == torch.float32 for tensor in saved.load("raw").tensors.values())
+        losses[stream] = [json.loads(line)["loss"] for line in (saved.path.parent / "train.jsonl").open()]
+    assert losses["fp32"][-1] < losses["fp32"][0] - 0.1
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "autocast", "narrow"),
+    [
+        ("auto", CUDA, torch.bfloat16, True),
+        ("auto", CUDA, None, False),
+        ("auto", CPU, torch.bfloat16, False),
+        ("bf16", CPU, torch.bfloat16, True),
+        ("fp32", CUDA, torch.bfloat16, False),
+    ],
+)
+def test_auto_narrows_on_a_gpu_alone(choice: Any, device: torch.device, autocast: Any, narrow: bool) -> None:
+    assert narrow_stream(choice, device, autocast) == narrow
+
+
+def test_a_narrow_stream_needs_narrow_products() -> None:
+    with pytest.raises(SettingsError, match="acts only where products are bfloat16"):
+        narrow_stream("bf16", CPU, None)
