@@ -120,8 +120,11 @@ def dequantize(symbols, trellis, _, factors, scales, shape):
 def next_state(state, symbols, row, width, trellis):
     lane, h0, h1 = trellis
     state = state >> 1 ^ (state & 1) * h0 ^ (symbols & 1) * h1
-    edge = (row + 1) % lane if lane else np.arange(1, len(state) + 1) % width
-    return np.roll(state, -(not lane)) * (edge > 0)
+    if lane:
+        return state * ((row + 1) % lane > 0)
+    state[:-1] = state[1:]
+    state[width - 1 :: width] = 0
+    return state
 
 
 def power(n):

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from pgolf_post.pack.container import pack
 from pgolf_post.pack.report import predict
 from pgolf_post.pack.report.predict import SizePredictor
-from pgolf_post.quantize.gptq.trellis import Trellis
+from pgolf_post.quantize.gptq.driver import gptq
+from pgolf_post.quantize.gptq.factorize import LDLFactor
+from pgolf_post.quantize.gptq.trellis import DIAGONALS, Trellis
 from pgolf_post.quantize.tensor import QuantizedModel, ScaleFactor
 from tests.pack.samples import sample_model
 from tests.pack.test_pack_rans import gaussian_model
@@ -46,6 +49,22 @@ def test_prediction_is_within_a_third_of_a_percent(spread: float, eighths: int |
     model = gaussian_model(spread, spread, blocks=4)
     model = floating(model) if eighths is None else stepped(model, eighths)
     assert SizePredictor().predict_bytes(model) == pytest.approx(len(pack(model)), rel=0.003)
+
+
+def test_paths_along_diagonals_are_predicted_as_well_as_others() -> None:
+    """First bits say much at two bits a weight, and a sample of columns alone does not know them."""
+    model, shares = gaussian_model(0.3, 0.3, blocks=4), []
+    for code in (Trellis(8, 512), Trellis(8, DIAGONALS)):
+        tensors, generator = dict(model.quantized), torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            rows, columns = tensor.symbols.shape
+            factor = LDLFactor(torch.eye(columns), torch.ones(columns), torch.arange(columns), 0.0, 0, torch.float32)
+            weight, steps = torch.randn(rows, columns, generator=generator), torch.full((1,), 0.5)
+            symbols = gptq(weight, factor, steps, 127, trellis=code).numpy()
+            tensors[name] = replace(tensor, symbols=symbols, trellis=code)
+        coarse = replace(model, quantized=tensors)
+        shares.append(SizePredictor().predict_bytes(coarse) / len(pack(coarse)))
+    assert shares[1] == pytest.approx(shares[0], abs=0.002)
 
 
 def test_what_has_no_table_entry_is_predicted_as_escaped() -> None:

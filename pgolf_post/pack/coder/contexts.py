@@ -27,7 +27,7 @@ import numpy as np
 
 from pgolf_post.base.numba import use_compiled
 from pgolf_post.pack.decode import MANTISSAS, RANS
-from pgolf_post.quantize.gptq.trellis import Trellis, next_states
+from pgolf_post.quantize.gptq.trellis import Trellis, first_bits, next_states
 
 LEVELS = 256
 ENTRIES = 256  # of a histogram: the escape, then -127 .. 127
@@ -53,6 +53,15 @@ class Block:
     row_shifts: np.ndarray  # (tensors, rows) uint8: eighths of an octave + 64; bit 7: the row is coded as a difference
     residuals: np.ndarray  # like symbols: the symbols, less another row where bit 7 says so
     kind: int
+    odds: np.ndarray | None = None  # like symbols, uint8: bits of a trellis along diagonals, which runs across columns
+
+    def picked(self, rows: slice = slice(None), columns: slice = slice(None)) -> Block:
+        """Return some rows, or some columns of a block of one tensor."""
+        symbols, steps, residuals = (array[rows, columns] for array in (self.symbols, self.steps, self.residuals))
+        odds = None if self.odds is None else self.odds[rows, columns]
+        picked = replace(self, symbols=symbols, steps=steps, residuals=residuals, odds=odds)
+        width = self.columns if columns == slice(None) else symbols.shape[1]
+        return replace(picked, columns=width, row_shifts=self.row_shifts[:, rows])
 
     @property
     def num_symbols(self) -> int:
@@ -74,7 +83,9 @@ def make_block(
     symbols = np.concatenate(matrices, axis=1)
     known = steps or [np.zeros(symbols.shape, np.int16)]
     row_shifts = np.full((len(matrices), len(symbols)), FLAT_SHIFT, np.uint8)
-    return Block(symbols, matrices[0].shape[1], trellis, np.concatenate(known, axis=1), row_shifts, symbols, INFORMED)
+    columns = matrices[0].shape[1]
+    odds = first_bits(symbols, trellis, columns) if trellis and trellis.diagonal else None
+    return Block(symbols, columns, trellis, np.concatenate(known, axis=1), row_shifts, symbols, INFORMED, odds)
 
 
 def side_by_side(blocks: Sequence[Block]) -> Block:
@@ -83,13 +94,17 @@ def side_by_side(blocks: Sequence[Block]) -> Block:
         np.concatenate([getattr(block, name) for block in blocks], axis=1) for name in ("symbols", "steps", "residuals")
     )
     row_shifts = np.concatenate([block.row_shifts for block in blocks])
-    return replace(blocks[0], symbols=symbols, steps=steps, residuals=residuals, row_shifts=row_shifts)
+    known = [block.odds for block in blocks if block.odds is not None]
+    odds = np.concatenate(known, axis=1) if known else None
+    return replace(blocks[0], symbols=symbols, steps=steps, residuals=residuals, row_shifts=row_shifts, odds=odds)
 
 
 def levels_of(block: Block, compiled: bool | None = None) -> tuple[np.ndarray, np.ndarray]:  # (rows, width) uint8 each
     """Return the level that predicts each symbol, and its trellis bit."""
-    levels, odds = np.empty(block.symbols.shape, np.uint8), np.zeros(block.symbols.shape, np.uint8)
-    table = next_states(block.trellis.states).ravel() if block.trellis else np.zeros(0, np.uint8)
+    levels = np.empty(block.symbols.shape, np.uint8)
+    odds = np.zeros(block.symbols.shape, np.uint8) if block.odds is None else np.ascontiguousarray(block.odds)
+    walks = block.trellis is not None and not block.trellis.diagonal
+    table = next_states(block.trellis.states).ravel() if block.trellis and walks else np.zeros(0, np.uint8)
     means = np.full(block.symbols.shape[1], FIRST_MEAN, np.int32)
     if block.num_symbols:
         (_walk_compiled if use_compiled(compiled) else _walk)(block, table, means, levels, odds)
@@ -106,7 +121,7 @@ def _walk_compiled(block: Block, table: np.ndarray, means: np.ndarray, levels: n
     from pgolf_post.pack.coder import kernels
 
     known = (block.residuals, block.symbols, block.row_shifts, block.steps, block.kind == INFORMED)
-    lane_rows = block.trellis.lane_rows if block.trellis else 1
+    lane_rows = block.trellis.lane_rows if block.trellis and len(table) else 1
     kernels.walk(*known, _update_shifts(block), RANS[block.kind][2], LOG, SHRINK, means, table, lane_rows, levels, odds)
 
 
@@ -116,20 +131,16 @@ def _walk(block: Block, table: np.ndarray, means: np.ndarray, levels: np.ndarray
         # what the means predict for this row
         context_shifts = block.context_shifts(row)
         np.add(LOG[means], context_shifts, out=levels[row], casting="unsafe")
-        sizes = 2 * block.residuals[row].astype(np.int32)
 
         # the trellis bit of each symbol, and the state that the symbol leads to
-        if block.trellis is not None:
-            if not block.trellis.diagonal and row % block.trellis.lane_rows == 0:
+        if block.trellis is not None and len(table):
+            if row % block.trellis.lane_rows == 0:
                 state[:] = 0
             odds[row] = state & 1
-            sizes += odds[row]
             state = table[2 * state.astype(np.int32) + (block.symbols[row] & 1)]
-            if block.trellis.diagonal:
-                state = np.append(state[1:], np.uint8(0))
-                state[block.columns - 1 :: block.columns] = 0
 
         # the row's magnitudes, less their shifts, move the means
+        sizes = 2 * block.residuals[row].astype(np.int32) + odds[row]
         sizes = np.minimum(np.abs(sizes) * SHRINK[context_shifts], 65535).astype(np.int32)
         means += (sizes - means + half) >> update_shift
 

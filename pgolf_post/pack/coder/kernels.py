@@ -16,21 +16,15 @@ def walk(  # type: ignore[no-untyped-def]
     update_shifts, half,  # of the running means: right shift by row, rounding
     log, shrink,  # tables: mean → eighths of an octave, context shift → multiplier
     means,  # (width,) int32, changed in place
-    table, lane_rows,  # next states of the trellis, empty without one; 0 rows: it runs along anti-diagonals
-    levels, odds,  # (rows, width) uint8, written
+    table, lane_rows,  # next states of a trellis down the columns, empty without one
+    levels, odds,  # (rows, width) uint8, written; without a table, trellis bits are read
 ):  # fmt: skip
     """Write the level and the trellis bit of every symbol."""
     (tensors, rows), width = row_shifts.shape, residuals.shape[1]
     columns, state = width // tensors, np.zeros(width, np.uint8)
     for row in range(rows):
-        if len(table) and lane_rows > 0 and row % lane_rows == 0:
+        if len(table) and row % lane_rows == 0:
             state[:] = 0
-        if len(table) and lane_rows == 0:
-            for tensor in range(tensors):
-                last = (tensor + 1) * columns - 1
-                for column in range(tensor * columns, last):
-                    state[column] = state[column + 1]
-                state[last] = 0
         for tensor in range(tensors):
             row_shift = np.int64(row_shifts[tensor, row] & 127)
             for column in range(tensor * columns, (tensor + 1) * columns):
@@ -38,16 +32,14 @@ def walk(  # type: ignore[no-untyped-def]
                 shift = (row_shift - steps[row, column]) & 127 if informed else row_shift
                 mean = np.int64(means[column])
                 levels[row, column] = log[mean] + shift
-                size = 2 * np.int64(residuals[row, column])
 
                 # the trellis bit, and the state that the symbol leads to
                 if len(table):
-                    odd = state[column] & 1
-                    odds[row, column] = odd
-                    size += odd
+                    odds[row, column] = state[column] & 1
                     state[column] = table[2 * np.int64(state[column]) + (symbols[row, column] & 1)]
 
                 # the magnitude, less its shift, moves the mean
+                size = 2 * np.int64(residuals[row, column]) + odds[row, column]
                 size = min(abs(size) * shrink[shift], np.int64(65535))
                 means[column] = mean + ((size - mean + half) >> update_shifts[row])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import TypeVar
@@ -153,8 +153,7 @@ def _thin(tensor: QuantizedTensor) -> Block:
     """Return a tensor's block with at most ROW_SAMPLE_COLUMNS of its columns."""
     block = block_of([tensor])
     step = -(-max(1, block.columns) // ROW_SAMPLE_COLUMNS)
-    symbols = block.symbols[:, ::step]
-    return replace(block, symbols=symbols, residuals=symbols, columns=symbols.shape[1], steps=block.steps[:, ::step])
+    return block.picked(columns=slice(None, None, step))
 
 
 def _sample(block: Block) -> Block:
@@ -163,8 +162,7 @@ def _sample(block: Block) -> Block:
     shifted = (with_one_shift if has_even_rows(chained) else with_shift_per_row)(chained)
     step = max(1, block.num_symbols // SAMPLE_SYMBOLS)
     kept = slice((step // 2) % max(1, block.columns), None, step)
-    symbols, residuals, steps = (array[:, kept] for array in (shifted.symbols, shifted.residuals, shifted.steps))
-    return replace(shifted, symbols=symbols, residuals=residuals, steps=steps, columns=symbols.shape[1])
+    return shifted.picked(columns=kept)
 
 
 def _role_bits(counted: Sequence[SampleCounts]) -> float:

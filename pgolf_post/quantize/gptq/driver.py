@@ -68,7 +68,7 @@ def gptq_jobs(
     symbols = [torch.empty(job.weight.shape, dtype=torch.int16, device=job.weight.device) for job in jobs]
     fast = [use_compiled(compiled, job.weight) for job in jobs]
     panels = [(index, panel) for index, job in enumerate(jobs) for panel in panels_of(job, fast[index])]
-    panels.sort(key=lambda item: -jobs[item[0]].weight.size(1))  # long ones first: none is left alone at the end
+    panels.sort(key=lambda item: -_length(jobs[item[0]]))  # long ones first: none is left alone at the end
 
     def run(item: tuple[int, Panel]) -> int:
         index, panel = item
@@ -86,6 +86,11 @@ def gptq_jobs(
         rounded.to(torch.int8) if job.largest is not None and job.largest < 128 else rounded
         for job, rounded in zip(jobs, symbols, strict=True)
     ]
+
+
+def _length(job: Job) -> int:
+    """Return what the seconds of a panel of this matrix grow with."""
+    return job.weight.numel() if job.along_diagonals else job.weight.size(1)
 
 
 def _quantize(job: Job, panel: Panel, block_size: int, fast: bool, symbols: Tensor) -> None:

@@ -49,8 +49,10 @@ def next_states(states: int) -> np.ndarray:  # (states, 2) uint8: the state afte
 def first_bits(
     symbols: np.ndarray,  # (rows, columns) int
     trellis: Trellis,
+    columns: int | None = None,  # of each of several matrices side by side; None: there is one
 ) -> np.ndarray:  # (rows, columns) uint8
     """Return z0 before each symbol: what the state machine, driven by the symbols alone, allows there."""
+    columns = symbols.shape[1] if columns is None else columns
     table = next_states(trellis.states)
     bits = np.empty(symbols.shape, np.uint8)
     state = np.zeros(symbols.shape[1], np.uint8)
@@ -60,7 +62,8 @@ def first_bits(
         bits[row] = state & 1
         state = table[state, symbols[row] & 1]
         if trellis.diagonal:
-            state = np.append(state[1:], np.uint8(0))
+            state[:-1] = state[1:]
+            state[columns - 1 :: columns] = 0
     return bits
 
 

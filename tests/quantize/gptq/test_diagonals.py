@@ -66,8 +66,8 @@ def test_every_path_gives_the_symbols_of_the_reference(
         assert symbols.tolist() == wanted.tolist(), f"compiled = {compiled}"
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 200), (200, 1), (130, 67), (65, 193)])
-def test_errors_reach_every_weight_beyond_their_tile(rows: int, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(1, 300), (300, 1), (270, 67), (65, 290)])
+def test_errors_reach_every_weight_beyond_their_tile_and_block(rows: int, columns: int) -> None:
     """E recomputed from the symbols: every target is within the coset spacing of its point, R = GᵀEF."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     inputs = factorize("inputs", moments(columns, 1), 1e-6, act_order=False)
