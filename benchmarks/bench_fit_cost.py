@@ -35,7 +35,7 @@ def steps() -> None:
     from pgolf_post.fit.steps import relative_steps
     from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
     from pgolf_post.quantize.gptq.factorize import factorize
-    from pgolf_post.quantize.gptq.trellis import Trellis
+    from pgolf_post.quantize.gptq.trellis import DIAGONALS, Trellis
     from pgolf_post.quantize.tensor import scale_of
 
     shapes = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (512, 2048)] * 11 + [(8192, 512)]
@@ -50,7 +50,8 @@ def steps() -> None:
         started, clock = time.perf_counter(), time.process_time()
         jobs = []
         for index, weight in enumerate(weights):
-            factor = factorize("w", moments[weight.size(1)], 0.01, act_order=True)
+            diagonal = trellis is not None and trellis.diagonal
+            factor = factorize("w", moments[weight.size(1)], 0.01, act_order=not diagonal)
             down = None
             if coupled and len(weight) in moments:  # all but the embedding
                 down = factorize("w", moments[len(weight)], 0.01, act_order=False).feedback
@@ -74,7 +75,12 @@ def steps() -> None:
         "8 states": (Trellis(8, 512), False),
         "8 states, feedback from both sides": (Trellis(8, 512), True),
         "64 states": (Trellis(64, 512), False),
-        "64 states, feedback from both sides (the default)": (Trellis(64, 512), True),
+        "64 states, feedback from both sides": (Trellis(64, 512), True),
+        "along diagonals: 8 states, one side": (Trellis(8, DIAGONALS), False),
+        "64 states, one side": (Trellis(64, DIAGONALS), False),
+        "8 states, both sides": (Trellis(8, DIAGONALS), True),
+        "64 states, both sides (the default)": (Trellis(64, DIAGONALS), True),
+        "256 states, both sides": (Trellis(256, DIAGONALS), True),
     }
     for name, (trellis, coupled) in trials.items():
         found = min(timed(sloped, trellis, coupled) for _ in range(2))

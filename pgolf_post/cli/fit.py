@@ -63,6 +63,8 @@ FIT_FLAGS = {
     "distill": "--distill",
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",
+    "coupling": "--coupling",
+    "regularize": "--regularize",
 }
 
 

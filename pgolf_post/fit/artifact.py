@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pgolf_post.artifacts import FITTED, ArtifactKey, PackedArtifact, find, keep
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import PARTIAL_SUFFIX
@@ -26,7 +24,8 @@ from pgolf_post.data import DataFolder
 from pgolf_post.derived import require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.prepare import DISTILL, Fitter, prepare
-from pgolf_post.fit.probe import Probe, probe_text
+from pgolf_post.fit.probe import Probe, decoded, probe_text
+from pgolf_post.fit.regularize import regularized
 from pgolf_post.fit.replay import fine_tuned
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Build, Search, Solution
@@ -106,8 +105,10 @@ def fitted(
     fitter: Fitter, artifact_limit: int, codec: str, partial: TunePartial
 ) -> tuple[Solution, dict[str, Any], dict[str, float]]:  # and, for meta.json, facts of it and seconds by phase
     """Solve for a budget. Raises what `Search.solve` does."""
-    search, started, read_before = Search(fitter.builder, fitter.kappa, codec), time.perf_counter(), fitter.clock.total
-    solution, extra = search.solve(artifact_limit, _say_build), dict[str, Any]()
+    started, read_before = time.perf_counter(), fitter.clock.total
+    fitter, start, extra = regularized(fitter, artifact_limit, codec)
+    search = Search(fitter.builder, fitter.kappa, codec)
+    solution = search.solve(artifact_limit, _say_build, start)
     if fitter.texts:
         solution, extra["fine_tuned"] = _fine_tuned(fitter, search, solution, artifact_limit, fitter.texts, partial)
     if fitter.distills:
@@ -132,16 +133,11 @@ def _fine_tuned(
         return solution, {"kept": False, "tokens": tokens}
     with fitter.clock.step("held-out text"):
         probe = Probe(fitter.view, held_out)
-        before, after = (probe.divergence(decoded(one)).mean for one in (solution, tuned))
+        before, after = (probe.divergence(decoded(one.model)).mean for one in (solution, tuned))
     kept = after < before
     say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
     facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after}
     return tuned if kept else solution, facts
-
-
-def decoded(solution: Solution) -> dict[str, torch.Tensor]:
-    """Return a solution's quantized matrices as they decode."""
-    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in solution.model.quantized.items()}
 
 
 def _distilled(fitter: Fitter, solution: Solution, limit: int, codec: str) -> tuple[Solution, dict[str, Any]]:
@@ -157,7 +153,8 @@ def _distilled(fitter: Fitter, solution: Solution, limit: int, codec: str) -> tu
 
 
 def _say_build(build: Build) -> None:
-    say(f"c {build.constant:.3e}: {build.num_bytes:,} bytes {'packed' if build.packed else 'predicted'}")
+    trellis = f", {build.states} states" if build.states else ""
+    say(f"c {build.constant:.3e}: {build.num_bytes:,} bytes {'packed' if build.packed else 'predicted'}{trellis}")
 
 
 def _facts(fitter: Fitter, solution: Solution) -> dict[str, Any]:

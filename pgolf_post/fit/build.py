@@ -124,16 +124,29 @@ class Builder:
         self,
         constants: Mapping[str, float],  # name → c/√κ
         weights: Mapping[str, Tensor] = MappingProxyType({}),
+        states: int | None = None,  # of the trellis; None: as the settings have it
+        brief: bool = False,  # leave out the facts that `described` adds: they take as long as rounding
     ) -> dict[str, QuantizedTensor]:
         """Quantize the named matrices, each by its own constant; `weights` replace the view's where given."""
+        states = self.settings.trellis_states if states is None else states
         factors = {name: self._factors(name, constant) for name, constant in constants.items()}
         matrices = {name: self._with_weight(name, weights) for name in constants}
-        jobs = [self._job(matrix, factors[name]) for name, matrix in matrices.items()]
+        jobs = [self._job(matrix, factors[name], states) for name, matrix in matrices.items()]
         with progress_bar("quantizing", sum(job.weight.numel() for job in jobs), "weights") as advance:
             symbols = gptq_jobs(jobs, advance=advance)
-        return {
+        finished = {
             job.name: self._finish(matrices[job.name], rounded, factors[job.name], job.trellis, constants[job.name])
             for job, rounded in zip(jobs, symbols, strict=True)
+        }
+        return finished if brief else self.described(finished, weights)
+
+    def described(
+        self, quantized: Mapping[str, QuantizedTensor], weights: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, QuantizedTensor]:
+        """Return tensors with the entropy of their symbols and the loss that is predicted of them among their facts."""
+        return {
+            name: tensor if "predicted_loss" in tensor.facts else _described(tensor, self._with_weight(name, weights))
+            for name, tensor in quantized.items()
         }
 
     def _with_weight(self, name: str, weights: Mapping[str, Tensor]) -> Matrix:
@@ -156,9 +169,8 @@ class Builder:
         factors = within_symbols(matrix.weight, matrix.steps.factors(constant * finer))
         return with_zeros(matrix.weight, factors, finer) if self.settings.zeros else factors
 
-    def _job(self, matrix: Matrix, factors: tuple[ScaleFactor, ...]) -> Job:
+    def _job(self, matrix: Matrix, factors: tuple[ScaleFactor, ...], states: int) -> Job:
         steps = torch.from_numpy(scale_of(factors, *matrix.weight.shape))
-        states = self.settings.trellis_states
         trellis = Trellis(states, min(self.settings.lane_rows, max(1, len(matrix.weight)))) if states else None
         row_feedback = None if matrix.row_factor is None else matrix.row_factor.feedback
         return Job(matrix.name, matrix.weight, matrix.factor, steps, None, trellis, row_feedback=row_feedback)
@@ -176,9 +188,9 @@ class Builder:
         tensor = QuantizedTensor(matrix.name, array, factors, shape, trellis)
         if self.settings.shrink:
             tensor = _towards_centroid(tensor, matrix)
-        error = torch.from_numpy(tensor.dequantize()).view_as(matrix.weight) - matrix.weight
-        loss = matrix.sensitivity.loss(error)
-        if matrix.loss_of_zeros <= loss:
+        # No target is further from its point than a step, which costs N·c²/2; rounded exponents at most double that.
+        bound = matrix.num_weights * constant**2
+        if matrix.loss_of_zeros <= bound and matrix.loss_of_zeros <= _loss(tensor, matrix):
             reason = "zeros cost less than rounding to the steps of this budget"
             return as_zeros(matrix.name, matrix.role, self.view.tensors[matrix.name], matrix.loss_of_zeros, reason)
         facts = {
@@ -188,8 +200,17 @@ class Builder:
             "constant": constant,
             "damp_used": matrix.factor.damp,
         }
-        facts |= {"entropy_bits": entropy_bits(array), "predicted_loss": loss}
         return replace(tensor, facts=facts)
+
+
+def _loss(tensor: QuantizedTensor, matrix: Matrix) -> float:
+    """Return the predicted loss of a matrix as it decodes."""
+    return matrix.sensitivity.loss(torch.from_numpy(tensor.dequantize()).view_as(matrix.weight) - matrix.weight)
+
+
+def _described(tensor: QuantizedTensor, matrix: Matrix) -> QuantizedTensor:
+    facts = {"entropy_bits": entropy_bits(tensor.symbols), "predicted_loss": _loss(tensor, matrix)}
+    return replace(tensor, facts={**tensor.facts, **facts})
 
 
 def within_symbols(weight: Tensor, factors: tuple[ScaleFactor, ...]) -> tuple[ScaleFactor, ...]:  # (out, in)

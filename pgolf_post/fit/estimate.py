@@ -2,22 +2,25 @@
 
 Where steps are small, a weight of standard deviation σ on a grid of step Δ takes log2(√(2πe)·σ/Δ) bits, so that
 halving c costs one bit per weight, whatever the tensor. Where they are not, the entropy of a rounded Gaussian is read
-from a table. σ of a weight is taken as its row's times its column's, relative to the matrix. It is good to a few
-percent, which is all that a starting point needs.
+from a table. σ of a weight is taken as its row's times its column's, relative to the matrix. Then log2(σ/Δ) of a weight
+is a number of its row plus one of its column, and how often each sum occurs follows from two histograms. It is good to
+a few percent, which is all that a starting point needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr
 
 from pgolf_post.fit.build import Matrix
-from pgolf_post.quantize.tensor import scale_of
 
 LOG_RATIOS = np.arange(-5.0, 14.0, 0.125)  # log2(σ/Δ)
+BINS = 64  # of a histogram, an octave
+SMALLEST = 1e-30  # σ; zeros have none
 
 
 def gaussian_bits(log_ratio: np.ndarray) -> np.ndarray:  # log2(σ/Δ), any shape → bits
@@ -38,15 +41,43 @@ def _entropy(sigma: float) -> float:  # of step 1
     return float(-(shares * np.log2(shares)).sum())
 
 
-def symbol_bits(matrices: Iterable[Matrix], constants: Mapping[str, float]) -> float:
+@dataclass(frozen=True)
+class Spread:
+    """How often each log2(σ/Δ) occurs in a matrix, at c/√κ = 1."""
+
+    lowest: float  # of the first bin
+    counts: np.ndarray  # (bins,) float64 weights
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> Spread:
+        """Count a matrix's weights."""
+        squares = np.square(matrix.weight.numpy(), dtype=np.float64)
+        rows, columns = (np.log2(np.sqrt(squares.mean(axis)) + SMALLEST) for axis in (1, 0))
+        overall = np.log2(np.sqrt(squares.mean()) + SMALLEST)
+        steps = matrix.steps
+        (row_start, row_counts), (column_start, column_counts) = (
+            _histogram(logs - exponents / 8) for logs, exponents in ((rows, steps.rows), (columns, steps.columns))
+        )
+        lowest = (row_start + column_start) / BINS - overall - np.log2(steps.unit)
+        return cls(float(lowest), np.convolve(row_counts, column_counts))
+
+    def bits(self, constant: float) -> float:
+        """Return the bits of all symbols at c/√κ = `constant`."""
+        log_ratios = self.lowest + np.arange(len(self.counts)) / BINS - np.log2(constant)
+        return float(gaussian_bits(log_ratios) @ self.counts)
+
+
+def _histogram(values: np.ndarray) -> tuple[int, np.ndarray]:  # first bin, counts
+    """Count values by bin."""
+    bins = np.rint(values * BINS).astype(np.int64)
+    return int(bins.min()), np.bincount(bins - bins.min()).astype(np.float64)
+
+
+def spreads(matrices: Iterable[Matrix]) -> dict[str, Spread]:
+    """Return the spread of every matrix by name."""
+    return {matrix.name: Spread.of(matrix) for matrix in matrices}
+
+
+def symbol_bits(known: Mapping[str, Spread], constants: Mapping[str, float]) -> float:
     """Return the bits of all symbols for given c/√κ by name."""
-    return sum(_matrix_bits(matrix, constants[matrix.name]) for matrix in matrices)
-
-
-def _matrix_bits(matrix: Matrix, constant: float) -> float:
-    weight = matrix.weight.numpy().astype(np.float64)
-    overall = np.sqrt(np.square(weight).mean()) + 1e-30
-    rows, columns = (np.sqrt(np.square(weight).mean(axis)) + 1e-30 for axis in (1, 0))
-    relative = scale_of(matrix.steps.relative, *weight.shape)
-    log_steps = np.log2(relative * matrix.steps.unit * constant)
-    return float(gaussian_bits(np.log2(rows[:, None] * columns / overall) - log_steps).sum())
+    return sum(spread.bits(constants[name]) for name, spread in known.items())

@@ -29,6 +29,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module, swap_weights
+from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.pool import CompiledModel
 from pgolf_post.settings import Precision
 
@@ -107,6 +108,11 @@ class Probe:
         logits: Tensor = self.model.logits(hidden)
         self.head.copy_(now)
         return logits
+
+
+def decoded(model: QuantizedModel) -> dict[str, Tensor]:
+    """Return a model's quantized matrices as they decode."""
+    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
 
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:

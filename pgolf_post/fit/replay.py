@@ -117,7 +117,7 @@ def _finished(
         last = builder.quantize(constants_of(weights, constant, search.kappa), weights)
         model = builder.model({**rounded, **last})
         data = pack(model, search.packing)
-        builds.append(Build(constant, len(data), True))
+        builds.append(Build(constant, len(data), True, builder.settings.trellis_states))
         if len(data) <= limit and (best is None or len(data) > len(best.data)):
             best = replace(solution, model=model, data=data)
         if best is not None and len(best.data) >= limit - WINDOW_BYTES:

@@ -37,7 +37,7 @@ def facts_of(artifact: PackedArtifact, report: SizeReport, score: Mapping[str, A
         "symbols_sha256": artifact.symbols_sha256,
         "artifact_cached": artifact.cached,
         "fit_seconds": meta["seconds"],
-        **{key: meta[key] for key in ("fine_tuned", "distilled") if key in meta},
+        **{key: meta[key] for key in ("regularized", "fine_tuned", "distilled") if key in meta},
         "train_seconds": meta["train_seconds"],  # as making it took them: the clock of a cached one has not seen all
     }
 
@@ -84,6 +84,9 @@ def show_budgets(answers: Sequence[Mapping[str, Any]], has_code: bool) -> None:
     ]
     print_table("" if has_code else "no --code given: code counted as 0 bytes", BUDGETS_HEADER, rows)
     for answer in answers:
+        if chosen := answer.get("regularized"):
+            pair = f"C × {chosen['coupling']:g} off its diagonal, ridge {chosen['ridge']:g}"
+            say(f"least divergence at {answer['budget_bytes']:,} bytes: {pair}")
         say(answer["artifact"])
 
 

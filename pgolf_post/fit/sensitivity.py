@@ -13,7 +13,7 @@ sensitivities of both uses are added: as the head, where a row's δ² is p(1 - p
 error enters as often as its row is looked up; its rows are not coupled.
 
 All are estimates from little text, so all are shrunk: a ridge on the Hessians' diagonals (and off-diagonal entries of
-the inputs' multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a
+either side multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a
 factor of 16.
 """
 
@@ -42,14 +42,16 @@ class Sensitivity:
     rows: Tensor  # (out,) float64 r: relative, mean 1
     coupling: Tensor | None = None  # (out, out) float64 C, of diagonal r; None: rows are not coupled
 
-    def pull(self, error: Tensor) -> Tensor:  # (out, in) → (out, in) float64
-        """Return C·E·M, the gradient of the loss by the error."""
-        by_inputs = error.to(self.moments) @ self.moments
-        return self.rows[:, None] * by_inputs if self.coupling is None else self.coupling @ by_inputs
+    def pull(self, error: Tensor) -> Tensor:  # (out, in) float → the same
+        """Return C·E·M, the gradient of the loss by the error, in the error's precision."""
+        by_inputs = error @ self.moments.to(error)
+        return (
+            self.rows.to(error)[:, None] * by_inputs if self.coupling is None else self.coupling.to(error) @ by_inputs
+        )
 
     def loss(self, error: Tensor) -> float:  # (out, in) → nats per token
         """Return what an error costs."""
-        return 0.5 * float((self.pull(error) * error).sum())
+        return 0.5 * float((self.pull(error) * error).sum(dtype=torch.float64))
 
 
 def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSettings) -> Sensitivity:
@@ -87,7 +89,7 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     trusted = _trusted(rows, settings)
     coupling = None
     if settings.row_feedback and name != fisher.head and name not in fisher.lookup_rows:
-        coupling = _coupled(fisher.mean_outputs(name), trusted, settings.ridge)
+        coupling = _coupled(fisher.mean_outputs(name), trusted, settings)
     return Sensitivity(_shrunk(moments, settings), trusted, coupling)
 
 
@@ -128,10 +130,12 @@ def _shrunk(moments: Tensor, settings: FitSettings) -> Tensor:
     return shrunk
 
 
-def _coupled(outputs: Tensor, rows: Tensor, ridge: float) -> Tensor:  # (out, out), (out,) → (out, out)
-    """Return correlations of the outputs' gradients, with a ridge, at the variances that rows are trusted to have."""
+def _coupled(outputs: Tensor, rows: Tensor, settings: FitSettings) -> Tensor:  # (out, out), (out,) → (out, out)
+    """Return correlations of the outputs' gradients, shrunk, at the variances that rows are trusted to have."""
     coupled = outputs / outputs.diagonal().mean()
-    coupled.diagonal().add_(ridge)
+    diagonal = coupled.diagonal().clone()
+    coupled *= settings.coupling
+    coupled.diagonal().copy_(diagonal + settings.ridge)
     scale = (rows / coupled.diagonal()).sqrt()
     return scale[:, None] * coupled * scale
 

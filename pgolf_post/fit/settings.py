@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from pgolf_post.quantize.gptq.trellis import POLYNOMIALS
+from pgolf_post.quantize.gptq.trellis import DIAGONALS, POLYNOMIALS
 from pgolf_post.settings import Precision, PrecisionIdentity
 
 
@@ -26,7 +26,7 @@ class FitSettings(PrecisionIdentity):
     )
     trellis_states: int = Field(64, description="States of the trellis: 4, 8, 16 … 256; 0 rounds to a scalar grid.")
     lane_rows: int = Field(
-        512, ge=0, description="Rows after which a trellis restarts; 0 runs it along anti-diagonals, which is faster."
+        0, ge=0, description="Rows after which a trellis restarts; 0 runs it along anti-diagonals, which is faster."
     )
     shrink: bool = Field(False, description="Decode towards the centroid: one factor per tensor, in closed form.")
     zeros: bool = Field(False, description="Zero columns (and rows of a scalar grid) whose steps exceed √12·σ.")
@@ -51,6 +51,13 @@ class FitSettings(PrecisionIdentity):
 
     hessian_share: float = Field(1.0, ge=0, le=1, description="Factor on off-diagonal entries of Hessians.")
     ridge: float = Field(0.003, gt=0, description="Ridge added to the diagonal of Hessians, as a share of its mean.")
+    coupling: float = Field(
+        1.0, ge=0, le=1, description="Factor on off-diagonal entries of the outputs' second moment of gradients."
+    )
+    regularize: Literal["fixed", "rate"] = Field(
+        "fixed",
+        description="Factor and ridge: as given, or those of four pairs that lose least, below 3 bits a weight (rate).",
+    )
     row_trust: float = Field(0.8, ge=0, le=1, description="Exponent of the row statistics; 0 gives every row the mean.")
     lookup_floor: float = Field(
         0.03, gt=0, le=1, description="Least sensitivity of a row of a lookup table, relative to the mean."
@@ -64,3 +71,12 @@ class FitSettings(PrecisionIdentity):
                 f"a trellis of {states} states; there are {', '.join(map(str, POLYNOMIALS))}, and 0 for none"
             )
         return states
+
+    @model_validator(mode="after")
+    def _zeros_have_paths(self) -> FitSettings:
+        if self.zeros and self.trellis_states and self.lane_rows == DIAGONALS:
+            raise ValueError(
+                "zeros needs columns that are paths of their own, and this trellis runs along diagonals; "
+                "set lane_rows = 512 or trellis_states = 0 with it"
+            )
+        return self

@@ -1,7 +1,7 @@
 """The inverse of the budget problem: how many bytes a given loss takes.
 
-The divergence from the unquantized model grows as c², so a few builds find the c whose divergence on training text is
-the one wanted; what that model takes, packed, is the budget.
+The divergence from the unquantized model grows as c² where c is small, so a few builds, by the secant method in
+logarithms, find the c whose divergence on training text is the one wanted; what that model takes is the budget.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from pgolf_post.base.progress import say
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.prepare import Fitter
-from pgolf_post.fit.probe import Probe, probe_text
+from pgolf_post.fit.probe import Probe, decoded, probe_text
 from pgolf_post.fit.solve import WINDOW_BYTES, Search
 from pgolf_post.fit.steps import constant_for
 
 GAP_BUILDS, GAP_CLOSE = 4, 0.03
+MOST_POWER = 6.0  # of c, with which the divergence grows
 
 
 def limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str = "rans") -> int:
@@ -47,16 +47,20 @@ def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:
     if not fitter.builder.matrices:
         return search.packed_bytes(fitter.builder.model({}))
     probe = Probe(fitter.view, text)
-    constant = constant_for(fitter.builder.num_weights, wanted)
+    constant, power = constant_for(fitter.builder.num_weights, wanted), 2.0
+    before: tuple[float, float] | None = None  # c and its divergence
     for _ in range(GAP_BUILDS):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
-        decoded = {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
-        measured = probe.divergence(decoded)
+        measured = probe.divergence(decoded(model))
         spread = f"{measured.mean:.5f} ± {2 * measured.error:.5f}"
         say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
         if abs(measured.mean / wanted - 1) <= GAP_CLOSE or measured.mean <= 0:
             break
-        constant *= (wanted / measured.mean) ** 0.5
+        if before is not None and before[0] != constant:
+            slope = math.log(measured.mean / before[1]) / math.log(constant / before[0])
+            power = min(max(slope, 1.0), MOST_POWER)
+        before = constant, measured.mean
+        constant *= (wanted / measured.mean) ** (1 / power)
     return search.packed_bytes(model) + WINDOW_BYTES // 2
 
 

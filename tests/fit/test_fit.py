@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf_post.artifacts import PackedArtifact
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
@@ -18,6 +19,7 @@ from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.prepare import Fitter, prepare
+from pgolf_post.fit.regularize import PAIRS
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
 from pgolf_post.fit.target_gap import limit_for_gap, require_gap
@@ -37,6 +39,11 @@ def fitter(view: View, pico_data: DataFolder) -> Fitter:
 def budget(fitter: Fitter, bits: float) -> int:
     """About what an artifact of so many bits per weight takes."""
     return fixed_bytes(fitter.builder) + round(fitter.builder.num_weights * bits / 8) + WINDOW_BYTES // 2
+
+
+def used_constants(artifact: PackedArtifact) -> dict[str, float]:
+    """c/√κ of every matrix: those of two builds, where one was mixed from them."""
+    return {tensor["name"]: tensor["constant"] for tensor in artifact.meta["tensors"] if tensor["method"] == "fit"}
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.5, 6.0])
@@ -147,23 +154,58 @@ def test_every_switch_acts(fitter: Fitter, changed: dict[str, int]) -> None:
     assert any(not np.array_equal(first[name].dequantize(), second[name].dequantize()) for name in first)
 
 
-def test_a_trellis_along_diagonals_fills_the_budget_and_decodes(view: View, pico_data: DataFolder) -> None:
-    settings = SETTINGS.model_copy(update={"lane_rows": DIAGONALS})
+@pytest.mark.parametrize("lane_rows", [DIAGONALS, 16])
+def test_either_trellis_fills_the_budget_and_decodes(view: View, pico_data: DataFolder, lane_rows: int) -> None:
+    settings = SETTINGS.model_copy(update={"lane_rows": lane_rows})
     fitter = prepare(view, pico_data, CALIBRATION, settings)
     limit = budget(fitter, 3.5)
     artifact = fit_artifact(fitter, limit)
     assert limit - WINDOW_BYTES <= artifact.path.stat().st_size <= limit
     decoded = read_artifact(artifact.path)
-    quantized = fitter.builder.quantize(constants_of(fitter.builder.matrices, artifact.meta["constant"], fitter.kappa))
+    quantized = fitter.builder.quantize(used_constants(artifact))
     for name, tensor in quantized.items():
         assert tensor.trellis is not None
-        assert tensor.trellis.diagonal
+        assert tensor.trellis.lane_rows == min(lane_rows, len(tensor.symbols))
         assert np.array_equal(decoded.tensors[name], tensor.dequantize()), name
+
+
+def test_few_states_look_for_c_and_all_of_them_build_once_or_twice(fitter: Fitter) -> None:
+    settings = SETTINGS.model_copy(update={"trellis_states": 64})
+    search = Search(Builder(fitter.view, fitter.stats, settings), fitter.kappa)
+    solution = search.solve(budget(fitter, 4.0))
+    *others, last = [build.states for build in solution.builds]
+    assert last == 64
+    assert set(others) <= {8, 64}
+    assert others.count(64) <= 1
+    assert {tensor.trellis.states for tensor in solution.model.quantized.values() if tensor.trellis} == {64}
+
+
+def test_regularisation_follows_the_rate(view: View, pico_data: DataFolder) -> None:
+    """Below 3 bits the pair that diverges least is taken, with factors of its own; above, nothing is tried."""
+    settings = SETTINGS.model_copy(update={"regularize": "rate"})
+    fitter = prepare(view, pico_data, CALIBRATION, settings)
+    coarse, fine = (fit_artifact(fitter, budget(fitter, bits)) for bits in (2.5, 4.0))
+    assert "regularized" not in fine.meta
+    chosen = coarse.meta["regularized"]
+    tried = {(one["coupling"], one["ridge"]): one["divergence"] for one in chosen["tried"]}
+    assert set(tried) == set(PAIRS)
+    assert tried[chosen["coupling"], chosen["ridge"]] == min(tried.values()) == chosen["divergence"]
+    assert "regularisation" in coarse.meta["train_seconds"]
+    pair = {key: chosen[key] for key in ("coupling", "ridge")}
+    fixed = Builder(view, fitter.stats, SETTINGS.model_copy(update=pair))
+    quantized = fixed.quantize(used_constants(coarse))
+    decoded = read_artifact(coarse.path)
+    assert all(np.array_equal(decoded.tensors[name], tensor.dequantize()) for name, tensor in quantized.items())
+
+
+def test_columns_of_zeros_are_refused_along_diagonals() -> None:
+    with pytest.raises(ValueError, match="set lane_rows = 512 or trellis_states = 0"):
+        FitSettings(zeros=True)
 
 
 @pytest.mark.parametrize("states", [0, 4])
 def test_columns_that_are_worth_no_bits_are_zero(fitter: Fitter, states: int) -> None:
-    settings = SETTINGS.model_copy(update={"trellis_states": states, "zeros": True, "kappa": "off"})
+    settings = SETTINGS.model_copy(update={"trellis_states": states, "zeros": True, "kappa": "off", "lane_rows": 512})
     builder = Builder(fitter.view, fitter.stats, settings)
     name = max(builder.matrices, key=lambda name: builder.matrices[name].num_weights)
     part = builder.matrices[name]

@@ -61,6 +61,19 @@ def test_rows_that_are_minded_together_cost_what_fisher_says(fisher_stats: Stats
     assert torch.equal(alone.rows, minded.rows)
 
 
+def test_coupling_shrinks_what_rows_share_and_nothing_else(fisher_stats: Stats, sites: dict[str, Site]) -> None:
+    name = "blocks.1.attn.v.weight"
+    full, half, none = (
+        sensitivity(name, sites[name], fisher_stats, RAW.model_copy(update={"coupling": share})).coupling
+        for share in (1.0, 0.5, 0.0)
+    )
+    assert full is not None
+    assert half is not None
+    assert none is not None
+    assert torch.equal(none, torch.diag(full.diagonal()))
+    torch.testing.assert_close(half, (full + none) / 2)
+
+
 def test_no_row_of_a_table_or_head_is_coupled(fisher_stats: Stats, sites: dict[str, Site]) -> None:
     found = sensitivities(sites, sites.values(), fisher_stats, FitSettings())
     assert {name for name, minded in found.items() if minded.coupling is None} == {"tok_emb.weight"}

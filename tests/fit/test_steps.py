@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from pgolf_post.fit.estimate import gaussian_bits
+from pgolf_post.fit.estimate import Spread, gaussian_bits
 from pgolf_post.fit.steps import constant_for, expected_loss, relative_steps
 from pgolf_post.quantize.gptq.driver import gptq
 from pgolf_post.quantize.gptq.factorize import factorize
@@ -85,3 +88,19 @@ def test_constant_and_loss_are_inverse() -> None:
 def test_entropy_of_a_rounded_gaussian_is_what_the_table_says(step: float) -> None:
     symbols = np.round(np.random.default_rng(0).standard_normal((400, 400)) / step).astype(np.int16)
     assert gaussian_bits(np.log2(1 / step)) == pytest.approx(entropy_bits(symbols), abs=0.01)
+
+
+def test_bits_of_a_matrix_are_those_of_its_weights_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(24, 1, generator=generator).exp() * torch.rand(1, 40, generator=generator).exp()
+    weight = torch.randn(24, 40, generator=generator) * scale
+    steps = relative_steps(
+        torch.rand(24, generator=generator).double() + 0.1, torch.rand(40, generator=generator) + 0.1
+    )
+    matrix: Any = SimpleNamespace(weight=weight, steps=steps)
+    values = weight.double().numpy()
+    rows, columns = (np.sqrt(np.square(values).mean(axis)) for axis in (1, 0))
+    sigma = rows[:, None] * columns / np.sqrt(np.square(values).mean())
+    for constant in (0.01, 0.3, 3.0):
+        one_by_one = gaussian_bits(np.log2(sigma / scale_of(steps.factors(constant), 24, 40))).sum()
+        assert Spread.of(matrix).bits(constant) == pytest.approx(one_by_one, rel=0.002, abs=1.0)

@@ -1,0 +1,74 @@
+"""Regularisation by rate: where steps are coarse, measure how far the factors of C and M may be trusted.
+
+Feedback moves weights, and a weight that is moved costs bits, too: bits + loss is least at H' = κrH + ηc²/(12σ²)·I, not
+at H. At three bits a weight and more the second term is nothing. Below, targets that follow every correlation spread so
+far that they cost more than they save. σ is not one number, so no formula is trusted: a few pairs of a factor on C's
+entries off the diagonal and a ridge on both sides are tried at the budget. Each gets factors and a c of its own,
+because steps follow the factors and other bytes would decide the comparison. Few states suffice to rank them. What
+counts is the divergence on the text on which κ is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pgolf_post.base.progress import say
+from pgolf_post.fit.build import Builder
+from pgolf_post.fit.prepare import Fitter
+from pgolf_post.fit.probe import Probe, decoded, probe_text
+from pgolf_post.fit.solve import Rough, Search, fixed_bytes
+
+PAIRS = ((1.0, 0.003), (0.8, 0.01), (0.6, 0.01), (0.6, 0.03))  # coupling, ridge
+MOST_BITS = 3.0  # a weight: above, they lose the same
+STEP_NAME = "regularisation"  # on the training clock
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pair at a budget."""
+
+    coupling: float
+    ridge: float
+    divergence: float  # nats per token, at the bytes that were aimed for
+    constant: float  # c
+
+    def facts(self) -> dict[str, float]:
+        return {"coupling": self.coupling, "ridge": self.ridge, "divergence": self.divergence}
+
+
+def regularized(fitter: Fitter, limit: int, codec: str) -> tuple[Fitter, float | None, dict[str, Any]]:
+    """Return the fitter whose factors lose least at a budget, the c it was found at, and what meta.json says of it.
+
+    That is the one given, unless the settings say `regularize = "rate"` and the budget is below 3 bits a weight.
+    """
+    if fitter.settings.regularize == "fixed" or bits_of(fitter.builder, limit) > MOST_BITS:
+        return fitter, None, {}
+    settings = fitter.settings
+    with fitter.clock.step(STEP_NAME):
+        text = probe_text(fitter.view, fitter.data, settings.kappa_tokens, settings.kappa_seed)
+        probe = Probe(fitter.view, text, precision=settings.forward_precision)
+        best, builder = None, fitter.builder
+        trials: list[Trial] = []
+        for coupling, ridge in PAIRS:
+            own = settings.model_copy(update={"coupling": coupling, "ridge": ridge})
+            made = Builder(fitter.view, fitter.stats, own)
+            rough = Search(made, fitter.kappa, codec).rough(limit, trials[-1].constant if trials else None)
+            divergence = probe.divergence(decoded(rough.model)).mean * 4 ** spare_bits(made, rough)
+            trials.append(Trial(coupling, ridge, divergence, rough.constant))
+            say(f"C × {coupling:g} off its diagonal, ridge {ridge:g}: divergence {divergence:.6f} on training text")
+            if best is None or divergence < best.divergence:
+                best, builder = trials[-1], made
+    assert best is not None
+    facts = {**best.facts(), "tried": [trial.facts() for trial in trials]}
+    return replace(fitter, builder=builder), best.constant, {"regularized": facts}
+
+
+def bits_of(builder: Builder, limit: int) -> float:
+    """Return the bits that a budget leaves for each weight; infinite where nothing is rounded."""
+    return 8 * (limit - fixed_bytes(builder)) / builder.num_weights if builder.num_weights else float("inf")
+
+
+def spare_bits(builder: Builder, rough: Rough) -> float:
+    """Return by how many bits a weight a build exceeds its aim: each of them quarters what is lost."""
+    return 8 * (rough.num_bytes - rough.aim) / builder.num_weights
