@@ -43,7 +43,7 @@ def _entropy(sigma: float) -> float:  # of step 1
 
 @dataclass(frozen=True)
 class Spread:
-    """How often each log2(σ/Δ) occurs in a matrix, at c/√κ = 1."""
+    """Histogram of log2(σ/Δ) over the weights of a matrix, at c/√κ = 1."""
 
     lowest: float  # of the first bin
     counts: np.ndarray  # (bins,) float64 weights
