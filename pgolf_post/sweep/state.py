@@ -83,7 +83,7 @@ class State(Standing):
 
     def _earlier_seeds(self, trial: Trial) -> list[Listed]:
         """Return the runs of a trial before this one, where `gates.kill` may end it after them."""
-        if self.spec.gates.kill is None:
+        if self.spec.gates.kill is None or trial.seed is None:
             return []
         runs = [one for one in self._runs[trial.rung] if one.trial.of == trial.of]
         return runs[: next(place for place, one in enumerate(runs) if one.trial.seed == trial.seed)]

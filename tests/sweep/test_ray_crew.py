@@ -108,13 +108,14 @@ def test_a_trial_that_kills_its_workers_ends_the_sweep(lab: Lab) -> None:
         drive(lab, lambda _, method: method == "run")
 
 
-def test_a_worker_reads_and_writes_no_ledger(lab: Lab) -> None:
+def test_a_worker_reads_and_writes_no_ledger(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from pgolf_post.sweep.engines.ray import TrialActor
 
     driver = Sweep(lab.options(spec_text(MANY)), torch.device("cpu"))
     control = driver.state().listed[0]
     (lab.root / "ledger.sqlite").unlink(missing_ok=True)
     driver.close()
+    monkeypatch.setattr("pgolf_post.sweep.engines.ray.silence", lambda: None)  # of the worker's process, not of this
     actor = TrialActor(driver.options)
     row, _ = actor.run(control.id, {}, 1, None)
     assert "error" not in row.result
