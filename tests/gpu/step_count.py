@@ -240,9 +240,8 @@ def eager_launches(func: Any, args: tuple[Any, ...]) -> int:
     from torch import Tensor
 
     name = func._schema.name.removeprefix("aten::")
-    if name in FREE or (
-        func._schema.returns and any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-    ):
+    is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
+    if is_view or name in FREE or name.startswith("prim::"):
         return 0
     if name.startswith(("_foreach_", "_fused_")):
         lists = [one for one in args if isinstance(one, (list, tuple)) and one and isinstance(one[0], Tensor)]
