@@ -184,7 +184,7 @@ def test_regularisation_follows_the_rate(view: View, pico_data: DataFolder) -> N
     """Below 3 bits the pair that diverges least is taken, with factors of its own; above, nothing is tried."""
     settings = SETTINGS.model_copy(update={"regularize": "rate"})
     fitter = prepare(view, pico_data, CALIBRATION, settings)
-    coarse, fine = (fit_artifact(fitter, budget(fitter, bits)) for bits in (2.5, 4.0))
+    coarse, fine = (fit_artifact(fitter, budget(fitter, bits)) for bits in (2.0, 4.0))
     assert "regularized" not in fine.meta
     chosen = coarse.meta["regularized"]
     tried = {(one["coupling"], one["ridge"]): one["divergence"] for one in chosen["tried"]}
