@@ -11,7 +11,7 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pgolf_post.base.paths import absent
 from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, SettingsError
@@ -266,12 +267,37 @@ def train_seq_len(config: Mapping[str, Any]) -> int:
 def build_module(config: Mapping[str, Any]) -> nn.Module:
     """Return an uninitialised module on the meta device, from a checkpoint's config (family, model, graph)."""
     try:
-        with torch.device("meta"):
+        with on_no_device():
             return get_family(config["family"]).build(config["model"], config["graph"])
     except RuntimeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # it left torch's stack of modes uneven, hence the error
             raise KeyboardInterrupt from error
         raise
+
+
+DRAWING = (  # of tensors, and of torch.nn.init
+    *("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_"),
+    *("xavier_uniform_", "orthogonal_"),
+)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors without values as they are where numbers would be drawn: torch loads its compiler for that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in DRAWING:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_no_device() -> Iterator[None]:
+    """Make tensors in this block without values, on the meta device."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def load_module(

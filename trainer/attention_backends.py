@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -190,32 +189,22 @@ def _half_on_cuda(device: torch.device, dtype: torch.dtype, capability: tuple[in
     return None
 
 
-def _varlen_parameters() -> frozenset[str]:
-    """Return the names of the parameters that this torch's varlen_attn has; none where there is no varlen_attn."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return frozenset()
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-VARLEN_PARAMETERS = _varlen_parameters()
-
-
 def varlen_unavailable(device: torch.device, dtype: torch.dtype, training: bool) -> Unavailable | None:
     """Return why torch's varlen attention cannot run: torch has it from 2.10 on, with windows from 2.11 on.
 
     Before it had `enable_gqa` its kernel grouped queries all the same, which is not documented: it must then give what
     SDPA gives, once in this process.
     """
-    if not VARLEN_PARAMETERS:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if "window_size" not in VARLEN_PARAMETERS:
-        return f"varlen_attn of torch {torch.__version__} takes no window_size"
     reason = _half_on_cuda(device, dtype, (8, 0))
-    if reason or "enable_gqa" in VARLEN_PARAMETERS:
+    if reason:
         return reason
-    return varlen_disagrees(device, dtype)
+    from trainer import varlen
+
+    if not varlen.PARAMETERS:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    if "window_size" not in varlen.PARAMETERS:
+        return f"varlen_attn of torch {torch.__version__} takes no window_size"
+    return None if "enable_gqa" in varlen.PARAMETERS else varlen_disagrees(device, dtype)
 
 
 @lru_cache
@@ -241,8 +230,10 @@ def varlen_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     """Attend by torch.nn.attention.varlen.varlen_attn, documents as a ragged batch; window (-1, 0) is causal."""
     from torch.nn.attention.varlen import varlen_attn
 
+    from trainer.varlen import PARAMETERS
+
     batch_size, heads, seq_len, head_dim = q.shape
-    grouped: dict[str, Any] = {"enable_gqa": heads != k.size(1)} if "enable_gqa" in VARLEN_PARAMETERS else {}
+    grouped: dict[str, Any] = {"enable_gqa": heads != k.size(1)} if "enable_gqa" in PARAMETERS else {}
     out = varlen_attn(
         _ragged(q), _ragged(k), _ragged(v), cu_seqlens, cu_seqlens, seq_len, seq_len, window_size=(-1, 0), **grouped
     )

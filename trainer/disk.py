@@ -6,9 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pgolf_post.data import DataFolder
+from pgolf_post.families import on_no_device
 from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.model import GolfGPT
@@ -36,7 +35,7 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     recipe = timeline.recipe
     if not recipe.data.dir.is_dir():
         return None
-    with torch.device("meta"):
+    with on_no_device():
         model = GolfGPT(recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size), GraphState())
     sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
     matrices = sum(sizes[name] for name in assign_groups(model).get("matrix", []))

@@ -15,6 +15,7 @@ from pgolf_post.base.autocast import autocast_dtype, autocast_to
 from pgolf_post.calibrate.collect import FORWARD_TOKENS
 from pgolf_post.calibrate.forward import forward_batch
 from pgolf_post.calibrate.sums import Sums
+from pgolf_post.families import on_no_device
 from trainer.family import GolfGPTFamily
 from trainer.gradients import GradientAccumulator
 from trainer.model import GolfGPT
@@ -60,7 +61,7 @@ def _hessian_seconds(state: RunState) -> float:
     trained, tokens = state.model, _synthetic_tokens(state, FORWARD_TOKENS[state.device.type]).to(state.device)
     # A float32 model on the same weights, all loops on: nothing is drawn, and nothing copied that is float32 already.
     graph = trained.graph.model_copy(update={"active_loops": trained.config.max_active_loops})
-    with torch.device("meta"):
+    with on_no_device():
         module = GolfGPT(trained.config, graph)
     module.load_state_dict({name: tensor.float() for name, tensor in trained.state_dict().items()}, assign=True)
     sites = GolfGPTFamily().sites(module)

@@ -26,10 +26,10 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_model import BANKED, TOLERANCE, load_fixture, pico_model
 from trainer import attention_backends
+from trainer import varlen as trainer_varlen
 from trainer.attention_backends import (
     BACKENDS,
     SDPA,
-    VARLEN_PARAMETERS,
     BackendName,
     Reach,
     choose_backend,
@@ -72,7 +72,7 @@ def _cpu_varlen(query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale, w
     assert is_causal
     assert scale is None
     assert max_q == max_k >= int(cu_q.diff().max())
-    assert enable_gqa == ("enable_gqa" in VARLEN_PARAMETERS and query.size(1) != key.size(1))
+    assert enable_gqa == ("enable_gqa" in trainer_varlen.PARAMETERS and query.size(1) != key.size(1))
     out = naive_ragged(query, key, value, cu_q)
     return out, query.new_zeros(query.size(1), query.size(0)), torch.zeros(2, dtype=torch.uint64)
 
@@ -286,7 +286,7 @@ def test_varlen_without_a_word_for_groups_is_called_without_it(
         return naive_ragged(q, k, v, cu_q)
 
     monkeypatch.setattr(varlen, "varlen_attn", groups_natively)
-    monkeypatch.setattr(attention_backends, "VARLEN_PARAMETERS", frozenset({"window_size"}))
+    monkeypatch.setattr(trainer_varlen, "PARAMETERS", frozenset({"window_size"}))
     torch.testing.assert_close(attend("varlen", inputs, document), expected)
     assert asked == [{"window_size"}]
 
@@ -302,7 +302,7 @@ def test_a_varlen_that_groups_unasked_must_give_what_sdpa_gives(
 
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", groups_natively)
-    monkeypatch.setattr(attention_backends, "VARLEN_PARAMETERS", frozenset({"window_size"}))
+    monkeypatch.setattr(trainer_varlen, "PARAMETERS", frozenset({"window_size"}))
     monkeypatch.setattr(attention_backends, "_half_on_cuda", lambda *_: None)
     attention_backends.varlen_disagrees.cache_clear()
     reason = BACKENDS["varlen"].unavailable(CPU, torch.bfloat16, True)
