@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pgolf_post.submit.known import UNKNOWN
-from pgolf_post.submit.sources import Definition, is_address
+from pgolf_post.submit.sources import Definition, is_address, walk
 
 LEFT_ALONE = ("forward",)  # called through __call__
 
@@ -30,11 +30,11 @@ class Calls:
         """Collect the calls in definitions."""
         calls, called = cls(), set[int]()
         for node in nodes:
-            for each in ast.walk(node):
+            for each in walk(node):
                 if isinstance(each, ast.Call) and (name := _name(each.func)):
                     calls.by_name.setdefault(name, []).append(each)
                     called.add(id(each.func))
-            for each in ast.walk(node):
+            for each in walk(node):
                 if id(each) not in called and isinstance(each, (ast.Name, ast.Attribute)) and (name := _name(each)):
                     calls.handed_on.add(name)
         return calls
@@ -70,7 +70,7 @@ def constant_parameters(
 
 def _bases(node: ast.AST) -> list[ast.Name]:
     bases = node.bases if isinstance(node, ast.ClassDef) else []
-    return [each for base in bases for each in ast.walk(base) if isinstance(each, ast.Name)]
+    return [each for base in bases for each in walk(base) if isinstance(each, ast.Name)]
 
 
 def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -> dict[str, Any]:

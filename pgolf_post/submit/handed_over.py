@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pgolf_post.errors import MismatchError
 from pgolf_post.submit.known import Facts
 from pgolf_post.submit.reduce import is_known_object
-from pgolf_post.submit.sources import Definition
+from pgolf_post.submit.sources import Definition, walk
 
 
 def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:
@@ -19,7 +19,7 @@ def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:
         node = definition.node
         if isinstance(node, ast.FunctionDef):
             functions[at] = node
-        for each in ast.walk(node):
+        for each in walk(node):
             if isinstance(each, ast.ClassDef):
                 own = [part for part in each.body if isinstance(part, ast.FunctionDef)]
                 for method in own:
@@ -27,7 +27,7 @@ def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:
                     if method.name == "__init__" and each is node:
                         functions[at] = method
     for at, definition in reached.items():
-        for part in ast.walk(definition.node):
+        for part in walk(definition.node):
             if isinstance(part, (ast.Attribute, ast.Subscript)) and is_known_object(part.value):
                 raise MismatchError(f"{at}: {ast.unparse(part)} reads a setting that is not known when it is written")
             if not isinstance(part, ast.Call):
@@ -60,6 +60,6 @@ def _check_parameter(at: str, function: ast.FunctionDef, place: int, facts: Fact
     annotation = args[place].annotation if place < len(args) else None
     if place >= len(args) or (isinstance(annotation, ast.Name) and annotation.id in facts.values):
         return
-    read = {each.id for each in ast.walk(function) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+    read = {each.id for each in walk(function) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
     if args[place].arg in read:
         raise MismatchError(f"{at} hands a known object to {function.name}({args[place].arg}), which does not know it")

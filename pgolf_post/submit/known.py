@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from pgolf_post.settings import Settings
-from pgolf_post.submit.sources import Definition, Sources, is_address, parameters
+from pgolf_post.submit.sources import Definition, Sources, is_address, parameters, walk
 
 UNKNOWN: Any = object()
 SCALARS = (bool, int, float, str, bytes, type(None))
@@ -116,6 +116,8 @@ class Evaluator:
         self._memory: dict[tuple[int, int], tuple[ast.expr, Scope, Any]] | None = None
         self._attributes: dict[str, dict[str, Any]] = {}  # class → attributes of self
         self._bases_of, self._bases_known = -1, set[str]()  # of how many definitions, which classes are bases
+        self._alike: dict[str, dict[str, Any]] = {}  # class → what `_shared` returned
+        self._modules: dict[str, list[nn.Module]] = {}  # class → what `_instances` returned
 
     # ---- expressions -----------------------------------------------------------------------------------------------
 
@@ -279,7 +281,7 @@ class Evaluator:
         for arg in parameters(node):
             known.locals[arg.arg] = constant.get(arg.arg, self._of_annotation(arg.annotation))
         if isinstance(node, ast.FunctionDef):
-            stores = [each.id for each in ast.walk(node) if isinstance(each, ast.Name) and _is_stored(each)]
+            stores = [each.id for each in walk(node) if isinstance(each, ast.Name) and _is_stored(each)]
             for name in stores:
                 known.locals[name] = UNKNOWN
             for target, value in assignments(node.body):
@@ -307,13 +309,13 @@ class Evaluator:
         nodes = [each.node for each in self.sources.definitions.values()]
         bases = [base for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases]
         self._bases_of = len(self.sources.definitions)
-        self._bases_known = {each.id for base in bases for each in ast.walk(base) if isinstance(each, ast.Name)}
+        self._bases_known = {each.id for base in bases for each in walk(base) if isinstance(each, ast.Name)}
         return self._bases_known
 
     def learn(self, definition: Definition, function: ast.FunctionDef, constant: Mapping[str, Any]) -> None:
         """Take note that every call of a function gives these parameters these values."""
         original = self.sources.definition(definition.addresses[0]).node
-        for node in (function, *(each for each in ast.walk(original) if isinstance(each, ast.FunctionDef))):
+        for node in (function, *(each for each in walk(original) if isinstance(each, ast.FunctionDef))):
             if node.name == function.name:
                 setattr(node, CONSTANT_PARAMETERS, dict(constant))
         self._attributes.clear()
@@ -321,7 +323,7 @@ class Evaluator:
     def forget(self) -> None:
         """Take back everything that was learned."""
         for definition in self.sources.definitions.values():
-            for node in ast.walk(definition.node):
+            for node in walk(definition.node):
                 if hasattr(node, CONSTANT_PARAMETERS):
                     delattr(node, CONSTANT_PARAMETERS)
         self._attributes.clear()
@@ -361,7 +363,7 @@ class Evaluator:
             if not isinstance(method, ast.FunctionDef):
                 continue
             scope = self.scope(method, Scope({}, owner))
-            for target, value in assignments(list(ast.walk(method))):
+            for target, value in assignments(list(walk(method))):
                 if _is_own_attribute(target):
                     assert isinstance(target, ast.Attribute)
                     assigned.setdefault(target.attr, []).append(self.value(value, scope))
@@ -369,6 +371,12 @@ class Evaluator:
 
     def _shared(self, owner: Definition) -> dict[str, Any]:
         """Return scalars that `__init__` alone sets and that all of the model's modules of this class have alike."""
+        at = owner.addresses[0]
+        if at not in self._alike:
+            self._alike[at] = self._found_alike(owner)
+        return self._alike[at]
+
+    def _found_alike(self, owner: Definition) -> dict[str, Any]:
         assert isinstance(owner.node, ast.ClassDef)
         instances = self._instances(owner)
         if not instances:
@@ -377,7 +385,7 @@ class Evaluator:
         inside: set[str] = set()
         for method in owner.node.body:
             if isinstance(method, ast.FunctionDef):
-                names = {t.attr for t, _ in assignments(list(ast.walk(method))) if _is_own_attribute(t)}  # type: ignore[attr-defined]
+                names = {t.attr for t, _ in assignments(list(walk(method))) if _is_own_attribute(t)}  # type: ignore[attr-defined]
                 (inside if method.name == "__init__" else outside).update(names)
         shared = {}
         for name in inside - outside:
@@ -387,9 +395,12 @@ class Evaluator:
         return shared
 
     def _instances(self, owner: Definition) -> list[nn.Module]:
-        real = getattr(importlib.import_module(owner.module), owner.names[0], None)
-        modules = [] if self.facts.module is None else self.facts.module.modules()
-        return [each for each in modules if type(each) is real]
+        at = owner.addresses[0]
+        if at not in self._modules:
+            real = getattr(importlib.import_module(owner.module), owner.names[0], None)
+            modules = [] if self.facts.module is None else self.facts.module.modules()
+            self._modules[at] = [each for each in modules if type(each) is real]
+        return self._modules[at]
 
 
 def plain(value: Any) -> Any:
@@ -444,7 +455,7 @@ def set_elsewhere(definitions: Iterable[Definition]) -> set[str]:
     outside: set[str] = set()
     own: dict[str, set[str]] = {}  # class → attributes that its methods set on self
     for definition in definitions:
-        stored = [each for each in ast.walk(definition.node) if isinstance(each, ast.Attribute)]
+        stored = [each for each in walk(definition.node) if isinstance(each, ast.Attribute)]
         stored = [each for each in stored if isinstance(each.ctx, (ast.Store, ast.Del))]
         outside |= {each.attr for each in stored if not _is_own_attribute(each)}
         if isinstance(definition.node, ast.ClassDef):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pgolf_post.submit.reach import Reach, names_read
 from pgolf_post.submit.reduce import copied
-from pgolf_post.submit.sources import Definition, is_address, parameters
+from pgolf_post.submit.sources import Definition, Transformer, is_address, parameters, walk
 
 HEADER = "from __future__ import annotations\n"
 
@@ -118,8 +118,8 @@ def _imports(external: set[str], names: dict[str, str]) -> str:
 
 def _plain_names(node: ast.AST) -> set[str]:
     """Return all local names of a definition."""
-    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and not is_address(each.id)}
-    for each in ast.walk(node):
+    names = {each.id for each in walk(node) if isinstance(each, ast.Name) and not is_address(each.id)}
+    for each in walk(node):
         if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             names.update(arg.arg for arg in parameters(each))
         if isinstance(each, ast.ExceptHandler) and each.name:
@@ -129,7 +129,7 @@ def _plain_names(node: ast.AST) -> set[str]:
     return names
 
 
-class _Named(ast.NodeTransformer):
+class _Named(Transformer):
     """Write plain names for addresses; in annotations, those of what is not there are as they were."""
 
     def __init__(self, names: dict[str, str]) -> None:

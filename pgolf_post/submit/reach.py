@@ -16,7 +16,7 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import constant_parameters
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.reduce import Reducer, copied
-from pgolf_post.submit.sources import Definition, Sources, is_address
+from pgolf_post.submit.sources import Definition, Sources, children, is_address, walk
 
 DROPPED_BASES = ("abc:ABC", "typing:Generic", "typing:Protocol")
 DROPPED_DECORATORS = ("abc:abstractmethod", "typing:runtime_checkable", "typing:override")
@@ -75,7 +75,7 @@ class Reach:
             bases = [base for base in node.bases if _name_of(base) not in DROPPED_BASES]
             node.bases = [base.value if isinstance(base, ast.Subscript) else base for base in bases]
             node.keywords = []
-        for each in ast.walk(node):
+        for each in walk(node):
             if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
                 each.decorator_list = [d for d in each.decorator_list if _name_of(d) not in DROPPED_DECORATORS]
         for _ in range(2):  # a local that the first pass settles decides branches in the second
@@ -203,7 +203,7 @@ def names_read(node: ast.AST, at_import: bool = False) -> list[str]:
             if part.value is not None:
                 visit(part.value)
         else:
-            for each in ast.iter_child_nodes(part):
+            for each in children(part):
                 visit(each)
 
     visit(node)
@@ -219,7 +219,7 @@ def _name_of(node: ast.expr) -> str:
 
 def _attribute_names(node: ast.AST) -> Iterator[str]:
     """Yield every attribute that is read, and every one that is asked for by name."""
-    for each in ast.walk(node):
+    for each in walk(node):
         if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Load):
             yield each.attr
         elif isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Attribute):
@@ -246,7 +246,7 @@ def _drop_unread_attributes(method: ast.FunctionDef, named: set[str]) -> None:
         is_plain = isinstance(value, (ast.Name, ast.Constant)) or _name_of(value) == "functools:partial"
         return is_own and target.attr not in named and is_plain  # type: ignore[attr-defined]
 
-    for part in ast.walk(method):
+    for part in walk(method):
         body = getattr(part, "body", None)
         if not isinstance(body, list) or not body or not isinstance(body[0], ast.stmt):
             continue
