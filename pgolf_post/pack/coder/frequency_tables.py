@@ -45,16 +45,18 @@ def classes_of(counts: np.ndarray) -> np.ndarray:  # (LEVELS, 2, ENTRIES) → (L
     if len(used) == 0:
         return np.zeros(LEVELS, np.int16)
     starts, tables = list(used), list(counts[used])
-    single, merged = table_bits(counts[used]), table_bits(counts[used[:-1]] + counts[used[1:]])
-    bits, gains = single.tolist(), (single[:-1] + single[1:] - merged).tolist()
-    while gains and max(gains) > 0:
-        i = int(np.argmax(gains))
-        tables[i : i + 2] = [tables[i] + tables[i + 1]]
-        bits[i : i + 2] = [float(table_bits(tables[i]))]
-        del starts[i + 1], gains[i]
-        for j in (i - 1, i):
-            if 0 <= j < len(gains):
-                gains[j] = bits[j] + bits[j + 1] - float(table_bits(tables[j] + tables[j + 1]))
+    single, both = table_bits(counts[used]), table_bits(counts[used[:-1]] + counts[used[1:]])
+    bits, merged = single.tolist(), both.tolist()  # of each class, of it and the next in one
+    gains = (single[:-1] + single[1:] - both).tolist()
+    while gains and (most := max(gains)) > 0:
+        i = gains.index(most)
+        tables[i : i + 2], bits[i : i + 2] = [tables[i] + tables[i + 1]], [merged[i]]
+        del starts[i + 1], gains[i], merged[i]
+        beside = range(max(i - 1, 0), min(i + 1, len(gains)))
+        if beside:
+            found = table_bits(np.stack([tables[j] + tables[j + 1] for j in beside])).tolist()
+            for j, together in zip(beside, found, strict=True):
+                merged[j], gains[j] = together, bits[j] + bits[j + 1] - together
     return np.maximum(np.searchsorted(starts, np.arange(LEVELS), "right") - 1, 0).astype(np.int16)
 
 
