@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models: threads would only wait for each other
@@ -52,8 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="let tests see the GPU; for tests/trainer/test_kernels.py")
 
 
+hypothesis.settings.register_profile("short", max_examples=34, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=100, deadline=None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs: the tests state what holds on the CPU, bit for bit, wherever they run."""
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -67,10 +74,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_collection_finish() -> None:
+    """Take what imports left out of the garbage collector's rounds."""
+    gc.collect()
+    gc.freeze()
+
+
 def is_quick(item: pytest.Item) -> bool:
     """Whether a test needs no trained model, stands in a module that starts no process, and is not marked slow."""
     trains = "pico_run_original" in getattr(item, "fixturenames", ())
-    starts_processes = hasattr(getattr(item, "module", None), "subprocess")
+    module = getattr(item, "module", None)
+    starts_processes = any(hasattr(module, name) for name in ("subprocess", "processes", "torchrun"))
     return not (trains or starts_processes or "slow" in item.keywords)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import build_module, get_family
+from tests import processes
 from tests.cli.conftest import caller
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_family.py"
@@ -82,9 +80,8 @@ def pgolf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def as_process(folder: Path, *arguments: object) -> dict:
     """Run a command in a process of its own; return its JSON."""
-    command = [sys.executable, "-m", "pgolf_post", "--family", SOURCE, *map(str, arguments), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+    words = ["-m", "pgolf_post", "--family", SOURCE, *map(str, arguments), "--json"]
+    done = processes.run(words, cwd=folder)
     assert done.returncode == 0, done.stderr + done.stdout
     answer: dict = json.loads(done.stdout.strip().splitlines()[-1])
     return answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from pgolf_post.base import numba as compiled
 from pgolf_post.errors import NotFoundError
+from tests import processes
 
 LOOP = """
 from pgolf_post.base.numba import jit
@@ -37,8 +37,9 @@ def call(folder: Path, file_bytes: str = "unlimited", **variables: str) -> str:
     """Return "hits misses" of the cache in a fresh process that calls the loop in `folder`."""
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())])
     environment = {**os.environ, "PYTHONPATH": paths, **variables}
-    command = [sys.executable, "-c", CALL, file_bytes]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    done = processes.run(["-c", CALL, file_bytes], environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_the_second_process_loads_what_the_first_compiled_unless_the_file_is_torn_or_could_not_be_written(

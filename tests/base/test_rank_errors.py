@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 FOREVER_SECONDS = 60
 
@@ -61,7 +61,7 @@ for name, failing, kind in (
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each rank of each case ended with."""
     folder = tmp_path_factory.mktemp("ended")
-    subprocess.run([sys.executable, "-c", GROUPS, str(folder)], check=True, timeout=FOREVER_SECONDS)
+    processes.run(["-c", GROUPS, str(folder)], timeout=FOREVER_SECONDS).check_returncode()
     return folder
 
 

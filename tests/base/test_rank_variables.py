@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pgolf_post.base.rank_variables import Place, place_of_process
 from pgolf_post.errors import SettingsError
+from tests import processes
 
 WHOLE = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -46,9 +45,8 @@ def test_partial_and_senseless_ones_are_refused_by_name(change: dict[str, str | 
 
 
 def test_a_command_that_shares_work_names_the_variable_and_exits_2(pico_run: Path) -> None:
-    command = [sys.executable, "-m", "pgolf_post", "eval", str(pico_run / "latest")]
     variables = {**os.environ, "WORLD_SIZE": "2"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    done = processes.run(["-m", "pgolf_post", "eval", str(pico_run / "latest")], variables)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert "WORLD_SIZE" in done.stderr
     assert "next: start it with torchrun" in done.stderr
@@ -72,8 +70,8 @@ def test_a_rank_that_waits_says_for_whom_and_gives_up(rank: str, named: str) -> 
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "3", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    command, variables = [sys.executable, "-c", WAIT], {**os.environ, **place}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True)
+    done = processes.run(["-c", WAIT], {**os.environ, **place})
+    assert done.returncode == 0, done.stderr
     assert named in done.stdout
     assert f"localhost:{port}" in done.stdout
     if rank == "0":

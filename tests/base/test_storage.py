@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ from pgolf_post.base.storage import (
 )
 from pgolf_post.checkpoint import Checkpoint, ViewName, save_checkpoint
 from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
+from tests import processes
 
 FAILURES = [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
 
@@ -240,22 +240,18 @@ import os, sys
 from pathlib import Path
 from pgolf_post.checkpoint import Checkpoint, save_checkpoint
 
-source, out = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2])
+source, out, name = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 views = {name: source.load(name).tensors for name in ("raw", "ema")}
 meta = {key: source.meta[key] for key in ("kind", "phase", "step", "parents")}
-for line in sys.stdin:  # each line starts one process that saves until it is stopped
-    child = os.fork()
-    if child == 0:
-        try:
-            for number in range(1_000_000):
-                save_checkpoint(out / f"saved_{line.strip()}_{number:06d}", source.config, views, meta)
-                if number == 0:
-                    print(os.getpid(), flush=True)
-        except KeyboardInterrupt:
-            os._exit(130)
-        finally:
-            os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+try:
+    for number in range(1_000_000):
+        save_checkpoint(out / f"saved_{name}_{number:06d}", source.config, views, meta)
+        if number == 0:
+            print("saved", flush=True)
+except KeyboardInterrupt:
+    os._exit(130)
+finally:
+    os._exit(1)
 """
 
 
@@ -263,19 +259,14 @@ def stop_savers(source: Checkpoint, out: Path, stop: signal.Signals, times: int)
     """Start `times` processes that save checkpoints without pause, stop each at a random moment: their exit codes."""
     moments = random.Random(int(stop))
     codes = []
-    with subprocess.Popen(
-        [sys.executable, "-c", SAVER, source.path, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as saver:
-        assert saver.stdin
-        assert saver.stdout
-        for number in range(times):
-            saver.stdin.write(f"{number}\n")
-            saver.stdin.flush()
-            pid = int(saver.stdout.readline())
+    for number in range(times):
+        words = ["-c", SAVER, str(source.path), str(out), str(number)]
+        with processes.Process(words, stdout=subprocess.PIPE) as saver:
+            assert saver.stdout
+            assert saver.stdout.readline() == "saved\n"
             time.sleep(moments.uniform(0.0, 0.25))
-            os.kill(pid, stop)
-            codes.append(int(saver.stdout.readline()))
-        saver.stdin.close()
+            os.kill(saver.pid, stop)
+            codes.append(saver.wait())
     return codes
 
 
@@ -347,10 +338,8 @@ def test_a_process_killed_at_any_of_its_file_operations_leaves_a_complete_checkp
 ) -> None:
     run = pico_checkpoint.path.parent
     older = files_in(run)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_STEP, pico_checkpoint.path, run],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = processes.run(["-c", KILLED_AT_EVERY_STEP, str(pico_checkpoint.path), str(run)])
+    done.check_returncode()
     steps = [line.split() for line in done.stdout.splitlines()]
     assert {code for code, _, _ in steps[:-1]} == {str(-signal.SIGKILL)}
     assert steps[-1] == ["0", "True", "True"]
@@ -403,9 +392,8 @@ def test_a_process_killed_while_replacing_a_folder_leaves_the_old_or_the_new_one
     destination.mkdir()
     for name in ("a", "b", "c"):
         (destination / name).write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", REPLACE_KILLED_AT_EVERY_STEP, destination], capture_output=True, text=True, check=True
-    )
+    done = processes.run(["-c", REPLACE_KILLED_AT_EVERY_STEP, str(destination)])
+    done.check_returncode()
     steps = [line.split() for line in done.stdout.splitlines()]
     assert len(steps) > 10
     assert all(len(set(held)) == 1 and "gone" not in held for _, *held in steps)

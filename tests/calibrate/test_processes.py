@@ -18,6 +18,7 @@ from pgolf_post.calibrate.partial_sums import PartialSums
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
+from tests import processes
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -87,7 +88,7 @@ def require_same(ours: Stats, theirs: Stats) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "arguments", "settings"),
+    ("number", "arguments", "settings"),
     [
         pytest.param(2, ("--tokens", "160"), CalibrationSettings(tokens=160), marks=pytest.mark.long),
         (3, ("--tokens", "64", "--fisher"), CalibrationSettings(tokens=64, fisher=True)),
@@ -103,17 +104,14 @@ def test_any_number_of_processes_gives_the_same_sums_and_key(
     pico_checkpoint: Checkpoint,
     pico_data: DataFolder,
     small_batches: Path,
-    processes: int,
+    number: int,
     arguments: tuple[str, ...],
     settings: CalibrationSettings,
 ) -> None:
     """One rank writes; with two batches the third has nothing to do."""
     shared = copy_of(pico_checkpoint, "shared")
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(small_batches), "0"]
-    words += ["calibrate", str(shared.path), "--data", str(pico_data.path), *arguments, "--json"]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    words = ["calibrate", str(shared.path), "--data", str(pico_data.path), *arguments, "--json"]
+    done = processes.run_ranks(number, str(small_batches), "0", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('{"checkpoint_id"') == 1
     theirs = calibrate(shared.load(), pico_data, settings)
@@ -122,9 +120,9 @@ def test_any_number_of_processes_gives_the_same_sums_and_key(
     assert not list(shared.path.glob("derived/stats/*.partial"))
 
 
-@pytest.mark.long  # the short run starts `-m pgolf_post` under torchrun in tests/cli/test_cli_fit.py
 def test_the_module_is_an_entry_point_under_torchrun(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "pgolf_post", "calibrate"]
+    """torchrun itself, and new interpreters, in every run of the tests: other ranks are forked (tests/processes.py)."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pgolf_post", "calibrate"]
     words += [str(pico_checkpoint.path), "--data", str(pico_data.path), "--tokens", "64"]
     done = subprocess.run(
         [sys.executable, *words], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
@@ -138,9 +136,9 @@ def test_a_killed_calibration_is_taken_up_where_it_was(
 ) -> None:
     settings = CalibrationSettings(tokens=640, fisher=True)
     killed = copy_of(pico_checkpoint, "killed")
-    command = [sys.executable, str(small_batches), "8", "calibrate", str(killed.path), "--data", str(pico_data.path)]
+    command = [str(small_batches), "8", "calibrate", str(killed.path), "--data", str(pico_data.path)]
     command += ["--tokens", "640", "--fisher"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, timeout=300)
+    done = processes.run(command)
     assert done.returncode == -signal.SIGKILL, done.stderr
     capsys.readouterr()
     resumed = calibrate(killed.load(), pico_data, settings)

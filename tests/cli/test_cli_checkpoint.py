@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
+from tests import processes
 
 FEW = ("--calibration-tokens", 512)
 
@@ -70,10 +69,7 @@ def test_any_recorded_number_that_was_changed_exits_4(
 def test_a_changed_metric_exits_4_as_a_process(pico_checkpoint: Checkpoint) -> None:
     for key in ("nats", "bpb"):
         edit_json(pico_checkpoint.path / "meta.json", scale_metric("ema", key, 1.001))
-    done = subprocess.run(
-        [sys.executable, "-m", "pgolf_post", "checkpoint", "verify", str(pico_checkpoint.path), "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = processes.run(["-m", "pgolf_post", "checkpoint", "verify", str(pico_checkpoint.path), "--json"])
     assert done.returncode == 4, done.stderr
     views = json.loads(done.stdout)["views"]
     assert (views["raw"]["passed"], views["ema"]["passed"]) == (True, False)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
+from tests import processes
 from tests.conftest import pico_recipe
 from trainer.loop import Trainer
 
@@ -88,10 +86,8 @@ def test_a_dry_run_states_the_disk_and_refuses_what_cannot_act(pico_run: Path, t
     data = Checkpoint.open(pico_run / "latest").meta["data_dir"]
     overrides = [f"data.dir={data}", "checkpoint.every_seconds=900", "optim.power_ema_snapshots=9000"]
     arguments = [part for override in overrides for part in ("--set", override)]
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", recipe, "--dry-run", "--step-seconds", "0.1", *arguments],
-        cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = ["-m", "trainer", str(recipe), "--dry-run", "--step-seconds", "0.1", *arguments]
+    done = processes.run(words, cwd=tmp_path)
     assert done.returncode == 2
     assert "GB of snapshots for post-hoc EMA" in done.stderr
     assert "refuse: checkpoint.every_seconds 900: the run ends after" in done.stderr

@@ -1,27 +1,22 @@
-"""`pgolf-post fit` as its users run it, by itself and under torchrun."""
+"""`pgolf-post fit` as its users run it, by itself and on two ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgolf_post.data import DataFolder
+from tests import processes
 
 FIT = ("--calibration-tokens", "512", "--kappa-tokens", "256")
 
 
 def on_two_ranks(*arguments: object) -> dict[str, Any]:
-    """Return what `fit` answers under torchrun with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pgolf_post"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command += ["fit", *map(str, arguments), *FIT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    """Return what `fit` answers on two ranks."""
+    done = processes.run_ranks(2, "-m", "pgolf_post", "fit", *map(str, arguments), *FIT)
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.quantize.tensor import symbols_sha256
+from tests import processes
 
 FEW = ("--calibration-tokens", 512)
 RESULT_KEYS = {"bpb", "nats", "tokens", "bytes", "artifact_bytes", "code_bytes", "total_bytes", "headroom_bytes"}
@@ -31,13 +30,7 @@ def picked(answer: dict[str, Any], keys: tuple[str, ...] = ("symbols_sha256", *S
 def test_requant_answers_on_stdout_alone_and_exits_3_over_budget(pico_run: Path) -> None:
     """As a process: the table goes to stderr, one JSON line to stdout, and an over-budget answer is still given."""
     arguments = ["requant", "--json", "--eval", "--budget", "1000", *map(str, FEW)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pgolf_post", *arguments],
-        cwd=pico_run.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(["-m", "pgolf_post", *arguments], cwd=pico_run.parent)
     assert done.returncode == 3, done.stderr
     assert len(done.stdout.splitlines()) == 1
     answer = json.loads(done.stdout)

@@ -7,13 +7,13 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
+from tests import processes
 
 
 @pytest.fixture
@@ -55,10 +55,7 @@ def test_a_run_answers_with_its_final_checkpoint_and_a_second_of_its_name_is_ref
 
 
 def test_a_misspelt_key_exits_2_as_a_process(recipe: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", recipe, "--set", "optim.matrix_lrr=0.1", "--json"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = processes.run(["-m", "trainer", str(recipe), "--set", "optim.matrix_lrr=0.1", "--json"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "unknown key 'optim.matrix_lrr' (did you mean 'matrix_lr'?)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -228,9 +225,8 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     overrides = [f"checkpoint.steps={list(range(1, 2000))}", "schedule.steps=100000", "checkpoint.metric_tokens=40"]
     arguments = [part for override in overrides for part in ("--set", override)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "trainer", recipe, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    ) as process:
+    words = ["-m", "trainer", str(recipe), *arguments]
+    with processes.Process(words, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr
         seen = 0
         for line in process.stderr:  # stop it some saves into the run
@@ -260,9 +256,8 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_training_goes_on_when_the_reader_of_its_output_goes_away(recipe: Path, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "trainer", recipe], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    words = ["-m", "trainer", str(recipe)]
+    with processes.Process(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout
         process.stdout.readline()
         process.stdout.close()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import pytest
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
 from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
 from pgolf_post.ledger.recording import record
+from tests import processes
 
 WRITER = """
 import sys
@@ -41,28 +40,28 @@ def ledger(tmp_path):
         yield opened
 
 
-def write_from_processes(root: Path, processes: int, count: int) -> None:
-    command = [sys.executable, "-c", WRITER, str(root)]
-    running = [subprocess.Popen([*command, str(number), str(count)]) for number in range(processes)]
-    assert [process.wait(timeout=300) for process in running] == [0] * processes
+def write_from_processes(root: Path, writers: int, count: int) -> None:
+    command = ["-c", WRITER, str(root)]
+    running = [processes.Process([*command, str(number), str(count)]) for number in range(writers)]
+    assert [process.wait() for process in running] == [0] * writers
     with Ledger.open(root) as ledger:
         written = {trial.id: trial.result["bpb"] for trial in ledger.rows("trial")}
-        assert written == {f"p{p}-{n}": n / 7 for p in range(processes) for n in range(count)}
+        assert written == {f"p{p}-{n}": n / 7 for p in range(writers) for n in range(count)}
         assert len(ledger.rows("checkpoint")) == count
 
 
 def test_rows_of_concurrent_processes_are_all_there(tmp_path):
-    write_from_processes(tmp_path / "new", processes=3, count=20)  # they also race to create it
+    write_from_processes(tmp_path / "new", writers=3, count=20)  # they also race to create it
 
 
 @pytest.mark.long
 def test_rows_of_eight_processes_are_all_there(tmp_path):
-    write_from_processes(tmp_path / "new", processes=8, count=200)
+    write_from_processes(tmp_path / "new", writers=8, count=200)
 
 
 def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(tmp_path):
     with Ledger.open(tmp_path) as ledger:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), "0", "1000000"])
+        writer = processes.Process(["-c", WRITER, str(tmp_path), "0", "1000000"])
         while len(ledger.rows("trial")) < 5:
             assert writer.poll() is None
         writer.kill()

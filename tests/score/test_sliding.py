@@ -22,8 +22,8 @@ from pgolf_post.score.plain import PlainProtocol, score_plain
 from pgolf_post.score.protocols import folder_text
 from pgolf_post.score.sliding import SlidingProtocol, sliding_spans
 from pgolf_post.score.spans import batches_of, num_targets, places_of
+from tests import processes
 from tests.score.conftest import Bench
-from tests.trainer.test_distributed import torchrun
 
 Tail = Literal["drop", "score"]
 
@@ -162,9 +162,7 @@ end_process(0)
 def test_ranks_give_the_same_number(
     tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{RANKS_SCRIPT}")
-    done = torchrun(2, str(script), str(pico_checkpoint.path), str(pico_data.path))
+    done = processes.run_ranks(2, "-c", RANKS_SCRIPT, str(pico_checkpoint.path), str(pico_data.path))
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [cached for _, _, cached in answers] == [False, True, False, True]

@@ -20,8 +20,8 @@ from pgolf_post.score.commits import CommitError, CommitLog
 from pgolf_post.score.protocols import folder_text, run_protocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.documents import deal
+from tests import processes
 from tests.score.conftest import Bench, ttt
-from tests.trainer.test_distributed import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -68,11 +68,9 @@ end_process(0)
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Path, pico_data: DataFolder) -> Path:
     """A folder with what two real processes make of every protocol."""
     folder = tmp_path_factory.mktemp("ranks")
-    repository = str(Path(__file__).parents[2])
-    (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {repository!r})\n{SCRIPT}")
     (folder / "protocols.pickle").write_bytes(pickle.dumps(PROTOCOLS))
     paths = [str(x) for x in (pico_run_original / "latest", pico_data.path, folder / "protocols.pickle", folder)]
-    done = torchrun(2, str(folder / "script.py"), *paths)
+    done = processes.run_ranks(2, "-c", SCRIPT, *paths)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -178,7 +176,7 @@ def test_two_ranks_that_score_one_target_are_caught() -> None:
 def test_the_command_on_two_ranks_keeps_one_score(pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
     words = ["--protocol", "ttt", "--ttt", "lora", "--set", "rank=2", "--set", "alpha=4", "--set", "batch_documents=2"]
     words += ["--max-tokens", "300", "--data", str(pico_data.path), "--set", "chunk_tokens=16", "--json"]
-    done = torchrun(2, "-m", "pgolf_post", "eval", str(pico_checkpoint.path), *words)
+    done = processes.run_ranks(2, "-m", "pgolf_post", "eval", str(pico_checkpoint.path), *words)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     assert answer["optimizer_steps"] > 2

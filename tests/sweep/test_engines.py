@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -10,7 +11,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +23,11 @@ import torch
 from pgolf_post import families
 from pgolf_post.errors import SettingsError
 from pgolf_post.ledger import LEDGER_FILE, Ledger
+from pgolf_post.sweep.engines import ray as ray_engine
 from pgolf_post.sweep.engines.local import require_devices, run_local
+from pgolf_post.sweep.engines.ray import RayOptions
 from pgolf_post.sweep.run import Sweep
+from tests import processes
 from tests.sweep.conftest import LAMBDAS, Lab, lasting, spec_text
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,7 +87,74 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.long  # the short run has a local Ray
+class StandInRay:
+    """Ray's calls in this process: an actor is an object, an answer is there at once; the first to be asked dies."""
+
+    class exceptions:
+        RayActorError = ConnectionError
+        RayTaskError = ChildProcessError
+
+    def __init__(self) -> None:
+        self.deaths = 1
+        self.asked: list[str] = []
+
+    def init(self, **settings: object) -> None:
+        assert settings["num_cpus"] == 2
+
+    def shutdown(self) -> None:
+        assert not self.deaths
+
+    def remote(self, **_: object) -> Any:
+        """What makes an actor class's workers."""
+
+        def made(kind: Any) -> Any:
+            return SimpleNamespace(remote=lambda *arguments: worker(kind(*pickle.loads(pickle.dumps(arguments)))))
+
+        def worker(actor: Any) -> Any:
+            return SimpleNamespace(run=SimpleNamespace(remote=lambda *asked: Answer(lambda: actor.run(*asked))))
+
+        return made
+
+    def wait(self, answers: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        return answers[:num_returns], answers[num_returns:]
+
+    def get(self, answer: Answer) -> Any:
+        if self.deaths:
+            self.deaths -= 1
+            raise self.exceptions.RayActorError("the worker died")
+        return pickle.loads(pickle.dumps(answer.work()))
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a stand-in's worker was asked."""
+
+    work: Callable[[], object]
+
+
+def test_the_same_rows_by_two_ranks_and_by_rays_workers(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where one of Ray's workers dies: its trial goes to another."""
+    lab.run(spec_text(TRIALS))
+    expected = rows_of(lab.root)
+    assert len(expected) == 6
+    assert "error" in expected["bad"]["result"]  # type: ignore[operator]
+    root = copied(lab, "ranks")
+    done = processes.run_ranks(2, *command(lab, root=root), cwd=lab.folder)
+    assert done.returncode == 0, done.stderr
+    assert rows_of(root) == expected
+    root = copied(lab, "ray")
+    monkeypatch.setitem(sys.modules, "ray", StandInRay())  # type: ignore[arg-type]
+    monkeypatch.setattr(ray_engine, "silence", lambda: None)
+    options = lab.options(spec_text(TRIALS))
+    places = replace(options.places, checkpoint=root / "latest", root=root, results=root.parent / "results")
+    ray_engine.run_ray(replace(options, places=places), RayOptions(workers=2))
+    assert rows_of(root) == expected
+    assert "its worker died; given to another" in capsys.readouterr().err
+
+
+@pytest.mark.long
 def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
     lab.run(spec_text(TRIALS))
     expected = rows_of(lab.root)
@@ -94,6 +169,7 @@ def test_the_same_rows_by_two_workers_and_by_two_ranks(lab: Lab) -> None:
     assert rows_of(roots["torchrun"]) == expected
 
 
+@pytest.mark.long  # Ray takes ten seconds to start; the short run has a stand-in
 def test_the_same_rows_on_a_local_ray(lab: Lab) -> None:
     pytest.importorskip("ray", reason="the extra `cluster` is not installed")
     lab.run(spec_text(TRIALS))
@@ -126,7 +202,8 @@ def kill_and_compare(lab: Lab, kills: int) -> None:
     text = spec_text(LAMBDAS.replace("0, 0.2, 0.6", lambdas))
     options = lab.options(text)
     undisturbed = copied(lab, "undisturbed")
-    run_process([sys.executable, *command(lab, root=undisturbed)], lab.folder)
+    done = processes.run(command(lab, root=undisturbed), cwd=lab.folder)
+    assert done.returncode == 0, done.stderr
     made = kill_through(lab, kills)
     assert made  # on a starved machine the sweep may end before the last of them
     before = created(lab.root)
@@ -139,13 +216,10 @@ def kill_and_compare(lab: Lab, kills: int) -> None:
 def kill_through(lab: Lab, kills: int) -> int:
     """One row more, then a kill at a random moment of the next trial, so many times."""
     generator, made = random.Random(11), 0
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     held: dict[str, str] = {}
+    quiet = subprocess.DEVNULL
     for turn in range(kills):
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(
-            [sys.executable, *command(lab)], cwd=lab.folder, env=environment, stdout=quiet, stderr=quiet
-        )
+        process = processes.Process(command(lab), cwd=lab.folder, stdout=quiet, stderr=quiet)
         while turn and process.poll() is None and len(created(lab.root)) == len(held):
             time.sleep(0.005)
         if not turn:  # amid starting, calibrating, or the control

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, read_tensors
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
+from tests import processes
 from tests.conftest import pico_recipe, write_recipe
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
@@ -24,6 +25,8 @@ from trainer.gradients import micro_batch_tokens
 from trainer.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,9 +58,9 @@ def recipe_file(folder: Path, data: DataFolder, precision: str, /, **tables: dic
     return write_recipe(recipe_of(folder / "checkpoints", data, precision, **tables), folder / "recipe.toml")
 
 
-def train(num_processes: int, recipe: Path, *arguments: str) -> Checkpoint:
-    """The final checkpoint of a run of several processes."""
-    done = torchrun(num_processes, "-m", "trainer", str(recipe), *arguments)
+def train(num_processes: int, recipe: Path, *arguments: str, start: Start = processes.run_ranks) -> Checkpoint:
+    """The final checkpoint of a run of several processes, started by `start`."""
+    done = start(num_processes, "-m", "trainer", str(recipe), *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("-final  bpb") == 1  # one rank speaks
     return Checkpoint.open(recipe.parent / "checkpoints" / "latest")
@@ -101,7 +104,7 @@ def test_two_processes_are_one_process_after_20_steps(alone: Checkpoint, pair: C
 def test_two_processes_are_one_process_in_float32_to_its_rounding(
     tmp_path: Path, pico_data: DataFolder, alone: Checkpoint
 ) -> None:
-    two = train(2, recipe_file(tmp_path, pico_data, "fp32"))
+    two = train(2, recipe_file(tmp_path, pico_data, "fp32"), start=torchrun)
     assert losses_of(two) == pytest.approx(losses_of(alone), abs=1e-3)
 
 
@@ -110,7 +113,7 @@ def test_three_processes_that_no_bank_divides_among_are_one_process(tmp_path: Pa
     """Banks of 1 to 6 matrices, some unused before the loops; micro-batches; no clipping, whose path differs."""
     changes = {"data": {"micro_batch_tokens": 16}, "optim": {"grad_clip": 0.0}}
     one = Trainer(recipe_of(tmp_path / "one", pico_data, "fp64", **changes)).run()
-    three = train(3, recipe_file(tmp_path / "three", pico_data, "fp64", **changes))
+    three = train(3, recipe_file(tmp_path / "three", pico_data, "fp64", **changes), start=torchrun)
     assert three.meta["world_size"] == 3
     assert farthest(one, three) < 1e-9
 
@@ -128,7 +131,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     trainer = Trainer(recipe_of(tmp_path / "from_two", pico_data, "fp64"))
     trainer.resume(middles[1])
     assert farthest(trainer.run(), alone) < 1e-9
-    two = train(2, recipe_file(tmp_path / "from_one", pico_data, "fp64"), "--resume", str(middles[0]))
+    two = train(2, recipe_file(tmp_path / "from_one", pico_data, "fp64"), "--resume", str(middles[0]), start=torchrun)
     assert farthest(two, alone) < 1e-9
 
 
@@ -185,10 +188,8 @@ end_process(0)
 
 
 @pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_what_ranks_share_does_not_depend_on_how_many_they_are(tmp_path: Path, num_processes: int) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{RANKS_SCRIPT}")
-    done = torchrun(num_processes, str(script))
+def test_what_ranks_share_does_not_depend_on_how_many_they_are(num_processes: int) -> None:
+    done = processes.run_ranks(num_processes, "-c", RANKS_SCRIPT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") == num_processes
 
@@ -196,18 +197,9 @@ def test_what_ranks_share_does_not_depend_on_how_many_they_are(tmp_path: Path, n
 def test_ranks_that_are_told_to_stop_save_together_and_exit_143(tmp_path: Path, pico_data: DataFolder) -> None:
     """Two processes get SIGTERM as torchrun passes it on to all of its own."""
     recipe = recipe_file(tmp_path, pico_data, "fp32")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     more = ("schedule.steps=1000000", "schedule.seconds=1e9", f"checkpoint.steps={list(range(1, 200))}")
-    command = [sys.executable, "-m", "trainer", str(recipe), *(word for each in more for word in ("--set", each))]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **group, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    words = ["-m", "trainer", str(recipe), *(word for each in more for word in ("--set", each))]
+    ranks = [processes.Process(words, env, stderr=subprocess.PIPE) for env in processes.places_of_ranks(2)]
     assert ranks[0].stderr
     next(line for line in ranks[0].stderr if line.startswith("saved "))  # both step
     for process in ranks:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +15,11 @@ from pgolf_post.average.snapshots import list_snapshots, stream_tensors
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import PgolfError
+from tests import processes
 from tests.conftest import pico_recipe, write_recipe
 from trainer.config import Recipe
 from trainer.loop import Trainer
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 40
 
 
@@ -42,7 +40,7 @@ def killed_after_some_progress(command: list[str], root: Path, generator: random
 
     It is killed at a random moment, or, with `amid_write`, while a folder or file that is not complete is there.
     """
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.Process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = len(list_checkpoints(root))
     while process.poll() is None and len(list_checkpoints(root)) == before:
         time.sleep(0.01)
@@ -72,7 +70,7 @@ def run_through_kills(data: DataFolder, folder: Path, times: int) -> tuple[Check
     """
     root, generator, kills = folder / "checkpoints", random.Random(5), 0
     recipe = write_recipe(recipe_for(data, root, "killed"), folder / "recipe.toml")
-    command = [sys.executable, "-m", "trainer", str(recipe)]
+    command = ["-m", "trainer", str(recipe)]
     for turn in range(times):
         saved = list_checkpoints(root)
         require_all_whole(root)
@@ -83,8 +81,7 @@ def run_through_kills(data: DataFolder, folder: Path, times: int) -> tuple[Check
     saved = list_checkpoints(root)
     last = max(saved, key=lambda checkpoint: int(checkpoint.meta["step"]))
     if last.meta["phase"] != "final":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, "--resume", str(last.path)], cwd=REPOSITORY, env=environment, check=True)
+        processes.run([*command, "--resume", str(last.path)]).check_returncode()
     return Checkpoint.open(root / "latest"), kills
 
 
