@@ -19,7 +19,8 @@ def prepared_run(tmp_path_factory: pytest.TempPathFactory, pico_run_original: Pa
     root = tmp_path_factory.mktemp("prepared") / "checkpoints"
     shutil.copytree(pico_run_original, root, symlinks=True)
     view = Checkpoint.open(root / "latest").load()
-    prepare(view, pico_data, CalibrationSettings(tokens=512), FitSettings(kappa_tokens=256, trellis_states=8))
+    for tokens in (512, 4096):  # the latter for fine-tuning
+        prepare(view, pico_data, CalibrationSettings(tokens=tokens), FitSettings(kappa_tokens=256, trellis_states=8))
     return root
 
 

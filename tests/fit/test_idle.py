@@ -64,7 +64,12 @@ EDITS: dict[str, tuple[Edit, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", EDITS)
+IN_LONG = ("outputs of zeros", "a denormal projection", "equal outputs")  # the others' like
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] if case in IN_LONG else []) for case in EDITS]
+)
 def test_what_costs_nothing_is_zero_and_the_budget_is_filled(view: View, pico_data: DataFolder, case: str) -> None:
     edit, expected = EDITS[case]
     fitter = fitter_of(changed(view, edit), pico_data)

@@ -39,11 +39,11 @@ RECORD = {
 }
 
 
-def record_model(seed: int = 0, **changes: Any) -> Any:
+def record_model(seed: int = 0, active_loops: int = 2, **changes: Any) -> Any:
     """A pico model with loops, lanes, gates and smear, and weights of some size everywhere."""
     model: dict[str, Any] = {**RECORD, **changes}
     torch.manual_seed(seed)
-    module = get_family("golf_gpt").build(model, {"active_loops": 2})
+    module = get_family("golf_gpt").build(model, {"active_loops": active_loops})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -71,9 +71,9 @@ class Bench:
 
 @pytest.fixture
 def bench(pico_data: DataFolder) -> Bench:
-    """The record-like pico model on 500 tokens: the beginnings of documents, of 17 to 90 tokens each."""
+    """The record-like pico model on 400 tokens: the beginnings of documents, of 17 to 90 tokens each."""
     documents = [np.array([BOS_ID, *pico_data.tokenizer.encode(document.text)]) for document in pico_documents()]
-    tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:500].astype(np.uint16)
+    tokens = np.concatenate([own[: 17 + 11 * i % 74] for i, own in enumerate(documents)])[:400].astype(np.uint16)
     counts = pico_data.byte_table.count(np.concatenate([tokens[:1], tokens[:-1]]), tokens)
     return Bench(record_model(), get_family("golf_gpt"), tokens, counts)
 

@@ -24,10 +24,10 @@ from tests.score.conftest import Bench, ttt
 
 pytestmark = pytest.mark.slow
 
-PASSES: list[tuple[Any, type]] = [
+PASSES: list[Any] = [
     (SlidingProtocol(seq_len=32, stride=8, tail="score"), SpanPass),
     (ttt("sgd", "chunk_tokens=80", "optimizer=adamw", "learning_rate=0.01"), ChunkPass),
-    (ttt("sgd", "chunk_tokens=80"), ChunkPass),
+    pytest.param(ttt("sgd", "chunk_tokens=80"), ChunkPass, marks=pytest.mark.long),  # has less state than the others
     (ttt("sgd", "chunk_tokens=80", "optimizer=muon"), ChunkPass),
     (ttt("lora", "lanes=2", "batch_documents=2"), LoraPass),
     (ttt("phased"), PhasedPass),

@@ -1,4 +1,4 @@
-"""What `test_kernels.py` runs in processes of their own: `python -m tests.trainer.kernel_cases cpu|cuda|compile …`.
+"""What `test_kernels.py` runs in processes of their own: `python -m tests.trainer.kernel_cases cpu|cuda …`.
 
 Triton decides when a kernel is defined whether it is interpreted, so interpreted kernels need a fresh process with
 TRITON_INTERPRET=1. The answer is one line of JSON. An error is relative to the largest absolute value of what eager
@@ -303,8 +303,4 @@ def all_cases(device: str, data: Path, root: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, *folders = sys.argv[1:]
-    if what == "compile":
-        answer = compile_offline(int(folders[0]), folders[1] == "all")
-    else:
-        answer = all_cases(what, *map(Path, folders))
-    print(json.dumps(answer))
+    print(json.dumps(all_cases(what, *map(Path, folders))))

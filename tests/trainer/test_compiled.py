@@ -97,7 +97,12 @@ def test_flex_attention_within_a_compiled_model_makes_one_graph(monkeypatch: pyt
     assert len(set(counts)) == 1
 
 
-def test_compiled_losses_are_the_eager_ones(tmp_path: Path, pico_data: DataFolder) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_losses_are_the_eager_ones(
+    compiler: str, tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short run takes what is compiled, forward and backward, as operators; code is generated in the long one."""
+    monkeypatch.setattr(compiled, "COMPILER", compiler)
     runs = [
         trainer(pico_data, tmp_path / str(choice), run={"compile": choice}, model=SINGLE).run()
         for choice in (False, True)

@@ -17,6 +17,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
+from tests.trainer.kernel_cases import compile_offline
 from trainer import kernels
 from trainer.loop import Trainer
 
@@ -112,8 +113,11 @@ def test_a_run_with_kernels_is_the_run_without(answer: dict[str, Any]) -> None:
         pytest.param(80, "all", 163, id="A100, every tiling", marks=pytest.mark.long),
     ],
 )
-def test_kernels_compile_and_fit_a_gpu(tmp_path: Path, capability: int, tilings: str, shared_kib: int) -> None:
-    built = run_cases(tmp_path, "compile", str(capability), tilings)
+def test_kernels_compile_and_fit_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: int, tilings: str, shared_kib: int
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = compile_offline(capability, tilings == "all")
     assert len(built) == (4 if tilings == "one" else 9)
     for name, code in built.items():
         assert (code["tensor_core"] > 0) == (name not in ("nats", "gradient")), name

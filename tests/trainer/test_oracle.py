@@ -216,7 +216,12 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
     return drawn
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=settings.default.max_examples * 3 // 2,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(architectures(), st.integers(1, 8), st.integers(0, 5))
 def test_drawn_combinations_equal_the_oracle(overrides: dict[str, Any], seq_len: int, seed: int) -> None:
     assert_equals_the_oracle(random_model(overrides, seed), draw_tokens(23, seq_len, seed, batch=1))
