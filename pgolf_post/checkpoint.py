@@ -221,10 +221,13 @@ def list_checkpoints(root: Path = CHECKPOINT_ROOT) -> list[Checkpoint]:
     """Return every complete checkpoint folder under `root`, oldest first; incomplete and foreign ones are skipped.
 
     A run's folder can be a link. A folder that is reached in two ways is listed once, under its real name in `root`.
+    Smoke runs are left out; the link to their latest checkpoint lies where a run's checkpoints would.
     """
     checkpoints: dict[Path, Checkpoint] = {}
     folders = [meta_path.parent for meta_path in root.glob("*/*/meta.json") if meta_path.parent.name[0] != "."]
     for folder in sorted(folders, key=lambda folder: (folder.parent.is_symlink(), folder)):
+        if folder.parent.name == SMOKE_FOLDER and folder.is_symlink():
+            continue
         try:
             checkpoints.setdefault(folder.resolve(), Checkpoint.open(folder))
         except PgolfError:

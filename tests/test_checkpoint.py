@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pgolf_post.base.storage import tensors_sha256
 from pgolf_post.checkpoint import (
+    SMOKE_FOLDER,
     Checkpoint,
     ViewName,
     default_checkpoint,
@@ -32,7 +33,7 @@ from pgolf_post.checkpoint import (
     write_tensors,
 )
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
-from pgolf_post.ledger.disk import rows_at
+from pgolf_post.ledger.disk import rows_at, scan
 
 META = {"kind": "raw", "phase": "final", "step": 12, "parents": []}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8)
@@ -424,6 +425,17 @@ def test_a_checkpoint_is_among_its_runs_whatever_its_folder_is_called(pico_run: 
     alone = Checkpoint.open(last.path.rename(pico_run / "pico" / "kept"))
     assert [int(checkpoint.meta["step"]) for checkpoint in run_checkpoints(alone)] == steps
     assert next(row.kind for row in rows_at(alone.path)) == "run"
+
+
+def test_smoke_runs_are_no_runs_of_the_root(pico_run: Path) -> None:
+    own = [checkpoint.path for checkpoint in list_checkpoints(pico_run)]
+    newest = default_checkpoint(pico_run).path
+    shutil.copytree(pico_run / "pico", pico_run / SMOKE_FOLDER / "pico")
+    (pico_run / SMOKE_FOLDER / "latest").symlink_to(f"pico/{newest.name}")
+    assert [checkpoint.path for checkpoint in list_checkpoints(pico_run)] == own
+    assert default_checkpoint(pico_run).path == newest
+    assert {row.run for row in scan(pico_run)} == {"pico"}
+    assert list_checkpoints(pico_run / SMOKE_FOLDER)
 
 
 def test_a_run_folder_that_is_a_link_is_followed_and_listed_once(pico_run: Path, tmp_path: Path) -> None:
