@@ -23,7 +23,7 @@ REASONS: dict[str, tuple[bool, str]] = {
     "audit-missing": (True, "the rules were not tested"),
     "part-of-text": (True, "only a part of the validation split, or another split, was scored"),
     "few-seeds": (True, f"fewer than {RECORD_SEEDS} seeds"),
-    "same-seed": (False, "two artifacts are of one seed"),
+    "same-seed": (False, "two artifacts are of one seed, or of the same weights"),
     "configs-differ": (False, "seeds were not made by the same settings"),
     "unknown-checkpoint": (False, "the ledger does not have the checkpoint"),
     "unknown-seconds": (True, "it is not known how long training read training data"),
@@ -65,6 +65,10 @@ def about_seeds(seeds: Sequence[Seed]) -> list[Refusal]:
     twice = sorted({seed for seed in known if known.count(seed) > 1})
     if twice:
         found.append(Refusal("same-seed", f"several artifacts are of seed {', '.join(map(str, twice))}"))
+    weights = [seed.view_id for seed in seeds]
+    again = sorted({seed.name for seed in seeds if weights.count(seed.view_id) > 1})
+    if again and not twice:  # of an imported checkpoint the seed is not known
+        found.append(Refusal("same-seed", f"several artifacts are of the weights of {', '.join(again)}"))
     differences = setting_differences([seed.in_common() for seed in seeds])
     if differences:
         more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""

@@ -34,6 +34,10 @@ class Fake:
     def checkpoint(self) -> Any:
         return type("Folder", (), {"path": Path("checkpoints/run/step_1-final")})
 
+    @property
+    def view_id(self) -> str:
+        return f"weights of {self.seed}"
+
     def training_seconds(self) -> dict[str, float] | None:
         return self.seconds
 
@@ -58,10 +62,11 @@ def three(**changes: Any) -> list[Any]:
         (three(), []),
         (three()[:2], ["few-seeds"]),
         (three(seed=42), ["same-seed"]),
+        ([Fake(None), Fake(None), Fake(7)], ["same-seed"]),
         (three(common={"config.model.num_layers": 10}), ["configs-differ"]),
         (three(known=False), ["unknown-checkpoint"]),
     ],
-    ids=["three", "two", "twice", "differ", "unknown"],
+    ids=["three", "two", "twice", "same weights", "differ", "unknown"],
 )
 def test_groups_of_seeds(seeds: list[Any], expected: list[str]) -> None:
     assert names(refusals.about_seeds(seeds)) == expected
