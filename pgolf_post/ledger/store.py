@@ -35,6 +35,7 @@ HINTS = {  # words of SQLite's → what to do
     "unable to open": WRITABLE,
 }
 LIST_ROWS = "pgolf-post ledger table"
+SCAN = "pgolf-post ledger scan   (records what is on disk already)"
 FIRST_KNOWN = ("commit", "device", "cost_dollars", "command")  # stay as they were first known
 
 
@@ -88,6 +89,8 @@ class Ledger:
             with self._transaction():
                 migrate(self._connection, self._columns)  # reads the version again: another process may have been first
             version = file_version(self._connection)
+        if version == 0 and not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise NotFoundError(f"no ledger at {self.path}: the file is empty", hint=SCAN)  # a full disk leaves one
         if not 0 < version <= latest:
             raise DamagedFileError(
                 f"{self.path} has ledger version {version}, this program reads {latest}",
@@ -262,7 +265,7 @@ def _conflict(known: Row, new: Row) -> str:
 def _connect_read_only(path: Path) -> sqlite3.Connection:
     """A connection that cannot write, also where not even the WAL's index file can be made beside the database."""
     if not path.is_file():
-        raise NotFoundError(f"no ledger at {path}", hint="pgolf-post ledger scan   (records what is on disk already)")
+        raise NotFoundError(f"no ledger at {path}", hint=SCAN)
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
     try:
         connection.execute("PRAGMA user_version").fetchone()

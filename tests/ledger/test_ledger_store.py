@@ -169,6 +169,9 @@ def test_another_version_is_refused_and_left_alone(tmp_path):
 def test_a_read_only_ledger_is_read_and_not_written(tmp_path):
     with pytest.raises(NotFoundError, match="no ledger"):
         Ledger.open(tmp_path, read_only=True)
+    (tmp_path / LEDGER_FILE).touch()
+    with pytest.raises(NotFoundError, match=r"no ledger at \S+ledger\.sqlite: the file is empty"):
+        Ledger.open(tmp_path, read_only=True)
     with Ledger.open(tmp_path) as ledger:
         ledger.add(row())
     with Ledger.open(tmp_path, read_only=True) as ledger:
