@@ -110,7 +110,7 @@ def parse(source: str, name: str = "the script") -> ast.Module:
     except SyntaxError as error:
         raise SettingsError(
             f"{name} is not Python: line {error.lineno}: {error.msg} (Python {platform.python_version()})",
-            hint="use the Python version that it was written for, or count a whole folder: --code FOLDER",
+            hint="use the Python it was written for, or count a whole folder: pgolf-post size ARTIFACT --code FOLDER",
         ) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise SettingsError(f"{name} is not Python: {error or type(error).__name__}") from None
