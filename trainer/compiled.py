@@ -18,7 +18,7 @@ from trainer.attention_backends import Reach
 from trainer.config import CompileChoice
 from trainer.model import GolfGPT
 
-LossFunction = Callable[[GolfGPT, Tensor, Tensor, Reach], Tensor]
+LossFunction = Callable[[GolfGPT, Tensor, Tensor, Reach], Tensor]  # of model, inputs, targets, their reach
 
 COMPILER = "inductor"
 
@@ -42,7 +42,7 @@ def compiles(choice: CompileChoice, device: torch.device) -> bool:
 def compiled_loss(eager: LossFunction) -> LossFunction:
     """Return a compiled loss function with a cache of its own."""
     assert isinstance(eager, FunctionType)
-    own = FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__)
+    own = FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
     compiled = torch.compile(own, backend=COMPILER, fullgraph=True, dynamic=False)
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
@@ -17,7 +19,9 @@ from trainer.config import Recipe
 from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
 from trainer.loop import Trainer
+from trainer.loss import in_words
 from trainer.measuring import measure_reserve
+from trainer.objective import Objective
 from trainer.preflight import Finding, preflight
 from trainer.reserve import Reserve
 from trainer.step_times import StepTimes, num_visits
@@ -73,8 +77,10 @@ class DryRun:
 def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wanted: Wanted | None = None) -> DryRun:
     """Predict and check a run, show both, and return them. A missing reserve is estimated.
 
-    Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read.
+    Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read, SettingsError for a loss
+    that the vocabulary does not have.
     """
+    check_loss(recipe)
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
     costs = costs_of(timeline, wanted or Wanted())
@@ -93,6 +99,12 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     for finding in findings:
         say(str(finding))
     return DryRun(timeline, findings, costs)
+
+
+def check_loss(recipe: Recipe) -> None:
+    """Raise SettingsError if settings of the loss name what the vocabulary, where the data is here, does not have."""
+    if recipe.loss.is_on and recipe.data.dir.is_dir():
+        Objective(recipe.loss, recipe.model.num_heads, DataFolder.open(recipe.data.dir), torch.device("cpu"))
 
 
 def require_no_refusal(findings: list[Finding], source: str) -> None:
@@ -122,6 +134,8 @@ def show(timeline: Timeline) -> None:
     title = f"dry run of {timeline.recipe.run.name}: nothing is trained, nothing is written"
     print_table(title, (*header, "decay ×", "momentum", "loops", "saved"), rows)
     say(f"{_times_line(timeline)}; {_totals_line(timeline)}")
+    if timeline.recipe.loss.is_on:
+        say(f"loss: {in_words(timeline.recipe.loss)}; the metric stays plain nats")
     if timeline.reserve:
         say(_cap_line(timeline, timeline.reserve))
 
@@ -169,6 +183,7 @@ def answer(found: DryRun) -> dict[str, Any]:
         "boundaries": [asdict(boundary) for boundary in timeline.boundaries],
         "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
+        **({"loss": timeline.recipe.loss.settings_on()} if timeline.recipe.loss.is_on else {}),
         **({"costs": found.costs.facts()} if found.costs else {}),
         "findings": [asdict(finding) for finding in findings],
     }

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pgolf_post.base.copying import to_device
 from pgolf_post.errors import SettingsError
-from trainer.compiled import compiled_loss, compiles, training_loss
+from trainer.compiled import LossFunction, compiled_loss, compiles, training_loss
 from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks
 from trainer.kernels import LOSS_KERNELS, fused_loss
 from trainer.model import GolfGPT
 from trainer.twin import Twin, narrow_stream
+
+if TYPE_CHECKING:
+    from trainer.objective import Objective
 
 
 def training_autocast(precision: TrainingPrecision, device: torch.device) -> torch.dtype | None:
@@ -52,13 +56,23 @@ class GradientAccumulator:
     """The loss of a micro-batch, and its gradients accumulated over the micro-batches of a step."""
 
     def __init__(
-        self, recipe: Recipe, model: GolfGPT, ranks: TrainingRanks, autocast: torch.dtype | None, micro_tokens: int
+        self,
+        recipe: Recipe,
+        model: GolfGPT,
+        ranks: TrainingRanks,
+        autocast: torch.dtype | None,
+        micro_tokens: int,
+        objective: Objective | None = None,  # None = plain nats
     ) -> None:
         self.model, self.device, self.autocast = model, ranks.device, autocast
         self.micro_tokens = micro_tokens  # of one backward pass on this rank
         self.share = micro_tokens / recipe.data.batch_tokens  # of a step's loss
         self.compiled = compiles(recipe.run.compile, self.device)
-        eager_loss = fused_loss if recipe.run.kernels in LOSS_KERNELS else training_loss
+        self.objective = objective
+        self.objective_share: Tensor | None = None  # () float64, of the last step: what was minimised, if not nats
+        eager_loss: LossFunction = fused_loss if recipe.run.kernels in LOSS_KERNELS else training_loss
+        if objective is not None:
+            eager_loss = objective.function
         self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
         self.twin = Twin(model) if narrow_stream(recipe.run.stream, self.device, autocast) else None
 
@@ -66,7 +80,7 @@ class GradientAccumulator:
         self,
         inputs: Tensor,  # (batch, seq_len) int64, on the CPU
         targets: Tensor,  # (batch, seq_len) int64, on the CPU
-    ) -> Tensor:  # () mean nats per token
+    ) -> Tensor:  # () mean nats per token; with an objective (2,): it, then nats
         """Return the loss of one micro-batch, differentiable in the parameters of what computes it: model or twin."""
         computing = self.twin.module if self.twin else self.model
         enabled = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -76,7 +90,9 @@ class GradientAccumulator:
             return self.loss_function(computing, inputs, targets, reach)
 
     def accumulate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64
-        """Run backward over this rank's micro-batches of a step. Return their share of the step's mean loss."""
+        """Run backward over this rank's micro-batches of a step. Return their share of the step's mean nats."""
+        if self.objective is not None:
+            return self._accumulate_objective(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.twin:
             self.twin.take_weights()
@@ -87,3 +103,17 @@ class GradientAccumulator:
                 self.twin.give_gradients()
             total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
         return total
+
+    def _accumulate_objective(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64
+        """Do what `accumulate` does by an objective; its own share is `objective_share`."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.twin:
+            self.twin.take_weights()
+        for inputs, targets in batches:
+            both = self.loss(inputs, targets) * self.share
+            both[0].backward()
+            if self.twin:
+                self.twin.give_gradients()
+            totals += both.detach()
+        self.objective_share, nats = totals.unbind()
+        return nats

@@ -65,8 +65,10 @@ def _rate(tokens: int, seconds: float) -> float:
 def step_line(record: Mapping[str, Any], at: float) -> str:
     """Return a step's record as a line for the terminal; `at` is the progress at which the step began."""
     rates = "  ".join(f"{group} {lr:.3g}" for group, lr in record["lr"].items())
+    objective = f"  objective {record['objective']:.4f}" if "objective" in record else ""
     return (
-        f"step {record['step']:6d}  {100 * at:5.1f} %  loss {record['loss']:.4f}  |g| {record['grad_norm']:.3f}  "
+        f"step {record['step']:6d}  {100 * at:5.1f} %  loss {record['loss']:.4f}{objective}  "
+        f"|g| {record['grad_norm']:.3f}  "
         f"lr × {record['lr_multiplier']:.3f}: {rates}  loops {record['active_loops']}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  {record['train_seconds']:.1f} s of training, "
         f"{record['wall_seconds']:.1f} s in all"

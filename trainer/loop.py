@@ -34,6 +34,7 @@ from trainer.kernels import MLP_KERNELS, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
+from trainer.objective import Objective
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.resuming import prepare_snapshots, restore
@@ -113,7 +114,9 @@ class Trainer:
         sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
         self.sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
         self.model = new_model(recipe, data.vocab_size, ranks.device, autocast)
-        self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens)
+        objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
+        self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
+        self.minimised = math.nan  # the objective of the last step, where that is not its nats
         shape, isolated = (micro_tokens // recipe.data.seq_len, recipe.data.seq_len), recipe.model.isolate_documents
         if warning := warning_of(recipe.run.attention, self.model.attention_backend, ranks.device, isolated, *shape):
             say(warning)
@@ -262,16 +265,22 @@ class Trainer:
         state, started = self.state, time.perf_counter()
         # Forward, backward and the update.
         schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(state.step)
+        if self.gradients.objective is not None:
+            self.gradients.objective.move_to(at)
         loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         state.averages.update(state.step + 1, at)
 
         # All of the step is queued: reading its numbers is the one wait for the device.
-        loss, num_asked = self.ranks.sum_floats(loss_share, float(bool(self.asked)))
+        minimised = self.gradients.objective_share
+        shares = () if minimised is None else (minimised,)
+        loss, num_asked, *objective = self.ranks.sum_floats(loss_share, float(bool(self.asked)), *shares)
+        self.minimised = objective[0] if objective else loss
         self.stopping = num_asked > 0
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(self.minimised)):
             raise NumericsError(
-                f"training loss is {loss} at step {state.step}; earlier checkpoints in {state.run_dir} are intact",
+                f"training loss is {self.minimised if math.isfinite(loss) else loss} at step {state.step}; "
+                f"earlier checkpoints in {state.run_dir} are intact",
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
         state.step += 1
@@ -331,6 +340,7 @@ class Trainer:
         record: dict[str, Any] = {
             "step": state.step,
             "loss": round(loss, 6),
+            **({"objective": round(self.minimised, 6)} if self.gradients.objective else {}),
             "grad_norm": round(norm, 6),
             "lr_multiplier": round(multiplier, 6),
             "lr": {group: round(lr, 9) for group, lr in state.optimizer.learning_rates(multiplier).items()},

@@ -110,7 +110,8 @@ def _settle_protocol(sources: Sources, module: Any, config: Mapping[str, Any], p
 def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     """Return the program that trains by a recipe, quantizes as an artifact was quantized, packs and scores it.
 
-    Raises SettingsError for an artifact of fit, or of a plan that reads its text, and for fused kernels.
+    Raises SettingsError for an artifact of fit, or of a plan that reads its text, for fused kernels, and for a loss
+    that is not plain nats.
     """
     config, module = seed.manifest["config"], settled_module(seed.manifest["config"])
     package = type(module).__module__.partition(".")[0]
@@ -184,6 +185,12 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
         )
     if seed.settings.get("sequential") or seed.settings.get("distill"):
         raise SettingsError(f"{seed.artifact}: a sequential or distilled plan is not part of a script")
+    if recipe.loss.is_on:
+        keys = ", ".join(f"loss.{key}" for key in recipe.loss.settings_on())
+        raise SettingsError(
+            f"{keys}: a script that trains minimises plain nats",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     if recipe.run.kernels != "eager":
         raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
 

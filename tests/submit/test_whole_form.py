@@ -19,6 +19,7 @@ from pgolf_post.score.stage import score
 from pgolf_post.submit.forms import whole_form
 from pgolf_post.submit.seeds import Seed
 from tests.conftest import pico_recipe
+from trainer.config import Recipe
 
 
 @pytest.mark.long  # minutes: the generated packer has plain loops
@@ -62,3 +63,6 @@ def test_a_script_trains_to_the_same_bytes(
     fused = recipe.model_copy(update={"run": recipe.run.model_copy(update={"kernels": "triton"})})
     with pytest.raises(SettingsError, match="fused kernels"):
         whole_form(seed, fused, protocol)
+    shaped = Recipe.model_validate({**recipe.model_dump(), "loss": {"z_loss": 1e-4}})
+    with pytest.raises(SettingsError, match=r"loss.z_loss: a script that trains minimises plain nats"):
+        whole_form(seed, shaped, protocol)

@@ -47,6 +47,12 @@ def require_usable(recipe: Recipe, device_type: str) -> None:
         raise SettingsError(
             f'run.kernels = "{kernels}" computes in float32, but run.precision = "fp64"', hint=EAGER_HINT
         )
+    if kernels in LOSS_KERNELS and recipe.loss.is_on:
+        wanted = ", ".join(f"loss.{key} {value}" for key, value in recipe.loss.settings_on().items())
+        raise SettingsError(
+            f'run.kernels = "{kernels}" has a loss of plain nats, not of {wanted}',
+            hint="train with --set run.kernels=triton_mlp, or leave the table loss out",
+        )
     if kernels in MLP_KERNELS and activation_of(recipe.model.activation).kernel_slope is None:
         fused = " and ".join(name for name, row in ACTIVATIONS.items() if row.kernel_slope)
         raise SettingsError(
