@@ -147,7 +147,7 @@ def test_what_model_or_vocabulary_lack_is_refused(
 def test_a_class_without_tokens_is_refused(pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     only_words = SimpleNamespace(token_class=np.zeros(320, dtype=np.int64))
     monkeypatch.setattr("trainer.objective.TokenText.from_tokenizer", lambda _: only_words)
-    with pytest.raises(SettingsError, match='"digits".* = 2 acts on no token: pico has "word start"'):
+    with pytest.raises(SettingsError, match=r'"digits".* = 2 acts on no token: pico has "word start"'):
         TokenWeights(LossSettings(class_weights={"digits": 2.0}), pico_data, CPU)
 
 
