@@ -31,10 +31,12 @@ from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.provenance import accelerator_name
 from pgolf_post.settings import read_settings
 from trainer.activations import activation_of
-from trainer.architecture import ModelConfig, mlp_width, visit_list
+from trainer.architecture import ModelConfig
 from trainer.attention_backends import BACKENDS
 from trainer.config import Recipe
+from trainer.layers import activation_names, mlp_widths
 from trainer.loop import Trainer
+from trainer.visits import visit_list
 from trainer.warm_up import warm_up
 
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
@@ -148,9 +150,15 @@ def bench_small(folder: Path) -> None:
 def flops_per_token(config: ModelConfig, active_loops: int) -> float:
     """Of forward and backward: 6 per matrix entry and visit, and attention as if each document filled its window."""
     dim, kv_dim = config.model_dim, config.num_kv_heads * config.model_dim // config.num_heads
-    mlp = (3 if activation_of(config.activation).gated else 2) * dim * mlp_width(config)
-    visits = len(visit_list(config, active_loops))
-    matrices = visits * (2 * dim * dim + 2 * dim * kv_dim + mlp) + config.vocab_size * (config.embedding_dim or dim)
+    gated = [activation_of(name).gated for name in activation_names(config)]
+    mlps = [(3 if gated[layer] else 2) * dim * width for layer, width in enumerate(mlp_widths(config))]
+    layers = visit_list(config, active_loops)
+    visits = len(layers)
+    matrices = (
+        visits * (2 * dim * dim + 2 * dim * kv_dim)
+        + sum(mlps[layer] for layer in layers)
+        + config.vocab_size * (config.embedding_dim or dim)
+    )
     return 6.0 * matrices + visits * 6.0 * config.train_seq_len * dim
 
 

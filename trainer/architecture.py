@@ -1,21 +1,47 @@
-"""The architecture as settings: what a model is built from, its runtime graph state, and the order of its visits.
+"""The architecture as settings: what a model is built from, and its runtime graph state.
 
 The depth-recurrent U-Net of the record line is a *list of visits* to blocks, split into an encoder half, whose outputs
 are kept, and a decoder half, which takes them back in reverse. The list is given in shorthand (blocks a..b, n extra
-times) or in full. How much of it is active is runtime state (`GraphState`), not a weight: it changes during training
-and is stored in every checkpoint.
+times) or in full (`trainer.visits`). How much of it is active is runtime state (`GraphState`), not a weight: it changes
+during training and is stored in every checkpoint. Parts that most models lack have settings of their own
+(`trainer.parts`), each in the file of its concept.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 from trainer.activations import ActivationName
+from trainer.head import HeadSettings, check_head
+from trainer.layers import (
+    LayerSettings,
+    check_absent,
+    check_layers,
+    check_lengths,
+    check_listed_once,
+    check_values,
+)
+from trainer.ngrams import NgramSettings, check_ngrams
+from trainer.passes import PassSettings, check_passes
+from trainer.residual import ResidualSettings, check_residual
 from trainer.smear import ChannelSmear
+from trainer.starts import StartSettings, check_starts
+from trainer.token_kinds import TokenKindSettings, TokenTypeSettings, check_token_kinds
+from trainer.value_paths import ValueSettings, check_value_paths
+from trainer.visits import (
+    looped_layers,
+    num_places,
+    revisit_in_lanes,
+    revisits,
+    usable_skips,
+    visit_after_lanes,
+    visit_before_lanes,
+    visit_list,
+    visits_in_lanes,
+)
 
 LaneKind = Literal["routed", "sequential", "separate"]
 BigramHash = Literal["xor", "product"]
@@ -24,7 +50,16 @@ LaneOutput = Literal["mean", "attn", "mlp"]
 Carry = Literal["none", "frozen", "learnable"]
 
 
-class ArchitectureSettings(Settings):
+class ArchitectureSettings(
+    LayerSettings,
+    PassSettings,
+    ValueSettings,
+    NgramSettings,
+    TokenTypeSettings,
+    ResidualSettings,
+    HeadSettings,
+    StartSettings,
+):
     """The architecture, without what the data decides. Defaults: the record line's values at width 512."""
 
     num_layers: int = Field(11, ge=1, description="number of blocks")
@@ -32,19 +67,30 @@ class ArchitectureSettings(Settings):
     embedding_dim: int | None = Field(None, ge=1, description="width of the embedding; default model_dim")
     num_heads: int = Field(8, ge=1, description="query heads")
     num_kv_heads: int = Field(4, ge=1, description="key-value heads, each shared by a group of query heads")
-    mlp_mult: float = Field(4.0, gt=0, description="hidden width = int(mlp_mult · model_dim)")
-    mlp_hidden: int | None = Field(None, ge=1, description="hidden width itself, in place of mlp_mult")
-    activation: ActivationName = Field("leaky_relu2", description="a name in trainer/activations.py")
+    mlp_mult: float | tuple[float, ...] = Field(
+        4.0, description="hidden width = int(mlp_mult · model_dim), 0 = no MLP; one number, or one per layer"
+    )
+    mlp_hidden: int | tuple[int, ...] | None = Field(
+        None, description="hidden width itself, in place of mlp_mult; one number, or one per layer"
+    )
+    activation: ActivationName | tuple[ActivationName, ...] = Field(
+        "leaky_relu2", description="a name in trainer/activations.py, or one per layer"
+    )
     leaky_slope: float = Field(0.5, ge=0, le=1, description="slope of leaky_relu2 below 0, before it is squared")
     tie_embeddings: bool = Field(True, description="use the embedding as the head's matrix")
     logit_softcap: float = Field(30.0, gt=0, description="cap of the logits cap·tanh(z / cap)")
-    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
-    rope_dims: int = Field(16, ge=0, description="rotated dimensions per head; 0 = all")
+    rope_base: float | tuple[float, ...] = Field(
+        10000.0, description="base of the rotary frequencies, or one per layer"
+    )
+    rope_dims: int | tuple[int, ...] = Field(16, description="rotated dimensions per head, or one per layer; 0 = all")
     rope_ntk: bool = Field(True, description="stretch the rotary base beyond the training length")
     rope_ntk_from: int | None = Field(
         None, ge=2, description="tokens beyond which rope_ntk stretches the base; default the training length"
     )
-    q_gain_init: float = Field(4.0, description="starting gain of each head's query")
+    q_gain_init: float | tuple[float, ...] | tuple[tuple[float, ...], ...] = Field(
+        4.0,
+        description="starting gain of each head's query; or one per layer; or a list of heads, for all or per layer",
+    )
     xsa_last_n: int = Field(11, ge=0, description="XSA on the last n layers")
     ln_scale: bool = Field(True, description="scale layer i's normalised input by 1/√(i+1)")
     skip_gates: bool = Field(True, description="gate each U-Net skip per channel")
@@ -63,9 +109,11 @@ class ArchitectureSettings(Settings):
         "none", description="re-visits of looped blocks add the first outputs of looped blocks, with these coefficients"
     )
     carry_per_pass: bool = Field(False, description="carry coefficients of their own for each re-visit")
-    carry_beta: tuple[float, ...] | None = Field(None, description="starting β of each looped block; default 1")
-    carry_alpha: tuple[tuple[float, ...], ...] | None = Field(
-        None, description="starting α, one row per block; default 0"
+    carry_beta: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = Field(
+        None, description="starting β of each looped block; with carry_per_pass also a list per pass; default 1"
+    )
+    carry_alpha: tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...] | None = Field(
+        None, description="starting α, one row per block; with carry_per_pass also such rows per pass; default 0"
     )
     visit_controls: bool = Field(
         False, description="gains and mixes of each place in the list of visits, not of layers"
@@ -113,11 +161,8 @@ class ArchitectureSettings(Settings):
             raise ValueError(f"model_dim {self.model_dim} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        head_dim = self.model_dim // self.num_heads
-        if self.rope_ntk and (self.rope_dims or head_dim) == 2:
-            raise ValueError("rope_ntk needs at least 4 rotated dimensions per head, got 2; set rope_ntk = false")
-        if self.rope_dims > head_dim or self.rope_dims % 2 or head_dim % 2:
-            raise ValueError(f"rope_dims {self.rope_dims} must be even and at most the (even) head width {head_dim}")
+        check_lengths(self)
+        check_values(self)
         if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
             raise ValueError(f"loops need loop_start ≤ loop_end < num_layers, got {self.loop_start}, {self.loop_end}")
         if self.lanes_start and self.gptj_start is not None:
@@ -166,11 +211,7 @@ class ArchitectureSettings(Settings):
             raise ValueError("visit_controls needs a list with more visits than layers: set num_loops or visits")
         if self.carry == "none" and (self.carry_per_pass or self.carry_beta or self.carry_alpha):
             raise ValueError("carry_per_pass, carry_beta and carry_alpha do nothing with carry 'none'")
-        for key, rows in (("carry_beta", [self.carry_beta]), ("carry_alpha", self.carry_alpha or [None])):
-            if any(row is not None and len(row) != size for row in rows):
-                raise ValueError(f"{key} must have {size} columns, one for each of the layers {looped_layers(self)}")
-        if self.carry_alpha is not None and len(self.carry_alpha) != size:
-            raise ValueError(f"carry_alpha has {len(self.carry_alpha)} rows, must have {size}")
+        check_carry(self)
         if self.carry != "none" and (layer := revisit_in_lanes(self)) is not None:
             raise ValueError(
                 f"carry has one residual lane to add to, but layer {layer} is re-visited after lanes split"
@@ -179,20 +220,23 @@ class ArchitectureSettings(Settings):
 
     @model_validator(mode="after")
     def _embeddings_consistent(self) -> ArchitectureSettings:
-        if self.bigram_buckets == 1 and self.bigram_hash == "xor":
-            raise ValueError("bigram_buckets 1 leaves no bucket to hash into: the last one stands for no predecessor")
         if not self.bigram_buckets and (self.trigram or self.bigram_dim is not None):
             raise ValueError("trigram and bigram_dim do nothing with bigram_buckets 0")
         if self.bigram_hash == "product" and (self.trigram or not self.bigram_buckets):
             raise ValueError("bigram_hash 'product' needs a bigram table, and has no trigrams")
         places = num_places(self) if self.visit_controls else self.num_layers
-        check_layers("value_embed_layers", self.value_embed_layers, places)
-        if len(self.value_embed_layers) != len(set(self.value_embed_layers)):
-            raise ValueError(f"value_embed_layers names a layer twice: {list(self.value_embed_layers)}")
+        check_listed_once("value_embed_layers", self.value_embed_layers, places)
+        check_listed_once("xsa_layers", self.xsa_layers or (), places)
         if bool(self.value_embed_layers) != bool(self.value_embed_dim):
             raise ValueError("value_embed_layers and value_embed_dim go together: set both or neither")
         if self.smear_across_bos and not self.smear_gate:
             raise ValueError("smear_across_bos does nothing without smear_gate = true")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_consistent(self) -> ArchitectureSettings:
+        for check in PART_CHECKS:
+            check(self)
         return self
 
     @model_validator(mode="after")
@@ -207,109 +251,56 @@ class ArchitectureSettings(Settings):
         return self.num_loops if self.visits is None else 1
 
 
-def check_layers(key: str, layers: tuple[int, ...], num_layers: int) -> None:
-    """Raise ValueError naming the first entry that is no layer."""
-    for layer in layers:
-        if not 0 <= layer < num_layers:
-            raise ValueError(f"{key}: {layer} is not a layer; layers are 0..{num_layers - 1}")
+PART_CHECKS = (
+    check_absent,
+    check_passes,
+    check_value_paths,
+    check_ngrams,
+    check_residual,
+    check_head,
+    check_starts,
+)
 
 
-class ModelConfig(ArchitectureSettings):
+def check_carry(settings: ArchitectureSettings) -> None:
+    """Raise ValueError unless α and β, in each pass, have a place for each looped layer."""
+    layers, passes = looped_layers(settings), max(revisits(settings).values(), default=0)
+    size = len(layers)
+    for key, axes in (("carry_beta", 1), ("carry_alpha", 2)):
+        value = getattr(settings, key)
+        if value is None:
+            continue
+        has_passes = depth(value) == axes + 1
+        if has_passes and not settings.carry_per_pass:
+            raise ValueError(f"{key} lists passes, which needs carry_per_pass = true")
+        if has_passes and len(value) != passes:
+            raise ValueError(f"{key} lists {len(value)} passes; layers are re-visited {passes} times")
+        for each in value if has_passes else (value,):
+            rows = (each,) if axes == 1 else each
+            if any(len(row) != size for row in rows):
+                raise ValueError(f"{key} must have {size} columns, one for each of the layers {layers}")
+            if axes == 2 and len(rows) != size:
+                raise ValueError(f"{key} has {len(rows)} rows, must have {size}")
+
+
+def depth(value: object) -> int:
+    """Return how many lists a number is nested in."""
+    return 1 + depth(value[0]) if isinstance(value, tuple) and value else int(isinstance(value, tuple))
+
+
+class ModelConfig(ArchitectureSettings, TokenKindSettings):
     """Everything `GolfGPT` is built from; stored in a checkpoint's config.json."""
 
     vocab_size: int = Field(ge=2, le=65536, description="number of tokens")
     train_seq_len: int = Field(ge=2, description="longest text, in tokens, that attention saw in training")
+
+    @model_validator(mode="after")
+    def _kinds_known(self) -> ModelConfig:
+        check_token_kinds(self)
+        return self
 
 
 class GraphState(Settings):
     """Runtime graph state: how many of the configured extra visits are active (1 = all of an explicit list)."""
 
     active_loops: int = Field(0, ge=0, description="extra visits that are active")
-
-
-def visit_list(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """Return layers in order of visit: [0..a-1] + (active_loops + 1)·[a..b] + [b+1..n-1], or the explicit list."""
-    layers = list(range(config.num_layers))
-    if not active_loops:
-        return layers
-    if config.visits is not None:
-        return list(config.visits)
-    a, b = config.loop_start, config.loop_end
-    return layers[:a] + layers[a : b + 1] * (active_loops + 1) + layers[b + 1 :]
-
-
-def num_places(config: ArchitectureSettings) -> int:
-    """Return the number of visits in the longest list."""
-    return max(len(visit_list(config, active)) for active in {0, config.max_active_loops})
-
-
-def split_visits(config: ArchitectureSettings, active_loops: int) -> tuple[list[int], list[int]]:
-    """Return the encoder half, whose outputs are kept, and the decoder half.
-
-    The encoder has encoder_visits visits, by default floor(n / 2).
-    """
-    visits = visit_list(config, active_loops)
-    size = len(visits) // 2 if config.encoder_visits is None else config.encoder_visits
-    return visits[:size], visits[size:]
-
-
-def mlp_width(config: ArchitectureSettings) -> int:
-    """Return the hidden width of the MLP."""
-    return int(config.mlp_mult * config.model_dim) if config.mlp_hidden is None else config.mlp_hidden
-
-
-def num_skips(config: ArchitectureSettings) -> int:
-    """Return the number of stored skip weights."""
-    return usable_skips(config) if config.stored_skips is None else config.stored_skips
-
-
-def usable_skips(config: ArchitectureSettings) -> int:
-    """Return the largest number of skips that any of the config's visit lists can use."""
-    halves = (split_visits(config, active) for active in {0, config.max_active_loops})
-    return max(min(len(encoder), len(decoder)) for encoder, decoder in halves)
-
-
-def revisits(config: ArchitectureSettings) -> dict[int, int]:
-    """Return layer → number of re-visits in the full list, for layers that have any, ascending."""
-    counts = Counter(visit_list(config, config.max_active_loops))
-    return {layer: counts[layer] - 1 for layer in sorted(counts) if counts[layer] > 1}
-
-
-def looped_layers(config: ArchitectureSettings) -> list[int]:
-    """Return the layers that the full list visits more than once, ascending."""
-    return list(revisits(config))
-
-
-def visits_in_lanes(config: ArchitectureSettings, active_loops: int) -> list[int]:
-    """Return the decoder half from the visit on at which the residual lanes split."""
-    decoder = split_visits(config, active_loops)[1]
-    split = [i for i, layer in enumerate(decoder) if config.lanes_start and layer >= config.lanes_start]
-    return decoder[split[0] :] if split else []
-
-
-def is_left_behind(config: ArchitectureSettings, layer: int) -> bool:
-    """Return whether a visit of a layer after the lanes split has the old stream, not the lanes."""
-    return config.lane_kind == "routed" and layer < (config.lanes_start or 0)
-
-
-def visit_after_lanes(config: ArchitectureSettings) -> int | None:
-    """Return the first layer below lanes_start that some list visits after the lanes split; None without one."""
-    lists = (visits_in_lanes(config, active_loops) for active_loops in range(config.max_active_loops + 1))
-    return next((layer for late in lists for layer in late if layer < (config.lanes_start or 0)), None)
-
-
-def visit_before_lanes(config: ArchitectureSettings) -> int | None:
-    """Return the first layer from lanes_start on that some list visits in its encoder half; None without one."""
-    start = config.lanes_start or config.num_layers
-    early = (split_visits(config, active_loops)[0] for active_loops in range(config.max_active_loops + 1))
-    return next((layer for visits in early for layer in visits if layer >= start), None)
-
-
-def revisit_in_lanes(config: ArchitectureSettings) -> int | None:
-    """Return the first layer that some list re-visits after the lanes split, or None."""
-    for active_loops in range(1, config.max_active_loops + 1):
-        visits, late = visit_list(config, active_loops), visits_in_lanes(config, active_loops)
-        for i in range(len(visits) - len(late), len(visits)):
-            if visits[i] in visits[:i]:
-                return visits[i]
-    return None

@@ -9,7 +9,7 @@ values instead: a token embedding added on some layers, and a mix with the value
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,9 @@ from torch import Tensor, nn
 from trainer.architecture import ModelConfig
 from trainer.attention_backends import Reach
 from trainer.controls import Controls
+from trainer.layers import has_xsa, query_gains
+from trainer.norms import rms_norm
 from trainer.past import Past
-
-NORM_EPS = torch.finfo(torch.float32).eps  # of the challenge's RMSNorm in float32; not negligible at initialisation
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Return x normalised by its root mean square over the last dimension, without a weight, in x's dtype.
-
-    CUDA's autocast would widen a bfloat16 x (from torch 2.12 on), the CPU's does not: outside it both do the same.
-    """
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        with torch.autocast("cuda", enabled=False):
-            return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def rotary_angles(
@@ -54,6 +43,8 @@ def apply_rotary(
 ) -> Tensor:
     """Rotate the two halves of the first rope_dims dimensions; the rest passes through."""
     half = cos.size(-1)
+    if not half:
+        return x
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
@@ -75,17 +66,17 @@ class Context:
 
     def __init__(
         self,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor]],  # of each layer: cos, sin, each (seq_len, rope_dims / 2)
         reach: Reach,
         value_embeddings: Mapping[int, Tensor],  # layer → (batch, seq_len, kv_dim)
-        past: Past | None = None,  # then cos and sin are those of the new tokens, document that of all
+        past: Past | None = None,  # then angles are those of the new tokens, document that of all
+        x0: Tensor | None = None,  # (batch, seq_len, model_dim), the embedding
     ) -> None:
-        self.cos, self.sin = cos, sin  # (seq_len, rope_dims / 2)
+        self.angles = angles
         self.reach = reach
         self.value_embeddings = value_embeddings
-        self.first_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), once the first visit has run
-        self.past = past
+        self.earlier_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), of the first or the last visit
+        self.past, self.x0 = past, x0
 
 
 class Attention(nn.Module):
@@ -94,7 +85,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.use_xsa = layer >= config.num_layers - config.xsa_last_n
+        self.use_xsa = has_xsa(config, layer, config.num_layers)
+        self.reads_x0 = layer in config.value_x0_layers
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.model_dim // config.num_heads
         kv_dim = config.num_kv_heads * self.head_dim
@@ -102,13 +94,18 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.v = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
-        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.q_gain_init))
+        self.q_gain = nn.Parameter(torch.tensor(query_gains(config)[layer]))
+        if config.xsa_alpha is not None and self.use_xsa:
+            self.xsa_alpha = nn.Parameter(torch.tensor(config.xsa_alpha).logit())
+        if self.reads_x0:
+            self.x0_share = nn.Parameter(torch.tensor(config.value_x0_init))
         if config.attn_gate != "none":
             width = config.model_dim if config.attn_gate == "dense" else config.gate_window
             gate = nn.Parameter(torch.zeros(config.num_heads, width))
             self.register_parameter(self._gate_name(), gate)
         if config.value_residual:
-            self.value_mix = nn.Parameter(torch.tensor([0.0, 1.0]))  # of the first visit's values, of its own
+            earlier = config.value_residual_init
+            self.value_mix = nn.Parameter(torch.tensor([earlier, 1.0 - earlier]))  # of earlier values, of its own
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim)
         return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
@@ -128,21 +125,30 @@ class Attention(nn.Module):
         return gates.transpose(1, 2).unsqueeze(-1)
 
     def _values(self, x: Tensor, context: Context, place: int) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
-        """Return projected values plus the token's value embedding, mixed with those of the first visit.
+        """Return projected values plus the token's value embedding, mixed with those of an earlier visit.
 
         The first visit's own values are not mixed.
         """
+        if self.reads_x0:
+            assert context.x0 is not None
+            x = x + self.x0_share.to(x.dtype) * rms_norm(context.x0).to(x.dtype)
         flat = self.v(x)
         if place in context.value_embeddings:
             flat = flat + context.value_embeddings[place].to(flat.dtype)
         v = self._heads(flat, self.num_kv_heads)
         if not self.config.value_residual:
             return v
-        if context.first_value is None:
-            context.first_value = v
-            return v
-        mix = self.value_mix.to(v.dtype)
-        return mix[0] * context.first_value + mix[1] * v
+        earlier = context.earlier_value
+        if earlier is not None:
+            mix = self.value_mix.to(v.dtype)
+            v = mix[0] * earlier + mix[1] * v
+        if earlier is None or self.config.value_residual_from == "previous":
+            context.earlier_value = v
+        return v
+
+    def _remove_share(self, y: Tensor, v: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim)
+        """Return y with the layer's learned share of its own value removed."""
+        return torch.lerp(y, remove_own_value(y, v), torch.sigmoid(self.xsa_alpha).to(y.dtype))
 
     def forward(
         self,
@@ -156,14 +162,15 @@ class Attention(nn.Module):
             else (controls.q_gain, controls.use_xsa, controls.place)
         )
         query = self.q(x)
-        q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), context.cos, context.sin)
-        k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), context.cos, context.sin)
+        cos, sin = context.angles[self.layer]
+        q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), cos, sin)
+        k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), cos, sin)
         v = self._values(x, context, place)
         q = q * gain.to(q.dtype)[:, None, None]
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
         y = context.reach.attend(q, keys, values)
         if use_xsa:
-            y = remove_own_value(y, v)
+            y = remove_own_value(y, v) if self.config.xsa_alpha is None else self._remove_share(y, v)
         if self.config.attn_gate != "none":
             y = y * self._gate(x, query)
         return self.proj(y.transpose(1, 2).flatten(-2))

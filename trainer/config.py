@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pgolf_post.base.threads import MOST_THREADS
+from pgolf_post.data import DataFolder
+from pgolf_post.score.breakdown.token_text import token_kinds
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
@@ -15,6 +17,7 @@ from trainer.loss import LossSettings
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
 from trainer.stopping import StopSettings
+from trainer.token_kinds import reads_token_kinds
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
@@ -146,7 +149,14 @@ class Recipe(Settings):
             values.pop("loss", None)
         return values
 
-    def model_config_for(self, vocab_size: int) -> ModelConfig:
+    def model_config_for(self, vocab_size: int, token_kinds: str | None = None) -> ModelConfig:
         """Return the model's config: the architecture, the vocabulary, and the longest text that attention sees."""
         train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
-        return ModelConfig(**self.model.model_dump(), vocab_size=vocab_size, train_seq_len=train_seq_len)
+        known = {"vocab_size": vocab_size, "train_seq_len": train_seq_len, "token_kinds": token_kinds}
+        return ModelConfig(**self.model.model_dump(), **known)
+
+    def model_config_in(self, data: DataFolder) -> ModelConfig:
+        """Return the model's config for a data folder, whose tokenizer says the vocabulary and the kinds of tokens."""
+        return self.model_config_for(
+            data.vocab_size, token_kinds(data.tokenizer) if reads_token_kinds(self.model) else None
+        )

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.architecture import ModelConfig, num_places
+from trainer.architecture import ModelConfig
+from trainer.layers import has_xsa, query_gains
+from trainer.visits import num_places
 
 
 class Controls(NamedTuple):
@@ -35,17 +37,17 @@ def norm_scale(config: ModelConfig, place: int) -> float:
 class Place(nn.Module):
     """The gains of a place beyond the number of layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:  # layer: which the place visits
         super().__init__()
         dim = config.model_dim
         self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
-        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.q_gain_init))
+        self.q_gain = nn.Parameter(torch.tensor(query_gains(config)[layer]))
 
     def controls(self, config: ModelConfig, place: int) -> Controls:
         """Return the gains of a visit at this place."""
-        use_xsa = place >= num_places(config) - config.xsa_last_n
+        use_xsa = has_xsa(config, place, num_places(config))
         return Controls(
             self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain, norm_scale(config, place), use_xsa, place
         )

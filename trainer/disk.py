@@ -36,7 +36,7 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     if not recipe.data.dir.is_dir():
         return None
     with on_no_device():
-        model = GolfGPT(recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size), GraphState())
+        model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
     sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
     matrices = sum(sizes[name] for name in assign_groups(model).get("matrix", []))
     weights, num_tracks = sum(sizes.values()), len(recipe.optim.power_ema_sigmas)

@@ -14,9 +14,12 @@ from pgolf_post.families import Fold, Lookup, Site
 from pgolf_post.settings import parse_settings
 from pgolf_post.watching import Watcher
 from trainer.activations import activation_of
-from trainer.architecture import GraphState, ModelConfig, visit_list
+from trainer.architecture import GraphState, ModelConfig
 from trainer.attention import Attention
-from trainer.model import MLP, GolfGPT
+from trainer.block import MLP
+from trainer.layers import activation_names, mlp_widths, with_attention
+from trainer.model import GolfGPT
+from trainer.visits import visit_list
 from trainer.watching import watched
 
 ROLES = (  # first match wins
@@ -27,21 +30,32 @@ ROLES = (  # first match wins
     (r"blocks\.\d+\.attn\.proj\.weight", "attn_proj"),
     (r"(blocks\.\d+\.mlp|override_mlps\.\d+_p\d+)\.(fc|gate)\.weight", "mlp_fc"),
     (r"(blocks\.\d+\.mlp|override_mlps\.\d+_p\d+)\.proj\.weight", "mlp_proj"),
-    (r"(bigram|value_embed)\.embed\.weight", "embedding"),
-    (r"(bigram|value_embed)\.proj\.weight", "projection"),
+    (r"(bigram|trigram|value_embed|token_type)\.embed\.weight", "embedding"),
+    (r"(bigram|trigram|value_embed|token_type)\.proj\.weight|head_residual\.(down|up)\.weight", "projection"),
 )
 
-LOOKUPS = ("tok_emb", "bigram.embed", "value_embed.embed")
-PROJECTIONS = ("embed_proj", "head_proj", "bigram.proj", "value_embed.proj")
+LOOKUPS = ("tok_emb", "bigram.embed", "trigram.embed", "value_embed.embed", "token_type.embed")
+PROJECTIONS = (
+    "embed_proj", "head_proj", "bigram.proj", "trigram.proj", "value_embed.proj", "token_type.proj",
+    "head_residual.down", "head_residual.up",
+)  # fmt: skip
 
 
-def _attention_sites(at: str) -> list[Site]:
-    qkv = tuple(f"{at}.{part}.weight" for part in "qkv")
-    return [Site(f"{at}.in", f"{at}.q", qkv), Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
+def _attention_sites(module: GolfGPT, layer: int) -> list[Site]:
+    """Return the sites of a block's attention; values have one of their own where they read the embedding too."""
+    at = f"blocks.{layer}.attn"
+    own_input = layer in module.config.value_x0_layers
+    matrices = tuple(f"{at}.{part}.weight" for part in ("qk" if own_input else "qkv"))
+    sites = [Site(f"{at}.in", f"{at}.q", matrices)]
+    if own_input:
+        sites.append(Site(f"{at}.v_in", f"{at}.v", (f"{at}.v.weight",)))
+    return [*sites, Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
 
 
-def _mlp_sites(module: GolfGPT, at: str) -> list[Site]:
-    gate = (f"{at}.gate.weight",) if activation_of(module.config.activation).gated else ()
+def _mlp_sites(module: GolfGPT, layer: int, at: str) -> list[Site]:
+    if not mlp_widths(module.config)[layer]:
+        return []
+    gate = (f"{at}.gate.weight",) if activation_of(activation_names(module.config)[layer]).gated else ()
     inner = Site(f"{at}.in", f"{at}.fc", (f"{at}.fc.weight", *gate))
     return [inner, Site(f"{at}.out", f"{at}.proj", (f"{at}.proj.weight",))]
 
@@ -70,11 +84,10 @@ class GolfGPTFamily:
             revisit = seen.get(layer, 0)
             seen[layer] = revisit + 1
             if revisit == 0:
-                has_attention = layer > 0 or module.config.first_attention
-                sites += _attention_sites(f"blocks.{layer}.attn") if has_attention else []
-                sites += _mlp_sites(module, f"blocks.{layer}.mlp")
+                sites += _attention_sites(module, layer) if with_attention(module.config)[layer] else []
+                sites += _mlp_sites(module, layer, f"blocks.{layer}.mlp")
             elif module.config.untied_loop_mlps:
-                sites += _mlp_sites(module, f"override_mlps.{layer}_p{revisit}")
+                sites += _mlp_sites(module, layer, f"override_mlps.{layer}_p{revisit}")
         for path in PROJECTIONS:
             if f"{path}.weight" in dict(module.named_parameters()):
                 sites.append(Site(f"{path}.in", path, (f"{path}.weight",)))
@@ -107,11 +120,16 @@ class GolfGPTFamily:
         return frozenset(layer for layer, count in visits.items() if count > 1)
 
     def folds(self, module: nn.Module) -> dict[str, Fold]:
-        """Return the folds of the MLPs, if their activation has a power: proj's input then scales with fc's rows."""
+        """Return the folds of MLPs whose activation has a power: proj's input then scales with fc's rows."""
         assert isinstance(module, GolfGPT)
-        power = activation_of(module.config.activation).power
-        names = [name for name, _ in module.named_parameters() if self.role(name) == "mlp_proj"]
-        return {name: Fold(name.replace(".proj.", ".fc."), power) for name in names} if power else {}
+        powers = [activation_of(name).power for name in activation_names(module.config)]
+        folds = {}
+        for name in (name for name, _ in module.named_parameters() if self.role(name) == "mlp_proj"):
+            layer = self.layer(name)
+            assert layer is not None
+            if power := powers[layer]:
+                folds[name] = Fold(name.replace(".proj.", ".fc."), power)
+        return folds
 
     def train_seq_len(self, module: nn.Module) -> int:
         assert isinstance(module, GolfGPT)

@@ -26,7 +26,7 @@ class LaneBlock(Protocol):
 
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor: ...
     def attention_update(self, x: Tensor, context: Context) -> Tensor: ...
-    def mlp_update(self, x: Tensor, mlp: nn.Module) -> Tensor: ...
+    def mlp_update(self, x: Tensor, mlp: nn.Module | None) -> Tensor: ...
 
 
 def lanes_with_skip(kind: LaneKind, has_just_split: bool) -> tuple[bool, bool]:
@@ -43,7 +43,7 @@ def visit_routed(
     lanes: Lanes,
     x0: Tensor,
     context: Context,
-    mlp: nn.Module,
+    mlp: nn.Module | None,
     keep: Tensor,  # (2,): what each lane keeps of itself
     post: Tensor,  # (2, 2): of attention and MLP, to the first and the second lane
 ) -> Lanes:
@@ -60,7 +60,7 @@ def visit_sequential(
     lanes: Lanes,
     x0: Tensor,
     context: Context,
-    mlp: nn.Module,
+    mlp: nn.Module | None,
     keep: Tensor,  # (2,): what both lanes keep of themselves, when attention and when the MLP writes
     post: Tensor,  # (2, 2): as above
 ) -> Lanes:
@@ -72,7 +72,7 @@ def visit_sequential(
     return keep[1] * first + post[1, 0] * fed, keep[1] * second + post[1, 1] * fed
 
 
-def visit_separate(block: LaneBlock, lanes: Lanes, x0: Tensor, context: Context, mlp: nn.Module) -> Lanes:
+def visit_separate(block: LaneBlock, lanes: Lanes, x0: Tensor, context: Context, mlp: nn.Module | None) -> Lanes:
     """Visit a block with two streams of their own, of which only the first is mixed with x0."""
     mixed = block.mixed(lanes[0], x0)
     return mixed + block.attention_update(mixed, context), lanes[1] + block.mlp_update(lanes[1], mlp)

@@ -40,6 +40,7 @@ from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
+from trainer.starts import start_from_text
 from trainer.state import RunState
 from trainer.stopping import StopWatch
 from trainer.warm_up import say_late_graphs, warm_up
@@ -48,11 +49,12 @@ STOPPING = "stopping after this step, with a checkpoint; once more to stop at on
 REPEATED_SIGNAL_SECONDS = 2.0
 
 
-def new_model(recipe: Recipe, vocab_size: int, device: torch.device, autocast: torch.dtype | None) -> GolfGPT:
+def new_model(recipe: Recipe, data: DataFolder, device: torch.device, autocast: torch.dtype | None) -> GolfGPT:
     """Return the recipe's model, initialised by its seed, on the device, with its kernels and its attention."""
     torch.manual_seed(recipe.run.seed)
-    model = GolfGPT(recipe.model_config_for(vocab_size), GraphState())
+    model = GolfGPT(recipe.model_config_in(data), GraphState())
     model.initialise()
+    start_from_text(model, data)
     model.to(device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
     if recipe.run.kernels in MLP_KERNELS:
         fuse_mlps(model)
@@ -113,7 +115,7 @@ class Trainer:
         data = DataFolder.open(recipe.data.dir)
         sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
         self.sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
-        self.model = new_model(recipe, data.vocab_size, ranks.device, autocast)
+        self.model = new_model(recipe, data, ranks.device, autocast)
         objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
         self.minimised = math.nan  # the objective of the last step, where that is not its nats

@@ -10,7 +10,6 @@ its records).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +17,27 @@ from torch import Tensor, nn
 
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
-from trainer.activations import activation_of
-from trainer.architecture import (
-    GraphState,
-    ModelConfig,
-    is_left_behind,
-    looped_layers,
-    mlp_width,
-    num_places,
-    num_skips,
-    revisits,
-    split_visits,
-)
-from trainer.attention import Attention, Context, rms_norm, rotary_angles
+from trainer.architecture import GraphState, ModelConfig
+from trainer.attention import Context, rotary_angles
 from trainer.attention_backends import SDPA, Reach
-from trainer.controls import Controls, Place, norm_scale
-from trainer.embeddings import NgramEmbedding, ValueEmbedding
+from trainer.block import MLP, Block, BlockVisit
+from trainer.controls import Controls, Place
+from trainer.head import HeadResidual
 from trainer.lanes import START, Lanes, lanes_with_skip, visit_routed, visit_separate, visit_sequential
+from trainer.layers import has_xsa, mlp_widths, rotations
+from trainer.ngrams import NgramEmbedding, TrigramEmbedding
+from trainer.norms import rms_norm
+from trainer.passes import Passes, has_passes
 from trainer.past import LOOK_BACK, Past
 from trainer.recurrence import Recurrence, carry_coefficients
 from trainer.smear import channel_smear, narrow_smear
+from trainer.token_kinds import TokenKinds, TokenTypeEmbedding, reads_token_kinds
+from trainer.value_embedding import ValueEmbedding
+from trainer.visits import is_left_behind, looped_layers, num_places, num_skips, revisits, split_visits, visit_list
 
 ZERO_INIT = re.compile(
     r".*attn\.proj\.weight|.*mlp\.proj\.weight|override_mlps\..*\.proj\.weight|lm_head\.weight"
-    r"|bigram\.embed\.weight|value_embed\.proj\.weight"
+    r"|(bigram|trigram)\.embed\.weight|(value_embed|token_type)\.proj\.weight|head_residual\.up\.weight"
 )
 
 
@@ -63,89 +59,6 @@ def document_pieces(
     return starts.cumsum(1)
 
 
-class MLP(nn.Module):
-    """proj(act(fc x)), or with a gated activation proj(act(gate x) · fc x)."""
-
-    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of x and both weights; see trainer/kernels
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        activation = activation_of(config.activation)
-        self.gated, self.act = activation.gated, activation.bind(config)
-        hidden_dim = mlp_width(config)
-        self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
-        if self.gated:
-            self.gate = nn.Linear(config.model_dim, hidden_dim, bias=False)
-        self.proj = nn.Linear(hidden_dim, config.model_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, seq_len, model_dim) → the same
-        if self.fused is not None:
-            return self.fused(x, self.fc.weight, self.proj.weight)
-        if self.gated:
-            return self.proj(self.act(self.gate(x)) * self.fc(x))
-        return self.proj(self.act(self.fc(x)))
-
-
-class Block(nn.Module):
-    """One transformer block: a mix with the embedding, then attention and MLP, each added with a per-channel gain."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        dim = config.model_dim
-        self.has_attention = layer > 0 or config.first_attention
-        if self.has_attention:
-            self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        if self.has_attention:
-            self.attn_scale = nn.Parameter(torch.ones(dim))
-        self.mlp_scale = nn.Parameter(torch.ones(dim))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0] * dim, [0.0] * dim]))  # (2, model_dim): shares of x and x0
-        self.norm_scale = norm_scale(config, layer)
-        self.parallel = config.gptj_start is not None and layer >= config.gptj_start
-        self.stream_in, self.stream_out = nn.Identity(), nn.Identity()  # the residual passes here, so it can be watched
-        self.attn_adds, self.mlp_adds = nn.Identity(), nn.Identity()  # and here what is added to it
-
-    def forward(
-        self,
-        x: Tensor,  # (batch, seq_len, model_dim)
-        x0: Tensor,  # (batch, seq_len, model_dim), the embedding
-        context: Context,
-        mlp: MLP,  # the block's own, or a re-visit's
-        controls: Controls | None = None,  # of a place that has its own; else the block's
-    ) -> Tensor:
-        own: Block | Controls = self if controls is None else controls
-        x = own.resid_mix[0] * x + own.resid_mix[1] * x0
-        normed = rms_norm(x) * own.norm_scale
-        attended = (
-            x + self.attn_adds(own.attn_scale * self.attn(normed, context, controls)) if self.has_attention else x
-        )
-        mlp_input = normed if self.parallel else rms_norm(attended) * own.norm_scale
-        return attended + self.mlp_adds(own.mlp_scale * mlp(mlp_input))
-
-
-class BlockVisit:
-    """A block with the gains of one visit, as lanes use it."""
-
-    def __init__(self, block: Block, controls: Controls | None) -> None:
-        self.block, self.controls = block, controls
-        self.own: Block | Controls = block if controls is None else controls
-
-    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Return the block's input: the stream and the embedding, weighed per channel."""
-        return self.own.resid_mix[0] * x + self.own.resid_mix[1] * x0
-
-    def attention_update(self, x: Tensor, context: Context) -> Tensor:  # (batch, seq_len, model_dim) → the same
-        """Return what attention adds, from its lane after the mix."""
-        attended = self.block.attn(rms_norm(x) * self.own.norm_scale, context, self.controls)
-        update: Tensor = self.block.attn_adds(self.own.attn_scale * attended)
-        return update
-
-    def mlp_update(self, x: Tensor, mlp: nn.Module) -> Tensor:  # (batch, seq_len, model_dim) → the same
-        """Return what the MLP adds, from its lane."""
-        update: Tensor = self.block.mlp_adds(self.own.mlp_scale * mlp(rms_norm(x) * self.own.norm_scale))
-        return update
-
-
 class GolfGPT(nn.Module):
     """The model. `graph.active_loops` may be changed between calls; weights never depend on it."""
 
@@ -158,6 +71,12 @@ class GolfGPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, embedding_dim)
         if config.bigram_buckets:
             self.bigram = NgramEmbedding(config)
+        if config.trigram_buckets:
+            self.trigram = TrigramEmbedding(config)
+        if reads_token_kinds(config):
+            self.token_kinds = TokenKinds(config)
+        if config.token_type_dim:
+            self.token_type = TokenTypeEmbedding(config)
         if config.value_embed_layers:
             self.value_embed = ValueEmbedding(config)
         if config.smear_gate:
@@ -180,6 +99,10 @@ class GolfGPT(nn.Module):
         elif config.lanes_start is not None:
             self.parallel_post_lambdas = nn.Parameter(torch.ones(config.num_layers, 2, 2))
             self.parallel_resid_lambdas = nn.Parameter(torch.full((config.num_layers, 2), START[config.lane_kind]))
+        if config.head_residual_rank:
+            self.head_residual = HeadResidual(config)
+        if config.output_bias != "none":
+            self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.head_in = nn.Identity()  # the head's input passes here, so that calibration can see it
         self.head_out = nn.Identity()  # and the head's product, before the soft-cap
         if not config.tie_embeddings:
@@ -191,11 +114,15 @@ class GolfGPT(nn.Module):
         if config.carry != "none":
             self.recur_beta, self.recur_alpha = carry_coefficients(config)
         if config.visit_controls:
+            layers = visit_list(config, config.max_active_loops)
             beyond = range(config.num_layers, num_places(config))
-            self.places = nn.ModuleDict({str(place): Place(config) for place in beyond})
+            self.places = nn.ModuleDict({str(place): Place(config, layers[place]) for place in beyond})
         if config.untied_loop_mlps:
-            keys = [f"{layer}_p{k}" for layer, count in revisits(config).items() for k in range(1, count + 1)]
-            self.override_mlps = nn.ModuleDict({key: MLP(config) for key in keys})
+            counts = [(layer, count) for layer, count in revisits(config).items() if mlp_widths(config)[layer]]
+            mlps = {f"{layer}_p{k}": MLP(config, layer) for layer, count in counts for k in range(1, count + 1)}
+            self.override_mlps = nn.ModuleDict(mlps)
+        if has_passes(config):
+            self.passes = Passes(config)
 
     def set_graph(self, graph: GraphState) -> None:
         """Change the runtime graph state. Raises SettingsError beyond what the config can activate."""
@@ -212,20 +139,23 @@ class GolfGPT(nn.Module):
         for name, parameter in self.named_parameters():
             if ZERO_INIT.fullmatch(name):
                 nn.init.zeros_(parameter)
-            elif name in ("tok_emb.weight", "value_embed.embed.weight"):
+            elif name in ("tok_emb.weight", "value_embed.embed.weight", "token_type.embed.weight"):
                 nn.init.normal_(parameter, std=self.config.embedding_init_std)
-            elif name.endswith(".weight"):
+            elif name.endswith(".weight") or name == "passes.basis":
                 nn.init.orthogonal_(parameter)
 
-    def _rotary(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        config = self.config
-        dims = config.rope_dims or config.model_dim // config.num_heads
-        base = config.rope_base
+    def _rotary(self, seq_len: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Return cos and sin of each layer; layers that rotate alike share them."""
+        config, dtype = self.config, at_least_float32(self.tok_emb.weight.dtype)
         longest = min(seq_len, config.document_cut or seq_len)  # what attention can see
         unstretched = config.rope_ntk_from or config.train_seq_len
-        if config.rope_ntk and longest > unstretched:
-            base *= (longest / unstretched) ** (dims / (dims - 2))
-        return rotary_angles(seq_len, dims, base, device, at_least_float32(self.tok_emb.weight.dtype))
+        made = {}
+        for dims, base in dict.fromkeys(rotations(config)):
+            stretched = base
+            if config.rope_ntk and longest > unstretched:
+                stretched *= (longest / unstretched) ** (dims / (dims - 2))
+            made[dims, base] = rotary_angles(seq_len, dims, stretched, device, dtype)
+        return [made[rotation] for rotation in rotations(config)]
 
     def _skip_row(self, index: int) -> int | None:
         """Return the row of skip_weights that second-half visit `index` uses; None if there is none for it."""
@@ -236,10 +166,12 @@ class GolfGPT(nn.Module):
 
     def _skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
         """Add a U-Net skip with a row of the weights, gated where the model has gates."""
-        weighted = self.skip_weights[row] * skip
+        weighted = self.skip_weights[row] * (rms_norm(skip) if self.config.skip_norm == "before" else skip)
         if self.config.skip_gates:
-            return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
-        return x + weighted
+            x = torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+        else:
+            x = x + weighted
+        return rms_norm(x) if self.config.skip_norm == "after" else x
 
     def _skip_lanes(self, lanes: Lanes, skip: Tensor | None, row: int | None, has_just_split: bool) -> Lanes:
         """Add a U-Net skip to the lanes that take it."""
@@ -250,11 +182,16 @@ class GolfGPT(nn.Module):
         return first, second
 
     def _embed(self, tokens: Tensor) -> Tensor:  # (batch, seq_len) → (batch, seq_len, model_dim)
-        """Return the embedding: tokens, bigrams, smear gates, norm, and the projection if widths differ."""
+        """Return the embedding: tokens, n-grams, types, smear gates, norm, and the projection if widths differ."""
         config = self.config
-        x = self.tok_emb(tokens)
+        x = embedded = self.tok_emb(tokens)
+        kinds = self.token_kinds(tokens) if reads_token_kinds(config) else None
         if config.bigram_buckets:
-            x = x + self.bigram(tokens)
+            x = x + self.bigram(tokens, embedded, kinds)
+        if config.trigram_buckets:
+            x = x + self.trigram(tokens)
+        if config.token_type_dim:
+            x = x + self.token_type(kinds)
         if config.smear_gate:
             x = narrow_smear(x, tokens, self.smear_gate, self.smear_lambda, config.smear_across_bos)
         if config.channel_smear == "before_norm":
@@ -264,13 +201,20 @@ class GolfGPT(nn.Module):
             x = channel_smear(x, self.channel_smear, of_predecessor=True)
         return self.embed_proj(x) if hasattr(self, "embed_proj") else x
 
+    def embed_alone(self, tokens: Tensor) -> Tensor:  # (n,) → (n, model_dim)
+        """Return the embedding of tokens by themselves, without n-grams and neighbours."""
+        x = rms_norm(self.tok_emb(tokens))
+        return self.embed_proj(x) if hasattr(self, "embed_proj") else x
+
     def _recurrence(self) -> Recurrence:
         if self.config.carry == "none":
             return Recurrence([])
         return Recurrence(self.looped, self.recur_beta, self.recur_alpha)
 
-    def _mlp(self, layer: int, revisit: int) -> MLP:
+    def _mlp(self, layer: int, revisit: int) -> MLP | None:
         """Return the MLP of this visit: the block's own on the first and, unless untied, on every other."""
+        if not mlp_widths(self.config)[layer]:
+            return None
         untied = revisit and self.config.untied_loop_mlps
         mlp = self.override_mlps[f"{layer}_p{revisit}"] if untied else self.blocks[layer].mlp
         assert isinstance(mlp, MLP)
@@ -288,7 +232,7 @@ class GolfGPT(nn.Module):
         assert isinstance(block, Block)
         if not block.has_attention:  # only ever visited at its own place
             return None
-        use_xsa = place >= num_places(self.config) - self.config.xsa_last_n
+        use_xsa = has_xsa(self.config, place, num_places(self.config))
         return Controls(
             block.attn_scale, block.mlp_scale, block.resid_mix, block.attn.q_gain, block.norm_scale, use_xsa, place
         )
@@ -298,6 +242,8 @@ class GolfGPT(nn.Module):
         controls, block = self._controls(recurrence.place), self.blocks[layer]
         assert isinstance(block, Block)
         revisit = recurrence.enter(layer)
+        if has_passes(self.config) and self.graph.active_loops:
+            x = self.passes(x, layer, revisit)
         output: Tensor = block(block.stream_in(x), x0, context, self._mlp(layer, revisit), controls)
         carried: Tensor = block.stream_out(recurrence.carry(layer, revisit, output))
         return carried
@@ -358,13 +304,14 @@ class GolfGPT(nn.Module):
 
         # What all attentions share: rotary angles, who attends to whom, value embeddings.
         value_embeddings = self.value_embed(tokens) if self.config.value_embed_layers else {}
-        angles = self._rotary(new if past is None else past.capacity, tokens.device)
+        rotary = self._rotary(new if past is None else past.capacity, tokens.device)
+        angles = rotary if past is None else [(cos[positions], sin[positions]) for cos, sin in rotary]
         reach = self._reach(tokens, seen, document, past)
-        context = Context(angles[0][positions], angles[1][positions], reach, value_embeddings, past)
 
         # The embedding, from as far back as it looks.
         recurrence = self._recurrence()
         x = x0 = self._embed(seen[:, max(0, positions.start - LOOK_BACK) :])[:, -new:]
+        context = Context(angles, reach, value_embeddings, past, x0)
 
         # Encoder: every visit leaves its output for a skip.
         encoder, decoder = split_visits(self.config, self.graph.active_loops)
@@ -391,6 +338,8 @@ class GolfGPT(nn.Module):
 
         # One stream again, normalised and as wide as the head reads it.
         x = rms_norm(x if lanes is None else self._merge(lanes))
+        if self.config.head_residual_rank:
+            x = self.head_residual(x)
         if hasattr(self, "head_proj"):
             x = self.head_proj(x)
         return self.head_in(x)
@@ -398,7 +347,7 @@ class GolfGPT(nn.Module):
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # (…, embedding_dim) → (…, vocab_size)
         head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
         product: Tensor = self.head_out(F.linear(hidden, head))
-        return product
+        return product if self.config.output_bias == "none" else product + self.output_bias
 
     def start_past(self, batch: int, capacity: int) -> Past:
         """Return an empty past for texts of up to `capacity` tokens; angles are those of a text of that length."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.architecture import ArchitectureSettings, looped_layers, revisits
+from trainer.architecture import ArchitectureSettings
+from trainer.visits import looped_layers, revisits
 
 
 def carry_coefficients(config: ArchitectureSettings) -> tuple[nn.Parameter, nn.Parameter]:
@@ -25,7 +26,8 @@ def carry_coefficients(config: ArchitectureSettings) -> tuple[nn.Parameter, nn.P
     if config.carry_alpha is not None:
         alpha = torch.tensor(config.carry_alpha)
     if config.carry_per_pass:
-        beta, alpha = beta.repeat(passes, 1), alpha.repeat(passes, 1, 1)
+        beta = beta if beta.ndim == 2 else beta.repeat(passes, 1)
+        alpha = alpha if alpha.ndim == 3 else alpha.repeat(passes, 1, 1)
     learnable = config.carry == "learnable"
     return nn.Parameter(beta, requires_grad=learnable), nn.Parameter(alpha, requires_grad=learnable)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.architecture import ArchitectureSettings, visit_list
+from trainer.architecture import ArchitectureSettings
+from trainer.visits import visit_list
 
 
 def num_visits(model: ArchitectureSettings, active_loops: int) -> int:

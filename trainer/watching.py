@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pgolf_post.watching import Branch, Watcher
-from trainer.architecture import visit_list
 from trainer.attention_backends import SDPA, sdpa_attend
-from trainer.model import MLP, Block, GolfGPT
+from trainer.block import MLP, Block
+from trainer.model import GolfGPT
+from trainer.visits import visit_list
 
 Hook = Callable[..., None]
 

@@ -191,6 +191,12 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             f"{keys}: a script that trains minimises plain nats",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
+        if getattr(recipe.model, key, None) == value:
+            raise SettingsError(
+                f'model.{key} = "{value}" starts from the training text, which is not part of a script',
+                hint="make the eval form: leave --recipe out",
+            )
     if recipe.run.kernels != "eager":
         raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
 

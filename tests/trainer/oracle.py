@@ -67,24 +67,72 @@ def looped_layers(config: Config) -> list[int]:
 # ---- input -------------------------------------------------------------------------------------------------------
 
 
+def at(value: Any, layer: int) -> Any:
+    """A setting's value in a layer."""
+    return value[layer] if isinstance(value, list) else value
+
+
+def begins_word(config: Config, token: int) -> bool:
+    return int(config["token_kinds"][token], 16) >= 8
+
+
+HASHES = [(36313, 27191, 51497), (48611, 60493, 40289), (57041, 33317, 45007), (39019, 53777, 62233)]
+
+
+def hashed_row(w: Weights, config: Config, tokens: list[int], t: int, n: int) -> ndarray:
+    """Mean of the rows of the bigram table that the hashes of an n-gram have."""
+    buckets = config["bigram_buckets"]
+    rows = []
+    for multipliers in HASHES[: config.get("bigram_heads", 1)]:
+        bucket = buckets - 1
+        if t >= n - 1:
+            mixed = 0
+            for back in range(n):
+                mixed ^= multipliers[back] * tokens[t - back]
+            split = config.get("bigram_classes", "none")
+            if split == "none":
+                bucket = mixed % (buckets - 1)
+            else:
+                kind = 0 if begins_word(config, tokens[t]) else 1
+                if split == "word_position" and kind == 1 and t > 0 and not begins_word(config, tokens[t - 1]):
+                    kind = 2
+                share = (buckets - 1) // (2 if split == "word_start" else 3)
+                bucket = kind * share + mixed % share
+        rows.append(w["bigram.embed.weight"][bucket])
+    return sum(rows) / len(rows)
+
+
+def trigram_vector(w: Weights, config: Config, tokens: list[int], t: int) -> ndarray:
+    """What position t gets from the trigrams' own table."""
+    bucket = config["trigram_buckets"] - 1
+    if t >= 2:
+        mixed = (36313 * tokens[t]) ^ (27191 * tokens[t - 1]) ^ (51497 * tokens[t - 2])
+        bucket = mixed % (config["trigram_buckets"] - 1)
+    vector = w["trigram.embed.weight"][bucket]
+    if "trigram.proj.weight" in w:
+        vector = w["trigram.proj.weight"] @ vector
+    return w["trigram.scale"] * vector
+
+
 def ngram_vector(w: Weights, config: Config, tokens: list[int], t: int) -> ndarray:
-    """What position t gets from the hashed tables."""
+    """What position t gets from the bigram table."""
     buckets = config["bigram_buckets"]
     if config["bigram_hash"] == "product":
         before = tokens[t - 1] if t >= 1 else 0
         return w["bigram.proj.weight"] @ w["bigram.embed.weight"][(92821 * before + tokens[t]) % buckets]
-    bucket = buckets - 1
-    if t >= 1:
-        bucket = ((36313 * tokens[t]) ^ (27191 * tokens[t - 1])) % (buckets - 1)
-    vector = w["bigram.embed.weight"][bucket]
+    vector = hashed_row(w, config, tokens, t, 2)
     if config["trigram"]:
-        bucket = buckets - 1
-        if t >= 2:
-            bucket = ((36313 * tokens[t]) ^ (27191 * tokens[t - 1]) ^ (51497 * tokens[t - 2])) % (buckets - 1)
-        vector = vector + w["bigram.embed.weight"][bucket]
+        vector = vector + hashed_row(w, config, tokens, t, 3)
     if "bigram.proj.weight" in w:
         vector = w["bigram.proj.weight"] @ vector
-    return w["bigram.scale"] * vector
+    vector = w["bigram.scale"] * vector
+    if config.get("bigram_gate"):
+        vector = vector * sigmoid(
+            float(w["bigram.gate"] @ w["tok_emb.weight"][tokens[t]]) + float(w["bigram.gate_bias"])
+        )
+    if config.get("word_start_boost") and begins_word(config, tokens[t]):
+        vector = vector * w["bigram.boost"]
+    return vector
 
 
 def blended(rows: list[ndarray], own: ndarray) -> list[ndarray]:
@@ -102,6 +150,11 @@ def embed(w: Weights, config: Config, tokens: list[int]) -> list[ndarray]:
         row = w["tok_emb.weight"][token]
         if config["bigram_buckets"]:
             row = row + ngram_vector(w, config, tokens, t)
+        if config.get("trigram_buckets"):
+            row = row + trigram_vector(w, config, tokens, t)
+        if config.get("token_type_dim"):
+            kind = w["token_type.embed.weight"][int(config["token_kinds"][token], 16) % 8]
+            row = row + w["token_type.scale"] * (w["token_type.proj.weight"] @ kind)
         rows.append(row)
     smeared = []
     for t, token in enumerate(tokens):
@@ -123,10 +176,12 @@ def embed(w: Weights, config: Config, tokens: list[int]) -> list[ndarray]:
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 
-def rotate(config: Config, vector: ndarray, t: int, seq_len: int) -> ndarray:
-    """One head's query or key, turned to position t."""
-    d = config["rope_dims"] or len(vector)
-    base = config["rope_base"]
+def rotate(config: Config, layer: int, vector: ndarray, t: int, seq_len: int) -> ndarray:
+    """One head's query or key in a layer, turned to position t."""
+    if layer in config.get("nope_layers", []):
+        return vector
+    d = at(config["rope_dims"], layer) or len(vector)
+    base = at(config["rope_base"], layer)
     short = config["train_seq_len"] if config["rope_ntk_from"] is None else config["rope_ntk_from"]
     if config["rope_ntk"] and seq_len > short:
         base = base * (seq_len / short) ** (d / (d - 2))
@@ -157,7 +212,7 @@ class Pass:
     def __init__(self, w: Weights, config: Config, tokens: list[int], document: list[int]) -> None:
         self.w, self.config, self.tokens, self.document = w, config, tokens, document
         self.x0 = embed(w, config, tokens)
-        self.first_values: list[ndarray] | None = None
+        self.earlier_values: list[ndarray] | None = None
         self.visited: list[int] = []
         self.first_output: dict[int, list[ndarray]] = {}
 
@@ -166,6 +221,8 @@ class Pass:
         w, config, at = self.w, self.config, f"blocks.{layer}.attn"
         vs = []
         for t, x in enumerate(xs):
+            if layer in config.get("value_x0_layers", []):
+                x = x + w[f"{at}.x0_share"] * rms_norm(self.x0[t])
             v = w[f"{at}.v.weight"] @ x
             if place in config["value_embed_layers"]:
                 extra = w["value_embed.embed.weight"][self.tokens[t]]
@@ -176,11 +233,14 @@ class Pass:
             vs.append(v)
         if not config["value_residual"]:
             return vs
-        if self.first_values is None:
-            self.first_values = vs
+        if self.earlier_values is None:
+            self.earlier_values = vs
             return vs
         old, own = w[f"{at}.value_mix"]
-        return [old * first + own * v for first, v in zip(self.first_values, vs, strict=True)]
+        mixed = [old * earlier + own * v for earlier, v in zip(self.earlier_values, vs, strict=True)]
+        if config.get("value_residual_from", "first") == "previous":
+            self.earlier_values = mixed
+        return mixed
 
     def attention(self, layer: int, place: int, xs: list[ndarray]) -> list[ndarray]:
         w, config, at = self.w, self.config, f"blocks.{layer}.attn"
@@ -198,18 +258,21 @@ class Pass:
             parts = []
             for head in range(heads):
                 kv = slice((head // (heads // kv_heads)) * d, (head // (heads // kv_heads) + 1) * d)
-                q = rotate(config, rms_norm(raw_queries[t][head * d : (head + 1) * d]), t, seq_len)
+                q = rotate(config, layer, rms_norm(raw_queries[t][head * d : (head + 1) * d]), t, seq_len)
                 q = q * gain[head]
                 seen = [s for s in range(t + 1) if self.document[s] == self.document[t]]
-                scores = [q @ rotate(config, rms_norm(raw_keys[s][kv]), s, seq_len) / math.sqrt(d) for s in seen]
+                scores = [q @ rotate(config, layer, rms_norm(raw_keys[s][kv]), s, seq_len) / math.sqrt(d) for s in seen]
                 shares = softmax(np.array(scores))
                 y = sum(share * values[s][kv] for share, s in zip(shares, seen, strict=True))
-                if place >= last - config["xsa_last_n"]:
+                listed = config.get("xsa_layers")
+                if place in listed if listed is not None else place >= last - config["xsa_last_n"]:
                     own = values[t][kv]
                     direction = own / math.sqrt(float(own @ own))
-                    y = y - (y @ direction) * direction
+                    share = sigmoid(float(w[f"{at}.xsa_alpha"])) if config.get("xsa_alpha") else 1.0
+                    y = y - share * (y @ direction) * direction
                 parts.append(head_gate(w, config, at, head, xs[t], raw_queries[t]) * y)
-            outputs.append(w[f"{at}.proj.weight"] @ np.concatenate(parts))
+            output = w[f"{at}.proj.weight"] @ np.concatenate(parts)
+            outputs.append(output if config.get("sandwich_norm", "none") == "none" else rms_norm(output))
         return outputs
 
     # ---- blocks --------------------------------------------------------------------------------------------------
@@ -219,11 +282,13 @@ class Pass:
         at = f"blocks.{layer}.mlp"
         if config["untied_loop_mlps"] and revisit > 0:
             at = f"override_mlps.{layer}_p{revisit}"
+        if f"{at}.fc.weight" not in w:
+            return np.zeros_like(x)
         h = w[f"{at}.fc.weight"] @ x
-        kind = config["activation"]
+        kind = config["activation"] if isinstance(config["activation"], str) else config["activation"][layer]
         if kind == "swiglu":
             z = w[f"{at}.gate.weight"] @ x
-            return w[f"{at}.proj.weight"] @ (z * sigmoid(z) * h)
+            return self.settled(w[f"{at}.proj.weight"] @ (z * sigmoid(z) * h))
         activations: dict[str, Callable[[ndarray], ndarray]] = {
             "relu2": lambda h: np.maximum(h, 0) ** 2,
             "relu3": lambda h: np.maximum(h, 0) ** 3,
@@ -231,7 +296,10 @@ class Pass:
             "silu2": lambda h: (h * sigmoid(h)) ** 2,
             "gelu2": lambda h: (h * 0.5 * (1 + erf(h / math.sqrt(2)))) ** 2,
         }
-        return w[f"{at}.proj.weight"] @ activations[kind](h)
+        return self.settled(w[f"{at}.proj.weight"] @ activations[kind](h))
+
+    def settled(self, output: ndarray) -> ndarray:
+        return rms_norm(output) if self.config.get("sandwich_norm", "none") == "both" else output
 
     def norm_scale(self, place: int) -> float:
         return 1 / math.sqrt(place + 1) if self.config["ln_scale"] else 1.0
@@ -244,14 +312,55 @@ class Pass:
         """One of the gains of a place."""
         return self.w[f"{'places' if place >= self.config['num_layers'] else 'blocks'}.{place}.{name}"]
 
+    def mix(self, place: int) -> tuple[Any, Any]:
+        """Shares of the stream and of the embedding."""
+        if not self.config.get("x0_mix", True):
+            return 1.0, 0.0
+        stream, embedding = self.gains(place, "resid_mix")
+        return stream, embedding
+
+    def attends(self, layer: int) -> bool:
+        listed = self.config.get("attn_layers")
+        return (layer > 0 or self.config["first_attention"]) and (listed is None or layer in listed)
+
+    def mlp_gain(self, place: int) -> Any:
+        name = f"{'places' if place >= self.config['num_layers'] else 'blocks'}.{place}.mlp_scale"
+        return self.w.get(name, 0.0)
+
+    def before_visit(self, layer: int, revisit: int, xs: list[ndarray]) -> list[ndarray]:
+        """What passes do to the stream: only where loops are on."""
+        w, config = self.w, self.config
+        if not self.active_loops:
+            return xs
+        looped = looped_layers(config)
+        encoder, decoder = halves(config, config["num_loops"] if config["visits"] is None else 1)
+        everything = encoder + decoder
+        row_of: dict[str, dict[int, int]] = {"pass": {looped[0]: revisit} if looped else {}, "visit": {}}
+        start = 0
+        for each in looped:
+            row_of["visit"][each] = start + revisit
+            start += everything.count(each)
+        out = xs
+        if config.get("pass_norm") and layer == looped[0] and revisit > 0:
+            out = [w["passes.gain"][revisit - 1] * rms_norm(x) for x in out]
+        row = row_of.get(config.get("pass_film", "none"), {}).get(layer)
+        if row is not None:
+            out = [(1 + w["passes.film"][0][row]) * x + w["passes.film"][1][row] for x in out]
+        row = row_of.get(config.get("pass_embeddings", "none"), {}).get(layer)
+        if row is not None:
+            full = "passes.embed" in w
+            vector = w["passes.embed"][row] if full else w["passes.code"][row] @ w["passes.basis"]
+            out = [x + vector for x in out]
+        return out
+
     def block(self, layer: int, revisit: int, xs: list[ndarray]) -> list[ndarray]:
         """F_i: the block with one residual stream."""
         config, place = self.config, self.place(layer)
         s = self.norm_scale(place)
-        m0, m1 = self.gains(place, "resid_mix")
+        m0, m1 = self.mix(place)
         inputs = [m0 * x + m1 * x0 for x, x0 in zip(xs, self.x0, strict=True)]
         attended = [np.zeros_like(x) for x in inputs]
-        if layer > 0 or config["first_attention"]:
+        if self.attends(layer):
             heard = self.attention(layer, place, [rms_norm(x) * s for x in inputs])
             attended = [self.gains(place, "attn_scale") * a for a in heard]
         parallel = config["gptj_start"] is not None and layer >= config["gptj_start"]
@@ -259,14 +368,14 @@ class Pass:
         for x_in, a in zip(inputs, attended, strict=True):
             x = x_in + a
             source = x_in if parallel else x
-            outputs.append(x + self.gains(place, "mlp_scale") * self.mlp(layer, revisit, rms_norm(source) * s))
+            outputs.append(x + self.mlp_gain(place) * self.mlp(layer, revisit, rms_norm(source) * s))
         return outputs
 
     def visit(self, layer: int, xs: list[ndarray]) -> list[ndarray]:
         """The block, and on a re-visit the carry."""
         revisit = self.visited.count(layer)
         self.visited.append(layer)
-        outputs = self.block(layer, revisit, xs)
+        outputs = self.block(layer, revisit, self.before_visit(layer, revisit, xs))
         looped = looped_layers(self.config)
         if self.config["carry"] == "none" or layer not in looped:
             return outputs
@@ -294,19 +403,22 @@ class Pass:
         self.visited.append(layer)
         place = self.place(layer)
         s = self.norm_scale(place)
-        m0, m1 = self.gains(place, "resid_mix")
+        m0, m1 = self.mix(place)
         mixed = [m0 * x + m1 * x0 for x, x0 in zip(lane0, self.x0, strict=True)]
-        attended = self.attention(layer, place, [rms_norm(x) * s for x in mixed])
+        attended = [np.zeros_like(x) for x in mixed]
+        if self.attends(layer):
+            heard = self.attention(layer, place, [rms_norm(x) * s for x in mixed])
+            attended = [self.gains(place, "attn_scale") * a for a in heard]
         new0, new1 = [], []
         for t in range(len(lane0)):
-            a = self.gains(place, "attn_scale") * attended[t]
+            a = attended[t]
             first, second = lane0[t], lane1[t]
             read = second
             if kind == "sequential":
                 r, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
                 first, second = r[0] * first + post[0][0] * a, r[0] * second + post[0][1] * a
                 read = m0 * second + m1 * self.x0[t]
-            b = self.gains(place, "mlp_scale") * self.mlp(layer, revisit, rms_norm(read) * s)
+            b = self.mlp_gain(place) * self.mlp(layer, revisit, rms_norm(read) * s)
             if kind == "separate":
                 first, second = mixed[t] + a, second + b
             elif kind == "sequential":
@@ -331,17 +443,21 @@ class Pass:
         back = stored.pop()
         joined = []
         for x, old in zip(xs, back, strict=True):
-            weighted = w["skip_weights"][k] * old
+            norm = self.config.get("skip_norm", "none")
+            weighted = w["skip_weights"][k] * (rms_norm(old) if norm == "before" else old)
             if self.config["skip_gates"]:
                 g = sigmoid(w["skip_gates"][k])
                 joined.append((1 - g) * weighted + g * x)
             else:
                 joined.append(x + weighted)
+        if norm == "after":
+            return [rms_norm(x) for x in joined]
         return joined
 
     def run(self, active_loops: int) -> list[ndarray]:
         """Logits at every position."""
         w, config = self.w, self.config
+        self.active_loops = active_loops
         encoder, decoder = halves(config, active_loops)
         xs, stored = self.x0, []
         for layer in encoder:
@@ -381,9 +497,12 @@ class Pass:
         rows = []
         for x in xs:
             h = rms_norm(x)
+            if "head_residual.up.weight" in w:
+                h = h + w["head_residual.up.weight"] @ (w["head_residual.down.weight"] @ h)
             if "head_proj.weight" in w:
                 h = w["head_proj.weight"] @ h
-            rows.append(config["logit_softcap"] * np.tanh(head @ h / config["logit_softcap"]))
+            z = head @ h + w.get("output_bias", 0.0)
+            rows.append(config["logit_softcap"] * np.tanh(z / config["logit_softcap"]))
         return rows
 
 

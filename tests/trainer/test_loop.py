@@ -20,7 +20,25 @@ from trainer.loop import Trainer
 pytestmark = pytest.mark.slow
 
 EVERYTHING: dict[str, dict[str, Any]] = {  # that a resumed run must take up where it was
-    "model": {"num_loops": 2},
+    "model": {
+        "num_loops": 2,
+        "mlp_mult": [2.0, 1.5, 0.0],
+        "xsa_alpha": 0.9,
+        "pass_embeddings": "visit",
+        "pass_norm": True,
+        "value_residual": True,
+        "value_residual_from": "previous",
+        "value_x0_layers": [2],
+        "bigram_buckets": 32,
+        "bigram_classes": "word_position",
+        "bigram_heads": 2,
+        "word_start_boost": True,
+        "trigram_buckets": 16,
+        "token_type_dim": 4,
+        "output_bias": "unigram",
+        "head_residual_rank": 2,
+        "qk_init": "cooccurrence",
+    },
     "optim": {"ema_every": 2, "swa_start": 0.25, "swa_every": 2, "momentum_cycle_steps": 5},
     "schedule": {"shape": "tidal", "all_loops_at": 0.6, "weight_decay_taper_at": 0.4},
     "checkpoint": {"steps": list(range(13)), "metric_tokens": 40},

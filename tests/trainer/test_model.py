@@ -18,9 +18,10 @@ from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.script_words import split_log
 from pgolf_post.settings import parse_settings
-from trainer.architecture import GraphState, ModelConfig, visit_list
+from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT, document_pieces
+from trainer.visits import visit_list
 
 PARITY = Path(__file__).parent.parent / "parity"
 FLAT = ("baseline", "flat_loops_gptj", "flat_untied_plain", "flat_embed_proj")
@@ -67,7 +68,9 @@ def test_isolated_documents_equal_the_public_scripts(name: str, monkeypatch: pyt
     if name == "banked_dense_gate":
         # The script had scored 48 tokens before and kept that longer call's NTK-stretched rotary table for these 32.
         longer = model._rotary(48, torch.device("cpu"))
-        monkeypatch.setattr(model, "_rotary", lambda seq_len, device: tuple(table[:seq_len] for table in longer))
+        monkeypatch.setattr(
+            model, "_rotary", lambda seq_len, _: [(cos[:seq_len], sin[:seq_len]) for cos, sin in longer]
+        )
     document = torch.searchsorted(tensors["cu_seqlens"].long(), torch.arange(32), right=True)[None]
     with torch.no_grad():
         found = model(tensors["tokens.T32"][:1].long(), document)

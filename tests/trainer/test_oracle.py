@@ -17,10 +17,11 @@ from pgolf_post.settings import parse_settings
 from tests.trainer import oracle
 from tests.trainer.test_model import BANKED, FLAT, load_fixture
 from trainer.activations import ACTIVATIONS
-from trainer.architecture import GraphState, ModelConfig, num_skips, split_visits
-from trainer.embeddings import ngram_hash, product_hash
+from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
+from trainer.ngrams import ngram_hash, product_hash
+from trainer.visits import num_skips, split_visits
 
 PICO: dict[str, Any] = {
     "vocab_size": 23,
@@ -54,6 +55,47 @@ EVERYTHING: dict[str, Any] = {
     "tie_embeddings": False,
 }
 UNTIED = {"untied_loop_mlps": True, "visit_controls": True, "value_residual": True, "first_attention": False}
+KINDS = "690018f1a2039b84570c1d8"  # of PICO's 23 tokens: classes 0 to 7, from 8 on after a space
+PART_CASES: dict[str, dict[str, Any]] = {
+    "hidden widths by layer, one without an MLP": {"mlp_mult": [1.5, 0.0, 3.0, 2.0]},
+    "no MLP in a lane, no attention in another": {"mlp_mult": [2, 2, 2, 0], "attn_layers": [0, 1, 3], "lanes_start": 2},
+    "no MLP in sequential lanes": {"mlp_hidden": [7, 7, 0, 9], "lanes_start": 2, "lane_kind": "sequential"},
+    "attention in chosen layers": {"attn_layers": [1, 3], "value_residual": True},
+    "gains by layer": {"q_gain_init": [1.0, 2.0, 3.0, 4.0]},
+    "gains by head, in places too": {**LOOP, "visit_controls": True, "q_gain_init": [[1.0, 5.0]]},
+    "gains by layer and head": {"q_gain_init": [[1, 2], [3, 4], [5, 6], [7, 8]]},
+    "XSA in chosen layers, by a learned share": {"xsa_layers": [0, 2], "xsa_alpha": 0.9},
+    "XSA in chosen places": {**LOOP, "visit_controls": True, "xsa_layers": [1, 5]},
+    "rotary by layer": {"rope_base": [1000.0, 50.0, 1000.0, 9.0], "rope_dims": [0, 4, 8, 4], "nope_layers": [2]},
+    "activations by layer": {**LOOP, "activation": ["swiglu", "relu2", "gelu2", "silu2"], "untied_loop_mlps": True},
+    "a learned carry that starts by pass": {
+        **LOOP,
+        "carry": "frozen",
+        "carry_per_pass": True,
+        "carry_beta": [[1.5, 0.8], [1.2, 0.9]],
+        "carry_alpha": [[[0.2, 0.1], [-0.3, 0.4]], [[0.0, 0.1], [0.3, 0.2]]],
+    },
+    "a vector for each pass": {**LOOP, "pass_embeddings": "pass"},
+    "a vector for each visit, of rank 2": {**LOOP, "pass_embeddings": "visit", "pass_embedding_rank": 2},
+    "norm, FiLM and vectors of passes": {**LOOP, "pass_norm": True, "pass_film": "pass", "pass_embeddings": "visit"},
+    "FiLM of visits in an explicit list": {"visits": [0, 1, 2, 1, 2, 3, 1], "pass_film": "visit", "pass_norm": True},
+    "a cascade of values": {**LOOP, "value_residual": True, "value_residual_from": "previous"},
+    "the embedding in values": {**LOOP, "value_x0_layers": [0, 2], "value_x0_init": 0.3, "value_residual": True},
+    "bigrams split at words": {"bigram_buckets": 12, "bigram_classes": "word_start", "trigram": True},
+    "bigrams split by place in the word": {"bigram_buckets": 12, "bigram_classes": "word_position", "smear_gate": True},
+    "gated bigrams of three hashes": {"bigram_buckets": 9, "bigram_dim": 3, "bigram_heads": 3, "bigram_gate": True},
+    "boosted bigrams": {"bigram_buckets": 9, "word_start_boost": True, "embedding_dim": 12},
+    "trigrams of their own": {"trigram_buckets": 9, "trigram_dim": 3, "bigram_buckets": 7, "smear_gate": True},
+    "trigrams alone, as wide as the embedding": {"trigram_buckets": 5},
+    "types of tokens": {"token_type_dim": 3, "embedding_dim": 12},
+    "sandwich norm of attention": {"sandwich_norm": "attention"},
+    "sandwich norms in lanes": {"sandwich_norm": "both", "lanes_start": 2},
+    "skips normalised": {"skip_norm": "before", "skip_gates": False},
+    "the stream normalised after skips": {**LOOP, "skip_norm": "after", "lanes_start": 3},
+    "no path of the embedding": {"x0_mix": False},
+    "no path of the embedding in lanes": {"x0_mix": False, "lanes_start": 2, "lane_kind": "sequential"},
+    "a head with a bias and a residual": {"output_bias": "zeros", "head_residual_rank": 3, "embedding_dim": 12},
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": EVERYTHING,
@@ -106,13 +148,21 @@ CASES: dict[str, dict[str, Any]] = {
     "no attention in block 0": {"first_attention": False, "value_residual": True, "gptj_start": 0},
     "full rotary, no stretch": {"rope_dims": 0, "rope_ntk": False, "ln_scale": False, "logit_softcap": 4.0},
     **{f"activation {kind}": {"activation": kind} for kind in tuple(ACTIVATIONS)},
+    **PART_CASES,
 }
+
+
+def pico_config(overrides: dict[str, Any]) -> ModelConfig:
+    """PICO with other settings, and the kinds of its tokens where they are read."""
+    settings = {**PICO, **overrides}
+    read = {"bigram_classes", "word_start_boost", "token_type_dim"} & overrides.keys()
+    return ModelConfig(**settings, token_kinds=KINDS if read else None)
 
 
 def random_model(overrides: dict[str, Any], seed: int = 0) -> GolfGPT:
     """A float64 model whose every parameter has been moved off its starting value."""
     torch.manual_seed(seed)
-    model = GolfGPT(ModelConfig(**{**PICO, **overrides}), GraphState())
+    model = GolfGPT(pico_config(overrides), GraphState())
     model.initialise()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -300,17 +350,22 @@ def test_frozen_coefficients_are_saved_but_not_trained() -> None:
     torch.testing.assert_close(state["recur_alpha"], torch.tensor([alpha, alpha]))
 
 
-@pytest.mark.parametrize("feature", ["carry", "value_residual", "value_embed", "bigram"])
+@pytest.mark.parametrize(
+    "feature", ["carry", "value_residual", "value_embed", "bigram", "trigram", "passes", "head", "values", "types"]
+)
 def test_a_fresh_feature_changes_nothing_yet(feature: str) -> None:
     overrides: dict[str, Any] = {
         "carry": {"carry": "learnable"},
         "value_residual": {"value_residual": True},
         "value_embed": {"value_embed_layers": [1], "value_embed_dim": 3},
         "bigram": {"bigram_buckets": 9, "bigram_dim": 3},
+        "trigram": {"trigram_buckets": 9, "trigram_dim": 3},
+        "passes": {"pass_embeddings": "visit", "pass_embedding_rank": 2, "pass_film": "pass"},
+        "head": {"output_bias": "zeros", "head_residual_rank": 2},
+        "values": {"value_x0_layers": [1, 2], "value_residual": True, "value_residual_from": "previous"},
+        "types": {"token_type_dim": 3},
     }[feature]
-    plain, extended = (
-        GolfGPT(ModelConfig(**{**PICO, **LOOP, **o}), GraphState(active_loops=2)) for o in ({}, overrides)
-    )
+    plain, extended = (GolfGPT(pico_config({**LOOP, **o}), GraphState(active_loops=2)) for o in ({}, overrides))
     for model in (plain, extended):
         torch.manual_seed(0)
         model.initialise()

@@ -15,14 +15,18 @@ is a property of a Trainer, not of a model or its config.
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
 from trainer.activations import ACTIVATIONS, activation_of
+from trainer.architecture import ArchitectureSettings
 from trainer.attention_backends import Reach
+from trainer.block import MLP
 from trainer.config import Kernels, Recipe
-from trainer.model import MLP, GolfGPT
+from trainer.layers import activation_names
+from trainer.model import GolfGPT
 from trainer.tables import read_keys
 
 LOSS_KERNELS: tuple[Kernels, ...] = ("triton", "triton_loss")
@@ -53,25 +57,36 @@ def require_usable(recipe: Recipe, device_type: str) -> None:
             f'run.kernels = "{kernels}" has a loss of plain nats, not of {wanted}',
             hint="train with --set run.kernels=triton_mlp, or leave the table loss out",
         )
-    if kernels in MLP_KERNELS and activation_of(recipe.model.activation).kernel_slope is None:
+    if kernels in MLP_KERNELS and (lacking := _without_kernel(recipe.model)):
         fused = " and ".join(name for name, row in ACTIVATIONS.items() if row.kernel_slope)
         raise SettingsError(
-            f'run.kernels = "{kernels}" has an MLP for {fused}, not for "{recipe.model.activation}"',
+            f'run.kernels = "{kernels}" has an MLP for {fused}, not for "{lacking[0]}"',
             hint=EAGER_HINT,
         )
 
 
+def _without_kernel(model: ArchitectureSettings) -> list[str]:
+    """Return the activations of a model that the fused MLP does not have."""
+    return [name for name in activation_names(model) if activation_of(name).kernel_slope is None]
+
+
 def fuse_mlps(model: GolfGPT) -> None:
     """Make every MLP of this model the fused one. Raises SettingsError for an activation that the kernel lacks."""
-    from trainer.kernels.mlp import fused_mlp  # needs triton
-
-    activation = activation_of(model.config.activation)
-    if activation.kernel_slope is None:
-        raise SettingsError(f'no fused MLP has the activation "{model.config.activation}"', hint=EAGER_HINT)
-    slope = activation.kernel_slope(**read_keys(model.config, activation.reads))
+    if lacking := _without_kernel(model.config):
+        raise SettingsError(f'no fused MLP has the activation "{lacking[0]}"', hint=EAGER_HINT)
     for module in model.modules():
         if isinstance(module, MLP):
-            module.fused = lambda x, up, down: fused_mlp(x, up, down, slope)
+            activation = activation_of(activation_names(model.config)[module.layer])
+            assert activation.kernel_slope is not None
+            slope = activation.kernel_slope(**read_keys(model.config, activation.reads))
+            module.fused = partial(_fused, slope)
+
+
+def _fused(slope: float, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return the fused MLP of x, whose activation has this slope below 0."""
+    from trainer.kernels.mlp import fused_mlp  # needs triton
+
+    return fused_mlp(x, up, down, slope)
 
 
 def fused_loss(

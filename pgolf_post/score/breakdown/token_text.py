@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pgolf_post.data.tokenizer import BOS_ID, SPACE_MARK
+from pgolf_post.data.tokenizer import BOS_ID, SPACE_MARK, ByteTable
 
 CLASSES = ("word start", "continuation", "punctuation", "digits", "white space", "byte fallback", "BOS", "control")
 ENDS = (".", "!", "?", "…", "\n")  # of a sentence, before closing quotes and brackets
@@ -28,6 +28,13 @@ class TokenText:
         rows = [_row(tokenizer, token) for token in range(tokenizer.vocab_size())]
         shown, kinds, ends = zip(*rows, strict=True)
         return cls(list(shown), np.array([CLASSES.index(kind) for kind in kinds]), np.array(ends))
+
+
+def token_kinds(tokenizer: Any) -> str:
+    """Return one hexadecimal digit per token: its place in CLASSES, plus 8 if it begins with a space."""
+    classes = TokenText.from_tokenizer(tokenizer).token_class
+    spaces = ByteTable.from_tokenizer(tokenizer).has_leading_space
+    return "".join(f"{int(kind) + 8 * int(space):x}" for kind, space in zip(classes, spaces, strict=True))
 
 
 def _row(tokenizer: Any, token: int) -> tuple[str, str, bool]:
