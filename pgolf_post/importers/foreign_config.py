@@ -17,15 +17,19 @@ from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import build_module, get_family
 from pgolf_post.importers.from_shapes import settings_from_shapes
 from pgolf_post.importers.script_words import FAMILY, SWITCHED_OFF, require_computed, switched_off, translate
+from pgolf_post.score.breakdown.token_text import token_kinds
 
 DETAILS: dict[str, tuple[str, ...]] = {  # what has no meaning where the model lacks the part; scripts state it anyway
     "num_loops": ("loop_start", "loop_end"),
     "rope_ntk": ("rope_ntk_from",),
     "smear_gate": ("smear_across_bos",),
-    "bigram_buckets": ("bigram_dim", "bigram_hash", "trigram"),
+    "bigram_buckets": (
+        "bigram_dim", "bigram_hash", "trigram", "bigram_classes", "bigram_heads", "bigram_gate", "word_start_boost",
+    ),
     "value_embed_dim": ("value_embed_layers",),
     "attn_gate": ("attn_gate_scale", "attn_gate_source"),
-}
+}  # fmt: skip
+KINDS_READ_BY = ("bigram_classes", "word_start_boost", "token_type_dim")
 LANE_TENSORS = ("parallel_post_lambdas", "lane_merge")
 ASKED = {  # a key that no log states: how to know it
     "smear_across_bos": "true for scripts up to PR #1797 (2026-04-16 to 04-25), false from #1851 on (`not_bos` in it)",
@@ -43,7 +47,11 @@ class Inferred:
     unused: Sequence[str]  # given, but about a part that the model does not have
 
 
-def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Inferred:
+def infer_model(
+    tensors: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    tokenizer: Any = None,  # a sentencepiece processor, where the model may read what kind a token is
+) -> Inferred:
     """Return settings for canonical tensors. `given` is in our names or the public scripts'.
 
     Raises SettingsError for names of neither, for options that ours does not compute, and for keys that no shape
@@ -54,12 +62,8 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     shapes, stated = settings_from_shapes(tensors), translate(given)
     if stated.get("embedding_dim") == shapes["model_dim"]:
         stated["embedding_dim"] = None  # our word for "as wide as the model"
-    if not shapes["first_attention"] and stated.get("first_attention") is not False:
-        raise MismatchError(
-            "not a whole model: block 0 has no attention",
-            hint="if the script had switched it off: --set disable_layer0_attn=true",
-        )
-    shapes |= _width(shapes.pop("mlp_width"), shapes["model_dim"], stated)
+    _require_whole(shapes, stated)
+    shapes |= _widths(shapes.pop("mlp_widths"), shapes["model_dim"], stated)
     stated = _without_repeated_length(_with_loops(stated, shapes["num_layers"]))
     known = {**stated, **shapes}
 
@@ -84,12 +88,35 @@ def infer_model(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Infe
     _require(required_keys(tensors, known), known)
     known, without_meaning = _with_skips(tensors, known)
     idle |= without_meaning
+    if tokenizer is not None and any(known.get(key) not in (None, 0, "none") for key in KINDS_READ_BY):
+        known["token_kinds"] = token_kinds(tokenizer)
 
     # the family fills in the rest
     complete = get_family(FAMILY).complete(known)
     assumed = {key: value for key, value in complete.items() if (key not in known and key not in idle) or key in taken}
     unused = sorted(key for key in idle & said.keys() if said[key] not in (None, False))
     return Inferred(complete, assumed, unused)
+
+
+def _require_whole(shapes: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+    """Raise MismatchError for blocks without attention or MLP, unless the settings say that they have none."""
+    if not shapes["first_attention"] and stated.get("first_attention") is not False:
+        raise MismatchError(
+            "not a whole model: block 0 has no attention",
+            hint="if the script had switched it off: --set disable_layer0_attn=true",
+        )
+    if "attn_layers" in shapes and "attn_layers" not in stated:
+        raise MismatchError(
+            f"not a whole model: blocks {shapes['attn_layers']} alone have attention",
+            hint=f"if the script built it so: --set attn_layers={shapes['attn_layers']}",
+        )
+    without = [layer for layer, width in enumerate(shapes["mlp_widths"]) if not width]
+    listed = next((value for key in ("mlp_hidden", "mlp_mult") if isinstance(value := stated.get(key), list)), [])
+    if without and [layer for layer, width in enumerate(listed) if not width] != without:
+        raise MismatchError(
+            f"not a whole model: blocks {without} have no MLP",
+            hint="if the script built it so: --set mlp_mult=[…], with 0 for them",
+        )
 
 
 def _require(keys: Sequence[str], known: Mapping[str, Any]) -> None:
@@ -127,6 +154,27 @@ def required_keys(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
 
 
 # settings that scripts state in several ways
+
+
+def _widths(widths: list[int], dim: int, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the hidden widths as `_width` does; where layers differ, as lists.
+
+    Raises MismatchError if what is stated contradicts the shapes.
+    """
+    lists = [key for key in ("mlp_hidden", "mlp_mult") if isinstance(stated.get(key), list)]
+    if len(set(widths)) == 1 and not lists:
+        return _width(widths[0], dim, stated)
+    hidden, mults = stated.pop("mlp_hidden", None), stated.pop("mlp_mult", None)
+    for key, given, meant in (
+        ("mlp_hidden", hidden, hidden),
+        ("mlp_mult", mults, [int(mult * dim) for mult in mults] if isinstance(mults, list) else mults),
+    ):
+        if given and not (key == "mlp_mult" and hidden) and meant != widths:
+            raise MismatchError(f"settings contradict the tensors: {key}: shapes say {widths}, given {given!r}")
+    for multiples in (mults, [width / dim for width in widths]):
+        if isinstance(multiples, list) and [int(multiple * dim) for multiple in multiples] == widths:
+            return {"mlp_mult": [float(multiple) for multiple in multiples], "mlp_hidden": None}
+    return {"mlp_hidden": widths}
 
 
 def _width(hidden: int, dim: int, stated: dict[str, Any]) -> dict[str, Any]:

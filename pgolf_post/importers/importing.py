@@ -72,7 +72,7 @@ def import_file(
 
     # the model that they fit; a log states the vocabulary before it was trimmed
     stated = {k: v for k, v in given.items() if not (trimmed and k == "vocab_size" and v == rows)}
-    inferred = infer_model(views["raw"], stated)
+    inferred = infer_model(views["raw"], stated, data.tokenizer)
 
     # what would fail at the end fails now
     step = foreign.step or 0

@@ -3,7 +3,8 @@
 Names of parts are those of the public scripts (openai/parameter-golf): hashed n-grams (`bigram`), value embeddings
 (`ve_shared`, one scale per layer in `ve_layer_scales`), value residual (`vr_lambda`), untied loop MLPs
 (`override_mlps.{block}_p{re-visit}`), head gates, the smear gate, and the older ones with one share per channel:
-`smear.gate` is the predecessor's, `smeargate.gate` the token's own. What two lanes and a carry consist of stands in
+`smear.gate` is the predecessor's, `smeargate.gate` the token's own; a vector for each pass of the loop is
+`loop_pass_emb`. What two lanes and a carry consist of stands in
 banked files and in every compressed artifact, which names its matrices as flat files do.
 """
 
@@ -28,6 +29,7 @@ PART_RENAMES = {  # foreign suffix: canonical suffix
     "ve_shared.embed.weight": "value_embed.embed.weight",
     "ve_shared.proj.weight": "value_embed.proj.weight",
     "ve_shared.scale": "value_embed.scale",
+    "loop_pass_emb.weight": "passes.embed",
 }
 
 PARTS = (
@@ -37,7 +39,7 @@ PARTS = (
     r"|ve_shared\.(embed\.weight|proj\.weight|scale)|ve_layer_scales\.\d+"
     r"|override_mlps\.\d+_p\d+\.(fc|proj)\.weight|repeat_mlp\.\d+\.(fc|proj)\.weight|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix)"
     r"|blocks\.\d+\.attn\.(q_gain|vr_lambda|attn_gate_w|attn_gate_proj\.weight)"
-    r"|recur_(alpha|beta)|parallel_(post|resid)_lambdas|lane_merge"
+    r"|recur_(alpha|beta)|loop_pass_emb\.weight|parallel_(post|resid)_lambdas|lane_merge"
 )
 
 PRODUCT_HASH = {  # of the script that hashes bigrams by a product (#65): its table has no scale

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from pgolf_post.errors import MismatchError, SettingsError
-from pgolf_post.families import get_family
+from pgolf_post.families import build_module
 
 FAMILY = "golf_gpt"
 OTHER_NAME = {
@@ -36,7 +36,12 @@ OTHER_NAME = {
     "bigram_vocab_size": "bigram_buckets",
     "ve_dim": "value_embed_dim",
     "ve_layers": "value_embed_layers",
+    "trigram_vocab_size": "trigram_buckets",
+    "layer_mlp_mult_schedule": "mlp_mult",
 }
+LISTS_OF_LAYERS = (
+    "value_embed_layers", "recur_layers", "attn_layers", "xsa_layers", "nope_layers", "value_x0_layers",
+)  # fmt: skip
 OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says only what the model is not
     "gated_attn_enabled": ("attn_gate", "dense"),
     "sparse_attn_gate_enabled": ("attn_gate", "sparse"),
@@ -46,6 +51,9 @@ OTHER_SWITCH = {  # a public switch: what of ours it means when on; off, it says
     "use_smeargate": None,
     "parallel_residual": ("lane_kind", "sequential"),
     "disable_layer0_attn": ("first_attention", False),
+    "pos_conditional_bigram": ("bigram_classes", "word_start"),
+    "loop_pass_emb_enabled": ("pass_embeddings", "pass"),
+    "loop_pass_embeddings": ("pass_embeddings", "pass"),
 }
 SWITCHED_OFF = {  # a public switch: the part that the model lacks when it is off, and what else then says nothing
     "ve_enabled": ("value_embed_dim", "value_embed_layers"),
@@ -73,8 +81,10 @@ OTHER_VALUE = {
 
 @cache
 def our_keys() -> frozenset[str]:
-    """Return the names of the family's model settings, as config.json has them."""
-    return frozenset(get_family(FAMILY).complete({"vocab_size": 2, "train_seq_len": 2}))
+    """Return the names of the family's model settings; config.json leaves out those of parts that a model lacks."""
+    config = {"family": FAMILY, "model": {"vocab_size": 2, "train_seq_len": 2}, "graph": {}}
+    settings: Any = build_module(config).config
+    return frozenset(type(settings).model_fields)
 
 
 def known_keys() -> frozenset[str]:
@@ -140,7 +150,11 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name in NOT_COMPUTED or (name == "rope_train_seq_len" and "train_seq_len" in given):
             continue
-        if name in OTHER_SWITCH:
+        if name == "layer_mlp_mult_schedule" and not value:
+            continue
+        if name == "xsa_layers" and isinstance(value, int):  # scripts that count them from the last one
+            translated["xsa_last_n"] = value
+        elif name in OTHER_SWITCH:
             meaning = OTHER_SWITCH[name]
             translated |= dict([meaning]) if meaning and value else {}
         else:
@@ -151,10 +165,20 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _our_value(key: str, value: object) -> object:
     """Translate a value as the public scripts write it; lists and tables stay."""
-    if key in ("value_embed_layers", "recur_layers"):
+    if key == "mlp_mult" and isinstance(value, str):
+        return _numbers(key, value)
+    if key in LISTS_OF_LAYERS[:2] or (key in LISTS_OF_LAYERS and value is not None):
         layers = _layers(key, value)
         return sorted(set(layers)) if key == "recur_layers" else layers
     return value if isinstance(value, list | dict) else OTHER_VALUE.get((key, value), value)
+
+
+def _numbers(key: str, text: str) -> list[float]:
+    """Return the numbers in a text like "4,4,3". Raises SettingsError for anything else."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise SettingsError(f"{key} = {text!r} is no list of numbers, such as 4,4,3") from None
 
 
 def _layers(key: str, value: object) -> list[int]:

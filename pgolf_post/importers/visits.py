@@ -1,8 +1,8 @@
 """Tensors that belong to visits instead of layers, as the script of #1204 names them.
 
-Its blocks are numbered by their place in the list of visits, while its matrices are the layers'. So a block without an
-MLP of its own is a place: `blocks.11.attn_scale` ↔ `places.11.attn_scale`. MLPs of repeated layers are numbered in the
-order of `recur_layers`, which no file holds; and block 0 keeps an attention that the script may have switched off.
+Its blocks are numbered by their place in the list of visits, while its matrices are the layers'. So a block without
+matrices of its own is a place: `blocks.11.attn_scale` ↔ `places.11.attn_scale`. MLPs of repeated layers are numbered in
+the order of `recur_layers`, which no file holds; and block 0 keeps an attention that the script may have switched off.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ FIRST_ATTENTION = re.compile(r"blocks\.0\.(attn\..*|attn_scale)")
 
 
 def name_places(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return canonical tensors in which the gains of blocks without an MLP are those of places."""
+    """Return canonical tensors in which the gains of blocks without matrices are those of places."""
     return {_place_of(name, tensors) or name: tensor for name, tensor in tensors.items()}
 
 
 def _place_of(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     match = GAIN.fullmatch(name)
-    if match and f"blocks.{match[1]}.mlp.fc.weight" not in tensors:
+    matrices = ("mlp.fc.weight", "attn.q.weight", "attn.c_q.weight")
+    if match and not any(f"blocks.{match[1]}.{matrix}" in tensors for matrix in matrices):
         return f"places.{match[1]}.{match[2]}"
     return None
 

@@ -21,6 +21,7 @@ from pgolf_post.importers.importing import import_file
 from pgolf_post.importers.log_file import read_log
 from pgolf_post.importers.script_words import split_log, translate
 from pgolf_post.importers.visits import name_visits
+from pgolf_post.score.breakdown.token_text import token_kinds
 from tests.trainer import oracle
 
 SMALL = {  # in our words; what every script says in its own
@@ -173,6 +174,31 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "flat",
     ),
     "cubed activation": ({"activation": "relu3"}, {"activation": "relu3"}, "skip_gates", "flat"),
+    "a thinner MLP in the last block": (
+        {"mlp_mult": [2.0, 2.0, 2.0, 2.0, 2.0, 1.0]},
+        {"mlp_mult": 2.0, "layer_mlp_mult_schedule": "2,2,2,2,2,1"},
+        "skip_gates",
+        "flat",
+    ),
+    "no MLP in the first block": (
+        {"mlp_mult": [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]},
+        {"mlp_mult": [0, 2, 2, 2, 2, 2]},
+        "skip_gates",
+        "flat",
+    ),
+    "attention in chosen blocks": ({"attn_layers": [0, 1, 3, 5]}, {"attn_layers": "0,1,3,5"}, "skip_gates", "flat"),
+    "a vector for each pass": (
+        {"num_loops": 2, "loop_start": 2, "loop_end": 3, "pass_embeddings": "pass"},
+        {"num_loops": 2, "loop_start": 2, "loop_end": 3, "loop_pass_emb_enabled": True},
+        "loop_pass_emb.weight",
+        "banked",
+    ),
+    "bigrams split at words": (
+        {"bigram_buckets": 12, "bigram_dim": 4, "bigram_classes": "word_start", "token_kinds": "08" * 16},
+        {"bigram_vocab_size": 12, "bigram_dim": 4, "pos_conditional_bigram": True, "token_kinds": "08" * 16},
+        "bigram.scale",
+        "flat",
+    ),
     "another slope": ({"leaky_slope": 0.3}, {"negative_slope": 0.3}, "skip_gates", "flat"),
 }
 
@@ -232,6 +258,19 @@ def test_what_no_file_and_no_log_shows_is_asked_for(what: str) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no attention in block 0": ({"first_attention": False}, {}, "block 0 has no attention"),
+    "no attention in others": ({"attn_layers": [0, 1]}, {}, r"blocks \[0, 1\] alone have attention"),
+    "no MLP in one": ({"mlp_mult": [2, 2, 2, 0, 2, 2]}, {}, r"not a whole model: blocks \[3\] have no MLP"),
+    "no MLP in another": (
+        {"mlp_mult": [2, 2, 2, 0, 2, 2]},
+        {"mlp_mult": [2, 2, 0, 2, 2, 2]},
+        r"blocks \[3\] have no MLP",
+    ),
+    "another width in one": (
+        {"mlp_mult": [2, 2, 2, 1, 2, 2]},
+        {"mlp_mult": [2, 2, 2, 1.5, 2, 2]},
+        r"mlp_mult: shapes say \[32, 32, 32, 16, 32, 32\], given",
+    ),
+    "widths in words": ({}, {"layer_mlp_mult_schedule": "two"}, "mlp_mult = 'two' is no list of numbers"),
     "lanes off but there": ({**LATE, "lanes_start": 4}, {"parallel_residual": False}, "but the file has lanes"),
     "lanes without tensors": (
         {},
@@ -265,6 +304,21 @@ def test_what_contradicts_the_file_is_refused_by_name(what: str) -> None:
     overrides, said, message = REFUSED[what]
     with pytest.raises((MismatchError, SettingsError), match=message):
         infer(foreign_of(overrides, "flat"), said)
+
+
+def test_kinds_of_tokens_come_from_the_tokenizer_where_the_model_reads_them(pico_data: DataFolder) -> None:
+    split = {"bigram_buckets": 12, "bigram_classes": "word_start", "token_kinds": "0" * 32}
+    canonical = FORMATS["flat"].to_canonical(foreign_of(split, "flat"))
+    canonical["tok_emb.weight"] = torch.zeros(pico_data.vocab_size, 16)
+    words = {**SAID, "bigram_vocab_size": 12, "pos_conditional_bigram": True}
+    found = infer_model(canonical, words, pico_data.tokenizer)
+    assert found.model["token_kinds"] == token_kinds(pico_data.tokenizer)
+    assert "token_kinds" not in infer_model(canonical, {**words, "pos_conditional_bigram": False}).model
+
+
+def test_layers_with_xsa_are_a_number_or_a_list() -> None:
+    assert translate({"xsa_layers": 4}) == {"xsa_last_n": 4}
+    assert translate({"xsa_layers": "1,3"}) == translate({"xsa_layers": [1, 3]}) == {"xsa_layers": [1, 3]}
 
 
 def test_tensors_of_visits_are_named_by_their_layers() -> None:
