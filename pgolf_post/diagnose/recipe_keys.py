@@ -1,7 +1,7 @@
 """Learned scalars as keys of a recipe: what a copy of the model needs to begin with them, or to keep them frozen.
 
-A recipe can hold the carry of depth recurrence (β and α, frozen) and the starting gain of queries, one number for all
-heads. All other learned scalars are printed as comments, so that nothing is left out unsaid.
+A recipe can hold the carry of depth recurrence (β and α, frozen, of each pass) and the starting gain of each head's
+query. Other learned scalars are printed as comments, so that nothing is left out unsaid.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ def recipe_toml(view: View, digits: int) -> str:
     tensors = scalar_tensors(view)
     if not tensors:
         raise NotFoundError(f"{view} has no learned scalars", hint=f"pgolf-post diagnose {view.checkpoint.path}")
+    num_layers = 1 + max((view.family.layer(name) or 0 for name in view.tensors), default=0)
     taken = [name for name in tensors if name in CARRY or name.endswith(GAIN)]
-    lines = ["[model]", *_carry(tensors, digits), *_gain(tensors, digits)]
+    lines = ["[model]", *_carry(tensors, digits), *_gain(tensors, num_layers, digits)]
     rest = [f"# {line}" for name in tensors if name not in taken for line in _comment(name, tensors[name], digits)]
     return "\n".join([*lines, *(["# no recipe key takes these:"] if rest else []), *rest])
 
 
 def _carry(tensors: Mapping[str, Tensor], digits: int) -> Iterator[str]:
-    """Yield the frozen carry. Of one that differs by re-visit, the recipe takes the mean; each is said."""
+    """Yield the frozen carry; one that differs by re-visit has a list for each."""
     if not all(name in tensors for name in CARRY):
         return
     yield 'carry = "frozen"'
     if tensors["recur_beta"].ndim == 2:
-        yield "# one row for all re-visits, the mean of these:"
-        for visit in range(len(tensors["recur_beta"])):
-            each = ", ".join(f"{key} {_rounded(tensors[name][visit], digits)}" for name, key in CARRY.items())
-            yield f"# re-visit {visit + 1}: {each}"
-    for name, key in CARRY.items():
-        per_visit = tensors["recur_beta"].ndim == 2
-        yield f"{key} = {_rounded(tensors[name].double().mean(dim=0) if per_visit else tensors[name], digits)}"
+        yield "carry_per_pass = true"
+    yield from (f"{key} = {_rounded(tensors[name], digits)}" for name, key in CARRY.items())
 
 
-def _gain(tensors: Mapping[str, Tensor], digits: int) -> Iterator[str]:
+def _gain(tensors: Mapping[str, Tensor], num_layers: int, digits: int) -> Iterator[str]:
+    """Yield the gains of every layer's heads; their mean where some layer has no attention."""
     gains = {name: tensor.double() for name, tensor in tensors.items() if name.endswith(GAIN)}
     if not gains:
+        return
+    layers = [gains.get(f"blocks.{layer}.{GAIN}") for layer in range(num_layers)]
+    if all(layer is not None for layer in layers):
+        rows = [_rounded(layer, digits) for layer in layers if layer is not None]
+        yield f"q_gain_init = {rows}"
         return
     values = [value for tensor in gains.values() for value in tensor.tolist()]
     spread = f"{round(min(values), digits)} … {round(max(values), digits)}"
