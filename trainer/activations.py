@@ -76,7 +76,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(F.silu, gated=True, power=1.0, source="Shazeer 2020, arXiv:2002.05202"),
 }
 
-ActivationName = Annotated[str, name_in(ACTIVATIONS, "activation")]
+ActivationNames = Annotated[str | tuple[str, ...], name_in(ACTIVATIONS, "activation")]  # one, or one per layer
 
 
 def activation_of(name: str) -> Activation:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
-from trainer.activations import ActivationName
+from trainer.activations import ActivationNames
 from trainer.head import HeadSettings, check_head
 from trainer.layers import (
     LayerSettings,
@@ -73,9 +73,7 @@ class ArchitectureSettings(
     mlp_hidden: int | tuple[int, ...] | None = Field(
         None, description="hidden width itself, in place of mlp_mult; one number, or one per layer"
     )
-    activation: ActivationName | tuple[ActivationName, ...] = Field(
-        "leaky_relu2", description="a name in trainer/activations.py, or one per layer"
-    )
+    activation: ActivationNames = Field("leaky_relu2", description="a name in trainer/activations.py, or one per layer")
     leaky_slope: float = Field(0.5, ge=0, le=1, description="slope of leaky_relu2 below 0, before it is squared")
     tie_embeddings: bool = Field(True, description="use the embedding as the head's matrix")
     logit_softcap: float = Field(30.0, gt=0, description="cap of the logits cap·tanh(z / cap)")

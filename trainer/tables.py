@@ -24,12 +24,13 @@ def pick(table: Mapping[str, Method], name: str, what: str) -> Method:
 
 
 def name_in(table: Mapping[str, Any], what: str) -> AfterValidator:
-    """Return pydantic's check that a settings value is the name of a row."""
+    """Return pydantic's check that a settings value is the name of a row, or a list of such names."""
 
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(_unknown(table, name, what))
-        return name
+    def check(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in table:
+                raise ValueError(_unknown(table, name, what))
+        return names
 
     return AfterValidator(check)
 

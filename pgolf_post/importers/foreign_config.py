@@ -86,10 +86,10 @@ def infer_model(
     taken = {"carry": "frozen"} if "recur_beta" in tensors and "carry" not in known else {}  # buffers in the scripts
     known |= taken
     _require(required_keys(tensors, known), known)
-    known, without_meaning = _with_skips(tensors, known)
-    idle |= without_meaning
     if tokenizer is not None and any(known.get(key) not in (None, 0, "none") for key in KINDS_READ_BY):
         known["token_kinds"] = token_kinds(tokenizer)
+    known, without_meaning = _with_skips(tensors, known)
+    idle |= without_meaning
 
     # the family fills in the rest
     complete = get_family(FAMILY).complete(known)
