@@ -21,13 +21,15 @@ from pgolf_post.data import DataFolder
 from pgolf_post.fit.forecast import Forecast, bits_left, fitted_bytes, forecast
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 from pgolf_post.plan import read_plan
-from trainer.architecture import GraphState, visit_list
+from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.family import GolfGPTFamily
+from trainer.layers import mlp_widths, with_attention
 from trainer.model import GolfGPT
 from trainer.optim import assign_groups
 from trainer.preflight import Finding
 from trainer.timeline import Timeline
+from trainer.visits import visit_list
 
 FIT = "fit"  # stands for a plan: the artifact fills the budget
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -85,7 +87,7 @@ def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
     if not recipe.data.dir.is_dir():
         return None
     with torch.device("meta"):
-        config = recipe.model_config_for(DataFolder.open(recipe.data.dir).vocab_size)
+        config = recipe.model_config_in(DataFolder.open(recipe.data.dir))
         model = GolfGPT(config, GraphState(active_loops=recipe.model.max_active_loops))
     family = GolfGPTFamily()
     shapes = {name: tensor.detach() for name, tensor in model.named_parameters()}
@@ -134,7 +136,8 @@ def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int)
     visits = visit_list(model, active_loops)
     weights = by_layer.get(None, 0) + sum(by_layer.get(layer, 0) for layer in visits)
     context = min(recipe.data.seq_len, model.document_cut or recipe.data.seq_len) / 2
-    return 6.0 * weights + 12.0 * len(visits) * model.model_dim * context
+    attentions = sum(with_attention(model)[layer] for layer in visits)
+    return 6.0 * weights + 12.0 * attentions * model.model_dim * context
 
 
 def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> int:
@@ -147,12 +150,12 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
         total * (2 + averages) + matrices + 2 * (total - matrices)
     )  # weights, gradients; Muon one moment, AdamW two
     number = FLOAT_BYTES if recipe.run.precision in ("fp32", "fp64") else HALF_BYTES
-    hidden = round(config.model_dim * config.mlp_mult)
-    per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads + 3 * hidden
+    visits = visit_list(config, config.max_active_loops)
+    hidden = sum(mlp_widths(config)[layer] for layer in visits)
+    per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads
     tokens = recipe.data.micro_batch_tokens or recipe.data.batch_tokens
-    visits = len(visit_list(recipe.model, recipe.model.max_active_loops))
     head = config.vocab_size * (2 * FLOAT_BYTES + number)
-    return FLOAT_BYTES * states + tokens * (visits * per_visit * number + head)
+    return FLOAT_BYTES * states + tokens * ((len(visits) * per_visit + 3 * hidden) * number + head)
 
 
 def check_bytes(costs: Costs) -> Finding | None:

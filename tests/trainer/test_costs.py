@@ -19,12 +19,12 @@ from pgolf_post.pack.container import pack
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.model import quantize_view
 from tests.conftest import pico_recipe
-from trainer.architecture import visit_list
 from trainer.config import Recipe
 from trainer.costs import FIT, Wanted, check_bytes, costs_of, token_flops
 from trainer.dry_run import dry_run, require_no_refusal
 from trainer.step_times import StepTimes
 from trainer.timeline import predict
+from trainer.visits import visit_list
 
 
 @pytest.fixture
@@ -58,6 +58,31 @@ def test_parameters_flops_and_dollars_are_those_of_the_model(recipe: Recipe, vie
     )
     assert token_flops(recipe, named, loops) == by_hand
     assert token_flops(recipe, named, 0) < by_hand
+
+
+def test_parts_of_layers_and_tables_are_counted(pico_data: DataFolder, tmp_path: Path) -> None:
+    tables = {
+        "trigram_buckets": 16,
+        "trigram_dim": 8,
+        "token_type_dim": 4,
+        "head_residual_rank": 2,
+        "output_bias": "zeros",
+    }
+    lists = {"mlp_mult": [2.0, 0.0, 1.0], "attn_layers": [0, 1]}
+    plain, parted = (
+        costs_of(predict(recipe, times(recipe)), Wanted())
+        for recipe in (pico_recipe(pico_data, tmp_path), pico_recipe(pico_data, tmp_path, model={**tables, **lists}))
+    )
+    assert plain is not None
+    assert parted is not None
+    added = {role: count - plain.parameters.get(role, 0) for role, count in parted.parameters.items()}
+    assert added["embedding"] == 16 * 8 + 8 * 4
+    assert added["projection"] == 8 * 16 + 4 * 16 + 2 * 2 * 16
+    assert added["mlp_fc"] == added["mlp_proj"] == 16 * (32 + 0 + 16) - 3 * 16 * 32
+    assert added["q"] == added["attn_proj"] == -16 * 16
+    gone = 2 * 16 + 2  # gains of an MLP and of an attention, and its heads'
+    assert added["control"] == 320 + 2 - gone  # the bias, and two scales
+    assert parted.peak_bytes < plain.peak_bytes
 
 
 @pytest.mark.parametrize("plan", ["sdclip-1394", "record-1855"])
