@@ -59,7 +59,7 @@ class Block(nn.Module):
         if self.has_mlp:
             self.mlp_scale = nn.Parameter(torch.ones(dim))
         if config.x0_mix:
-            self.resid_mix = nn.Parameter(torch.tensor([[1.0] * dim, [0.0] * dim]))  # (2, model_dim): shares of x and x0
+            self.resid_mix = nn.Parameter(torch.tensor([[1.0] * dim, [0.0] * dim]))  # (2, model_dim): of x and x0
         self.norm_scale = norm_scale(config, layer)
         self.parallel = config.gptj_start is not None and layer >= config.gptj_start
         self.stream_in, self.stream_out = nn.Identity(), nn.Identity()  # the residual passes here, so it can be watched
