@@ -28,7 +28,7 @@ from trainer.ngrams import NgramSettings, check_ngrams
 from trainer.passes import PassSettings, check_passes
 from trainer.residual import ResidualSettings, check_residual
 from trainer.smear import ChannelSmear
-from trainer.starts import StartSettings, check_starts
+from trainer.start_settings import StartSettings, check_starts
 from trainer.token_kinds import TokenKindSettings, TokenTypeSettings, check_token_kinds
 from trainer.value_paths import ValueSettings, check_value_paths
 from trainer.visits import (

@@ -7,15 +7,12 @@ frequencies (`trainer.starts`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
+from trainer.parts import Part, Whole
 
 
 class HeadSettings(Part):
@@ -27,7 +24,7 @@ class HeadSettings(Part):
     head_residual_rank: int = Field(0, ge=0, description="rank of a learned residual before the head; 0 = none")
 
 
-def check_head(settings: ArchitectureSettings) -> None:
+def check_head(settings: Whole) -> None:
     """Raise ValueError for a rank above the width."""
     if settings.head_residual_rank > settings.model_dim:
         raise ValueError(f"head_residual_rank {settings.head_residual_rank} exceeds model_dim {settings.model_dim}")
@@ -36,7 +33,7 @@ def check_head(settings: ArchitectureSettings) -> None:
 class HeadResidual(nn.Module):
     """x + up(down x)."""
 
-    def __init__(self, config: ArchitectureSettings) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         self.down = nn.Linear(config.model_dim, config.head_residual_rank, bias=False)
         self.up = nn.Linear(config.head_residual_rank, config.model_dim, bias=False)

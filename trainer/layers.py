@@ -8,14 +8,11 @@ asks here what its layer has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field
 
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
+from trainer.parts import Part, Whole
 
 Value = TypeVar("Value")
 
@@ -44,30 +41,30 @@ def by_layer(value: Value | tuple[Value, ...], num_layers: int) -> list[Value]:
     return list(value) if isinstance(value, tuple) else [value] * num_layers
 
 
-def mlp_widths(config: ArchitectureSettings) -> list[int]:
+def mlp_widths(config: Whole) -> list[int]:
     """Return the hidden width of each layer's MLP; 0 where there is none."""
     if config.mlp_hidden is not None:
         return by_layer(config.mlp_hidden, config.num_layers)
     return [int(mult * config.model_dim) for mult in by_layer(config.mlp_mult, config.num_layers)]
 
 
-def activation_names(config: ArchitectureSettings) -> list[str]:
+def activation_names(config: Whole) -> list[str]:
     """Return the name of each layer's activation."""
     return by_layer(config.activation, config.num_layers)
 
 
-def with_attention(config: ArchitectureSettings) -> list[bool]:
+def with_attention(config: Whole) -> list[bool]:
     """Return whether each layer has attention."""
     listed = range(config.num_layers) if config.attn_layers is None else config.attn_layers
     return [layer in listed and (layer > 0 or config.first_attention) for layer in range(config.num_layers)]
 
 
-def has_xsa(config: ArchitectureSettings, place: int, num_places: int) -> bool:
+def has_xsa(config: Whole, place: int, num_places: int) -> bool:
     """Return whether XSA acts at a place, one of `num_places`: layers, or places in the list of visits."""
     return place >= num_places - config.xsa_last_n if config.xsa_layers is None else place in config.xsa_layers
 
 
-def query_gains(config: ArchitectureSettings) -> list[list[float]]:
+def query_gains(config: Whole) -> list[list[float]]:
     """Return the starting gain of each head's query in each layer."""
     rows: Any = by_layer(config.q_gain_init, config.num_layers)
     if len(rows) == 1:
@@ -75,7 +72,7 @@ def query_gains(config: ArchitectureSettings) -> list[list[float]]:
     return [list(row) if isinstance(row, tuple) else [row] * config.num_heads for row in rows]
 
 
-def rotations(config: ArchitectureSettings) -> list[tuple[int, float]]:
+def rotations(config: Whole) -> list[tuple[int, float]]:
     """Return the rotated dimensions and the rotary base of each layer; no dimension where it is not rotated."""
     head_dim = config.model_dim // config.num_heads
     dims = by_layer(config.rope_dims, config.num_layers)
@@ -103,7 +100,7 @@ def check_listed_once(key: str, layers: Sequence[int], num_layers: int) -> None:
         raise ValueError(f"{key} names a layer twice: {list(layers)}")
 
 
-def check_lengths(settings: ArchitectureSettings) -> None:
+def check_lengths(settings: Whole) -> None:
     """Raise ValueError naming each list that has not one value for each layer."""
     for key in ("mlp_mult", "mlp_hidden", "activation", "rope_base", "rope_dims", "q_gain_init"):
         value = getattr(settings, key)
@@ -112,7 +109,7 @@ def check_lengths(settings: ArchitectureSettings) -> None:
             raise ValueError(f"{key} lists {len(value)} values; num_layers is {settings.num_layers}")
 
 
-def check_values(settings: ArchitectureSettings) -> None:
+def check_values(settings: Whole) -> None:
     """Raise ValueError naming the first value of a list that is out of its range, with its layer and the limit."""
     head_dim = settings.model_dim // settings.num_heads
     for layer, (dims, base) in enumerate(rotations(settings)):
@@ -133,7 +130,7 @@ def check_values(settings: ArchitectureSettings) -> None:
             raise ValueError(f"mlp_hidden {width} of layer {layer} must be at least 0 (no MLP)")
 
 
-def check_absent(settings: ArchitectureSettings) -> None:
+def check_absent(settings: Whole) -> None:
     """Raise ValueError where what a layer lacks cannot be, or where a list says nothing."""
     for key in ("attn_layers", "nope_layers"):
         check_listed_once(key, getattr(settings, key) or (), settings.num_layers)

@@ -10,18 +10,15 @@ table's rows unscaled. Source of hash and forms: the public scripts of openai/pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer.parts import Part
+from trainer.parts import Part, Whole
 from trainer.token_kinds import SPACE
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings, ModelConfig
 
 HEADS = (  # multipliers of the token itself, its predecessor, and the one before: one row for each hash
     (36313, 27191, 51497),
@@ -49,7 +46,7 @@ class NgramSettings(Part):
     trigram_dim: int | None = Field(None, ge=1, description="width of that table; default that of the embedding")
 
 
-def check_ngrams(settings: ArchitectureSettings) -> None:
+def check_ngrams(settings: Whole) -> None:
     """Raise ValueError where a form of the n-gram tables could not act."""
     forms = ("bigram_classes", "bigram_heads", "bigram_gate", "word_start_boost")
     changed = [key for key in forms if getattr(settings, key) != NgramSettings.model_fields[key].default]
@@ -129,7 +126,7 @@ def token_classes(kinds: Tensor, split: str) -> Tensor:  # (batch, seq_len) → 
 class NgramEmbedding(nn.Module):
     """An addition to the token embedding: weight · scale · proj(table[bigram] (+ table[trigram]))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         self.config = config
         embedding_dim = config.embedding_dim or config.model_dim
@@ -183,7 +180,7 @@ class NgramEmbedding(nn.Module):
 class TrigramEmbedding(nn.Module):
     """An addition to the token embedding: scale · proj(table[trigram])."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         embedding_dim = config.embedding_dim or config.model_dim
         dim = config.trigram_dim or embedding_dim

@@ -13,6 +13,8 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from pgolf_post.settings import Settings
 
+Whole = Any  # the architecture that a part belongs to: its class is made of the parts, so none of them can import it
+
 
 class Part(Settings):
     """Base of a part's settings; those that are at their defaults are left out of dumps."""

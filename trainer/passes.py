@@ -8,18 +8,15 @@ norm, without a gain, and act only while loops are active. A pass begins at each
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.norms import rms_norm
-from trainer.parts import Part
+from trainer.parts import Part, Whole
 from trainer.visits import looped_layers, revisit_in_lanes, revisits
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
 
 Where = Literal["none", "pass", "visit"]
 
@@ -39,12 +36,12 @@ class PassSettings(Part):
     )
 
 
-def has_passes(config: ArchitectureSettings) -> bool:
+def has_passes(config: Whole) -> bool:
     """Return whether a model's passes have anything of their own."""
     return config.pass_norm or config.pass_embeddings != "none" or config.pass_film != "none"
 
 
-def check_passes(settings: ArchitectureSettings) -> None:
+def check_passes(settings: Whole) -> None:
     """Raise ValueError where a setting of passes could not act."""
     if settings.pass_embedding_rank is not None and settings.pass_embeddings == "none":
         raise ValueError(f"pass_embedding_rank {settings.pass_embedding_rank} does nothing with pass_embeddings 'none'")
@@ -62,7 +59,7 @@ def check_passes(settings: ArchitectureSettings) -> None:
         raise ValueError(f"passes have one residual stream, but layer {layer} is re-visited after lanes split")
 
 
-def first_rows(config: ArchitectureSettings, where: Where) -> dict[int, int]:
+def first_rows(config: Whole, where: Where) -> dict[int, int]:
     """Return layer → row of its first visit in a table; a row follows for each re-visit."""
     if where == "pass":
         return {looped_layers(config)[0]: 0}
@@ -73,7 +70,7 @@ def first_rows(config: ArchitectureSettings, where: Where) -> dict[int, int]:
     return rows
 
 
-def num_rows(config: ArchitectureSettings, where: Where) -> int:
+def num_rows(config: Whole, where: Where) -> int:
     """Return the rows of a table: as many as there are passes, or visits of looped layers."""
     counts = [count + 1 for count in revisits(config).values()]
     return counts[0] if where == "pass" else sum(counts)
@@ -82,7 +79,7 @@ def num_rows(config: ArchitectureSettings, where: Where) -> int:
 class Passes(nn.Module):
     """The parameters of passes, and what they do to the stream before a visit."""
 
-    def __init__(self, config: ArchitectureSettings) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         self.config, dim = config, config.model_dim
         if config.pass_embeddings != "none":

@@ -6,14 +6,11 @@ normalised before they are weighed, or the stream after they are added, which ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
+from trainer.parts import Part, Whole
 
 
 class ResidualSettings(Part):
@@ -28,7 +25,7 @@ class ResidualSettings(Part):
     )
 
 
-def check_residual(settings: ArchitectureSettings) -> None:
+def check_residual(settings: Whole) -> None:
     """Raise ValueError where forms of the stream exclude each other."""
     if not settings.x0_mix and settings.visit_controls:
         raise ValueError("visit_controls gives every visit a mix of its own; x0_mix = false leaves none")

@@ -9,40 +9,17 @@ tokens of the training split.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from trainer.layers import with_attention
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
-    from trainer.model import GolfGPT
+from trainer.block import Block
+from trainer.model import GolfGPT
+from trainer.start_settings import reads_text
 
 COUNTED_TOKENS = 2_000_000
-
-
-class StartSettings(Part):
-    """How weights start, where text decides it."""
-
-    qk_init: Literal["orthogonal", "cooccurrence"] = Field(
-        "orthogonal", description="start of block 0's queries and keys: orthogonal, or the co-occurrence of tokens"
-    )
-
-
-def check_starts(settings: ArchitectureSettings) -> None:
-    """Raise ValueError where there is no attention to start."""
-    if settings.qk_init == "cooccurrence" and not with_attention(settings)[0]:
-        raise ValueError("qk_init 'cooccurrence' starts block 0's attention, which this model does not have")
-
-
-def reads_text(settings: ArchitectureSettings) -> bool:
-    """Return whether a model's start reads the training text."""
-    return settings.qk_init == "cooccurrence" or settings.output_bias == "unigram"
 
 
 def start_from_text(model: GolfGPT, data: Any) -> None:
@@ -96,8 +73,6 @@ def start_attention(model: GolfGPT, affinities: np.ndarray) -> None:
     √S Uᵀ, its keys √S Vᵀ, of the g-th d singular values, so that qᵀk is their part of A. Other heads of a group stay
     orthogonal: equal heads would stay equal. Matrices keep the Frobenius norm that orthogonal ones have.
     """
-    from trainer.block import Block  # here, because blocks are built from settings that this file is part of
-
     config, block = model.config, model.blocks[0]
     assert isinstance(block, Block)
     queries, keys = block.attn.q.weight, block.attn.k.weight

@@ -7,16 +7,11 @@ plus 8 if the token begins with a space. Scripts call such a token the start of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings, ModelConfig
+from trainer.parts import Part, Whole
 
 NUM_CLASSES = 8
 SPACE = 8  # added to the class of a token that begins with a space
@@ -38,12 +33,12 @@ class TokenTypeSettings(Part):
     )
 
 
-def reads_token_kinds(config: ArchitectureSettings) -> bool:
+def reads_token_kinds(config: Whole) -> bool:
     """Return whether a model computes with the kinds of tokens."""
     return bool(config.token_type_dim or config.word_start_boost or config.bigram_classes != "none")
 
 
-def check_token_kinds(config: ModelConfig) -> None:
+def check_token_kinds(config: Whole) -> None:
     """Raise ValueError if a model that reads the kinds lacks them, or has those of another vocabulary."""
     if not reads_token_kinds(config):
         if config.token_kinds is not None:
@@ -60,7 +55,7 @@ class TokenKinds(nn.Module):
 
     table: Tensor  # (vocab_size,) int64
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         kinds = torch.tensor([int(digit, 16) for digit in config.token_kinds or ""], device="cpu")
         self.register_buffer("table", kinds, persistent=False)
@@ -73,7 +68,7 @@ class TokenKinds(nn.Module):
 class TokenTypeEmbedding(nn.Module):
     """An addition to the token embedding: scale · proj(table[class])."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Whole) -> None:
         super().__init__()
         self.embed = nn.Embedding(NUM_CLASSES, config.token_type_dim)
         self.proj = nn.Linear(config.token_type_dim, config.embedding_dim or config.model_dim, bias=False)

@@ -7,15 +7,12 @@ embedding x0 reaches the values of chosen layers through their own value matrix:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from trainer.layers import check_listed_once, with_attention
-from trainer.parts import Part
-
-if TYPE_CHECKING:
-    from trainer.architecture import ArchitectureSettings
+from trainer.parts import Part, Whole
 
 
 class ValueSettings(Part):
@@ -31,7 +28,7 @@ class ValueSettings(Part):
     value_x0_init: float = Field(0.0, description="starting share of x0 in the input of those values")
 
 
-def check_value_paths(settings: ArchitectureSettings) -> None:
+def check_value_paths(settings: Whole) -> None:
     """Raise ValueError where a setting of values could not act."""
     if not settings.value_residual and (settings.value_residual_from != "first" or settings.value_residual_init):
         raise ValueError("value_residual_from and value_residual_init do nothing without value_residual = true")
