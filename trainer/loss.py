@@ -1,4 +1,4 @@
-"""What training minimises where that is not plain cross-entropy: the recipe's table `loss`.
+"""The objective of training where it is not plain cross-entropy: the recipe's table `loss`.
 
 The metric stays plain nats whatever is minimised, so runs with and without these settings can be compared. With every
 setting off nothing here runs. With n tokens in a step, logits c of a position after the soft-cap, its target y and its
@@ -33,7 +33,7 @@ SMALLEST = 1e-12  # of 1 − p, whose power below 1 has no slope at 0
 
 
 class LossSettings(Settings):
-    """What training minimises beside or instead of plain nats. All are off by default."""
+    """Terms that training minimises beside or instead of plain nats. All are off by default."""
 
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of the target's probability that all tokens of the vocabulary share"

@@ -1,4 +1,4 @@
-"""Which starts read the training text. What they do with it is in starts.py."""
+"""Settings of starts that read the training text; starts.py acts on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.parts import Part, Whole
 
 
 class StartSettings(Part):
-    """How weights start, where text decides it."""
+    """Starts of weights that the training text decides."""
 
     qk_init: Literal["orthogonal", "cooccurrence"] = Field(
         "orthogonal", description="start of block 0's queries and keys: orthogonal, or the co-occurrence of tokens"
