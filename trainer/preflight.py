@@ -28,10 +28,10 @@ from typing import Literal
 
 from pgolf_post.errors import PgolfError
 from trainer.averages import decay_acts_from, warmup_decay
-from trainer.phases import Reached, fraction_name
+from trainer.phases import fraction_name
 from trainer.schedule import warmdown_start
 from trainer.stopping import StopWatch
-from trainer.timeline import Boundary, Timeline, count_steps
+from trainer.timeline import Boundary, Timeline, count_steps, reaches
 
 MAX_SCORING_SHARE = 0.05  # of the training time
 FORWARD_SPEEDUP = 3.0  # scoring runs the forward pass alone, about a third of a training step
@@ -244,7 +244,7 @@ def check_stop(timeline: Timeline) -> Iterator[Finding]:
         return
     tokens_per_step, end = timeline.recipe.data.batch_tokens, float(reference.along(settings.by)[-1])
     for moment in settings.at:
-        step = timeline.clock.first_step(_reaches(moment)) or timeline.clock.end_step
+        step = timeline.clock.first_step(reaches(moment)) or timeline.clock.end_step
         places = {"step": step, "tokens": step * tokens_per_step, "seconds": timeline.clock.second(step)}
         if places[settings.by] > end:
             yield Finding(
@@ -253,10 +253,6 @@ def check_stop(timeline: Timeline) -> Iterator[Finding]:
                 f"stop.against {settings.against} ends at {end:,g} {settings.by}, before stop.at {moment:g} of this "
                 f"run ({places[settings.by]:,g} {settings.by}): there the run is not compared",
             )
-
-
-def _reaches(moment: float) -> Reached:
-    return lambda step, at: at >= moment
 
 
 # ---- warnings ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from pgolf_post.settings import Settings
 from trainer.lr_schedules import ScheduleName, schedule_of
+from trainer.points import Points, multiplier_along
 
 
 class ScheduleSettings(Settings):
@@ -54,6 +55,14 @@ class ScheduleSettings(Settings):
     weight_decay_taper_at: float | None = Field(
         None, ge=0, lt=1, description="progress from which weight decay falls linearly to 0; default never"
     )
+    points: Points = Field(
+        (),
+        description="[progress, multiplier] of the learning rate, linear in between, instead of shape, lr_warmup and "
+        "lr_floor; a progress given twice is a jump",
+    )
+    weight_decay_points: Points = Field(
+        (), description="[progress, multiplier] of weight decay, linear in between, instead of weight_decay_taper_at"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
@@ -75,7 +84,19 @@ class ScheduleSettings(Settings):
             )
         if self.all_loops_at is not None and self.all_loops_at < self.loops_at:
             raise ValueError(f"all_loops_at {self.all_loops_at} comes before loops_at {self.loops_at}")
+        self._require_points_alone()
         return self
+
+    def _require_points_alone(self) -> None:
+        """Refuse settings that points take the place of, and a learning rate that is always 0."""
+        replaced = {"points": ("shape", "lr_warmup", "lr_floor"), "weight_decay_points": ("weight_decay_taper_at",)}
+        for key, others in replaced.items():
+            for other in others if getattr(self, key) else ():
+                value = getattr(self, other)
+                if value != type(self).model_fields[other].default:
+                    raise ValueError(f"{other} {value} does nothing beside {key}; leave one of the two out")
+        if self.points and not any(multiplier for _, multiplier in self.points):
+            raise ValueError("points: every multiplier is 0, so that nothing is trained; one at least is above 0")
 
 
 def progress(settings: ScheduleSettings, step: int, train_seconds: float, reserve_seconds: float = 0.0) -> float:
@@ -103,7 +124,12 @@ def warmdown_start(settings: ScheduleSettings) -> float:
 
 
 def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """Return the learning rate at progress `at` as a multiple of its peak: a linear rise, then the shape's fall."""
+    """Return the learning rate at progress `at` as a multiple of its peak: a linear rise, then the shape's fall.
+
+    Points say it all where there are any.
+    """
+    if settings.points:
+        return multiplier_along(settings.points, at)
     peak = warmup_end(settings)
     if at < peak:
         return max(at / peak, settings.lr_floor)
@@ -111,7 +137,12 @@ def lr_multiplier(settings: ScheduleSettings, at: float) -> float:
 
 
 def weight_decay_multiplier(settings: ScheduleSettings, at: float) -> float:
-    """Return 1 until the taper starts, then linear to 0 at the end; the learning rate multiplies decay as well."""
+    """Return 1 until the taper starts, then linear to 0 at the end, or what points say.
+
+    The learning rate multiplies decay as well.
+    """
+    if settings.weight_decay_points:
+        return multiplier_along(settings.weight_decay_points, at)
     start = settings.weight_decay_taper_at
     return 1.0 if start is None or at < start else (1.0 - at) / (1.0 - start)
 

@@ -150,9 +150,17 @@ def moments(recipe: Recipe) -> dict[str, Reached]:
         named["lr_warmup_done"] = lambda step, at: at >= warmup_end(schedule)
     if (taper := schedule.weight_decay_taper_at) is not None:
         named["weight_decay_taper"] = lambda step, at: at >= taper
+    for key in ("points", "weight_decay_points"):
+        for share in {share for share, _ in getattr(schedule, key) if 0 < share < 1}:
+            named[f"{key}@{share:g}"] = reaches(share)
     if start is not None:
         named["swa_start"] = lambda step, at: at >= start
     return named
+
+
+def reaches(moment: float) -> Reached:
+    """Return the test of having come to a progress."""
+    return lambda step, at: at >= moment
 
 
 def predict(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None) -> Timeline:

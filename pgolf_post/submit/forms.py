@@ -215,7 +215,12 @@ def calibration_of(seed: Seed) -> CalibrationSettings:
 
 
 def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
-    """Replace the choice among learning-rate schedules by the chosen shape."""
+    """Replace the choice among learning-rate schedules by the chosen shape, or its points."""
+    if settings.points:
+        source = f"def lr_multiplier(settings, at):\n    return along({settings.points!r}, at)"
+        along = {"along": _address_of(module.multiplier_along)}
+        sources.replace(address(module.__name__, "lr_multiplier"), source, along)
+        return
     row, peak = module.schedule_of(settings.shape), module.warmup_end(settings)
     read = {key: getattr(settings, key) for key in row.reads}
     rise = f"    if at < {peak!r}:\n        return max(at / {peak!r}, {settings.lr_floor!r})\n"
