@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer.activations import activation_of
 from trainer.architecture import ModelConfig
 from trainer.attention import Attention, Context
 from trainer.controls import Controls, norm_scale
-from trainer.layers import activation_names, mlp_widths, with_attention
+from trainer.layers import bound_activations, mlp_widths, with_attention
 from trainer.norms import rms_norm
 
 
@@ -22,8 +21,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        activation = activation_of(activation_names(config)[layer])
-        self.gated, self.act = activation.gated, activation.bind(config)
+        activation = bound_activations(config)[layer]
+        self.gated, self.act = activation[0], activation[1]
         self.layer, hidden_dim = layer, mlp_widths(config)[layer]
         self.fc = nn.Linear(config.model_dim, hidden_dim, bias=False)
         if self.gated:

@@ -7,11 +7,13 @@ asks here what its layer has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import Field
+from torch import Tensor
 
+from trainer.activations import activation_of
 from trainer.parts import Part, Whole
 
 Value = TypeVar("Value")
@@ -51,6 +53,12 @@ def mlp_widths(config: Whole) -> list[int]:
 def activation_names(config: Whole) -> list[str]:
     """Return the name of each layer's activation."""
     return by_layer(config.activation, config.num_layers)
+
+
+def bound_activations(config: Whole) -> list[tuple[bool, Callable[[Tensor], Tensor]]]:
+    """Return of each layer's activation whether it is gated, and its function of x alone."""
+    rows = [activation_of(name) for name in activation_names(config)]
+    return [(row.gated, row.bind(config)) for row in rows]
 
 
 def with_attention(config: Whole) -> list[bool]:
