@@ -158,4 +158,4 @@ def fisher_batch(
         add_head_input(sums, sites, hidden)
         start = head_gradient(module, heads[0], hidden.detach().flatten(0, 1), uniforms.flatten(), sums)
         hidden.backward(start.view_as(hidden).to(hidden.dtype))
-    sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))
+    sums.add("tokens.all", torch.full((), tokens.numel(), dtype=torch.float64, device=tokens.device))

@@ -78,4 +78,4 @@ def forward_batch(
     """Run one batch of windows and add the inputs of its sites."""
     with torch.no_grad(), observed_inputs(module, sites, sums):
         add_head_input(sums, sites, module.hidden(tokens))
-    sums.add("tokens.all", torch.tensor(float(tokens.numel()), dtype=torch.float64, device=tokens.device))
+    sums.add("tokens.all", torch.full((), tokens.numel(), dtype=torch.float64, device=tokens.device))

@@ -6,21 +6,18 @@ every run of the tests, all of them where whole campaigns run.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pgolf_post.cli
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.cli import COMMANDS
 from pgolf_post.data import DataFolder
-from pgolf_post.importers import FORMATS
 from tests.cli.conftest import caller
-from tests.cli.test_disk_full import LOOP_KEYS, MODEL_KEYS, SPEC
+from tests.cli.test_cli_import import write_model
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
 from tests.gpu.test_pretended_run import by_function
@@ -32,6 +29,15 @@ CKPT, EARLIER = "checkpoints/latest:ema", "checkpoints/latest:raw"
 TTT = ("--protocol", "ttt", "--ttt")
 LORA_SET = ("--set", "rank=2", "--set", "chunk_tokens=8", "--set", "batch_documents=4")
 FEW = ("--calibration-tokens", 128)
+SPEC = """
+question = "?"
+[grid]
+"*.hessian_lambda" = [0, 0.2]
+[calibration]
+tokens = 512
+[stages.expected]
+tokens = 320
+"""
 FIT = ("fit", "--budget", 9000, "--calibration-tokens", 512, "--kappa-tokens", 256)
 
 SMALL: dict[str, tuple[object, ...]] = {
@@ -47,12 +53,21 @@ WHOLE: dict[str, tuple[object, ...]] = {
     "learning phases": ("eval", *TTT, "phased", *LORA_SET, "--set", "phases=[2]", "--max-tokens", 200),
     "text of its own": ("calibrate", "--tokens", 64, "--source", "self"),
     "sequential quantization": ("requant", *FEW, "--set", "sequential=true"),
-    "distillation": ("requant", "--calibration-tokens", 256, "--distill", "--set", "distill.tokens=128"),
+    "distillation": (
+        "requant",
+        "--calibration-tokens",
+        256,
+        "--distill",
+        "--set",
+        "distill.tokens=128",
+        "--set",
+        "distill.steps=4",
+    ),
     "blend": ("swa-blend",),
     "searched blend": ("swa-blend", "--search"),
     "averages of any length": ("ema-blend", "--sigma", "0.075"),
     "solution": FIT,
-    "tuned solution": (*FIT, "--tune-tokens", 2048, "--precision", "bf16", "--compile"),
+    "tuned solution": (*FIT, "--tune-tokens", 1024, "--precision", "bf16", "--compile"),
     "pruning": ("prune", "--share", 0.2, *FEW),
     "attribution": ("attribute", *FEW, "--tokens", 300),
     "comparison": ("compare", CKPT, EARLIER, "--max-tokens", 300, "--breakdown", "all"),
@@ -69,7 +84,7 @@ WHOLE: dict[str, tuple[object, ...]] = {
         600,
     ),
     "diagnosis": ("diagnose", "--tokens", 128),
-    "import": ("import", "model.pt", "--config", "run.toml", "--data", "data", "--metric-tokens", 300),
+    "import": ("import", "model.pt", "--data", "data", "--metric-tokens", 300),
     "plan of a sweep": ("sweep", "plan", "sweep.toml", "--checkpoint", "checkpoints/latest"),
     "sweep": ("sweep", "run", "sweep.toml", "--checkpoint", "checkpoints/latest"),
 }
@@ -108,14 +123,11 @@ def pgolf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
-    """What some commands read beside the run: a foreign file, a spec, data, snapshots of averages."""
-    torch.save(FORMATS["flat"].from_canonical(pico_checkpoint.load("raw").tensors), tmp_path / "model.pt")
-    model = pico_checkpoint.config["model"]
-    keys = "".join(f"{key} = {json.dumps(model[key])}\n" for key in (*MODEL_KEYS, *LOOP_KEYS))
-    (tmp_path / "run.toml").write_text(keys, encoding="utf-8")
+def stated(tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder) -> list[str]:
+    """Write what some commands read beside the run: a foreign file, a spec, data. Return what to state of the file."""
     (tmp_path / "sweep.toml").write_text(SPEC, encoding="utf-8")
     shutil.copytree(pico_data.path, tmp_path / "data")
+    return write_model(pico_checkpoint, tmp_path / "model.pt")
 
 
 @pytest.fixture
@@ -135,12 +147,12 @@ def tracks(tmp_path: Path, pico_data: DataFolder) -> None:
     ],
 )
 def test_a_command_mixes_no_devices(
-    pgolf: Any, inputs: None, arguments: tuple[object, ...], request: pytest.FixtureRequest
+    pgolf: Any, stated: list[str], arguments: tuple[object, ...], request: pytest.FixtureRequest
 ) -> None:
     if arguments[0] == "ema-blend":
         request.getfixturevalue("tracks")
     with pretend.cuda() as seen:
-        answer = pgolf(*arguments)
+        answer = pgolf(*arguments, *(stated if arguments[0] == "import" else ()))
     assert answer.code == 0, answer.err
     assert not seen.violations
     assert not seen.hazards
@@ -160,7 +172,7 @@ def test_a_score_waits_once_for_each_batch(pgolf: Any) -> None:
 @pytest.mark.long
 def test_a_step_of_tuning_waits_for_the_step_before_it_alone(pgolf: Any) -> None:
     with pretend.cuda() as seen:
-        answer = pgolf(*FIT, "--tune-tokens", 2048)
+        answer = pgolf(*FIT, "--tune-tokens", 1024)
     assert answer.code == 0, answer.err
     assert by_function(seen.places(seen.syncs, "pgolf_post/fit/tune.py:tune")) == {
         "item @ pgolf_post/fit/tune.py:_finite"
