@@ -59,7 +59,7 @@ FIT_FLAGS = {
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
     "tune_tokens": "--tune-tokens",
-    "forward_precision": "--precision",
+    "tune_precision": "--tune-precision",
     "distill": "--distill",
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",

@@ -30,7 +30,7 @@ def cached_kappas(
     """
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = settings.model_dump(mode="json", exclude={"distill", "tune_tokens", "regularize"})
+    identity = settings.model_dump(mode="json", exclude={"distill", "tune_tokens", "tune_precision", "regularize"})
     identity |= {"text_sha256": text.sha256, **builder.identity}
     stage = STAGES[settings.kappa]
     folder = view.checkpoint.derived(stage.name, stage.id([view.id, builder.stats.id], identity))
@@ -45,9 +45,8 @@ def cached_kappas(
         )
     if ranks.is_main:
         require_writable_result(folder)
-    probe = Probe(view, text, ranks, settings.forward_precision, "inductor" if compiled else None)
-    exact = probe if settings.forward_precision == "fp32" or not builder.zeros else Probe(view, text, ranks)
-    require_idle(exact, builder.zeros)
+    probe = Probe(view, text, ranks, "inductor" if compiled else None)
+    require_idle(probe, builder.zeros)
     measured = measure_kappas(builder, probe, settings.kappa)
 
     def make(building: Path) -> Mapping[str, Any]:

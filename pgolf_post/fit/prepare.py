@@ -50,9 +50,10 @@ class Fitter:
     @property
     def identity(self) -> dict[str, Any]:
         """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
-        settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens"})
+        settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens", "tune_precision"})
+        rounded = {} if self.settings.tune_precision == "fp32" else {"precision": self.settings.tune_precision}
         tuning = (
-            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts]}
+            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **rounded}
             if self.texts
             else {}
         )

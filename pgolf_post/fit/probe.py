@@ -5,6 +5,9 @@ Kullback-Leibler divergence between the distributions with and without it, and b
 Fisher information. The divergence is never negative at any token and needs no labels: where the difference of two
 losses has noise of many times its mean, the divergence has a tenth of it, and a few windows of text suffice.
 
+It is always in float32: under bfloat16 the rounding of activations, which any change of a weight shuffles, adds a
+divergence of 1e-4 nats of its own, as much as quantizing a matrix (docs/results/gpu.md).
+
 The reference's hidden states are kept; its head runs again with every measurement, cheaper than keeping logits.
 """
 
@@ -19,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf_post.base.autocast import autocast_dtype, autocast_to
 from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import token_divergences
 from pgolf_post.base.ranks import ALONE, Ranks
@@ -31,7 +33,6 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module, swap_weights
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.pool import CompiledModel
-from pgolf_post.settings import Precision
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -52,11 +53,9 @@ class Probe:
         view: View,
         text: CalibrationSet,
         ranks: Ranks = ALONE,
-        precision: Precision = "fp32",
         backend: str | None = None,  # of torch.compile; None: not compiled
     ) -> None:
         self.view, self.text, self.ranks = view, text, ranks
-        self.autocast = autocast_dtype(precision, ranks.device)
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(ranks.device)
         self.model: Any = self.module if backend is None else CompiledModel(self.module, backend)
         head = next(site for site in view.family.sites(self.module) if site.is_head)
@@ -66,7 +65,7 @@ class Probe:
         tokens = torch.from_numpy(text.tokens)
         self.batches = [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
         self.batches = [self.batches[i] for i in ranks.share(range(len(self.batches)))]
-        with torch.no_grad(), autocast_to(ranks.device, self.autocast):
+        with torch.no_grad():
             self.hidden = [self._hidden(batch) for _, batch in self.batches]
 
     def divergence(self, tensors: Mapping[str, Tensor]) -> Measured:
@@ -92,9 +91,8 @@ class Probe:
 
     def means(self, batch: Tensor, hidden: Tensor) -> Tensor:  # (windows, seq_len), (…, dim) → (windows,) float64
         """Return each window's mean divergence; `hidden` is the reference's."""
-        with autocast_to(self.ranks.device, self.autocast):
-            reference = self._reference_logits(hidden.flatten(0, 1))
-            changed = self.model.logits(self._hidden(batch).flatten(0, 1))
+        reference = self._reference_logits(hidden.flatten(0, 1))
+        changed = self.model.logits(self._hidden(batch).flatten(0, 1))
         return token_divergences(reference, changed).double().view(len(batch), -1).mean(1)
 
     def _hidden(self, batch: Tensor) -> Tensor:  # (windows, seq_len) → (windows, seq_len, dim)

@@ -64,7 +64,7 @@ def fine_tuned(
     Raises NumericsError if predictions are not finite.
     """
     groups = groups_in_order(builder.view, list(builder.matrices))
-    tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1), builder.settings.forward_precision)
+    tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1), builder.settings.tune_precision)
     tuned.load(builder.zeros, list(builder.zeros))
     unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 

@@ -43,9 +43,9 @@ class FitSettings(PrecisionIdentity):
         ge=0,
         description="Tokens of calibration text, in all, to fine-tune blocks that are not rounded yet; 0 tunes none.",
     )
-    forward_precision: Precision = Field(
+    tune_precision: Precision = Field(
         "fp32",
-        description="Type of the products in fine-tuning and in κ's measurements; bf16 is faster on a GPU.",
+        description="Type of the products in fine-tuning; bf16 is faster on a GPU. κ is always measured in fp32.",
     )
     distill: bool = Field(False, description="Tune non-matrix parameters by distillation, with symbols frozen.")
 

@@ -88,7 +88,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
         step(4, "sweep", 120, "sweep", "--trained", root),
         pgolf("blend-search", 60, "swa-blend", "--search", "--search-tokens", short, "--json"),
         pgolf("audit", 90, "audit", *audited, "--json"),
-        pgolf("fit-tune", 120, *solved, "--tune-tokens", tuned, "--precision", "bf16", "--json"),
+        pgolf("fit-tune", 120, *solved, "--tune-tokens", tuned, "--tune-precision", "bf16", "--json"),
     ]
 
 

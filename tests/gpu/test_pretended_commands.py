@@ -67,7 +67,7 @@ WHOLE: dict[str, tuple[object, ...]] = {
     "searched blend": ("swa-blend", "--search"),
     "averages of any length": ("ema-blend", "--sigma", "0.075"),
     "solution": FIT,
-    "tuned solution": (*FIT, "--tune-tokens", 1024, "--precision", "bf16", "--compile"),
+    "tuned solution": (*FIT, "--tune-tokens", 1024, "--tune-precision", "bf16", "--compile"),
     "pruning": ("prune", "--share", 0.2, *FEW),
     "attribution": ("attribute", *FEW, "--tokens", 300),
     "comparison": ("compare", CKPT, EARLIER, "--max-tokens", 300, "--breakdown", "all"),
