@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from pgolf_post.artifacts import PackedArtifact, quantize_by_plan, requant
 from pgolf_post.average.linear import swa_blend
 from pgolf_post.base.progress import hushed, say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
@@ -227,4 +228,4 @@ class Table:
 
 def _module(scored: View | PackedArtifact) -> Any:  # a LanguageModel
     name, config, tensors = open_weights(scored)
-    return load_module(config, tensors, name)
+    return load_module(config, tensors, name).to(ALONE.device)

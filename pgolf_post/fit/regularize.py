@@ -47,7 +47,7 @@ def regularized(fitter: Fitter, limit: int, codec: str) -> tuple[Fitter, float |
     settings = fitter.settings
     with fitter.clock.step(STEP_NAME):
         text = probe_text(fitter.view, fitter.data, settings.kappa_tokens, settings.kappa_seed)
-        probe = Probe(fitter.view, text, precision=settings.forward_precision)
+        probe = Probe(fitter.view, text)
         best, builder = None, fitter.builder
         trials: list[Trial] = []
         for coupling, ridge in PAIRS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.base.progress import say
+from pgolf_post.base.ranks import ALONE
 from pgolf_post.base.storage import atomic_file, require_new, sha256_file
 from pgolf_post.checkpoint import CHECKPOINT_ROOT, Checkpoint, View, ViewName, save_checkpoint, write_tensors
 from pgolf_post.data import DataFolder
@@ -138,7 +139,10 @@ def _measure(
     metric_tokens: int | None,
 ) -> dict[str, dict[str, Any]]:
     protocol = PlainProtocol(seq_len=train_seq_len(config), max_tokens=metric_tokens)
-    return {name: measure_module(load_module(config, tensors, name), data, protocol) for name, tensors in views.items()}
+    return {
+        name: measure_module(load_module(config, tensors, name).to(ALONE.device), data, protocol)
+        for name, tensors in views.items()
+    }
 
 
 def export_view(view: View, form: str, out: Path) -> None:

@@ -207,7 +207,7 @@ def tuning_peak(precision: str) -> float:
 
     def work() -> None:
         tuned = TunedModel(FakeView(), fake_text(64), MOST_STEPS * MICRO_TOKENS["cuda"], precision)  # type: ignore[arg-type]
-        assert tuned.batch == tuned.micro == 16
+        assert tuned.batch == tuned.micro == 8
         chosen = [parameter.requires_grad_(True) for parameter in tuned.parameters.values() if parameter.ndim == 2]
         optimizer = tuned.optimizer([{"params": chosen}])
         for _ in range(2):  # moments are there from the first one on
