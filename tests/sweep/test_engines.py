@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +88,7 @@ def free_port() -> int:
 
 
 class StandInRay:
-    """Ray's calls in this process: an actor is an object, an answer is there at once; the first to be asked dies."""
+    """Ray's calls in this process: an actor is an object, answers are there at once; the first given a trial dies."""
 
     class exceptions:
         RayActorError = ConnectionError
@@ -96,7 +96,6 @@ class StandInRay:
 
     def __init__(self) -> None:
         self.deaths = 1
-        self.asked: list[str] = []
 
     def init(self, **settings: object) -> None:
         assert settings["num_cpus"] == 2
@@ -111,7 +110,8 @@ class StandInRay:
             return SimpleNamespace(remote=lambda *arguments: worker(kind(*pickle.loads(pickle.dumps(arguments)))))
 
         def worker(actor: Any) -> Any:
-            return SimpleNamespace(run=SimpleNamespace(remote=lambda *asked: Answer(lambda: actor.run(*asked))))
+            names = ("started", "run")
+            return SimpleNamespace(**{name: SimpleNamespace(remote=partial(Answer, actor, name)) for name in names})
 
         return made
 
@@ -119,17 +119,17 @@ class StandInRay:
         return answers[:num_returns], answers[num_returns:]
 
     def get(self, answer: Answer) -> Any:
-        if self.deaths:
+        if self.deaths and answer.name == "run":
             self.deaths -= 1
             raise self.exceptions.RayActorError("the worker died")
-        return pickle.loads(pickle.dumps(answer.work()))
+        return pickle.loads(pickle.dumps(getattr(answer.actor, answer.name)(*answer.arguments)))
 
 
-@dataclass(frozen=True, eq=False)
 class Answer:
     """What a stand-in's worker was asked."""
 
-    work: Callable[[], object]
+    def __init__(self, actor: Any, name: str, *arguments: object) -> None:
+        self.actor, self.name, self.arguments = actor, name, arguments
 
 
 def test_the_same_rows_by_two_ranks_and_by_rays_workers(
