@@ -22,9 +22,9 @@ HOLE_TOKENS = 1024  # this many zeros in a row, and aligned, are no text
 def refuse_equal_shards(paths: Sequence[Path]) -> None:
     """Raise MismatchError for two shards with the same tokens: a copy is not more text."""
     seen: dict[bytes, Path] = {}
-    starts = {path: _start(path) for path in paths}
-    times = Counter(starts.values())
-    for path in (path for path in paths if times[starts[path]] > 1):  # the others differ
+    starts = [_start(path) for path in paths]
+    times = Counter(starts)
+    for path in (path for path, start in zip(paths, starts, strict=True) if times[start] > 1):  # the others differ
         key = hashlib.sha256(read_shard(path).tobytes()).digest()
         if key in seen:
             raise MismatchError(

@@ -45,7 +45,7 @@ def eval_form(config: Mapping[str, Any], protocol: Protocol) -> Amalgam:
     sources = _sources(module)
     here = evaluate.__name__
     sources.replace(address(here, "known_model"), "def known_model():\n    return Model(None, None)", _model(module))
-    values = {**_by_class(module.config), **_by_class(module.graph)}
+    values = {**_of_model(module.config), **_by_class(module.graph)}
     facts = _facts(sources, module, config, protocol, values, {})
     return amalgamate(sources, address(here, "main"), facts, _silent(), UNUSED)
 
@@ -154,7 +154,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         "config": dict(config),
         "lineage": dict(seed.manifest["lineage"]),
     }
-    values = {**_by_class(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
+    values = {**_of_model(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
     for table in ("run", "data", "optim", "schedule", "checkpoint"):
         values |= _by_class(getattr(known_recipe, table))
     if plan.lqer is not None:
@@ -302,6 +302,11 @@ def _address_of(defined: Any) -> str:
 def _stride(protocol: Protocol) -> int:
     """Return the stride of a protocol's windows; plain ones lie side by side."""
     return getattr(protocol, "stride", protocol.seq_len)
+
+
+def _of_model(config: Settings) -> dict[str, Any]:
+    """Return a model's config under its classes, and under the name that its parts give the whole."""
+    return {**_by_class(config), address("trainer.parts", "Whole"): config}
 
 
 def _by_class(settings: Settings) -> dict[str, Any]:

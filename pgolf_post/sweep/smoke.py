@@ -32,8 +32,8 @@ def require_smoke(options: Options) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == VerificationError.exit_code:
             raise VerificationError(
-                f"{recipe} has not passed its smoke ladder here, and training on several GPUs is dear",
-                hint=f"python -m trainer {recipe} --smoke   (or go on without: --no-smoke)",
+                f"{recipe} has not passed its smoke ladder here, and training on several GPUs is dear (or --no-smoke)",
+                hint=f"python -m trainer {recipe} --smoke",
             )
         if done.returncode:
             raise PgolfError(

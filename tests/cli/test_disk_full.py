@@ -32,7 +32,14 @@ from trainer.loop import Trainer
 
 CKPT = "checkpoints/latest"
 FEW = ("--calibration-tokens", "512")
-SPEC = 'question = "?"\n[grid]\n"*.hessian_lambda" = [0, 0.2]\n[calibration]\ntokens = 512\n[stages.s]\ntokens = 320\n'
+SPEC = """question = "?"
+[grid]
+"*.hessian_lambda" = [0, 0.2]
+[calibration]
+tokens = 512
+[stages.screen]
+tokens = 320
+"""
 LOG = "| # | Name | Base | Result | Learning | BPB |\n|---|---|---|---|---|---|\n| 1 | a | | Baseline | x | 1.2 |\n"
 MODEL_KEYS = ("activation", "logit_softcap", "rope_base", "rope_dims", "rope_ntk", "xsa_last_n", "ln_scale")
 LOOP_KEYS = ("num_loops", "loop_start", "loop_end", "train_seq_len")
