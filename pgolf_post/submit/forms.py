@@ -306,7 +306,8 @@ def _stride(protocol: Protocol) -> int:
 
 def _of_model(config: Settings) -> dict[str, Any]:
     """Return a model's config under its classes, and under the name that its parts give the whole."""
-    return {**_by_class(config), address("trainer.parts", "Whole"): config}
+    parts = [kind.__module__ for kind in type(config).__mro__ if kind.__qualname__ == "Part"]
+    return {**_by_class(config), **{address(module, "Whole"): config for module in parts}}
 
 
 def _by_class(settings: Settings) -> dict[str, Any]:
