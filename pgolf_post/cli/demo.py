@@ -26,7 +26,7 @@ from pgolf_post.cli.common import json_option, quiet_option, threads_option
 def command(root: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text → tokens → training → statistics → four quantizers at one byte count. Needs no network and no GPU.
 
-    Two to three minutes on two idle CPU cores, a minute of them training. A second table has three λ and an SWA blend.
+    Two to four minutes on two idle CPU cores, half of them training. A second table has three λ and an SWA blend.
     It ends by writing report.html, a page of figures about the run.
     """
     from pgolf_post.base.progress import print_json
