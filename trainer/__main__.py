@@ -1,10 +1,11 @@
-"""`python -m trainer RECIPE.toml [--set KEY=VALUE …] [--dry-run] [--resume CHECKPOINT]`: train one run, or plan it.
+"""`python -m trainer RECIPE.toml [--set KEY=VALUE …] [--dry-run] …`: train one run, or plan it.
 
 Under `torchrun --standalone --nproc_per_node=8 -m trainer RECIPE.toml` the same run is shared by eight processes.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,12 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
     help="Continue from this checkpoint folder, which must hold optimizer state, with the recipe it was trained with.",
+)
+@click.option(
+    "--init-from",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Start from this checkpoint's weights, by a rule for each tensor: --set init.checkpoint=CHECKPOINT.",
 )
 @click.option(
     "--dry-run",
@@ -92,6 +99,7 @@ def command(
     recipe_path: Path,
     overrides: tuple[str, ...],
     resume: Path | None,
+    init_from: Path | None,
     dry_run: bool,
     step_seconds: float | None,
     looped_step_seconds: float | None,
@@ -112,6 +120,14 @@ def command(
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
 
+    if init_from is not None:
+        if resume:
+            raise click.UsageError(
+                "--resume goes on with a run's own weights, --init-from starts another run; give one"
+            )
+        if any(override.partition("=")[0].strip() == "init.checkpoint" for override in overrides):
+            raise click.UsageError("--init-from and --set init.checkpoint are two ways of saying which; give one")
+        overrides = (*overrides, f"init.checkpoint={json.dumps(str(init_from))}")
     if resume and dry_run:
         raise click.UsageError("--dry-run shows a whole run; leave --resume out")
     if step_seconds is None and looped_step_seconds is not None:
@@ -189,13 +205,16 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str], 
     from pgolf_post.checkpoint import Checkpoint, run_checkpoints
     from pgolf_post.ledger.recording import record
     from trainer.distributed import TrainingRanks
+    from trainer.init_from import show_start
     from trainer.loop import StoppedRun, Trainer, WorseRun
 
     ranks = TrainingRanks.join()
     try:
-        trainer = Trainer(recipe, ranks)
+        trainer = Trainer(recipe, ranks, resumed=resume is not None)
         if resume:
             trainer.resume(resume)
+        elif trainer.start is not None and ranks.is_main:
+            show_start(trainer.start)
         state, device = trainer.state, str(ranks.device)
         where = f"{ranks.world_size} × {device}" if ranks.world_size > 1 else device
         compiled = "compiled" if trainer.gradients.compiled else "not compiled"

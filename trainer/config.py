@@ -13,6 +13,7 @@ from pgolf_post.score.breakdown.token_text import token_kinds
 from pgolf_post.settings import Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
+from trainer.init_settings import InitSettings
 from trainer.loss import LossSettings
 from trainer.optim import OptimSettings
 from trainer.schedule import ScheduleSettings
@@ -140,13 +141,15 @@ class Recipe(Settings):
     checkpoint: CheckpointSettings
     stop: StopSettings = StopSettings()
     loss: LossSettings = LossSettings()
+    init: InitSettings = InitSettings()
 
     @model_serializer(mode="wrap")
-    def _without_plain_loss(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_tables_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out a table that sets nothing: what is hashed of a recipe is older than it."""
         values: dict[str, Any] = own_values(self)
-        if not self.loss.is_on:
-            values.pop("loss", None)
+        for table in ("loss", "init"):
+            if not getattr(self, table).is_on:
+                values.pop(table, None)
         return values
 
     def model_config_for(self, vocab_size: int, token_kinds: str | None = None) -> ModelConfig:

@@ -18,7 +18,8 @@ from pgolf_post.errors import NotFoundError, SettingsError
 from trainer.config import Recipe
 from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
-from trainer.loop import Trainer
+from trainer.init_from import Start, show_start, start_from_checkpoint
+from trainer.loop import Trainer, new_model
 from trainer.loss import in_words
 from trainer.measuring import measure_reserve
 from trainer.objective import Objective
@@ -72,19 +73,23 @@ class DryRun:
     timeline: Timeline
     findings: list[Finding]
     costs: Costs | None  # None where the data folder is not here
+    start: Start | None = None  # from another model's weights
 
 
 def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wanted: Wanted | None = None) -> DryRun:
     """Predict and check a run, show both, and return them. A missing reserve is estimated.
 
     Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read, SettingsError for a loss
-    that the vocabulary does not have.
+    that the vocabulary does not have, MismatchError for a start that no rule covers.
     """
     check_loss(recipe)
+    start = start_of(recipe) if recipe.init.is_on else None
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
     costs = costs_of(timeline, wanted or Wanted())
     show(timeline)
+    if start is not None:
+        show_start(start)
     if costs is not None:
         show_costs(costs)
         refused = check_bytes(costs)
@@ -98,13 +103,19 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
         findings = [*([refused] if refused else []), *findings]
     for finding in findings:
         say(str(finding))
-    return DryRun(timeline, findings, costs)
+    return DryRun(timeline, findings, costs, start)
 
 
 def check_loss(recipe: Recipe) -> None:
     """Raise SettingsError if settings of the loss name what the vocabulary, where the data is here, does not have."""
     if recipe.loss.is_on and recipe.data.dir.is_dir():
         Objective(recipe.loss, recipe.model.num_heads, DataFolder.open(recipe.data.dir), torch.device("cpu"))
+
+
+def start_of(recipe: Recipe) -> Start:
+    """Return the start that a recipe's run would have from another model, in a model that is thrown away."""
+    data = DataFolder.open(recipe.data.dir)
+    return start_from_checkpoint(new_model(recipe, data, torch.device("cpu"), None), recipe.init, data)
 
 
 def require_no_refusal(findings: list[Finding], source: str) -> None:
@@ -184,6 +195,7 @@ def answer(found: DryRun) -> dict[str, Any]:
         "disk_bytes": asdict(need) if (need := disk_need(timeline)) else None,
         "never": list(timeline.never),
         **({"loss": timeline.recipe.loss.settings_on()} if timeline.recipe.loss.is_on else {}),
+        **({"init": found.start.facts()} if found.start else {}),
         **({"costs": found.costs.facts()} if found.costs else {}),
         "findings": [asdict(finding) for finding in findings],
     }

@@ -30,6 +30,7 @@ from trainer.batches import AheadSampler, WindowSampler
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
+from trainer.init_from import Start, start_from_checkpoint
 from trainer.kernels import MLP_KERNELS, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
@@ -98,7 +99,7 @@ class WorseRun(StoppedEarlyError):
 class Trainer:
     """One run of a recipe: its state, and what moves it from step to step."""
 
-    def __init__(self, recipe: Recipe, ranks: TrainingRanks = SINGLE_PROCESS) -> None:
+    def __init__(self, recipe: Recipe, ranks: TrainingRanks = SINGLE_PROCESS, resumed: bool = False) -> None:
         # Settings that cannot be met end the run before anything is built.
         phase_times = PhaseTimes()
         micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
@@ -116,6 +117,9 @@ class Trainer:
         sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
         self.sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
         self.model = new_model(recipe, data, ranks.device, autocast)
+        self.start: Start | None = None  # from another model's weights
+        if recipe.init.is_on and not resumed:
+            self.start = start_from_checkpoint(self.model, recipe.init, data, compare=ranks.is_main)
         objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
         self.minimised = math.nan  # the objective of the last step, where that is not its nats
@@ -133,6 +137,7 @@ class Trainer:
             "stream": "bf16"
             if self.gradients.twin
             else str(self.model.tok_emb.weight.dtype).replace("torch.float", "fp"),
+            **({"init": self.start.facts()} if self.start else {}),
         }
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)

@@ -104,8 +104,10 @@ class RunState:
 
     @property
     def parents(self) -> list[str]:
-        """Id of the checkpoint that this process resumed, if it did, as meta.json lists it."""
-        return [self.parent.view_id("raw")] if self.parent else []
+        """Id of the checkpoint that this process resumed, or that its weights started from, as meta.json lists it."""
+        if self.parent:
+            return [self.parent.view_id("raw")]
+        return [self.provenance["init"]["id"]] if "init" in self.provenance else []
 
     def update_graph(self, at: float) -> None:
         """Activate as many loops as the schedule has at progress `at`."""
@@ -149,6 +151,8 @@ class RunState:
         self.earlier_wall_seconds = float(facts.get("wall_seconds", 0.0))
         self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
         self.waits = Waits(**facts.get("checkpoint_waits", {}))
+        if "init" in facts:
+            self.provenance["init"] = facts["init"]
         if "ledger" in facts:
             self.phase_times.resume(facts["ledger"])
         self.reserve = resumed_reserve(self.recipe.schedule, facts.get("reserve"))

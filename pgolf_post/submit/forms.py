@@ -191,6 +191,12 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             f"{keys}: a script that trains minimises plain nats",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    if recipe.init.is_on:
+        raise SettingsError(
+            f"init.checkpoint {recipe.init.checkpoint}: a script that trains starts from its own init, and that model's "
+            "weights are no part of it",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
         if getattr(recipe.model, key, None) == value:
             raise SettingsError(

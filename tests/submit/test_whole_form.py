@@ -66,3 +66,6 @@ def test_a_script_trains_to_the_same_bytes(
     shaped = Recipe.model_validate({**recipe.model_dump(), "loss": {"z_loss": 1e-4}})
     with pytest.raises(SettingsError, match=r"loss.z_loss: a script that trains minimises plain nats"):
         whole_form(seed, shaped, protocol)
+    started = Recipe.model_validate({**recipe.model_dump(), "init": {"checkpoint": "base"}})
+    with pytest.raises(SettingsError, match=r"init.checkpoint base: a script that trains starts from its own init"):
+        whole_form(seed, started, protocol)
