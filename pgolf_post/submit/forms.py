@@ -193,8 +193,8 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
         )
     if recipe.init.is_on:
         raise SettingsError(
-            f"init.checkpoint {recipe.init.checkpoint}: a script that trains starts from its own init, and that model's "
-            "weights are no part of it",
+            f"init.checkpoint {recipe.init.checkpoint}: a script that trains starts from its own init, and that "
+            "model's weights are no part of it",
             hint="submit without --recipe: the artifact and code that reads it",
         )
     for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
