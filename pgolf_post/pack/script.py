@@ -85,15 +85,17 @@ def has_minifier() -> bool:
     return True
 
 
-def pack_source(source: str, keep_names: Sequence[str] = ()) -> PackedScript:
+def pack_source(source: str, keep_names: Sequence[str] = (), hoist: bool = True) -> PackedScript:
     """Wrap a script's source; `keep_names` are globals that others import. Raises SettingsError if it is not Python.
+
+    `hoist` gives literals that occur often a name: shorter, but of a long script the compressor makes less of it.
 
     A script that reads its own source keeps it: minified without renaming for compilers of kernels, word for word for
     `inspect` and its like.
     """
     use = source_use(parse(source))
     minified = has_minifier()
-    smallest = minify(source, keep_names, use) if minified else source
+    smallest = minify(source, keep_names, use, hoist=hoist) if minified else source
     codec, data = _wrap(smallest, WRAPPERS)
     if not use.reader:
         return PackedScript(data, codec, minified)
@@ -114,7 +116,13 @@ def _wrap(text: str, wrappers: Mapping[str, bytes]) -> tuple[str, bytes]:
     return codec, wrapped[codec]
 
 
-def minify(source: str, keep_names: Sequence[str] = (), use: SourceUse = UNUSED, for_kernels: bool = False) -> str:
+def minify(
+    source: str,
+    keep_names: Sequence[str] = (),
+    use: SourceUse = UNUSED,
+    for_kernels: bool = False,
+    hoist: bool = True,
+) -> str:
     """Return the same program in fewer bytes: no comments, docstrings or annotations, short names.
 
     With `for_kernels` names, literals and annotations stay: a kernel's compiler reads them.
@@ -129,7 +137,7 @@ def minify(source: str, keep_names: Sequence[str] = (), use: SourceUse = UNUSED,
         rename_globals=bool(keep),
         preserve_globals=keep,
         remove_annotations=annotations and python_minifier.RemoveAnnotationsOptions(),
-        hoist_literals=not for_kernels,
+        hoist_literals=hoist and not for_kernels,
         rename_locals=not for_kernels,
         constant_folding=not for_kernels,
     )

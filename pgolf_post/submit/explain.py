@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pgolf_post.pack.script import pack_source
 from pgolf_post.submit.amalgamate import Amalgam
+from pgolf_post.submit.packed import packed
 
 GROUPS = (  # prefix of a module, what it is called; first match wins
     ("pgolf_post.pack", "decoder and packer"),
@@ -22,7 +22,6 @@ GROUPS = (  # prefix of a module, what it is called; first match wins
     ("pgolf_post", "ground"),
 )
 MODEL = "model"
-KEPT = ("main",)  # all other globals may have short names: nobody imports the script
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class PartBytes:
 
 def explain(amalgam: Amalgam) -> list[PartBytes]:
     """Return what each group of definitions costs in the packed file, the largest first; what they share last."""
-    whole = len(pack_source(amalgam.source, KEPT).data)
+    whole = len(packed(amalgam.source).data)
     rows = []
     for group in dict.fromkeys(group_of(part.module) for part in amalgam.parts):
         own = [part for part in amalgam.parts if group_of(part.module) == group]
         rest = Amalgam(amalgam.imports, tuple(p for p in amalgam.parts if p not in own), amalgam.start)
         source = sum(len(part.source.encode()) for part in own)
-        rows.append(PartBytes(group, source, whole - len(pack_source(rest.source, KEPT).data)))
+        rows.append(PartBytes(group, source, whole - len(packed(rest.source).data)))
     rows.sort(key=lambda row: -row.packed_bytes)
     shared = whole - sum(row.packed_bytes for row in rows)
     total = len(amalgam.source.encode())

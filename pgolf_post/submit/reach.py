@@ -25,10 +25,10 @@ CALLED_BY_TORCH = ("forward",)
 VALIDATORS = ("pydantic:field_validator", "pydantic:model_validator", "pydantic:model_serializer")
 PLAIN_SETTINGS = """
 def __init__(self, **values):
-    vars(self).update(values)
+    self.__dict__.update(values)
 
 def model_copy(self, update):
-    return type(self)(**{**vars(self), **update})
+    return type(self)(**{**self.__dict__, **update})
 """
 NEEDS_FIELDS = ("dataclasses:dataclass",)
 

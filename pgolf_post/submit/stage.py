@@ -19,15 +19,16 @@ from pgolf_post.base.storage import atomic_folder, require_new, write_json
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, VerificationError
 from pgolf_post.pack.report.size import BUDGET_BYTES, count
-from pgolf_post.pack.script import MINIFIER_MISSING, PackedScript, pack_source
+from pgolf_post.pack.script import MINIFIER_MISSING, PackedScript
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.stage import score
 from pgolf_post.submit import refusals
 from pgolf_post.submit.amalgamate import Amalgam
 from pgolf_post.submit.audits import audited
 from pgolf_post.submit.evaluate import ARTIFACT
-from pgolf_post.submit.explain import KEPT, PartBytes, explain
+from pgolf_post.submit.explain import PartBytes, explain
 from pgolf_post.submit.forms import eval_form, read_recipe, whole_form
+from pgolf_post.submit.packed import packed
 from pgolf_post.submit.prove import SCRIPT, Proof, prove, prove_training
 from pgolf_post.submit.refusals import Refusal
 from pgolf_post.submit.seeds import Seed
@@ -83,7 +84,7 @@ def submit(artifacts: Sequence[Path], data: DataFolder, order: Order) -> Submiss
 
     # the program, which all seeds share
     amalgam = form_of(seeds[0], order)
-    script = pack_source(amalgam.source, KEPT)
+    script = packed(amalgam.source)
     if not script.minified:
         say(MINIFIER_MISSING)
     with atomic_folder(order.out) as building:

@@ -17,10 +17,10 @@ from pgolf_post.errors import SettingsError, VerificationError
 from pgolf_post.families import forget_families, get_family, load_family, load_module
 from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.container import pack
-from pgolf_post.pack.script import pack_source
 from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.protocols import Protocol, folder_text, make_protocol, score_text
 from pgolf_post.submit.forms import eval_form
+from pgolf_post.submit.packed import packed as packed_script
 from pgolf_post.submit.prove import prove
 from tests.score.conftest import record_model, ttt
 
@@ -146,7 +146,7 @@ def test_every_part_of_the_architecture_survives(
 @pytest.mark.slow
 def test_the_packed_script_runs_alone_and_a_wrong_sum_is_refused(packed: Packed) -> None:
     protocol = PROTOCOLS["plain"]()
-    script = pack_source(eval_form(packed.config, protocol).source).data
+    script = packed_script(eval_form(packed.config, protocol).source).data
     expected = packed.score(protocol)
     proof = prove(script, packed.path, packed.data.path, expected)
     assert dict(proof.sums) == expected
