@@ -16,6 +16,7 @@ from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import SettingsError
+from trainer.schedule_clock import ScheduleClock
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -44,6 +45,13 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
     help="Start from this checkpoint's weights, by a rule for each tensor: --set init.checkpoint=CHECKPOINT.",
+)
+@click.option(
+    "--spent-seconds",
+    type=POSITIVE,
+    metavar="SECONDS",
+    help="Count this many of schedule.seconds as spent by earlier processes of the run, where that is more than the "
+    "checkpoint of --resume knows: what a kill lost is counted.",
 )
 @click.option(
     "--dry-run",
@@ -100,6 +108,7 @@ def command(
     overrides: tuple[str, ...],
     resume: Path | None,
     init_from: Path | None,
+    spent_seconds: float | None,
     dry_run: bool,
     step_seconds: float | None,
     looped_step_seconds: float | None,
@@ -117,6 +126,7 @@ def command(
     Under torchrun, all processes share the run. Exit codes: 0 fine, 1 failed, 2 usage or a setting that cannot act,
     5 stopped early (the recipe's table `stop`).
     """
+    clock = ScheduleClock()  # what follows is counted: imports too
     from pgolf_post.settings import read_settings
     from trainer.config import Recipe
 
@@ -130,6 +140,8 @@ def command(
         overrides = (*overrides, f"init.checkpoint={json.dumps(str(init_from))}")
     if resume and dry_run:
         raise click.UsageError("--dry-run shows a whole run; leave --resume out")
+    if spent_seconds and (dry_run or smoke or smoke_passed):
+        raise click.UsageError("--spent-seconds is for training; leave --dry-run and --smoke out")
     if step_seconds is None and looped_step_seconds is not None:
         raise click.UsageError("--looped-step-seconds needs --step-seconds")
     if step_seconds is not None and not dry_run:
@@ -157,7 +169,7 @@ def command(
         foresee(recipe, str(recipe_path), step_seconds, looped_step_seconds, wanted, as_json)
     else:
         sets = [word for override in overrides for word in ("--set", override)]
-        train(recipe, resume, as_json, [str(recipe_path), *sets], not no_ledger)
+        train(recipe, resume, as_json, [str(recipe_path), *sets], not no_ledger, clock, spent_seconds or 0.0)
 
 
 def require_base(recipe: Recipe) -> None:
@@ -200,7 +212,15 @@ def ask(recipe: Recipe, source: str, as_json: bool) -> None:
         print_json({"recipe": recipe.run.name, "passed": True})
 
 
-def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str], recorded: bool = True) -> None:
+def train(
+    recipe: Recipe,
+    resume: Path | None,
+    as_json: bool,
+    words: list[str],
+    recorded: bool = True,
+    clock: ScheduleClock | None = None,
+    spent_seconds: float = 0.0,
+) -> None:
     """Train a recipe to its end, and record its checkpoints in the ledger; `words` are the command's own arguments."""
     from pgolf_post.checkpoint import Checkpoint, run_checkpoints
     from pgolf_post.ledger.recording import record
@@ -210,11 +230,12 @@ def train(recipe: Recipe, resume: Path | None, as_json: bool, words: list[str], 
 
     ranks = TrainingRanks.join()
     try:
-        trainer = Trainer(recipe, ranks, resumed=resume is not None)
+        trainer = Trainer(recipe, ranks, resume is not None, clock)
         if resume:
             trainer.resume(resume)
         elif trainer.start is not None and ranks.is_main:
             show_start(trainer.start)
+        trainer.state.count_spent(spent_seconds)
         state, device = trainer.state, str(ranks.device)
         where = f"{ranks.world_size} × {device}" if ranks.world_size > 1 else device
         compiled = "compiled" if trainer.gradients.compiled else "not compiled"

@@ -144,12 +144,14 @@ class Recipe(Settings):
     init: InitSettings = InitSettings()
 
     @model_serializer(mode="wrap")
-    def _without_tables_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a table that sets nothing: what is hashed of a recipe is older than it."""
+    def _without_what_is_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what sets nothing and is younger than recipes that were hashed: tables, the clock."""
         values: dict[str, Any] = own_values(self)
         for table in ("loss", "init"):
             if not getattr(self, table).is_on:
                 values.pop(table, None)
+        if self.schedule.clock == "wall" and "schedule" in values:
+            values["schedule"].pop("clock", None)
         return values
 
     def model_config_for(self, vocab_size: int, token_kinds: str | None = None) -> ModelConfig:

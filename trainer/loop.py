@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
+from trainer.schedule_clock import ScheduleClock, require_countable
 from trainer.starts import start_from_text
 from trainer.state import RunState
 from trainer.stopping import StopWatch
@@ -99,13 +101,21 @@ class WorseRun(StoppedEarlyError):
 class Trainer:
     """One run of a recipe: its state, and what moves it from step to step."""
 
-    def __init__(self, recipe: Recipe, ranks: TrainingRanks = SINGLE_PROCESS, resumed: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: TrainingRanks = SINGLE_PROCESS,
+        resumed: bool = False,
+        clock: ScheduleClock | None = None,
+    ) -> None:
+        """Build a run. `clock` began with the command, by default it begins here; the recipe says what it counts."""
         # Settings that cannot be met end the run before anything is built.
         phase_times = PhaseTimes()
         micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         require_usable(recipe, ranks.device.type)
+        require_countable(recipe.schedule.clock, ranks.device, ranks.world_size)
         self.stop_watch = StopWatch(recipe.stop, progress=0.0)
 
         # Data, model, and how its loss is computed.
@@ -140,6 +150,7 @@ class Trainer:
             **({"init": self.start.facts()} if self.start else {}),
         }
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
+        self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)
         phase_times.add("load", time.perf_counter() - phase_times.started)
 
@@ -293,10 +304,11 @@ class Trainer:
         state.step += 1
 
         # Rank 0's clock is the run's.
-        before = state.train_seconds
-        state.train_seconds = self.ranks.main_float(before + time.perf_counter() - started)
+        before, step_seconds = state.train_seconds, time.perf_counter() - started
+        state.train_seconds = self.ranks.main_float(state.schedule_clock.after_step(before, step_seconds))
         looped = self.model.graph.active_loops > 0
-        state.phase_times.add("train_looped" if looped else "train_plain", state.train_seconds - before)
+        step_seconds = step_seconds if state.schedule_clock.name == "processor" else state.train_seconds - before
+        state.phase_times.add("train_looped" if looped else "train_plain", step_seconds)
         state.clock.tick(state.train_seconds)
         return loss, float(norm)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from trainer.family import GolfGPTFamily
 from trainer.gradients import GradientAccumulator
 from trainer.model import GolfGPT
 from trainer.reserve import Reserve, make_reserve
+from trainer.schedule_clock import TIMERS
 from trainer.state import RunState
 
 
@@ -40,7 +40,7 @@ def _last_step_seconds(state: RunState, gradients: GradientAccumulator) -> float
     """Return the seconds of forward and backward of a whole step on this rank, all loops on."""
     before, tokens = state.model.graph, _synthetic_tokens(state, gradients.micro_tokens)
     state.update_graph(1.0)
-    seconds = _seconds_of(state.device, lambda: gradients.accumulate([(tokens, tokens)]))
+    seconds = _seconds_of(state, lambda: gradients.accumulate([(tokens, tokens)]))
     state.model.set_graph(before)
     state.model.zero_grad(set_to_none=True)
     return seconds * state.recipe.data.batch_tokens / (gradients.micro_tokens * state.ranks.world_size)
@@ -51,7 +51,7 @@ def _snapshot_seconds(state: RunState) -> float:
     weights, optim = list(state.model.parameters()), state.recipe.optim
     copies = 1 + bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
     moments = 2 if state.recipe.checkpoint.optimizer_state else 0  # AdamW's; Muon has one
-    seconds = _seconds_of(state.device, lambda: [weight.detach().to("cpu", copy=True) for weight in weights])
+    seconds = _seconds_of(state, lambda: [weight.detach().to("cpu", copy=True) for weight in weights])
     return seconds * (copies + moments)
 
 
@@ -68,20 +68,20 @@ def _hessian_seconds(state: RunState) -> float:
     dtype = autocast_dtype("auto", state.device)
     with autocast_to(state.device, dtype):
         seconds = _seconds_of(
-            state.device, lambda: forward_batch(module, sites, tokens, Sums(products_in=dtype or torch.float32))
+            state, lambda: forward_batch(module, sites, tokens, Sums(products_in=dtype or torch.float32))
         )
     return seconds * max(1, state.recipe.schedule.hessian_tokens // tokens.numel())
 
 
-def _seconds_of(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the seconds of the faster of two runs: the first also pays for warming up."""
-    seconds = []
+def _seconds_of(state: RunState, work: Callable[[], object]) -> float:
+    """Return the faster of two runs, in seconds of the schedule's clock: the first also pays for warming up."""
+    seconds, device, now = list[float](), state.device, TIMERS[state.schedule_clock.name]
     for _ in range(2):
         _synchronize(device)
-        started = time.perf_counter()
+        started = now()
         work()
         _synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     return min(seconds)
 
 

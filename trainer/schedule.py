@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from pgolf_post.settings import Settings
 from trainer.lr_schedules import ScheduleName, schedule_of
 from trainer.points import Points, multiplier_along
+from trainer.schedule_clock import ClockName
 
 
 class ScheduleSettings(Settings):
@@ -24,6 +25,11 @@ class ScheduleSettings(Settings):
     steps: int | None = Field(None, ge=1, description="optimizer steps of the run")
     seconds: float | None = Field(
         None, gt=0, description="cap on training seconds; scoring and writing checkpoints do not count"
+    )
+    clock: ClockName = Field(
+        "wall",
+        description="what seconds are: wall = of optimizer steps; processor = processor seconds of the whole process, "
+        "so that a busy machine trains as far as an idle one",
     )
     reserve_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
@@ -70,6 +76,8 @@ class ScheduleSettings(Settings):
             raise ValueError("set schedule.steps, schedule.seconds, or both (the run ends at whichever comes first)")
         if self.seconds is None and (self.reserve_seconds != "auto" or self.hessian_seconds is not None):
             raise ValueError("reserve_seconds and hessian_seconds are parts of schedule.seconds, which is not set")
+        if self.seconds is None and self.clock != "wall":
+            raise ValueError(f"clock {self.clock} is that of schedule.seconds, which is not set")
         if self.seconds is not None and self.reserve_seconds != "auto" and self.reserve_seconds >= self.seconds:
             raise ValueError(f"reserve_seconds {self.reserve_seconds} leaves nothing of seconds {self.seconds}")
         schedule = schedule_of(self.shape)

@@ -27,6 +27,7 @@ from trainer.phase_times import PhaseTimes
 from trainer.phases import Periodic, PhaseTracker
 from trainer.reserve import Reserve, resumed_reserve
 from trainer.schedule import active_loops_at, progress
+from trainer.schedule_clock import ScheduleClock
 
 
 @dataclass
@@ -48,7 +49,8 @@ class RunState:
     provenance: dict[str, Any]  # facts for meta.json; the warm-up adds its own
     waits: Waits = field(default_factory=Waits)
     step: int = 0  # optimizer steps done
-    train_seconds: float = 0.0  # spent in them
+    train_seconds: float = 0.0  # spent of schedule.seconds, as its clock counts them
+    schedule_clock: ScheduleClock = field(default_factory=ScheduleClock)
     earlier_wall_seconds: float = 0.0  # of the processes that this one resumes
     snapshot_step: int = 0  # at which power-function averages were last snapshotted
     reserve: Reserve | None = None  # under a cap, settled before the first step
@@ -142,14 +144,18 @@ class RunState:
             "swa_count": self.averages.swa.count if self.averages.swa else 0,
         }
 
+    def count_spent(self, seconds: float) -> None:
+        """Start from so many seconds of the schedule's clock, where earlier processes spent more than is known."""
+        self.train_seconds = self.schedule_clock.earlier = max(self.train_seconds, seconds)
+        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
+
     def take_up(self, checkpoint: Checkpoint) -> None:
         """Go on from the plain numbers that `facts` gave a checkpoint; the averages take `swa_count` for themselves."""
         facts = checkpoint.meta
         self.parent = checkpoint
         self.step = self.snapshot_step = int(facts["step"])
-        self.train_seconds = float(facts["train_seconds"])
+        self.count_spent(float(facts["train_seconds"]))
         self.earlier_wall_seconds = float(facts.get("wall_seconds", 0.0))
-        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
         self.waits = Waits(**facts.get("checkpoint_waits", {}))
         if "init" in facts:
             self.provenance["init"] = facts["init"]

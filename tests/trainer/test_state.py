@@ -104,7 +104,7 @@ def test_a_new_field_of_the_state_is_thought_of_here() -> None:
     fixed = {"recipe", "ranks", "data", "autocast"}
     tensors = {"model", "optimizer", "averages"}
     numbers = {"step", "train_seconds", "snapshot_step", "reserve", "phases", "periodic", "waits", "phase_times"}
-    of_the_process = {"clock", "earlier_wall_seconds", "provenance", "parent"}
+    of_the_process = {"clock", "schedule_clock", "earlier_wall_seconds", "provenance", "parent"}
     assert {each.name for each in fields(RunState)} == fixed | tensors | numbers | of_the_process
 
 
