@@ -202,10 +202,10 @@ def kill_and_compare(lab: Lab, kills: int) -> None:
     text = spec_text(LAMBDAS.replace("0, 0.2, 0.6", lambdas))
     options = lab.options(text)
     undisturbed = copied(lab, "undisturbed")
+    started = time.monotonic()
     done = processes.run(command(lab, root=undisturbed), cwd=lab.folder)
     assert done.returncode == 0, done.stderr
-    made = kill_through(lab, kills)
-    assert made  # on a starved machine the sweep may end before the last of them
+    kill_through(lab, kills, time.monotonic() - started)
     before = created(lab.root)
     run_local(options)
     after = created(lab.root)
@@ -213,24 +213,37 @@ def kill_and_compare(lab: Lab, kills: int) -> None:
     assert rows_of(lab.root) == rows_of(undisturbed)
 
 
-def kill_through(lab: Lab, kills: int) -> int:
+def kill_through(lab: Lab, kills: int, undisturbed_seconds: float) -> None:
     """One row more, then a kill at a random moment of the next trial, so many times."""
-    generator, made = random.Random(11), 0
+    generator = random.Random(11)
     held: dict[str, str] = {}
     quiet = subprocess.DEVNULL
-    for turn in range(kills):
+    latest = undisturbed_seconds  # of the first kill; a machine that was busy is quicker now, so it may come too late
+    while kills:
         process = processes.Process(command(lab), cwd=lab.folder, stdout=quiet, stderr=quiet)
-        while turn and process.poll() is None and len(created(lab.root)) == len(held):
+        while held and process.poll() is None and len(created(lab.root)) == len(held):
             time.sleep(0.005)
-        if not turn:  # amid starting, calibrating, or the control
-            time.sleep(generator.uniform(0.5, 4.0))
+        if not held:  # amid starting, calibrating, or the control
+            time.sleep(generator.uniform(0.2, 0.9) * latest)
         time.sleep(generator.uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
-        made += process.wait() == -signal.SIGKILL
+        killed = process.wait() == -signal.SIGKILL
         now = created(lab.root)
         assert held.items() <= now.items(), "a row was lost, or written again"
         held = now
-    return made
+        if killed:
+            kills -= 1
+        else:  # it had ended: from the start again
+            forget(lab)
+            held, latest = {}, latest / 2
+
+
+def forget(lab: Lab) -> None:
+    """Take away what the sweep has made."""
+    for folder in list(lab.root.rglob("derived")):
+        shutil.rmtree(folder)
+    for path in lab.root.glob(f"{LEDGER_FILE}*"):
+        path.unlink()
 
 
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(lab: Lab) -> None:
