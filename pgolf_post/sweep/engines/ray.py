@@ -79,7 +79,9 @@ def run_ray(options: Options, wanted: RayOptions, on_row: Callable[[State, Row],
     else:
         cpus = max(1, round(wanted.workers * wanted.cpus_per_trial))
         memory = wanted.object_store_mib << 20
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=memory, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, log_to_driver=False
+        )
     try:
         return _drive(Crew(ray, options, wanted), driver, on_row)
     finally:
