@@ -26,7 +26,7 @@ from trainer.config import Recipe
 from trainer.family import GolfGPTFamily
 from trainer.layers import mlp_widths, with_attention
 from trainer.model import GolfGPT
-from trainer.optim import assign_groups
+from trainer.optim import names_by_muon
 from trainer.preflight import Finding
 from trainer.timeline import Timeline
 from trainer.visits import visit_list
@@ -144,7 +144,7 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     """Return about the memory of a training process at its peak."""
     optim, config = recipe.optim, model.config
     total = sum(tensor.numel() for tensor in shapes.values())
-    matrices = sum(shapes[name].numel() for name in assign_groups(model).get("matrix", []))
+    matrices = sum(shapes[name].numel() for name in names_by_muon(model, optim))
     averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
     states = (
         total * (2 + averages) + matrices + 2 * (total - matrices)

@@ -11,7 +11,7 @@ from pgolf_post.families import on_no_device
 from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.model import GolfGPT
-from trainer.optim import assign_groups
+from trainer.optim import names_by_muon
 from trainer.preflight import Finding
 from trainer.timeline import Timeline
 
@@ -38,7 +38,7 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     with on_no_device():
         model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
     sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
-    matrices = sum(sizes[name] for name in assign_groups(model).get("matrix", []))
+    matrices = sum(sizes[name] for name in names_by_muon(model, recipe.optim))
     weights, num_tracks = sum(sizes.values()), len(recipe.optim.power_ema_sigmas)
     moments = matrices + 2 * (weights - matrices) + num_tracks * weights  # Muon keeps one, AdamW two
     return DiskNeed(

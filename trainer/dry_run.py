@@ -15,6 +15,8 @@ import torch
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
+from pgolf_post.families import on_no_device
+from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
@@ -22,10 +24,13 @@ from trainer.init_from import Start, show_start, start_from_checkpoint
 from trainer.loop import Trainer, new_model
 from trainer.loss import in_words
 from trainer.measuring import measure_reserve
+from trainer.model import GolfGPT
 from trainer.objective import Objective
+from trainer.optim import step_groups
 from trainer.preflight import Finding, preflight
 from trainer.reserve import Reserve
 from trainer.step_times import StepTimes, num_visits
+from trainer.tensor_groups import in_words as in_groups
 from trainer.timeline import Timeline, predict
 
 
@@ -80,9 +85,11 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     """Predict and check a run, show both, and return them. A missing reserve is estimated.
 
     Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read, SettingsError for a loss
-    that the vocabulary does not have, MismatchError for a start that no rule covers.
+    that the vocabulary does not have, or groups of tensors that the model does not have, MismatchError for a start that
+    no rule covers.
     """
     check_loss(recipe)
+    groups = check_groups(recipe)
     start = start_of(recipe) if recipe.init.is_on else None
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
@@ -90,6 +97,8 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     show(timeline)
     if start is not None:
         show_start(start)
+    for line in groups:
+        say(f"optim.groups: {line}")
     if costs is not None:
         show_costs(costs)
         refused = check_bytes(costs)
@@ -116,6 +125,19 @@ def start_of(recipe: Recipe) -> Start:
     """Return the start that a recipe's run would have from another model, in a model that is thrown away."""
     data = DataFolder.open(recipe.data.dir)
     return start_from_checkpoint(new_model(recipe, data, torch.device("cpu"), None), recipe.init, data)
+
+
+def check_groups(recipe: Recipe) -> list[str]:
+    """Return in words how tensors step, where there are groups and the data, which decides their shapes, is here.
+
+    Raises SettingsError for a group that cannot act on the model.
+    """
+    if not recipe.optim.groups or not recipe.data.dir.is_dir():
+        return []
+    with on_no_device():
+        model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return [in_groups(group, sum(sizes[name] for name in group.names)) for group in step_groups(model, recipe.optim)]
 
 
 def require_no_refusal(findings: list[Finding], source: str) -> None:

@@ -286,6 +286,8 @@ class Trainer:
         if self.gradients.objective is not None:
             self.gradients.objective.move_to(at)
         loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
+        if self.recipe.optim.groups:
+            state.optimizer.freeze(at)
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
         state.averages.update(state.step + 1, at)
 
@@ -362,7 +364,7 @@ class Trainer:
             **({"objective": round(self.minimised, 6)} if self.gradients.objective else {}),
             "grad_norm": round(norm, 6),
             "lr_multiplier": round(multiplier, 6),
-            "lr": {group: round(lr, 9) for group, lr in state.optimizer.learning_rates(multiplier).items()},
+            "lr": {group: round(lr, 9) for group, lr in state.optimizer.learning_rates(multiplier, at).items()},
             "momentum": round(self.recipe.optim.momentum_for(state.step - 1), 6),
             "weight_decay_multiplier": round(weight_decay_multiplier(schedule, at), 6),
             "active_loops": self.model.graph.active_loops,

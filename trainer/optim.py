@@ -2,7 +2,7 @@
 
 The step takes each rank's own gradients and owns every transfer between them: sums of matrices' gradients are scattered
 over ranks, sums of the rest go to all. Every parameter belongs to exactly one group by GROUP_RULES; one that fits none,
-or two, is an error.
+or two, is an error. The recipe may divide these further (`trainer.tensor_groups`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pgolf_post.settings import Settings
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.muon import NewtonSchulz, NewtonSchulzDtype, Scheme, make_banks, narrow_dtype
 from trainer.schedule import cyclic_momentum, momentum_at
+from trainer.tensor_groups import StepGroup, TensorGroupSettings, split
 
 
 class OptimSettings(Settings):
@@ -71,6 +72,9 @@ class OptimSettings(Settings):
     momentum_cycle_high: float = Field(
         0.95, ge=0, lt=1, description="momentum where its warm-up ends and each cycle begins"
     )
+    groups: tuple[TensorGroupSettings, ...] = Field(
+        (), description="tensors that step in a way of their own, one table [[optim.groups]] each"
+    )
 
     @model_validator(mode="after")
     def _acts(self) -> OptimSettings:
@@ -109,6 +113,11 @@ class OptimSettings(Settings):
     def peak_learning_rates(self) -> dict[str, float]:
         """Return group → the learning rate that the schedule multiplies."""
         return {"matrix": self.matrix_lr, "embed": self.embed_lr, "head": self.head_lr, "scalar": self.scalar_lr}
+
+    def peak_weight_decays(self) -> dict[str, float]:
+        """Return group → the weight decay that the schedule multiplies; an untied head has none."""
+        embed, scalar = self.embed_weight_decay, self.scalar_weight_decay
+        return {"matrix": self.matrix_weight_decay, "embed": embed, "head": 0.0, "scalar": scalar}
 
 
 def _is_weight_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
@@ -154,41 +163,59 @@ def assign_groups(model: nn.Module) -> dict[str, list[str]]:
     return groups
 
 
+def step_groups(model: nn.Module, settings: OptimSettings) -> list[StepGroup]:
+    """Return the parameters that step alike: the groups of GROUP_RULES, divided by `optim.groups`.
+
+    Raises SettingsError as `assign_groups`, and for a table of `optim.groups` that cannot act on this model.
+    """
+    peaks, decays = settings.peak_learning_rates(), settings.peak_weight_decays()
+    kinds = [
+        StepGroup(kind, tuple(names), "muon" if kind == "matrix" else "adamw", peaks[kind], decays[kind])
+        for kind, names in assign_groups(model).items()
+    ]
+    return split(kinds, dict(model.named_parameters()), settings.groups) if settings.groups else kinds
+
+
+def names_by_muon(model: nn.Module, settings: OptimSettings) -> list[str]:
+    """Return the names of the parameters that Muon steps, which have one moment; AdamW's have two."""
+    return [name for group in step_groups(model, settings) if group.method == "muon" for name in group.names]
+
+
 class Optimizer:
     """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
     def __init__(self, model: nn.Module, settings: OptimSettings, ranks: TrainingRanks = SINGLE_PROCESS) -> None:
         self.settings, self.ranks = settings, ranks
         self.parameters = dict(model.named_parameters())
-        self.adam_names = assign_groups(model)  # group → parameter names
-        matrices = self.adam_names.pop("matrix", [])
-        self.banks = make_banks({name: self.parameters[name] for name in matrices}, ranks)
+        self.step_groups = step_groups(model, settings)
+        muon = [group for group in self.step_groups if group.method == "muon"]
+        adamw = [group for group in self.step_groups if group.method == "adamw"]
+        self.adam_names = {group.label: list(group.names) for group in adamw}
+        stacks = [(make_banks({name: self.parameters[name] for name in group.names}, ranks), group) for group in muon]
+        self.banks = [bank for banks, _ in stacks for bank in banks]
+        self.peaks = {bank: (group.lr, group.weight_decay) for banks, group in stacks for bank in banks}
         betas = (settings.adam_beta1, settings.adam_beta2)
-        groups = [self._adam_group(group, names) for group, names in self.adam_names.items()]
+        groups = [self._adam_group(group) for group in adamw]
         self.on_gpu = next(iter(self.parameters.values())).device.type == "cuda"
         kernel: dict[str, Any] = {"fused": True} if self.on_gpu else {"foreach": True}
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, **kernel)
 
-    def _adam_group(self, group: str, names: list[str]) -> dict[str, Any]:
+    def _adam_group(self, group: StepGroup) -> dict[str, Any]:
         """Return AdamW's settings for one group; the schedule multiplies `peak_lr` and `peak_weight_decay`."""
-        settings = self.settings
-        lr, weight_decay = {
-            "embed": (settings.embed_lr, settings.embed_weight_decay),
-            "head": (settings.head_lr, 0.0),
-            "scalar": (settings.scalar_lr, settings.scalar_weight_decay),
-        }[group]
-        parameters = [self.parameters[name] for name in names]
-        decays = {"weight_decay": weight_decay, "peak_weight_decay": weight_decay}
-        return {"params": parameters, "lr": lr, "peak_lr": lr, **decays}
+        parameters = [self.parameters[name] for name in group.names]
+        decays = {"weight_decay": group.weight_decay, "peak_weight_decay": group.weight_decay}
+        return {"params": parameters, "lr": group.lr, "peak_lr": group.lr, **decays}
 
-    def groups(self) -> list[str]:
-        """Return the groups that this model has, matrices first."""
-        return ["matrix"] * bool(self.banks) + list(self.adam_names)
+    def learning_rates(self, lr_multiplier: float, at: float = 0.0) -> dict[str, float]:
+        """Return each group's learning rate under a multiplier, matrices first; 0 where frozen at progress `at`."""
+        matrices_first = sorted(self.step_groups, key=lambda group: group.method != "muon")
+        return {group.label: 0.0 if group.is_frozen(at) else group.lr * lr_multiplier for group in matrices_first}
 
-    def learning_rates(self, lr_multiplier: float) -> dict[str, float]:
-        """Return each group's learning rate under a multiplier."""
-        peaks = self.settings.peak_learning_rates()
-        return {group: peaks[group] * lr_multiplier for group in self.groups()}
+    def freeze(self, at: float) -> None:
+        """Drop the gradients of tensors that are frozen at progress `at`, so that the step leaves them alone."""
+        for group in self.step_groups:
+            for name in group.names if group.is_frozen(at) else ():
+                self.parameters[name].grad = None
 
     @torch.no_grad()
     def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float = 1.0) -> Tensor:
@@ -224,9 +251,9 @@ class Optimizer:
         self._step_adam(lr_multiplier, weight_decay_multiplier)
 
         # Matrices take their updates; gradients have served.
-        lr, decay = settings.matrix_lr * lr_multiplier, settings.matrix_weight_decay * weight_decay_multiplier
         for bank, transfer in zip(banks, updates, strict=True):
-            bank.apply(transfer.wait(), lr, decay)
+            lr, decay = self.peaks[bank]
+            bank.apply(transfer.wait(), lr * lr_multiplier, decay * weight_decay_multiplier)
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm

@@ -31,6 +31,7 @@ from trainer.averages import decay_acts_from, warmup_decay
 from trainer.phases import fraction_name
 from trainer.schedule import warmdown_start
 from trainer.stopping import StopWatch
+from trainer.tensor_groups import freeze_moments
 from trainer.timeline import Boundary, Timeline, count_steps, reaches
 
 MAX_SCORING_SHARE = 0.05  # of the training time
@@ -80,6 +81,7 @@ def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
         "swa_start": ("optim.swa_start", timeline.recipe.optim.swa_start),
         **{fraction_name(fraction): ("checkpoint.fractions", fraction) for fraction in settings.fractions},
         **{f"step{step}": ("checkpoint.steps", step) for step in settings.steps},
+        **freeze_moments(timeline.recipe.optim.groups),
     }
     for name in timeline.never:
         if name in sources:

@@ -18,6 +18,7 @@ from trainer.phases import PhaseTracker, Reached, boundaries
 from trainer.reserve import Reserve, estimate_reserve
 from trainer.schedule import active_loops_at, lr_multiplier, progress, warmup_end, weight_decay_multiplier
 from trainer.step_times import StepTimes
+from trainer.tensor_groups import freeze_moments
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def moments(recipe: Recipe) -> dict[str, Reached]:
     for key in ("points", "weight_decay_points"):
         for share in {share for share, _ in getattr(schedule, key) if 0 < share < 1}:
             named[f"{key}@{share:g}"] = reaches(share)
+    named |= {name: reaches(share) for name, (_, share) in freeze_moments(recipe.optim.groups).items()}
     if start is not None:
         named["swa_start"] = lambda step, at: at >= start
     return named

@@ -197,6 +197,11 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             "model's weights are no part of it",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    if recipe.optim.groups:
+        raise SettingsError(
+            "optim.groups: a script that trains steps all tensors of a kind alike",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
         if getattr(recipe.model, key, None) == value:
             raise SettingsError(
