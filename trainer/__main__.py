@@ -124,7 +124,7 @@ def command(
     """Train the run that RECIPE.toml describes. Its checkpoints appear in the folder run.checkpoint_root/run.name.
 
     Under torchrun, all processes share the run. Exit codes: 0 fine, 1 failed, 2 usage or a setting that cannot act,
-    5 stopped early (the recipe's table `stop`).
+    5 stopped early (the recipe's table `stop`, or run.grad_norm_stop).
     """
     clock = ScheduleClock()  # what follows is counted: imports too
     from pgolf_post.settings import read_settings

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf_post.errors import SettingsError
 from trainer.attention_backends import Reach
-from trainer.config import CompileChoice
+from trainer.config import CompileChoice, CompileMode
 from trainer.model import GolfGPT
 
 LossFunction = Callable[[GolfGPT, Tensor, Tensor, Reach], Tensor]  # of model, inputs, targets, their reach
@@ -39,11 +40,21 @@ def compiles(choice: CompileChoice, device: torch.device) -> bool:
     return device.type == "cuda" if choice == "auto" else choice
 
 
-def compiled_loss(eager: LossFunction) -> LossFunction:
+def require_compiled(mode: CompileMode, compiled: bool) -> None:
+    """Raise SettingsError for a mode of compiling where nothing is compiled."""
+    if mode != "default" and not compiled:
+        raise SettingsError(
+            f'run.compile_mode = "{mode}" acts only where the loss is compiled, which "auto" does on a GPU alone',
+            hint="set run.compile = true, or leave run.compile_mode out",
+        )
+
+
+def compiled_loss(eager: LossFunction, mode: CompileMode = "default") -> LossFunction:
     """Return a compiled loss function with a cache of its own."""
     assert isinstance(eager, FunctionType)
     own = FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
-    compiled = torch.compile(own, backend=COMPILER, fullgraph=True, dynamic=False)
+    chosen = None if mode == "default" else mode
+    compiled = torch.compile(own, backend=COMPILER, mode=chosen, fullgraph=True, dynamic=False)
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:
         for within in reach.within if isinstance(reach.within, tuple) else (reach.within,):

@@ -25,6 +25,7 @@ TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
 Kernels = Literal["eager", "triton", "triton_loss", "triton_mlp"]
 CompileChoice = Literal["auto"] | bool
 Stream = Literal["auto", "fp32", "bf16"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 MetricTime = Literal["each", "end", "final"]
 
 
@@ -54,6 +55,7 @@ class RunSettings(Settings):
     )
     attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
     compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
+    compile_mode: CompileMode = Field("default", description="mode of torch.compile; CUDA graphs and longer searches")
     deterministic: bool = Field(
         False, description="take deterministic kernels: on a GPU slower, and an error where an operation has none"
     )
@@ -67,6 +69,22 @@ class RunSettings(Settings):
     min_tokens_per_second: float | None = Field(
         None, gt=0, description="end the run within its first 30 steps if it is slower than this"
     )
+    grad_norm_limit: float | None = Field(
+        None, gt=0, description="gradient norm before clipping above which a step is warned of"
+    )
+    grad_norm_stop: bool = Field(
+        False, description="end the run, with a checkpoint, at a gradient norm above grad_norm_limit"
+    )
+
+    @model_validator(mode="after")
+    def _acts(self) -> RunSettings:
+        if self.compile is False and self.compile_mode != "default":
+            raise ValueError(
+                f'compile_mode "{self.compile_mode}" acts only where the loss is compiled; compile is false'
+            )
+        if self.grad_norm_stop and self.grad_norm_limit is None:
+            raise ValueError("grad_norm_stop acts only with grad_norm_limit")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgolf_post.base.copying import to_device
 from pgolf_post.errors import SettingsError
-from trainer.compiled import LossFunction, compiled_loss, compiles, training_loss
+from trainer.compiled import LossFunction, compiled_loss, compiles, require_compiled, training_loss
 from trainer.config import Recipe, TrainingPrecision
 from trainer.distributed import TrainingRanks
 from trainer.kernels import LOSS_KERNELS, fused_loss
@@ -68,12 +68,13 @@ class GradientAccumulator:
         self.micro_tokens = micro_tokens  # of one backward pass on this rank
         self.share = micro_tokens / recipe.data.batch_tokens  # of a step's loss
         self.compiled = compiles(recipe.run.compile, self.device)
+        require_compiled(recipe.run.compile_mode, self.compiled)
         self.objective = objective
         self.objective_share: Tensor | None = None  # () float64, of the last step: what was minimised, if not nats
         eager_loss: LossFunction = fused_loss if recipe.run.kernels in LOSS_KERNELS else training_loss
         if objective is not None:
             eager_loss = objective.function
-        self.loss_function = compiled_loss(eager_loss) if self.compiled else eager_loss
+        self.loss_function = compiled_loss(eager_loss, recipe.run.compile_mode) if self.compiled else eager_loss
         self.twin = Twin(model) if narrow_stream(recipe.run.stream, self.device, autocast) else None
 
     def loss(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,6 +36,7 @@ from trainer.kernels import MLP_KERNELS, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
+from trainer.norm_alarm import NormAlarm
 from trainer.objective import Objective
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
@@ -132,6 +133,8 @@ class Trainer:
             self.start = start_from_checkpoint(self.model, recipe.init, data, compare=ranks.is_main)
         objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
+        self.norm_alarm = NormAlarm(recipe.run)
+        self.too_steep: dict[str, Any] | None = None  # facts of a gradient norm that ends the run
         self.minimised = math.nan  # the objective of the last step, where that is not its nats
         shape, isolated = (micro_tokens // recipe.data.seq_len, recipe.data.seq_len), recipe.model.isolate_documents
         if warning := warning_of(recipe.run.attention, self.model.attention_backend, ranks.device, isolated, *shape):
@@ -231,6 +234,8 @@ class Trainer:
                 shown = permille
                 if self.stopping:
                     break
+                if self.too_steep:
+                    self._end_early(self.too_steep)
                 if self.stop_watch.due(state.progress):
                     self._stop_if_worse()
         return loss
@@ -251,9 +256,12 @@ class Trainer:
         if self.ranks.is_main and (difference := watch.compare(state.run_dir / LOG_FILE)):
             reason = watch.verdict(difference)
             facts = watch.facts(difference, reason) if reason else None
-        facts = self.ranks.main_says(facts)
-        if facts is None:
-            return
+        if facts := self.ranks.main_says(facts):
+            self._end_early(facts)
+
+    def _end_early(self, facts: dict[str, Any]) -> NoReturn:
+        """Save this moment, on all ranks, with the facts, and raise WorseRun."""
+        state = self.state
         state.provenance["stopped_early"] = facts
         state.update_graph(state.progress)
         path = save(state, self.writer, STOPPED_EARLY)
@@ -294,8 +302,9 @@ class Trainer:
         # All of the step is queued: reading its numbers is the one wait for the device.
         minimised = self.gradients.objective_share
         shares = () if minimised is None else (minimised,)
-        loss, num_asked, *objective = self.ranks.sum_floats(loss_share, float(bool(self.asked)), *shares)
-        self.minimised = objective[0] if objective else loss
+        above = self.norm_alarm.above(norm)
+        loss, num_asked, *sums = self.ranks.sum_floats(loss_share, float(bool(self.asked)), *shares, *above)
+        self.minimised = sums[0] if shares else loss
         self.stopping = num_asked > 0
         if not (math.isfinite(loss) and math.isfinite(self.minimised)):
             raise NumericsError(
@@ -304,6 +313,8 @@ class Trainer:
                 hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
             )
         state.step += 1
+        if above:
+            self.too_steep = self.norm_alarm.hear(sums[-1], float(norm), state.step)
 
         # Rank 0's clock is the run's.
         before, step_seconds = state.train_seconds, time.perf_counter() - started

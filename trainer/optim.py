@@ -33,6 +33,9 @@ class OptimSettings(Settings):
     momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's momentum at the first step")
     momentum_warmup_steps: int = Field(500, ge=0, description="steps over which Muon's momentum rises linearly")
     newton_schulz: NewtonSchulz = Field("polar_express", description="coefficients of Muon's orthogonalisation")
+    newton_schulz_steps: int = Field(
+        5, ge=1, le=20, description="iterations of Muon's orthogonalisation; polar_express has at most 5"
+    )
     newton_schulz_dtype: NewtonSchulzDtype = Field(
         "auto", description="dtype of Muon's orthogonalisation and of its updates' transfers; auto = bf16 on a GPU"
     )
@@ -81,6 +84,11 @@ class OptimSettings(Settings):
         if self.momentum_cycle_low > self.momentum_cycle_high:
             raise ValueError(
                 f"momentum_cycle_low {self.momentum_cycle_low} exceeds momentum_cycle_high {self.momentum_cycle_high}"
+            )
+        if self.newton_schulz == "polar_express" and self.newton_schulz_steps > 5:
+            raise ValueError(
+                f"newton_schulz_steps {self.newton_schulz_steps}: polar_express has coefficients for 5 iterations, "
+                'newton_schulz = "classic" for any number'
             )
         for key, needed, acts in (
             ("clip_norm_of", "grad_clip above 0", bool(self.grad_clip)),
@@ -228,7 +236,8 @@ class Optimizer:
         clip_all = settings.grad_clip > 0 and settings.clip_norm_of == "all"
         clip_own = settings.grad_clip > 0 and not clip_all
         own_norm = self._clip_own() if clip_own else None
-        scheme = Scheme(settings.newton_schulz, narrow_dtype(settings.newton_schulz_dtype, self.on_gpu))
+        dtype = narrow_dtype(settings.newton_schulz_dtype, self.on_gpu)
+        scheme = Scheme(settings.newton_schulz, dtype, settings.newton_schulz_steps)
         banks = [bank for bank in self.banks if bank.used()]
         coming = [bank.send_gradients() for bank in banks]
         finish_rest = self.ranks.begin_sum_(rest)

@@ -11,6 +11,7 @@ import torch
 
 from pgolf_post.checkpoint import TRAINING_FILE, Checkpoint, read_tensors
 from pgolf_post.data import DataFolder
+from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_attention import fa3_on_cpu, give_varlen_cpu_kernels  # noqa: F401
 from tests.trainer.test_model import pico_model
@@ -182,3 +183,19 @@ def test_auto_compiles_on_a_gpu_alone() -> None:
         *(True, True),
         *(False, False),
     ]
+
+
+def test_the_mode_of_compiling_is_torchs_and_refused_where_nothing_compiles(
+    tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options["mode"]) or function)
+    for mode in ("default", "max-autotune-no-cudagraphs"):
+        trainer(pico_data, tmp_path / mode, run={"compile": True, "compile_mode": mode})
+    assert asked == [None, "max-autotune-no-cudagraphs"]
+    with pytest.raises(SettingsError, match=r'run.compile_mode = "max-autotune" acts only where the loss is compiled'):
+        trainer(pico_data, tmp_path / "auto", run={"compile_mode": "max-autotune"})
+    with pytest.raises(ValueError, match='compile_mode "reduce-overhead" acts only where the loss is compiled'):
+        trainer(pico_data, tmp_path / "off", run={"compile": False, "compile_mode": "reduce-overhead"})
+    with pytest.raises(ValueError, match=r"compile_mode\n.*'default', 'reduce-overhead', 'max-autotune'"):
+        trainer(pico_data, tmp_path / "typo", run={"compile": True, "compile_mode": "fastest"})

@@ -14,7 +14,7 @@ from pgolf_post.errors import SettingsError
 from tests.trainer.test_model import pico_model
 from trainer.averages import EMA, RunningMean
 from trainer.distributed import TrainingRanks, Transfer
-from trainer.muon import NewtonSchulz, Scheme, muon_updates, narrow_dtype, orthogonalize
+from trainer.muon import COEFFICIENTS, NewtonSchulz, Scheme, muon_updates, narrow_dtype, orthogonalize
 from trainer.optim import Optimizer, OptimSettings, assign_groups
 
 SETTINGS = OptimSettings(momentum_warmup_steps=0)
@@ -255,3 +255,26 @@ def test_the_norm_is_of_all_gradients_and_clipping_scales_them_all(clip: float) 
     for name, gradient in gradients.items():  # the first step's moments are the gradients
         moment = state[f"momentum.{name}"] if f"momentum.{name}" in state else state[f"exp_avg.{name}"] / 0.1
         torch.testing.assert_close(moment, scale * gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_newton_schulz_takes_as_many_steps_as_asked() -> None:
+    matrices = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0))
+    start = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for scheme, steps in (("classic", 7), ("polar_express", 3)):
+        x = start
+        for a, b, c in (COEFFICIENTS[scheme] * 2)[:steps]:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        assert torch.equal(orthogonalize(matrices, scheme, None, steps), x)
+        assert torch.equal(orthogonalize(matrices, scheme, None, 5), orthogonalize(matrices, scheme))
+    torch.manual_seed(0)
+    moved = []
+    for steps in (5, 1):
+        model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Embedding(2, 2)])
+        nn.init.eye_(model[0].weight)
+        model[0].weight.grad = torch.arange(16.0).view(4, 4)
+        Optimizer(model, OptimSettings(newton_schulz="classic", newton_schulz_steps=steps)).step(1.0, 0.9)
+        moved.append(model[0].weight.detach())
+    assert not torch.equal(*moved)
+    with pytest.raises(ValueError, match="newton_schulz_steps 6: polar_express has coefficients for 5 iterations"):
+        OptimSettings(newton_schulz_steps=6)
