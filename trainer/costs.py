@@ -23,7 +23,7 @@ from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 from pgolf_post.plan import read_plan
 from trainer.architecture import GraphState
 from trainer.config import Recipe
-from trainer.family import GolfGPTFamily
+from trainer.family import LOOKUPS, GolfGPTFamily
 from trainer.layers import mlp_widths, with_attention
 from trainer.model import GolfGPT
 from trainer.optim import names_by_muon
@@ -126,18 +126,34 @@ def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
 
 
 def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int) -> float:
-    """Return the FLOPs of a token, forward and backward, with so many loops on."""
+    """Return the FLOPs of a token, forward and backward, with so many loops on.
+
+    Tables are looked up, so they count only where they are the head's matrix too; gains and mixes are no products.
+    """
     family, model = GolfGPTFamily(), recipe.model
-    by_layer: dict[int | None, int] = {}
+    head = "tok_emb.weight" if model.tie_embeddings else "lm_head.weight"
+    tables = {f"{path}.weight" for path in LOOKUPS} - {head}
+    weights, visited = dict[str, int](), dict[int, int]()
     for name, tensor in shapes.items():
-        if tensor.ndim > 1 and not (family.role(name) == "embedding" and not model.tie_embeddings):
-            layer = family.layer(name)
-            by_layer[layer] = by_layer.get(layer, 0) + tensor.numel()
-    visits = visit_list(model, active_loops)
-    weights = by_layer.get(None, 0) + sum(by_layer.get(layer, 0) for layer in visits)
+        if family.role(name) != "control" and name not in tables:
+            part = name if family.layer(name) is None else part_of(name)
+            weights[part] = weights.get(part, 0) + tensor.numel()
+    visits, total = visit_list(model, active_loops), sum(n for part, n in weights.items() if family.layer(part) is None)
+    for layer in visits:
+        revisit = visited.get(layer, 0)
+        visited[layer] = revisit + 1
+        own = f"override_mlps.{layer}_p{revisit}."
+        total += weights.get(f"blocks.{layer}.attn.", 0)
+        total += weights.get(own if own in weights else f"blocks.{layer}.mlp.", 0)
     context = min(recipe.data.seq_len, model.document_cut or recipe.data.seq_len) / 2
     attentions = sum(with_attention(model)[layer] for layer in visits)
-    return 6.0 * weights + 12.0 * attentions * model.model_dim * context
+    return 6.0 * total + 12.0 * attentions * model.model_dim * context
+
+
+def part_of(name: str) -> str:
+    """Return the attention or the MLP that a block's matrix is part of: "blocks.3.mlp." of its fc and proj."""
+    head, rest = name.split(".", 2)[:2], name.split(".", 2)[2]
+    return ".".join(head) + "." + (rest.split(".")[0] + "." if head[0] == "blocks" else "")
 
 
 def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> int:

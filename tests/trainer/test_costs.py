@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +18,11 @@ from pgolf_post.pack.container import pack
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.model import quantize_view
 from tests.conftest import pico_recipe
+from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.costs import FIT, Wanted, check_bytes, costs_of, token_flops
 from trainer.dry_run import dry_run, require_no_refusal
+from trainer.model import GolfGPT
 from trainer.step_times import StepTimes
 from trainer.timeline import predict
 from trainer.visits import visit_list
@@ -46,18 +47,32 @@ def test_parameters_flops_and_dollars_are_those_of_the_model(recipe: Recipe, vie
 
     # a token: 6 for each weight of each visit and of the tied head, 12 · dim · mean context for each attention
     model, loops = recipe.model, recipe.model.max_active_loops
-    blocks = Counter[int]()
-    for name, tensor in named.items():
-        if name.startswith("blocks.") and tensor.ndim > 1:
-            blocks[int(name.split(".")[1])] += tensor.numel()
-    rest = sum(tensor.numel() for name, tensor in named.items() if tensor.ndim > 1 and not name.startswith("blocks."))
+    block = 16 * 16 * 2 + 2 * 16 * 8 + 2 * 16 * 32  # q and proj, k and v, fc and proj
     visits = visit_list(model, loops)
-    by_hand = (
-        6 * (rest + sum(blocks[layer] for layer in visits))
-        + 12 * len(visits) * model.model_dim * recipe.data.seq_len / 2
-    )
+    by_hand = 6 * (320 * 16 + block * len(visits)) + 12 * len(visits) * 16 * 16 / 2
+    assert len(visits) == 4
     assert token_flops(recipe, named, loops) == by_hand
-    assert token_flops(recipe, named, 0) < by_hand
+    assert token_flops(recipe, named, 0) == by_hand - 6 * block - 12 * 16 * 16 / 2
+
+
+TABLES = {
+    "bigram_buckets": 64,
+    "bigram_dim": 8,
+    "trigram_buckets": 64,
+    "value_embed_layers": (1,),
+    "value_embed_dim": 4,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_are_looked_up_and_count_as_no_product(tied: bool, pico_data: DataFolder, tmp_path: Path) -> None:
+    flops = []
+    for tables in ({}, TABLES, {"untied_loop_mlps": True}):
+        recipe = pico_recipe(pico_data, tmp_path, model={"tie_embeddings": tied, **tables})
+        module = GolfGPT(recipe.model_config_in(pico_data), GraphState())
+        flops.append(token_flops(recipe, dict(module.named_parameters()), 1))
+    assert flops[1] - flops[0] == 6 * (8 * 16 + 4 * 8)  # projections of bigrams and of the value embedding
+    assert flops[2] == flops[0]  # a re-visit's own MLP takes the place of the block's
 
 
 def test_parts_of_layers_and_tables_are_counted(pico_data: DataFolder, tmp_path: Path) -> None:
