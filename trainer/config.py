@@ -16,6 +16,7 @@ from trainer.attention_backends import BackendChoice
 from trainer.init_settings import InitSettings
 from trainer.loss import LossSettings
 from trainer.optim import OptimSettings
+from trainer.qat_settings import QatSettings
 from trainer.schedule import ScheduleSettings
 from trainer.stopping import StopSettings
 from trainer.token_kinds import reads_token_kinds
@@ -160,6 +161,7 @@ class Recipe(Settings):
     stop: StopSettings = StopSettings()
     loss: LossSettings = LossSettings()
     init: InitSettings = InitSettings()
+    qat: QatSettings | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -168,6 +170,8 @@ class Recipe(Settings):
         for table in ("loss", "init"):
             if not getattr(self, table).is_on:
                 values.pop(table, None)
+        if self.qat is None:
+            values.pop("qat", None)
         if self.schedule.clock == "wall" and "schedule" in values:
             values["schedule"].pop("clock", None)
         return values

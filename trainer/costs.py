@@ -161,7 +161,9 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     optim, config = recipe.optim, model.config
     total = sum(tensor.numel() for tensor in shapes.values())
     matrices = sum(shapes[name].numel() for name in names_by_muon(model, optim))
-    averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
+    averages = (
+        (recipe.qat is not None) + bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
+    )
     states = (
         total * (2 + averages) + matrices + 2 * (total - matrices)
     )  # weights, gradients; Muon one moment, AdamW two

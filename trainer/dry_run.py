@@ -28,6 +28,8 @@ from trainer.model import GolfGPT
 from trainer.objective import Objective
 from trainer.optim import step_groups
 from trainer.preflight import Finding, preflight
+from trainer.qat import WeightRounding
+from trainer.qat import in_words as in_qat
 from trainer.reserve import Reserve
 from trainer.step_times import StepTimes, num_visits
 from trainer.tensor_groups import in_words as in_groups
@@ -89,7 +91,7 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     no rule covers.
     """
     check_loss(recipe)
-    groups = check_groups(recipe)
+    changes = check_model(recipe)
     start = start_of(recipe) if recipe.init.is_on else None
     timeline = predict(recipe, times, reserve)
     findings = preflight(timeline, validation_tokens(recipe))
@@ -97,8 +99,8 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     show(timeline)
     if start is not None:
         show_start(start)
-    for line in groups:
-        say(f"optim.groups: {line}")
+    for line in changes:
+        say(line)
     if costs is not None:
         show_costs(costs)
         refused = check_bytes(costs)
@@ -127,17 +129,21 @@ def start_of(recipe: Recipe) -> Start:
     return start_from_checkpoint(new_model(recipe, data, torch.device("cpu"), None), recipe.init, data)
 
 
-def check_groups(recipe: Recipe) -> list[str]:
-    """Return in words how tensors step, where there are groups and the data, which decides their shapes, is here.
+def check_model(recipe: Recipe) -> list[str]:
+    """Return in words how tensors step and are rounded, where the recipe says so and the data is here.
 
-    Raises SettingsError for a group that cannot act on the model.
+    Raises SettingsError or NotFoundError for groups or a plan that cannot act on the model.
     """
-    if not recipe.optim.groups or not recipe.data.dir.is_dir():
+    if not (recipe.optim.groups or recipe.qat) or not recipe.data.dir.is_dir():
         return []
     with on_no_device():
         model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return [in_groups(group, sum(sizes[name] for name in group.names)) for group in step_groups(model, recipe.optim)]
+    sizes, lines = {name: parameter.numel() for name, parameter in model.named_parameters()}, []
+    for group in step_groups(model, recipe.optim) if recipe.optim.groups else ():
+        lines.append(f"optim.groups: {in_groups(group, sum(sizes[name] for name in group.names))}")
+    if recipe.qat:
+        lines.append(f"qat: {in_qat(WeightRounding(model, recipe.qat, recipe.run.seed))}")
+    return lines
 
 
 def require_no_refusal(findings: list[Finding], source: str) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +40,7 @@ from trainer.norm_alarm import NormAlarm
 from trainer.objective import Objective
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
+from trainer.qat import WeightRounding, facts_of
 from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
@@ -133,6 +134,7 @@ class Trainer:
             self.start = start_from_checkpoint(self.model, recipe.init, data, compare=ranks.is_main)
         objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
+        self.rounding = WeightRounding(self.model, recipe.qat, recipe.run.seed) if recipe.qat else None
         self.norm_alarm = NormAlarm(recipe.run)
         self.too_steep: dict[str, Any] | None = None  # facts of a gradient norm that ends the run
         self.minimised = math.nan  # the objective of the last step, where that is not its nats
@@ -147,6 +149,7 @@ class Trainer:
             "attention": self.model.attention_backend.name,
             "compile": self.gradients.compiled,
             "kernels": recipe.run.kernels,
+            **facts_of(self.rounding),
             "stream": "bf16"
             if self.gradients.twin
             else str(self.model.tok_emb.weight.dtype).replace("torch.float", "fp"),
@@ -293,7 +296,8 @@ class Trainer:
         schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(state.step)
         if self.gradients.objective is not None:
             self.gradients.objective.move_to(at)
-        loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
+        with self.rounding.during(state.step, at) if self.rounding else nullcontext():
+            loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
         if self.recipe.optim.groups:
             state.optimizer.freeze(at)
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))

@@ -81,6 +81,7 @@ def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
         "swa_start": ("optim.swa_start", timeline.recipe.optim.swa_start),
         **{fraction_name(fraction): ("checkpoint.fractions", fraction) for fraction in settings.fractions},
         **{f"step{step}": ("checkpoint.steps", step) for step in settings.steps},
+        "qat": ("qat.at", timeline.recipe.qat.at if timeline.recipe.qat else None),
         **freeze_moments(timeline.recipe.optim.groups),
     }
     for name in timeline.never:

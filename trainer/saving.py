@@ -35,7 +35,7 @@ from trainer.phases import INTERRUPTED, PERIODIC
 from trainer.retention import apply_retention, checkpoints_of
 from trainer.state import RunState
 
-RANDOM_STATE = "none: the data order is a function of seed and step, and training draws no other random numbers"
+RANDOM_STATE = "none: data order and noise are functions of seed and step, and training draws no other random numbers"
 
 
 def meta_of(state: RunState, phase: str) -> dict[str, Any]:
@@ -54,7 +54,14 @@ def meta_of(state: RunState, phase: str) -> dict[str, Any]:
         "data_dir": str(recipe.data.dir),
         "recipe": recipe.model_dump(mode="json"),
         **state.provenance,
+        **_qat_of(state),
     }
+
+
+def _qat_of(state: RunState) -> dict[str, Any]:
+    """Return what is known of rounding on the way, and whether the next step is rounded; nothing where it is off."""
+    settings = state.recipe.qat
+    return {"qat": {**state.provenance["qat"], "acts": state.progress >= settings.at}} if settings else {}
 
 
 def measure_view(state: RunState, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def moments(recipe: Recipe) -> dict[str, Reached]:
         for share in {share for share, _ in getattr(schedule, key) if 0 < share < 1}:
             named[f"{key}@{share:g}"] = reaches(share)
     named |= {name: reaches(share) for name, (_, share) in freeze_moments(recipe.optim.groups).items()}
+    if recipe.qat is not None:
+        named["qat"] = reaches(recipe.qat.at)
     if start is not None:
         named["swa_start"] = lambda step, at: at >= start
     return named

@@ -202,6 +202,11 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             "optim.groups: a script that trains steps all tensors of a kind alike",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    if recipe.qat is not None:
+        raise SettingsError(
+            f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
         if getattr(recipe.model, key, None) == value:
             raise SettingsError(
