@@ -25,6 +25,7 @@ from pgolf_post.errors import DamagedFileError, NotFoundError, PgolfError
 
 State = Literal["complete", "orphan", "partial", "temporary", "incomplete"]
 DAY_SECONDS = 86400.0
+CLOCKS_DIFFER_DAYS = 60 / DAY_SECONDS  # of a file server and of this machine, without a word
 KEPT: tuple[State, ...] = ("complete", "orphan", "partial")  # deleted only if asked for
 HEADER = ("checkpoint", "stage", "id", "state", "bytes", "days", "made by")
 NOT_SETTINGS = ("stage", "version", "view", "view_id", "spans", "calibration_sha256", "data_manifest_sha256")
@@ -44,7 +45,13 @@ class CacheEntry:
 
     @property
     def age_days(self) -> float:
-        return (time.time() - self.modified_unix) / DAY_SECONDS
+        """Days since it was last changed; 0 where it is dated later than now (see `ahead_days`)."""
+        return max(0.0, -self.ahead_days)
+
+    @property
+    def ahead_days(self) -> float:
+        """Days by which the clock that dated it was ahead of this machine's; negative where it was not."""
+        return (self.modified_unix - time.time()) / DAY_SECONDS
 
     def made_by(self) -> str:
         """Return the settings it was made with, shortened; a plan by its name."""
@@ -74,6 +81,16 @@ class CacheEntry:
             "checkpoint": str(self.checkpoint),
             "config": {key: value for key, value in self.config.items() if key != "spans"},
         }
+
+
+def dated_ahead(entries: list[CacheEntry]) -> str:
+    """Return a sentence on entries that are dated later than now; nothing if there are none."""
+    ahead = [entry.ahead_days for entry in entries if entry.ahead_days > CLOCKS_DIFFER_DAYS]
+    if not ahead:
+        return ""
+    return (
+        f"{len(ahead)} dated later than now, by up to {max(ahead):,.1f} days (a clock was wrong): shown as 0 days old"
+    )
 
 
 def list_entries(root: Path) -> list[CacheEntry]:

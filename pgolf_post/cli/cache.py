@@ -114,6 +114,8 @@ def prune_command(
 
 
 def _show(title: str, entries: list[CacheEntry], root: Path) -> None:
-    from pgolf_post.cache import HEADER
+    from pgolf_post.cache import HEADER, dated_ahead
 
     print_table(title, HEADER, [entry.cells(root) for entry in entries])
+    if ahead := dated_ahead(entries):
+        say(ahead)

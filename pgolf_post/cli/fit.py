@@ -138,7 +138,8 @@ def command(
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
     `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
     """
-    from pgolf_post.fit.artifact import fit
+    from pgolf_post.fit.artifact import artifact_limit, fit
+    from pgolf_post.fit.limits import require_less_than_fp16
     from pgolf_post.fit.report import facts_of, show_explained
     from pgolf_post.fit.target_gap import limit_for_gap, require_gap
     from pgolf_post.score.plain import PlainProtocol
@@ -153,6 +154,8 @@ def command(
     totals, code_bytes = chosen_budgets(budget, budgets, target_gap), count_code(code)
     home = find_checkpoint(checkpoint)
     view, data = load_view(home, weights), find_data(home, data_dir)
+    for total in totals if target_gap is None else []:
+        require_less_than_fp16(view, artifact_limit(total, code_bytes))
     fitter = prepare_by_all_ranks(view, data, calibration, settings, train_seconds, allow_stale, fresh, compiled)
     if fitter is None:
         return

@@ -368,7 +368,7 @@ def import_command(
     under their own names. A base (by number, name or first word of a name) becomes the parent.
     """
     from pgolf_post.ledger import Ledger
-    from pgolf_post.ledger.importing import ImportSettings, read_log
+    from pgolf_post.ledger.importing import ImportSettings, read_log, require_rows
     from pgolf_post.settings import parse_settings
 
     fields = {
@@ -382,6 +382,7 @@ def import_command(
     show_import(imported, file)
     new = 0
     if not list_only:
+        require_rows(imported, file)
         with Ledger.open(root) as ledger:
             new = ledger.add_all(imported.rows, replace)
         say(f"{imported.rows_in} rows in, {len(imported.rows)} rows out; {new} new in {root}")

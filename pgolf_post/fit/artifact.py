@@ -23,6 +23,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.derived import require_writable_result
 from pgolf_post.errors import SettingsError
+from pgolf_post.fit.limits import require_less_than_fp16
 from pgolf_post.fit.prepare import DISTILL, Fitter, prepare
 from pgolf_post.fit.probe import Probe, decoded, probe_text
 from pgolf_post.fit.regularize import regularized
@@ -54,12 +55,13 @@ def fit(
         >>> artifact = pg.fit(view, data, 16_000_000, code=[Path("train_gpt.py")])
 
     Statistics and κ are read from the cache or made from `data`'s training split; the artifact is cached by all
-    that decides it. Raises SettingsError for an unknown codec or if the code fills the budget alone,
-    OverBudgetError if the coarsest artifact is larger, NumericsError as `factorize` does, VerificationError if the
-    written file does not decode to its symbols.
+    that decides it. Raises SettingsError for an unknown codec, if the code fills the budget alone, or if the weights do
+    not fill it in fp16; OverBudgetError if the coarsest artifact is larger, NumericsError as `factorize` does,
+    VerificationError if the written file does not decode to its symbols.
     """
     parse_settings(PackSettings, {"codec": codec}, "fit")
     limit = artifact_limit(budget, count_code(code))
+    require_less_than_fp16(view, limit)  # before anything is computed
     return fit_artifact(prepared or prepare(view, data, calibration, settings, fresh=fresh), limit, codec, fresh)
 
 

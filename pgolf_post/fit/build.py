@@ -59,6 +59,12 @@ class Matrix:
         return self.sensitivity.loss(self.weight)
 
 
+def rounded_names(view: View) -> dict[str, None]:
+    """Return the names of a view's matrices: those of linear maps, by site, then lookup tables."""
+    sites, lookups = view.family.sites(view.module), view.family.lookups(view.module)
+    return dict.fromkeys([name for site in sites for name in site.tensors] + [lookup.tensor for lookup in lookups])
+
+
 class Builder:
     """Builds quantized models of one view for any c."""
 
@@ -68,8 +74,7 @@ class Builder:
         self.view, self.stats, self.settings = view, stats, settings
         family, module = view.family, view.module
         sites = family.sites(module)
-        tables = [lookup.tensor for lookup in family.lookups(module)]
-        names = dict.fromkeys([tensor for site in sites for tensor in site.tensors] + tables)
+        names = rounded_names(view)
         self.roles = {name: family.role(name) for name in view.tensors}
         sensitivity = sensitivities(names, sites, stats, settings)
         self.zeros = self._zeros(sensitivity)

@@ -15,9 +15,10 @@ from typing import Any
 
 from pgolf_post.base.progress import say
 from pgolf_post.fit.build import Builder
+from pgolf_post.fit.limits import fixed_bytes
 from pgolf_post.fit.prepare import Fitter
 from pgolf_post.fit.probe import Probe, decoded, probe_text
-from pgolf_post.fit.solve import Rough, Search, fixed_bytes
+from pgolf_post.fit.solve import Rough, Search
 
 PAIRS = ((1.0, 0.003), (0.8, 0.01), (0.6, 0.01), (0.6, 0.03))  # coupling, ridge
 MOST_BITS = 3.0  # a weight: above, they lose the same

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pgolf_post.base.progress import say
-from pgolf_post.errors import OverBudgetError, SettingsError
+from pgolf_post.errors import OverBudgetError
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.estimate import Spread, spreads, symbol_bits
+from pgolf_post.fit.limits import fixed_bytes, require_solvable, useful_bytes
 from pgolf_post.fit.steps import constant_for
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.predict import SizePredictor
@@ -36,7 +37,6 @@ MOST_ROUGH = 4
 MOST_MIXES = 3
 LARGEST_STEP = 2.0  # octaves of c between builds
 FIRST_LOSS = 0.005  # nats per token
-MOST_BITS = 8  # of a weight, where matrices of zeros leave more bytes than the others need
 
 
 @dataclass(frozen=True)
@@ -250,40 +250,3 @@ def _symbol_bytes(solution: Solution, name: str) -> float:
     """Return about what a matrix's symbols take."""
     symbols = solution.model.quantized[name].symbols
     return entropy_bits(symbols) * symbols.size / 8
-
-
-def fixed_bytes(builder: Builder) -> int:
-    """Return about what everything but symbols takes: floats, exponents and the manifest."""
-    floats = sum(array.nbytes for array in builder.passthrough.values())
-    exponents = sum(len(matrix.steps.rows) + len(matrix.steps.columns) for matrix in builder.matrices.values())
-    return round(0.85 * floats + 0.6 * exponents + 1500)
-
-
-def require_solvable(builder: Builder, limit: int) -> None:
-    """Raise for budgets under one bit per weight, and for those that hold every weight in fp16."""
-    least = builder.num_weights // 8 + fixed_bytes(builder)
-    if limit < least:
-        raise OverBudgetError(
-            f"{limit:,} bytes for the artifact are less than one bit for each of {builder.num_weights:,} weights; "
-            f"the least is about {least:,}",
-            hint=f"raise --budget by {least - limit:,} bytes",
-        )
-    num_weights = builder.num_weights + sum(tensor.symbols.size for tensor in builder.zeros.values())
-    most = 2 * num_weights + fixed_bytes(builder)
-    if limit >= most:
-        raise SettingsError(
-            f"{limit:,} bytes hold all {num_weights:,} weights in fp16 ({most:,}): there is nothing to solve",
-            hint=f"lower --budget by more than {limit - most:,} bytes, or train a larger model",
-        )
-
-
-def useful_bytes(builder: Builder, limit: int) -> int:
-    """Return the bytes to fill: the limit, or less where most matrices are zeros and the others cannot use it."""
-    most = builder.num_weights * MOST_BITS // 8 + fixed_bytes(builder)
-    if not builder.zeros or limit <= most:
-        return limit
-    say(
-        f"{limit - most:,} bytes are left over: {len(builder.zeros)} matrices are stored as zeros, and "
-        f"{MOST_BITS} bits for each of the other {builder.num_weights:,} weights take {most:,}"
-    )
-    return most

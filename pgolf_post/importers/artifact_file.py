@@ -26,6 +26,7 @@ from torch import Tensor
 from pgolf_post.base.file_kinds import AGAIN, KINDS, PICKLE, RESAVE, file_kind, first_bytes
 from pgolf_post.base.paths import absent
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError
+from pgolf_post.families import check_finite
 from pgolf_post.quantize.tensor import Axis, QuantizedModel, QuantizedTensor, ScaleFactor
 
 MAX_INFLATED_BYTES = 1 << 28  # of the dictionary: twice what our own format can hold
@@ -241,8 +242,12 @@ def integers(name: str, symbols: Tensor, rows: int, path: Path) -> np.ndarray:  
 
 
 def factor(name: str, axis: Axis, scale: Tensor, path: Path, group_size: int = 0) -> ScaleFactor:
-    """Return scales in float16 or float32, which holds every bfloat16. Raises MismatchError for other types."""
+    """Return scales in float16 or float32, which holds every bfloat16.
+
+    Raises MismatchError for other types, NumericsError for a scale that is NaN or infinite.
+    """
     _require(scale.dtype in FLOATS, path, f"{name}'s scale", f"is {scale.dtype}, expected float16 or float32")
+    check_finite(f"{name}'s scale", scale, str(path))
     values = scale.detach().reshape(-1)
     return ScaleFactor(axis, (values if values.dtype == torch.float16 else values.float()).numpy().copy(), group_size)
 

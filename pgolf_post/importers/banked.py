@@ -50,6 +50,7 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     problems += [f"unknown {name}" for name in sorted(state) if name not in BANKS and not KEPT.fullmatch(name)]
     if problems:
         raise MismatchError("not a whole banked state dict: " + "; ".join(problems))
+    _require_banks({bank: state[bank] for bank in BANKS})
     rest = gather_parts({name: tensor for name, tensor in state.items() if name not in BANKS})
     canonical = {rename(name, PART_RENAMES): tensor for name, tensor in rest.items()}
     for bank in BANKS:
@@ -57,13 +58,25 @@ def to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return name_places(canonical)
 
 
+def _require_banks(banks: Mapping[str, Tensor]) -> None:
+    """Raise MismatchError for banks that do not divide into layers, or into as many as the others."""
+    problems, layers = [], {}
+    for bank, tensor in banks.items():
+        parts, shape = len(BANKS[bank]), tuple(tensor.shape)
+        if tensor.ndim != 3 or 0 in shape or shape[0] % parts:
+            problems.append(f"{bank} is {shape}; expected ({parts} × layers, out, in)")
+        else:
+            layers[bank] = shape[0] // parts
+    if not problems and len(set(layers.values())) > 1:
+        stated = ", ".join(f"{bank} {tuple(banks[bank].shape)} of {number}" for bank, number in layers.items())
+        problems = [f"banks of different numbers of layers: {stated}"]
+    if problems:
+        raise MismatchError("; ".join(problems))
+
+
 def _split_bank(bank: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a bank's matrices by canonical name. Raises MismatchError if the matrices do not divide into layers."""
-    parts = BANKS[bank]
-    num_layers, rest = divmod(tensor.size(0), len(parts))
-    if tensor.ndim != 3 or rest:
-        raise MismatchError(f"{bank} is {tuple(tensor.shape)}; expected ({len(parts)} × layers, out, in)")
-    names = _bank_names(bank, num_layers)
+    """Return a bank's matrices by canonical name."""
+    names = _bank_names(bank, tensor.size(0) // len(BANKS[bank]))
     return {name: matrix.clone() for name, matrix in zip(names, tensor, strict=True)}
 
 

@@ -9,13 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from pgolf_post.errors import MismatchError
+from pgolf_post.importers.agreement import require_agreement
 
 MATRIX = re.compile(r"blocks\.(\d+)\.(?:mlp\.fc|attn\.q)\.weight")
 CHANNEL_SMEARS = {"channel_smear": "after_norm", "channel_keep": "before_norm"}  # tensor: where it blends
 
 
 def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the shapes determine. Raises MismatchError if the basic matrices are not there."""
+    """Return the settings that the shapes determine.
+
+    Raises MismatchError if the basic matrices are not there, or naming tensors whose shapes do not go together.
+    """
     num_layers = 1 + max((int(match[1]) for name in tensors if (match := MATRIX.fullmatch(name))), default=0)
     attends = [layer for layer in range(num_layers) if f"blocks.{layer}.attn.q.weight" in tensors]
     first = attends[0] if attends else 0  # #1204 may leave out that of block 0
@@ -23,11 +27,10 @@ def settings_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     absent = [name for name in basic if name not in tensors]
     if absent:
         raise MismatchError(f"not a whole model: missing {', '.join(absent)}")
+    require_agreement(tensors)
     vocab_size, embedding_dim = tensors["tok_emb.weight"].shape
     model_dim = tensors[f"blocks.{first}.attn.k.weight"].size(1)
     num_heads = tensors[f"blocks.{first}.attn.q_gain"].numel()
-    if num_heads == 0 or model_dim % num_heads:
-        raise MismatchError(f"{num_heads} query gains do not divide a width of {model_dim}")
     gate = tensors.get(f"blocks.{first}.attn.gate")
     double_gate = tensors.get(f"blocks.{first}.attn.double_gate")
     settings: dict[str, Any] = {

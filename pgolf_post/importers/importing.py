@@ -19,6 +19,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.families import load_module, train_seq_len
 from pgolf_post.importers import FORMATS, get_format, recognise
+from pgolf_post.importers.agreement import require_agreement
 from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.foreign_file import ForeignFile, read_foreign
 from pgolf_post.importers.script_words import FAMILY, translate
@@ -61,6 +62,8 @@ def import_file(
     # tensors in canonical names, one head if it is tied, one row per token
     foreign = read_foreign(path)
     form, views = canonical_views(foreign, str(path))
+    for view, tensors in views.items():
+        require_agreement(tensors, f"{path} ({view})")
     views, visits = _with_visits(views, given)
     rows = views["raw"]["tok_emb.weight"].size(0) if "tok_emb.weight" in views["raw"] else 0
     views, tied = retie(views, given)

@@ -67,7 +67,7 @@ def fit_vocabulary(views: Views, vocab_size: int, trim: bool, source: str, data:
     extra = rows - vocab_size
     if extra == 0:
         return views, [f"--trim-vocab: nothing to trim, the vocabulary has {rows} rows"] if trim else []
-    message = f"{source} has a vocabulary of {rows}, {data} of {vocab_size}"
+    message = f"{source} has a vocabulary of {rows} (rows of {EMBEDDING}), {data} of {vocab_size}"
     if extra < 0 or extra > MAX_PADDING:
         raise MismatchError(message, hint="give the data folder with the model's own tokenizer: --data")
     if not trim:

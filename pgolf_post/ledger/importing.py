@@ -132,6 +132,15 @@ def read_log(path: Path, settings: ImportSettings) -> Imported:
     return Imported(resolved, taken, declared)
 
 
+def require_rows(imported: Imported, path: Path) -> None:
+    """Raise NotFoundError for a log whose chosen tables have columns and no rows, or no lines."""
+    if imported.rows:
+        return
+    columns = [name for table in imported.tables if table.chosen for name in table.header]
+    under = f": no row stands under its columns {', '.join(columns)}" if columns else ""
+    raise NotFoundError(f"{path} has nothing to import{under}", hint="the first line of a sheet is taken as its header")
+
+
 def _records(path: Path, settings: ImportSettings) -> list[Record]:
     """Return what a page says beside its tables; nothing of a sheet, or where tables are chosen by number."""
     if path.suffix.lower() in (".csv", ".tsv") or settings.tables.strip() != "all":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +23,11 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, Pg
 from pgolf_post.ledger.migration import file_version, latest_version, migrate
 from pgolf_post.ledger.query import matches
 from pgolf_post.ledger.schema import Column, Row, Verdict, columns_of
+from pgolf_post.ledger.waiting import BUSY_SECONDS, QUIET_SECONDS, patiently, writers
 
 LEDGER_FILE = "ledger.sqlite"
-BUSY_SECONDS = 60.0  # a writer waits so long for the others
 HINTS = {  # words of SQLite's → what to do
-    "locked": "another process writes to it; run this again when that one is done",
+    "locked": "run this again when that one is done; if it hangs, end it: nothing it has written is lost",
     "disk I/O": FREE_SPACE,  # what SQLite says of a file that may not grow, and of a failing disk
     "full": FREE_SPACE,
     "readonly": WRITABLE,
@@ -61,7 +60,7 @@ class Ledger:
                 ledger = cls(path, _connect_read_only(path), True)
             else:
                 root.mkdir(parents=True, exist_ok=True)
-                ledger = cls(path, sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None), False)
+                ledger = cls(path, sqlite3.connect(path, timeout=QUIET_SECONDS, isolation_level=None), False)
             try:
                 ledger._meet_version()
             except BaseException:
@@ -82,14 +81,14 @@ class Ledger:
 
     def _meet_version(self) -> None:
         """Bring an older file to the present version; of a read-only one, take the columns that it has."""
-        latest, version = latest_version(self._columns), file_version(self._connection)
+        latest, version = latest_version(self._columns), patiently(self.path, lambda: file_version(self._connection))
         if not self.read_only and version < latest:
             if version == 0:
-                _set_wal(self._connection)
+                self._patiently("PRAGMA journal_mode = WAL")
             with self._transaction():
                 migrate(self._connection, self._columns)  # reads the version again: another process may have been first
             version = file_version(self._connection)
-        if version == 0 and not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if version == 0 and not self._patiently("SELECT count(*) FROM sqlite_master")[0][0]:
             raise NotFoundError(f"no ledger at {self.path}: the file is empty", hint=SCAN)  # a full disk leaves one
         if not 0 < version <= latest:
             raise DamagedFileError(
@@ -98,14 +97,18 @@ class Ledger:
             )
         self._columns = tuple(column for column in self._columns if column.since <= version)
 
+    def _patiently(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement, as soon as no other process is in the way, and return its rows."""
+        return patiently(self.path, lambda: self._connection.execute(statement, values).fetchall())
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Run a block as one transaction, all or nothing, with the write lock held from the start."""
         with _explained(self.path):
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._patiently("BEGIN IMMEDIATE")
             try:
                 yield
-                self._connection.execute("COMMIT")
+                self._patiently("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -175,7 +178,7 @@ class Ledger:
     def ids(self, kind: str) -> set[str]:
         """Return the ids of all rows of a kind: cheap, to see what is new."""
         with _explained(self.path):
-            return {stored[0] for stored in self._connection.execute("SELECT id FROM rows WHERE kind = ?", (kind,))}
+            return {stored[0] for stored in self._patiently("SELECT id FROM rows WHERE kind = ?", (kind,))}
 
     def get(self, kind: str, id: str) -> Row | None:
         """Return the row of exactly this kind and id, or None."""
@@ -224,7 +227,7 @@ class Ledger:
         row = self.find(id, kind)
         with self._transaction():
             row = self._get(row.kind, row.id) or row
-            number = self._connection.execute("SELECT COUNT(*) FROM rows WHERE kind = 'note'").fetchone()[0]
+            number = self._patiently("SELECT COUNT(*) FROM rows WHERE kind = 'note'")[0][0]
             said: dict[str, Any] = {"conclusion": conclusion, "verdict": verdict or row.verdict}
             name = f"note on {row.name or row.id[:12]}"
             self._write(Row("note", f"note-{number + 1}", (row.id,), name, row.run, {"kind": row.kind}, **said))
@@ -232,7 +235,7 @@ class Ledger:
 
     def _select(self, clause: str, values: tuple[Any, ...]) -> list[Row]:
         query = f"SELECT {self._names} FROM rows {clause} ORDER BY created, rowid"
-        return [self._row(stored) for stored in self._connection.execute(query, values).fetchall()]
+        return [self._row(stored) for stored in self._patiently(query, values)]
 
     def _row(self, stored: tuple[Any, ...]) -> Row:
         """Return a row as it was written; a NULL is the column's default."""
@@ -266,9 +269,9 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
     """A connection that cannot write, also where not even the WAL's index file can be made beside the database."""
     if not path.is_file():
         raise NotFoundError(f"no ledger at {path}", hint=SCAN)
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=QUIET_SECONDS)
     try:
-        connection.execute("PRAGMA user_version").fetchone()
+        patiently(path, lambda: connection.execute("PRAGMA user_version").fetchone())
     except sqlite3.OperationalError:
         connection.close()
         pending = path.with_name(f"{path.name}-wal")
@@ -278,19 +281,6 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _set_wal(connection: sqlite3.Connection) -> None:
-    """Switch to WAL mode; the switch does not wait for other connections by itself."""
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """SQLite's errors as ours, naming the file."""
@@ -298,7 +288,10 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
-        raise PgolfError(f"the ledger {path} cannot be used: {error}; nothing was changed in it", hint=hint) from error
+        why = str(error)
+        if "locked" in why:
+            why = f"{writers(path)} has been writing to it for {BUSY_SECONDS:.0f} s"
+        raise PgolfError(f"the ledger {path} cannot be used: {why}; nothing was changed in it", hint=hint) from error
     except sqlite3.DatabaseError as error:
         raise DamagedFileError(
             f"{path} is not a ledger or is damaged: {error}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,15 @@ def test_the_cache_is_listed_verified_and_pruned(pgolf: Any, pico_checkpoint: Ch
     assert len(pgolf("cache", "prune", "--stage", "stats", "--yes", "--json").json["entries"]) == 1
     assert not payload.exists()
     assert pgolf("cache", "list", "--json").json == {"entries": [], "bytes": 0}
+
+
+def test_a_result_dated_later_than_now_is_not_of_a_negative_age(pgolf: Any, pico_checkpoint: Checkpoint) -> None:
+    pgolf("calibrate", *FEW)
+    folder = next(pico_checkpoint.path.glob("derived/stats/*"))
+    later = time.time() + 3 * 86400
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (later, later))
+    listed = pgolf("cache", "list", "--json")
+    assert listed.json["entries"][0]["age_days"] == 0
+    assert "1 dated later than now, by up to 3.0 days" in listed.err
+    assert len(pgolf("cache", "prune", "--older-than", "0", "--json").json["entries"]) == 1

@@ -15,13 +15,14 @@ from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
-from pgolf_post.fit.artifact import fit_artifact
+from pgolf_post.fit.artifact import fit, fit_artifact
 from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
+from pgolf_post.fit.limits import fixed_bytes, require_less_than_fp16
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.regularize import PAIRS
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.solve import WINDOW_BYTES, Search, fixed_bytes
+from pgolf_post.fit.solve import WINDOW_BYTES, Search
 from pgolf_post.fit.target_gap import limit_for_gap, require_gap
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.pack.artifact import read_artifact
@@ -102,6 +103,22 @@ def test_a_budget_under_one_bit_says_the_least(fitter: Fitter) -> None:
 def test_a_budget_for_fp16_is_nothing_to_solve(fitter: Fitter) -> None:
     with pytest.raises(SettingsError, match="nothing to solve"):
         fit_artifact(fitter, 4 * fitter.builder.num_weights)
+
+
+def test_a_budget_for_fp16_is_refused_before_statistics_are_collected(
+    view: View, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgolf_post.fit.artifact.prepare", None)
+    with pytest.raises(SettingsError, match=r"16,000,000 bytes hold all [\d,]+ weights in fp16 .*nothing to solve"):
+        fit(view, pico_data, 16_000_000)
+
+
+def test_the_limit_known_from_shapes_is_the_one_known_from_statistics(fitter: Fitter) -> None:
+    """Nothing that could be solved is refused early, and what is near is left to the exact one."""
+    most = 2 * fitter.builder.num_weights + fixed_bytes(fitter.builder)
+    require_less_than_fp16(fitter.view, most - 1)
+    with pytest.raises(SettingsError, match="nothing to solve"):
+        require_less_than_fp16(fitter.view, round(1.05 * most))
 
 
 def test_statistics_of_other_weights_are_refused(view: View, pico_data: DataFolder) -> None:

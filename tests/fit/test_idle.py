@@ -18,11 +18,12 @@ from pgolf_post.errors import NumericsError, OverBudgetError
 from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.idle import as_zeros, require_idle
+from pgolf_post.fit.limits import MOST_BITS, fixed_bytes
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.report import show_zeros
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.solve import MOST_BITS, WINDOW_BYTES, fixed_bytes
+from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.fit.target_gap import limit_for_gap
 from pgolf_post.pack.artifact import read_artifact
 

@@ -18,11 +18,12 @@ from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.fit import tune
 from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import constants_of
+from pgolf_post.fit.limits import fixed_bytes
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.replay import groups_in_order
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.solve import WINDOW_BYTES, fixed_bytes
+from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel
 from pgolf_post.fit.tune_partial import Done, TunePartial

@@ -210,6 +210,11 @@ REFUSED: list[tuple[Any, type[PgolfError], str]] = [
     (w_and_m({"a": Q.to_sparse()}, {"a": "passthrough"}), MismatchError, "expected a plain tensor"),
     (w_and_m({"a": S}, 7), MismatchError, "'m' is a int"),
     (w_and_m({"a": S * np.nan}, {"a": "passthrough"}), NumericsError, "NaN or infinity in floats: a"),
+    (
+        w_and_m({"a.q": Q, "a.scale": S / 0}, {"a": TEXT}),
+        NumericsError,
+        r"m.ptz: a's scale\[0\] is inf \(3 such values",
+    ),
     ({**INT8, "__quant_format__": "v2"}, MismatchError, "'v2', expected 'int8_clean_per_row_v1'"),
     ({**INT8, "scales": {}}, MismatchError, "has symbols or scales alone"),
     ({**INT8, "extra": {}}, MismatchError, "unknown extra"),

@@ -14,7 +14,7 @@ from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, Se
 from pgolf_post.ledger import Ledger, Row
 from pgolf_post.ledger.exporting import to_csv, to_jsonl, to_markdown
 from pgolf_post.ledger.foreign_columns import parse_bytes, parse_number, parse_verdict
-from pgolf_post.ledger.importing import Imported, ImportSettings, read_log
+from pgolf_post.ledger.importing import Imported, ImportSettings, read_log, require_rows
 from pgolf_post.ledger.lineage import trees
 from pgolf_post.ledger.query import best_rows
 from pgolf_post.ledger.tables import find_tables
@@ -413,3 +413,16 @@ def test_csv_has_a_column_for_every_field_and_markdown_is_one_table():
     assert table.rows[0][table.header.index("name")] == "a | b"
     assert table.rows[1][table.header.index("name")] == "line<br>break"
     assert to_markdown([]) == to_csv([]).strip() == to_jsonl([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "name,val_bpb\n", "under its columns name, val_bpb"),
+        ("a.jsonl", "", "nothing to import$"),
+    ],
+)
+def test_a_log_without_rows_is_an_error_that_names_its_columns(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(NotFoundError, match=said):
+        require_rows(read_log(tmp_path / name, ImportSettings()), tmp_path / name)

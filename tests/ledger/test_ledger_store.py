@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, PgolfError, SettingsError
-from pgolf_post.ledger import LEDGER_FILE, Ledger, Row
+from pgolf_post.ledger import LEDGER_FILE, Ledger, Row, waiting
 from pgolf_post.ledger.recording import record
 from tests import processes
 
@@ -241,3 +244,61 @@ def test_rows_that_mean_nothing_are_refused():
 def test_the_settings_hash_is_of_the_settings_alone():
     assert row().settings_hash == row(id="b", result={}).settings_hash
     assert row().settings_hash != row(settings={"clip": 12.86}).settings_hash
+
+
+@contextmanager
+def locked(path: Path, how: str = "IMMEDIATE") -> Iterator[None]:
+    """Hold a ledger's lock in another process, as a writer that is stopped does."""
+    script = f"""
+import sqlite3, sys
+connection = sqlite3.connect({str(path)!r}, isolation_level=None)
+connection.execute("BEGIN {how}")
+connection.execute("UPDATE rows SET name = 'unfinished'")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        yield
+    finally:
+        holder.communicate()
+
+
+def test_a_locked_ledger_is_waited_for_aloud_by_the_name_of_who_holds_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "BUSY_SECONDS", 0.05)
+    ledger._connection.execute("PRAGMA busy_timeout = 0")
+    ledger.add(row())
+    with locked(ledger.path):
+        assert ledger.ids("trial") == {"a1"}  # readers never wait
+        assert len(waiting.lock_holders(ledger.path)) == 1
+        with pytest.raises(PgolfError, match=r"process \d+ .*python.* has been writing to it .*nothing was changed"):
+            ledger.add(row(id="b2"))
+        assert re.search(r"waiting up to .* for the ledger .*: process \d+ \(.*python", capsys.readouterr().err)
+    assert ledger.add(row(id="b2"))  # once it is free, without a word
+    assert "waiting" not in capsys.readouterr().err
+
+
+def test_a_writer_waits_until_the_other_is_done(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger.add(row())
+    attempts: list[int] = []
+
+    def busy_twice() -> str:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise sqlite3.OperationalError("database is locked")
+        return "done"
+
+    assert waiting.patiently(ledger.path, busy_twice) == "done"
+    assert not capsys.readouterr().err
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        waiting.patiently(ledger.path, lambda: ledger._connection.execute("SELECT * FROM absent"))
+
+
+def test_nobody_is_named_where_locks_are_not_listed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LOCKS", ledger.path / "absent")
+    assert waiting.writers(ledger.path) == "another process"
