@@ -82,6 +82,8 @@ class Context:
 class Attention(nn.Module):
     """Grouped-query causal attention. Weights are (out, in); `q_gain` scales each head's query."""
 
+    qkv: nn.Parameter | None  # the weights of q, k and v as one, where `stack_projections` was called
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -94,6 +96,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.v = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.register_parameter("qkv", None)
         self.q_gain = nn.Parameter(torch.tensor(query_gains(config)[layer]))
         if config.xsa_alpha is not None and self.use_xsa:
             self.xsa_alpha = nn.Parameter(torch.tensor(config.xsa_alpha).logit())
@@ -124,15 +127,45 @@ class Attention(nn.Module):
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
         return gates.transpose(1, 2).unsqueeze(-1)
 
-    def _values(self, x: Tensor, context: Context, place: int) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
+    def stack_projections(self) -> list[Tensor]:  # (model_dim, model_dim), twice (kv_dim, model_dim)
+        """Make one product of q, k and v: their weights become rows of a new parameter, and are returned.
+
+        Sums of a product may come in another order then. Nothing happens where values have an input of their own.
+        """
+        if self.reads_x0:
+            return []
+        projections = [self.q, self.k, self.v]
+        self.qkv = nn.Parameter(torch.cat([projection.weight.detach() for projection in projections]))
+        for projection in projections:
+            del projection.weight  # it would get no gradient
+        return list(self.qkv.detach().split([projection.out_features for projection in projections]))
+
+    def query_weight(self) -> Tensor:  # (model_dim, model_dim), differentiable
+        """Return the weight of the query projection."""
+        return self.q.weight if self.qkv is None else self.qkv[: self.q.out_features]
+
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:  # each (batch, seq_len, width)
+        """Return the products of q, k and v; those of v may read the embedding too."""
+        if self.qkv is not None:
+            widths = [projection.out_features for projection in (self.q, self.k, self.v)]
+            query, key, value = F.linear(x, self.qkv).split(widths, dim=-1)
+            return query, key, value
+        read = x
+        if self.reads_x0:
+            assert context.x0 is not None
+            read = x + self.x0_share.to(x.dtype) * rms_norm(context.x0).to(x.dtype)
+        return self.q(x), self.k(x), self.v(read)
+
+    def _values(
+        self,
+        flat: Tensor,  # (batch, seq_len, kv_dim), projected
+        context: Context,
+        place: int,
+    ) -> Tensor:  # (batch, kv_heads, seq_len, head_dim)
         """Return projected values plus the token's value embedding, mixed with those of an earlier visit.
 
         The first visit's own values are not mixed.
         """
-        if self.reads_x0:
-            assert context.x0 is not None
-            x = x + self.x0_share.to(x.dtype) * rms_norm(context.x0).to(x.dtype)
-        flat = self.v(x)
         if place in context.value_embeddings:
             flat = flat + context.value_embeddings[place].to(flat.dtype)
         v = self._heads(flat, self.num_kv_heads)
@@ -161,11 +194,11 @@ class Attention(nn.Module):
             if controls is None
             else (controls.q_gain, controls.use_xsa, controls.place)
         )
-        query = self.q(x)
+        query, key, value = self._project(x, context)
         cos, sin = context.angles[self.layer]
         q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), cos, sin)
-        k = apply_rotary(rms_norm(self._heads(self.k(x), self.num_kv_heads)), cos, sin)
-        v = self._values(x, context, place)
+        k = apply_rotary(rms_norm(self._heads(key, self.num_kv_heads)), cos, sin)
+        v = self._values(value, context, place)
         q = q * gain.to(q.dtype)[:, None, None]
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
         y = context.reach.attend(q, keys, values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,18 @@ def require_compiled(mode: CompileMode, compiled: bool) -> None:
         )
 
 
-def compiled_loss(eager: LossFunction, mode: CompileMode = "default") -> LossFunction:
-    """Return a compiled loss function with a cache of its own."""
+def own_graphs(eager: Callable[..., Any], mode: CompileMode = "default") -> Callable[..., Any]:
+    """Return a compiled function with a cache of its own; its sizes are fixed, and a graph break is an error."""
     assert isinstance(eager, FunctionType)
     own = FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
     chosen = None if mode == "default" else mode
-    compiled = torch.compile(own, backend=COMPILER, mode=chosen, fullgraph=True, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(own, backend=COMPILER, mode=chosen, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def compiled_loss(eager: LossFunction, mode: CompileMode = "default") -> LossFunction:
+    """Return a compiled loss function."""
+    compiled = own_graphs(eager, mode)
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:
         for within in reach.within if isinstance(reach.within, tuple) else (reach.within,):

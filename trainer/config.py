@@ -23,7 +23,7 @@ from trainer.token_kinds import reads_token_kinds
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]
-Kernels = Literal["eager", "triton", "triton_loss", "triton_mlp"]
+Kernels = Literal["auto", "eager", "triton", "triton_loss", "triton_mlp"]
 CompileChoice = Literal["auto"] | bool
 Stream = Literal["auto", "fp32", "bf16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -47,15 +47,18 @@ class RunSettings(Settings):
         "whose products are bf16, as in the public record scripts, else fp32",
     )
     kernels: Kernels = Field(
-        "eager",
-        description="triton_loss, triton_mlp = fused loss or MLP (trainer/kernels), triton = both; CUDA only; not the "
-        "default: not yet timed",
+        "auto",
+        description="triton_loss, triton_mlp = fused loss or MLP (trainer/kernels), triton = both, CUDA only; auto = "
+        "triton_mlp on an A100 or H100 in bf16 where Triton and the activation allow it, else eager",
     )
     threads: int | None = Field(
         None, ge=1, le=MOST_THREADS, description="CPU threads; left out: as many as this process may use"
     )
     attention: BackendChoice = Field("auto", description="attention kernel; auto = the fastest that can run here")
-    compile: CompileChoice = Field("auto", description="torch.compile the loss; auto = on a GPU, not on a CPU")
+    compile: CompileChoice = Field(
+        "auto",
+        description="torch.compile the loss, and on a GPU the updates of matrices; auto = on a GPU, not on a CPU",
+    )
     compile_mode: CompileMode = Field("default", description="mode of torch.compile; CUDA graphs and longer searches")
     deterministic: bool = Field(
         False, description="take deterministic kernels: on a GPU slower, and an error where an operation has none"

@@ -32,7 +32,7 @@ from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.init_from import Start, start_from_checkpoint
-from trainer.kernels import MLP_KERNELS, fuse_mlps, require_usable
+from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
@@ -61,7 +61,7 @@ def new_model(recipe: Recipe, data: DataFolder, device: torch.device, autocast: 
     model.initialise()
     start_from_text(model, data)
     model.to(device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
-    if recipe.run.kernels in MLP_KERNELS:
+    if chosen_kernels(recipe, device, autocast) in MLP_KERNELS:
         fuse_mlps(model)
     isolated, compute_dtype = recipe.model.isolate_documents, autocast or model.tok_emb.weight.dtype
     model.attention_backend = choose_backend(recipe.run.attention, device, compute_dtype, isolated)
@@ -148,7 +148,7 @@ class Trainer:
             "world_size": ranks.world_size,
             "attention": self.model.attention_backend.name,
             "compile": self.gradients.compiled,
-            "kernels": recipe.run.kernels,
+            "kernels": chosen_kernels(recipe, ranks.device, autocast),
             **facts_of(self.rounding),
             "stream": "bf16"
             if self.gradients.twin

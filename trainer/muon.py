@@ -17,7 +17,7 @@ hands over all gradients at its end anyway. Method of the arrangement: "parallel
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,8 +25,17 @@ from torch import Tensor
 
 from trainer.distributed import TrainingRanks, Transfer
 
+Coefficients = tuple[tuple[float, float, float], ...]  # of x, x³ and x⁵ in each iteration
 NewtonSchulz = Literal["classic", "polar_express"]
 NewtonSchulzDtype = Literal["auto", "fp32", "bf16"]
+
+
+def narrow_iterations(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Run the iterations as three batched products each, their sums in the same kernels."""
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 class Scheme(NamedTuple):
@@ -35,6 +44,7 @@ class Scheme(NamedTuple):
     coefficients: NewtonSchulz
     dtype: torch.dtype | None = None  # of the iterations; None = that of the momenta
     steps: int = 5
+    narrow: Callable[[Tensor, Coefficients], Tensor] = narrow_iterations  # the iterations in another dtype
 
 
 def narrow_dtype(choice: NewtonSchulzDtype, on_gpu: bool) -> torch.dtype | None:
@@ -42,7 +52,7 @@ def narrow_dtype(choice: NewtonSchulzDtype, on_gpu: bool) -> torch.dtype | None:
     return torch.bfloat16 if choice == "bf16" or (choice == "auto" and on_gpu) else None
 
 
-COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
+COEFFICIENTS: dict[NewtonSchulz, Coefficients] = {
     "classic": ((3.4445, -4.7750, 2.0315),) * 5,
     "polar_express": (
         (8.156555, -22.483293, 15.878769),
@@ -59,6 +69,7 @@ def orthogonalize(
     coefficients: NewtonSchulz,
     dtype: torch.dtype | None = None,  # of the iterations and of the result
     steps: int = 5,
+    narrow: Callable[[Tensor, Coefficients], Tensor] = narrow_iterations,
 ) -> Tensor:  # (n, rows, cols), singular values near 1
     """Run Newton-Schulz iterations on each matrix, in its smaller dimension.
 
@@ -70,26 +81,20 @@ def orthogonalize(
     transposed = updates.size(-2) > updates.size(-1)
     x = updates.mT if transposed else updates
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    polynomials = (COEFFICIENTS[coefficients] * steps)[:steps]
     if dtype is not None and x.dtype == torch.float32:
-        return _narrow_iterations(x.to(dtype), coefficients, transposed, steps)
-    for a, b, c in (COEFFICIENTS[coefficients] * steps)[:steps]:
+        x = narrow(x.to(dtype), polynomials)
+        return x.mT if transposed else x
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if transposed else x
-
-
-def _narrow_iterations(x: Tensor, coefficients: NewtonSchulz, transposed: bool, steps: int) -> Tensor:
-    """Run the iterations as three batched products each, their sums in the same kernels."""
-    for a, b, c in (COEFFICIENTS[coefficients] * steps)[:steps]:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if transposed else x
 
 
 def muon_updates(
     gradients: Tensor,  # (n, rows, cols)
     momenta: Tensor,  # (n, rows, cols)
-    momentum: float,
+    momentum: float | Tensor,  # (), if a tensor
     scheme: Scheme,
     row_normalize: bool,
 ) -> Tensor:  # (n, rows, cols)
@@ -103,6 +108,9 @@ def muon_updates(
         update = update / (update.norm(dim=-1, keepdim=True) + 1e-7)
     rows, cols = update.shape[-2:]
     return orthogonalize(update, *scheme) * max(1.0, rows / cols) ** 0.5
+
+
+UpdateFunction = Callable[[Tensor, Tensor, float | Tensor, Scheme, bool], Tensor]  # what `muon_updates` is
 
 
 class Bank:
@@ -133,15 +141,16 @@ class Bank:
     def send_updates(
         self,
         gradients: Tensor,  # (share, rows, cols), this rank's slots, summed
-        momentum: float,
+        momentum: float | Tensor,
         scheme: Scheme,
         row_normalize: bool,
+        whole: UpdateFunction = muon_updates,  # of a share whose slots are all in use
     ) -> Transfer:  # (num_slots, rows, cols)
         """Step the momenta of this rank's slots, and begin to share their updates with all ranks."""
         first = self.ranks.rank * self.share
         mine = [slot - first for slot in self.used() if first <= slot < first + self.share]
         if len(mine) == self.share:
-            return self.ranks.all_gather(muon_updates(gradients, self.momenta, momentum, scheme, row_normalize))
+            return self.ranks.all_gather(whole(gradients, self.momenta, momentum, scheme, row_normalize))
         narrow = gradients.dtype == torch.float32 and scheme.dtype is not None
         updates = torch.zeros_like(gradients, dtype=scheme.dtype if narrow else None)
         momenta = self.momenta[mine]

@@ -13,6 +13,7 @@ from torch import Tensor
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
+from trainer.attention import Attention
 from trainer.attention_backends import Reach
 from trainer.compiled import LossFunction
 from trainer.loss import LossSettings, objective
@@ -71,9 +72,9 @@ def head_similarity(model: GolfGPT) -> Tensor:  # () float32, in [0, 1]
     """Return the mean squared cosine between the query projections of two heads of a layer, over pairs and layers."""
     heads = model.config.num_heads
     means = []
-    for name, weight in model.named_parameters():
-        if name.endswith("attn.q.weight"):
-            unit = F.normalize(weight.reshape(heads, -1).float(), dim=1)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            unit = F.normalize(module.query_weight().reshape(heads, -1).float(), dim=1)
             means.append((unit @ unit.mT).triu(1).square().sum() * 2 / (heads * (heads - 1)))
     return torch.stack(means).mean()
 

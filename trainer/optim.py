@@ -19,7 +19,7 @@ from pgolf_post.average.profiles import gamma_of
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
-from trainer.muon import NewtonSchulz, NewtonSchulzDtype, Scheme, make_banks, narrow_dtype
+from trainer.muon import NewtonSchulz, NewtonSchulzDtype, Scheme, UpdateFunction, make_banks, muon_updates, narrow_dtype
 from trainer.schedule import cyclic_momentum, momentum_at
 from trainer.tensor_groups import StepGroup, TensorGroupSettings, split
 
@@ -192,8 +192,14 @@ def names_by_muon(model: nn.Module, settings: OptimSettings) -> list[str]:
 class Optimizer:
     """Muon and AdamW over a model's parameters. State is a flat dict of named tensors, saved as one file."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, ranks: TrainingRanks = SINGLE_PROCESS) -> None:
-        self.settings, self.ranks = settings, ranks
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimSettings,
+        ranks: TrainingRanks = SINGLE_PROCESS,
+        updates: UpdateFunction = muon_updates,  # or a compiled form of it
+    ) -> None:
+        self.settings, self.ranks, self.updates = settings, ranks, updates
         self.parameters = dict(model.named_parameters())
         self.step_groups = step_groups(model, settings)
         muon = [group for group in self.step_groups if group.method == "muon"]
@@ -249,7 +255,7 @@ class Optimizer:
 
         # Matrices: each bank steps its momenta once its gradients are there, and its updates set out for all ranks.
         updates = [
-            bank.send_updates(transfer.wait(), momentum, scheme, settings.row_normalize)
+            bank.send_updates(transfer.wait(), momentum, scheme, settings.row_normalize, self.updates)
             for bank, transfer in zip(banks, coming, strict=True)
         ]
         if not clip_all:

@@ -18,6 +18,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from trainer.averages import Averages
 from trainer.background import Waits
+from trainer.compiled_updates import updates_for
 from trainer.config import Recipe
 from trainer.distributed import TrainingRanks
 from trainer.log import StepClock
@@ -74,7 +75,7 @@ class RunState:
             data=data,
             autocast=autocast,
             model=model,
-            optimizer=Optimizer(model, recipe.optim, ranks),
+            optimizer=Optimizer(model, recipe.optim, ranks, updates_for(recipe.run.compile, ranks.device)),
             averages=Averages.begin(model, recipe.optim),
             phases=PhaseTracker.from_recipe(recipe),
             periodic=Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds),

@@ -213,7 +213,7 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
                 f'model.{key} = "{value}" starts from the training text, which is not part of a script',
                 hint="make the eval form: leave --recipe out",
             )
-    if recipe.run.kernels != "eager":
+    if recipe.run.kernels not in ("auto", "eager"):
         raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
 
 

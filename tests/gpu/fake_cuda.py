@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,23 @@ def load_guard(library: str) -> None:
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(library)
+
+
+@contextmanager
+def making_fake_tensors() -> Iterator[None]:
+    """Inside, what is made lies on the fake GPU, tensors of given numbers too: those are made on the CPU and moved."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Moved(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.tensor and "device" not in kwargs:
+                return func(*args, **kwargs, device="cpu").to("cuda")
+            return func(*args, **kwargs)
+
+    with torch.device("cuda", 0), Moved():
+        yield
 
 
 def peak_gib(work: Callable[[], object]) -> float:
@@ -111,12 +129,10 @@ def ttt_peak(precision: str) -> float:
 
 def record_model() -> Any:
     """Return the record model, its loops on, with fake weights that do not learn."""
-    import torch
-
     from trainer.architecture import GraphState
     from trainer.model import GolfGPT
 
-    with torch.device("cuda"):
+    with making_fake_tensors():
         return GolfGPT(record_config(), GraphState(active_loops=2)).requires_grad_(False)
 
 

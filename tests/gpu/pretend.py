@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from trainer import kernels
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOTS = ("/pgolf_post/", "/trainer/")
 MOST_TAGS = 200_000
@@ -424,6 +426,7 @@ def cuda() -> Iterator[Seen]:
     patch(torch.autocast, "__init__", lambda self, kind, *a, **k: begin(self, cpu(kind), *a, **k))
     patch(torch.distributed, "init_process_group", group_of_gloo(torch.distributed.init_process_group))
     patch(torch, "compile", lambda fn=None, **_: fn if fn is not None else (lambda f: f))
+    patch(kernels, "COMPILED_FOR", set())  # Triton's kernels need a real GPU
     # Threads have no modes: what is shared out to them is done here, one after the other.
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith(("pgolf_post", "trainer")) and hasattr(module, "map_items"):

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.gpu.fake_cuda import GIB, RECORD, load_guard
+from tests.gpu.fake_cuda import GIB, RECORD, load_guard, making_fake_tensors
 
 H100 = SimpleNamespace(
     name="NVIDIA H100",
@@ -282,9 +282,10 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
     from trainer.architecture import GraphState
     from trainer.attention_backends import BACKENDS, Reach
     from trainer.averages import Averages
+    from trainer.compiled_updates import updates_for
     from trainer.distributed import SINGLE_PROCESS
     from trainer.gradients import GradientAccumulator
-    from trainer.kernels import MLP_KERNELS, fuse_mlps
+    from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps
     from trainer.model import GolfGPT
     from trainer.optim import Optimizer
 
@@ -293,15 +294,16 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
     compiled.COMPILER = inductor  # type: ignore[assignment]
     torch._dynamo.reset()
     device = torch.device("cuda", 0)
-    with device:
+    with making_fake_tensors():
         model = GolfGPT(recipe.model_config_for(8192), GraphState(active_loops=loops))
     model.attention_backend = BACKENDS[backend]  # type: ignore[index]
-    if recipe.run.kernels in MLP_KERNELS:
+    if chosen_kernels(recipe, device, torch.bfloat16) in MLP_KERNELS:
         fuse_mlps(model)
     ranks = SimpleNamespace(device=device, world_size=1, rank=0)
     micro = recipe.data.micro_batch_tokens or recipe.data.batch_tokens
     gradients = GradientAccumulator(recipe, model, ranks, torch.bfloat16, micro)  # type: ignore[arg-type]
-    optimizer, averages = Optimizer(model, recipe.optim, SINGLE_PROCESS), Averages.begin(model, recipe.optim)
+    optimizer = Optimizer(model, recipe.optim, SINGLE_PROCESS, updates_for(recipe.run.compile, device))
+    averages = Averages.begin(model, recipe.optim)
     shape = micro // recipe.data.seq_len, recipe.data.seq_len
     with device:
         tokens = torch.zeros(shape, dtype=torch.int64)
@@ -325,7 +327,7 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
         "launches": sum(count.launches.values()),
         "gigabytes": round(count.gigabytes, 3),
         "by kind": dict(count.launches.most_common()),
-        "heaviest": sorted(count.heaviest, reverse=True)[:40],
+        "heaviest": sorted(count.heaviest, reverse=True)[:400],
         "peak_gib": round(inductor.storages.peak / GIB, 2),
     }
 

@@ -125,9 +125,37 @@ def test_kernels_compile_and_fit_a_gpu(
         assert code["spilled"] == 0, (name, code)
 
 
-def test_eager_is_the_default_and_meta_says_so(pico_checkpoint: Checkpoint) -> None:
+def test_auto_is_eager_on_a_cpu_and_meta_says_so(pico_checkpoint: Checkpoint) -> None:
     assert pico_checkpoint.meta["kernels"] == "eager"
-    assert pico_checkpoint.meta["recipe"]["run"]["kernels"] == "eager"
+    assert pico_checkpoint.meta["recipe"]["run"]["kernels"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("capability", "autocast", "activation", "triton", "chosen"),
+    [
+        ((9, 0), torch.bfloat16, "relu2", True, "triton_mlp"),
+        ((8, 0), torch.bfloat16, "relu2", True, "triton_mlp"),
+        ((8, 9), torch.bfloat16, "relu2", True, "eager"),  # nothing is compiled for it
+        ((9, 0), None, "relu2", True, "eager"),
+        ((9, 0), torch.bfloat16, "swiglu", True, "eager"),
+        ((9, 0), torch.bfloat16, "relu2", False, "eager"),
+    ],
+)
+def test_auto_takes_the_fused_mlp_where_it_is_known_to_compile_and_to_apply(
+    capability: tuple[int, int],
+    autocast: torch.dtype | None,
+    activation: str,
+    triton: bool,
+    chosen: str,
+    pico_data: DataFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if triton else None)
+    recipe = pico_recipe(pico_data, tmp_path, model={"activation": activation})
+    assert kernels.chosen_kernels(recipe, torch.device("cuda"), autocast) == chosen
+    assert kernels.chosen_kernels(recipe, torch.device("cpu"), autocast) == "eager"
 
 
 @needs_triton

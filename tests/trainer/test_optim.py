@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
 from tests.trainer.test_model import pico_model
 from trainer.averages import EMA, RunningMean
+from trainer.compiled import num_compiled_graphs
+from trainer.compiled_updates import CompiledUpdates, iterations, updates_for
+from trainer.config import CompileChoice
 from trainer.distributed import TrainingRanks, Transfer
-from trainer.muon import COEFFICIENTS, NewtonSchulz, Scheme, muon_updates, narrow_dtype, orthogonalize
+from trainer.muon import (
+    COEFFICIENTS,
+    Coefficients,
+    NewtonSchulz,
+    Scheme,
+    muon_updates,
+    narrow_dtype,
+    narrow_iterations,
+    orthogonalize,
+)
 from trainer.optim import Optimizer, OptimSettings, assign_groups
 
+CHOICES: tuple[CompileChoice, ...] = ("auto", True, False)
 SETTINGS = OptimSettings(momentum_warmup_steps=0)
 MUON = (Scheme("polar_express"), True)  # Newton-Schulz scheme, row normalisation
 SHAPES = [(8, 8), (6, 16), (16, 6), (1, 5)]
@@ -33,9 +47,13 @@ def test_newton_schulz_brings_singular_values_near_one(scheme: NewtonSchulz, sha
 
 
 @pytest.mark.parametrize("scheme", get_args(NewtonSchulz))
-def test_newton_schulz_in_bfloat16_is_near_that_in_float32(scheme: NewtonSchulz) -> None:
+@pytest.mark.parametrize("narrow_form", [narrow_iterations, iterations])
+def test_newton_schulz_in_bfloat16_is_near_that_in_float32(
+    scheme: NewtonSchulz, narrow_form: Callable[[Tensor, Coefficients], Tensor]
+) -> None:
     gradients = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
-    exact, narrow = orthogonalize(gradients, scheme), orthogonalize(gradients, scheme, torch.bfloat16)
+    exact = orthogonalize(gradients, scheme)
+    narrow = orthogonalize(gradients, scheme, torch.bfloat16, narrow_form)
     assert narrow.dtype == torch.bfloat16
     error = (narrow.float() - exact).norm() / exact.norm()
     assert 0 < float(error) < 0.025  # measured: 1.0 to 1.7 %, over shapes from 64 × 256 to 2,048 × 512
@@ -44,6 +62,25 @@ def test_newton_schulz_in_bfloat16_is_near_that_in_float32(scheme: NewtonSchulz)
     assert torch.equal(
         orthogonalize(gradients.double(), scheme, torch.bfloat16), orthogonalize(gradients.double(), scheme)
     )
+
+
+def test_compiled_updates_are_one_graph_whatever_the_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.compiled.COMPILER", "aot_eager")
+    updates, before = CompiledUpdates(), num_compiled_graphs()
+    generator = torch.Generator().manual_seed(3)
+    momenta, expected = torch.zeros(2, 6, 16), torch.zeros(2, 6, 16)
+    for momentum in (0.85, 0.9, 0.95):
+        gradients = torch.randn(2, 6, 16, generator=generator)
+        torch.testing.assert_close(
+            updates(gradients, momenta, momentum, *MUON), muon_updates(gradients, expected, momentum, *MUON)
+        )
+        torch.testing.assert_close(momenta, expected)
+    assert num_compiled_graphs() == before + 1
+
+
+def test_updates_are_compiled_on_a_gpu_alone_and_only_where_a_run_compiles() -> None:
+    chosen = {(choice, kind): updates_for(choice, torch.device(kind)) for choice in CHOICES for kind in ("cpu", "cuda")}
+    assert {key for key, updates in chosen.items() if updates is not muon_updates} == {("auto", "cuda"), (True, "cuda")}
 
 
 def test_newton_schulz_is_bfloat16_on_a_gpu_unless_asked_otherwise() -> None:

@@ -36,6 +36,13 @@ def gradients(run: Trainer, batches: list[tuple[Tensor, Tensor]]) -> dict[str, T
     return {name: p.grad.double() for name, p in run.model.named_parameters() if p.grad is not None}
 
 
+def disturb(run: Trainer) -> None:
+    """Change every weight, so that no product of theirs is zero."""
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+
+
 def exact_gradients(run: Trainer, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     model = run.model.double()
     model.zero_grad(set_to_none=True)
@@ -49,9 +56,7 @@ def test_gradients_are_the_exact_ones_to_bfloat16(pico_data: DataFolder, tmp_pat
     batches = [synthetic_batch(320, 2, 16, generator) for _ in range(2)]
     runs = {stream: trainer(pico_data, tmp_path / stream, stream) for stream in ("fp32", "bf16")}
     for run in runs.values():
-        with torch.no_grad():
-            for parameter in run.model.parameters():  # no product of theirs is zero
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        disturb(run)
         run.state.set_active_loops(1)
     found = {stream: gradients(run, batches) for stream, run in runs.items()}
     exact = exact_gradients(runs["fp32"], batches)
@@ -65,6 +70,34 @@ def test_gradients_are_the_exact_ones_to_bfloat16(pico_data: DataFolder, tmp_pat
     }
     assert errors["bf16"] < 0.02, errors
     assert errors["bf16"] < 4 * errors["fp32"], errors
+
+
+def test_the_twin_projects_by_one_product_and_every_term_of_the_loss_reaches_it(
+    pico_data: DataFolder, tmp_path: Path
+) -> None:
+    """Head diversity reads the weights of queries, which in the twin are rows of a larger parameter."""
+    batches = [synthetic_batch(320, 4, 16, torch.Generator().manual_seed(1))]
+    change = {}
+    for stream in ("fp32", "bf16"):
+        found = []
+        for diversity in (0.0, 10.0):
+            run = trainer(pico_data, tmp_path / f"{stream}{diversity}", stream, loss={"head_diversity": diversity})
+            disturb(run)
+            found.append(gradients(run, batches)["blocks.0.attn.q.weight"])
+        change[stream] = found[1] - found[0]
+    assert run.gradients.twin is not None
+    names = {name for name, _ in run.gradients.twin.module.blocks[0].attn.named_parameters()}
+    assert names == {"qkv", "proj.weight", "q_gain", "gate"}
+    assert float((change["bf16"] - change["fp32"]).norm()) < 0.02 * float(change["fp32"].norm())
+
+
+def test_values_with_an_input_of_their_own_keep_their_projections(pico_data: DataFolder, tmp_path: Path) -> None:
+    run = trainer(pico_data, tmp_path, "bf16", model={**WHOLE, "value_x0_layers": (2,)})
+    assert run.gradients.twin is not None
+    stacked = [block.attn.qkv is not None for block in run.gradients.twin.module.blocks]
+    assert stacked == [True, True, False, True, True]
+    run.gradients.accumulate([synthetic_batch(320, 4, 16, torch.Generator().manual_seed(1))])
+    assert all(block.attn.v.weight.grad is not None for block in run.model.blocks)
 
 
 def test_nothing_that_a_step_passes_on_is_float32(pico_data: DataFolder, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ MLP: the activation and its gradient happen in the epilogues of the two matmuls 
 hidden-sized tensors that eager keeps for backward, one is left, and a byte per element for the sign.
 
 `run.kernels = "triton"` switches both on for training, "triton_loss" and "triton_mlp" one of them: in a compiled step
-Inductor fuses the loss as well, and the MLP alone saves bytes. The default is "eager": the kernels are checked for
-values and gradients by Triton's interpreter, and compiled for sm_90, but have not been timed on a GPU yet; `python -m
-benchmarks.bench_kernels` there says whether they pay. Everything that scores a checkpoint is eager always: the switch
-is a property of a Trainer, not of a model or its config.
+Inductor fuses the loss as well, and the MLP alone saves bytes. "auto", the default, takes the MLP in bfloat16 on the
+GPUs that tests compile it for, and "eager" elsewhere. The kernels are checked for values and gradients by Triton's
+interpreter but have not been timed on a GPU yet: `python -m benchmarks.bench_kernels` there says whether they pay.
+Everything that scores a checkpoint is eager: the switch is a property of a Trainer, not of a model or its config.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
@@ -31,13 +32,28 @@ from trainer.tables import read_keys
 
 LOSS_KERNELS: tuple[Kernels, ...] = ("triton", "triton_loss")
 MLP_KERNELS: tuple[Kernels, ...] = ("triton", "triton_mlp")
+COMPILED_FOR = {(8, 0), (9, 0)}  # compute capabilities that tests compile every kernel for
 EAGER_HINT = "train with --set run.kernels=eager"
+
+
+def chosen_kernels(recipe: Recipe, device: torch.device, autocast: torch.dtype | None) -> Kernels:
+    """Return the kernels of a run, "auto" decided: the fused MLP where it is known to compile and to apply."""
+    if recipe.run.kernels != "auto":
+        return recipe.run.kernels
+    fits = (
+        device.type == "cuda"
+        and autocast == torch.bfloat16
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) in COMPILED_FOR
+        and not _without_kernel(recipe.model)
+    )
+    return "triton_mlp" if fits else "eager"
 
 
 def require_usable(recipe: Recipe, device_type: str) -> None:
     """Raise SettingsError if this recipe asks for Triton kernels that it cannot have on this machine."""
     kernels = recipe.run.kernels
-    if kernels == "eager":
+    if kernels in ("auto", "eager"):
         return
     if importlib.util.find_spec("triton") is None:
         raise SettingsError(
