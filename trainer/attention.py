@@ -130,11 +130,12 @@ class Attention(nn.Module):
     def stack_projections(self) -> list[Tensor]:  # (model_dim, model_dim), twice (kv_dim, model_dim)
         """Make one product of q, k and v: their weights become rows of a new parameter, and are returned.
 
-        Sums of a product may come in another order then. Nothing happens where values have an input of their own.
+        Sums of a product may come in another order then. Nothing happens where values have an input of their own, or
+        a weight does not learn.
         """
-        if self.reads_x0:
-            return []
         projections = [self.q, self.k, self.v]
+        if self.reads_x0 or not all(projection.weight.requires_grad for projection in projections):
+            return []
         self.qkv = nn.Parameter(torch.cat([projection.weight.detach() for projection in projections]))
         for projection in projections:
             del projection.weight  # it would get no gradient

@@ -11,7 +11,7 @@ the scripts: the stream, and the gains that are applied to it. Logits and the lo
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Twin:
 
     def __init__(self, model: GolfGPT) -> None:
         self.model = model
-        pairs = {}
+        pairs: dict[int, Pair] = {}
         for wide in model.parameters():
             own = nn.Parameter(wide.detach().to(torch.bfloat16), wide.requires_grad)
             pairs[id(wide)] = Pair(wide, own, own)
@@ -71,7 +71,8 @@ class Twin:
         for projection, rows in zip((wide.q, wide.k, wide.v), narrow.stack_projections(), strict=False):
             assert narrow.qkv is not None
             place = slice(begin, begin := begin + len(rows))
-            pairs[id(projection.weight)] = Pair(projection.weight, rows, narrow.qkv, place)
+            pair = pairs[id(projection.weight)]
+            pairs[id(projection.weight)] = replace(pair, narrow=rows, holder=narrow.qkv, rows=place)
 
     @torch.no_grad()
     def take_weights(self) -> None:
