@@ -54,7 +54,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     def pgolf(name: str, seconds: int, command: str, *rest: object) -> Step:
         return step(4, name, seconds, "command", "--", "pgolf_post", command, root / "latest", *rest)
 
-    few, budget, tuned = (512, 40_000, 1024) if dry else (262_144, 4_000_000, 1_310_720)
+    few, budget, tuned = (512, 300_000, 1024) if dry else (262_144, 4_000_000, 1_310_720)
     short, learned = (400, 200) if dry else (1_000_000, 200_000)
     statistics, ttt = ("--calibration-tokens", few), ("--max-tokens", learned, "--protocol", "ttt", "--ttt")
     chunks = ("--set", "chunk_tokens=64", "--set", "stride=16") if dry else ()
@@ -77,7 +77,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
         ),
         step(4, "small-run", 200, "small_run"),
         pgolf("calibrate", 60, "calibrate", "--tokens", few, "--fisher"),
-        pgolf("requant", 60, "requant", *statistics, "--eval", "--max-tokens", short, "--json"),
+        pgolf("requant", 60, "requant", *statistics, "--eval", "--eval-tokens", short, "--json"),
         pgolf("fit", 90, *solved, "--json"),
         pgolf("eval-plain", 60, *scored),
         pgolf("eval-plain-bf16", 60, *scored, "--precision", "bf16", *compiled),
