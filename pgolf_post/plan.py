@@ -9,7 +9,9 @@ value of one rule (`*.KEY` of every rule that has it).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +164,7 @@ def read_plan(source: str | Path, overrides: Iterable[str] = ()) -> Plan:
     """
     source = str(source)
     if source in preset_names():
-        tree = read_toml(FOLDER / f"{source}.toml")
+        tree = deepcopy(preset_tree(source))
     elif source.endswith(".toml"):
         tree = read_toml(Path(source))
     else:
@@ -170,6 +172,12 @@ def read_plan(source: str | Path, overrides: Iterable[str] = ()) -> Plan:
     for override in overrides:
         _override(tree, override, source)
     return parse_plan(tree, source)
+
+
+@cache
+def preset_tree(name: str) -> dict[str, Any]:
+    """Return a preset as plain values; sweeps ask for it with every trial. Copy it before a change."""
+    return read_toml(FOLDER / f"{name}.toml")
 
 
 def _override(tree: dict[str, Any], override: str, source: str) -> None:

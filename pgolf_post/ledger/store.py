@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 
 from pgolf_post.base.storage import FREE_SPACE, WRITABLE
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, PgolfError
+from pgolf_post.ledger.later_sync import LaterSync
 from pgolf_post.ledger.migration import file_version, latest_version, migrate
 from pgolf_post.ledger.query import matches
 from pgolf_post.ledger.schema import Column, Row, Verdict, columns_of
@@ -47,11 +48,13 @@ class Ledger:
         self.path, self.read_only = path, read_only
         self._connection = connection
         self._columns = columns_of(self.row_type)  # those that the file has
+        self._later: LaterSync | None = None
 
     @classmethod
-    def open(cls, root: Path, read_only: bool = False) -> Self:
+    def open(cls, root: Path, read_only: bool = False, flush_later: bool = False) -> Self:
         """Open the ledger of a checkpoint root, created if missing (with `read_only`, NotFoundError instead).
 
+        With `flush_later`, writes do not wait for the disk; a thread flushes them (later_sync.py).
         Raises DamagedFileError if the file is no ledger or of a later version, PgolfError if it cannot be written.
         """
         path = root / LEDGER_FILE
@@ -63,13 +66,20 @@ class Ledger:
                 ledger = cls(path, sqlite3.connect(path, timeout=QUIET_SECONDS, isolation_level=None), False)
             try:
                 ledger._meet_version()
+                if flush_later:
+                    ledger._connection.execute("PRAGMA synchronous = NORMAL")
+                    ledger._later = LaterSync(path.with_name(f"{path.name}-wal"))
             except BaseException:
                 ledger.close()
                 raise
         return ledger
 
     def close(self) -> None:
-        self._connection.close()
+        try:
+            if self._later is not None:
+                self._later.close()
+        finally:
+            self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +119,8 @@ class Ledger:
             try:
                 yield
                 self._patiently("COMMIT")
+                if self._later is not None:
+                    self._later.due()
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")

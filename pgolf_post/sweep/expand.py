@@ -78,7 +78,8 @@ def _of_base(
     asked = [_changed(base, prefix, group, *point) for point in _points(spec, base, num_blocks)]
     if base.set and all(settings.method == "fit" for settings in (base, *(trial.settings for trial in asked))):
         raise SettingsError(f"[set] {', '.join(base.set)}: every trial has method = 'fit', which reads no plan")
-    twin = next((trial for trial in asked if trial.axis and content_of(trial.settings) == content_of(base)), None)
+    own = content_of(base) if any(trial.axis for trial in asked) else b""
+    twin = next((trial for trial in asked if trial.axis and content_of(trial.settings) == own), None)
     if twin:  # a point of an axis that changes nothing: the control itself lies there
         asked = [trial for trial in asked if trial is not twin]
         label = twin.name.removeprefix(prefix)

@@ -81,7 +81,7 @@ class Sweep:
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger, opened by who reads or writes rows: a worker that is sent them never does."""
-        return Ledger.open(self.options.places.root)
+        return Ledger.open(self.options.places.root, flush_later=True)
 
     def close(self) -> None:
         if "ledger" in vars(self):

@@ -16,7 +16,7 @@ from pgolf_post.sweep.trials import Trial
 SHIPPED = sorted((Path(__file__).parents[2] / "sweeps").glob("*.toml"))
 NAMES = (
     "awq_alpha calibration_source codecs ema_length embed_bits fit_trellis hessian_sdclip_lambda lqer per_block_clip "
-    "prune sdclip_k swa_vs_ema ttt_lr"
+    "prune sdclip_k seeds_demo swa_vs_ema ttt_lr"
 )
 
 
