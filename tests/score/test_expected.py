@@ -173,3 +173,22 @@ def test_chance_is_called_chance_as_often_as_it_says(setting: Setting) -> None:
     assert 0.05 <= called / 400 <= 0.15
     scorer.measured_bits = expected + np.abs(size)
     assert scorer.surprise(setting.all_bytes, 0.9).excludes_zero
+
+
+def test_every_window_keeps_its_own_divergence(setting: Setting) -> None:
+    both, alone = setting.scorer(), setting.scorer()
+    both(np.array([3, 40]))
+    alone(np.array([40]))
+    assert both.divergence_bits[:, 40] == pytest.approx(alone.divergence_bits[:, 40], abs=1e-6)
+    assert not np.allclose(both.divergence_bits[:, 3], both.divergence_bits[:, 40], rtol=0.01)
+
+
+def test_intervals_of_a_few_windows_hold_the_truth_as_often_as_they_say(setting: Setting) -> None:
+    scorer = setting.scorer()
+    scorer(np.arange(WINDOWS))
+    truth, random, held = scorer.measured(setting.all_bytes, 0.9).bpb, np.random.default_rng(3), 0
+    for _ in range(400):
+        scorer.drawn = np.isin(np.arange(WINDOWS), random.choice(WINDOWS, 10, replace=False))
+        found = scorer.measured(setting.all_bytes, 0.9)
+        held += abs(found.bpb - truth) <= found.half
+    assert 0.85 <= held / 400 <= 0.95

@@ -95,13 +95,14 @@ class StandInRay:
         RayTaskError = ChildProcessError
 
     def __init__(self) -> None:
-        self.deaths = 1
+        self.deaths, self.workers = 1, 0
 
     def init(self, **settings: object) -> None:
         assert settings["num_cpus"] == 2
 
     def shutdown(self) -> None:
         assert not self.deaths
+        assert self.workers == 3  # two, and one in the place of the dead
 
     def remote(self, **_: object) -> Any:
         """What makes an actor class's workers."""
@@ -110,6 +111,7 @@ class StandInRay:
             return SimpleNamespace(remote=lambda *arguments: worker(kind(*pickle.loads(pickle.dumps(arguments)))))
 
         def worker(actor: Any) -> Any:
+            self.workers += 1
             names = ("started", "run")
             return SimpleNamespace(**{name: SimpleNamespace(remote=partial(Answer, actor, name)) for name in names})
 
