@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,16 @@ from torch import Tensor
 from pgolf_post.base.copying import page_locked
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
+
+
+class Sampler(Protocol):
+    """Whatever yields the micro-batches of a step."""
+
+    def step_batches(
+        self, step: int, windows_per_step: int, windows_per_batch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs and targets of each."""
+
 
 Batches = list[tuple[Tensor, Tensor]]  # inputs and targets of every micro-batch of a step, each (windows, seq_len)
 
@@ -50,6 +61,10 @@ class WindowSampler:
         offset = (window - int(self.first_window[shard])) * self.seq_len
         return self.shards[shard][offset : offset + self.seq_len + 1].astype(np.int64)
 
+    def window(self, position: int) -> np.ndarray:  # (seq_len + 1,) int64
+        """Return the window that the run visits after `position` others."""
+        return self._tokens(self._window_at(position))
+
     def step_batches(
         self,
         step: int,
@@ -61,14 +76,14 @@ class WindowSampler:
         """Yield this rank's micro-batches of step `step` (counted from 0): every world_size-th, from `rank` on."""
         for start in range(rank * windows_per_batch, windows_per_step, world_size * windows_per_batch):
             positions = range(step * windows_per_step + start, step * windows_per_step + start + windows_per_batch)
-            windows = torch.from_numpy(np.stack([self._tokens(self._window_at(p)) for p in positions]))
+            windows = torch.from_numpy(np.stack([self.window(p) for p in positions]))
             yield windows[:, :-1], windows[:, 1:]
 
 
 class AheadSampler:
     """A sampler whose next step is drawn by a thread, into page-locked memory, while a GPU computes this one."""
 
-    def __init__(self, sampler: WindowSampler) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first draw
         self._coming: tuple[tuple[int, ...], Future[Batches]] | None = None

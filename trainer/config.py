@@ -18,6 +18,7 @@ from trainer.loss import LossSettings
 from trainer.optim import OptimSettings
 from trainer.qat_settings import QatSettings
 from trainer.schedule import ScheduleSettings
+from trainer.stages import Stage, require_divisible, stages_of
 from trainer.stopping import StopSettings
 from trainer.token_kinds import reads_token_kinds
 
@@ -166,6 +167,22 @@ class Recipe(Settings):
     init: InitSettings = InitSettings()
     qat: QatSettings | None = None
 
+    @model_validator(mode="after")
+    def _stages_divide(self) -> Recipe:
+        if self.schedule.stages:
+            require_divisible(self.stages, self.data.micro_batch_tokens)
+        return self
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Sizes of steps and windows over the run; one stage unless the schedule has more."""
+        return stages_of(self.data.batch_tokens, self.data.seq_len, self.schedule.stages)
+
+    @property
+    def longest_seq_len(self) -> int:
+        """Tokens of the longest window of the run."""
+        return max(stage.seq_len for stage in self.stages)
+
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what sets nothing and is younger than recipes that were hashed: tables, the clock."""
@@ -181,7 +198,7 @@ class Recipe(Settings):
 
     def model_config_for(self, vocab_size: int, token_kinds: str | None = None) -> ModelConfig:
         """Return the model's config: the architecture, the vocabulary, and the longest text that attention sees."""
-        train_seq_len = min(self.data.seq_len, self.model.document_cut or self.data.seq_len)
+        train_seq_len = min(self.longest_seq_len, self.model.document_cut or self.longest_seq_len)
         known = {"vocab_size": vocab_size, "train_seq_len": train_seq_len, "token_kinds": token_kinds}
         return ModelConfig(**self.model.model_dump(), **known)
 

@@ -101,7 +101,7 @@ def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
     hours, price = timeline.seconds / SECONDS_PER_HOUR, wanted.dollars_per_hour
     return Costs(
         parameters=dict(sorted(roles.items(), key=lambda pair: -pair[1])),
-        tokens=timeline.clock.end_step * recipe.data.batch_tokens,
+        tokens=timeline.clock.tokens(timeline.clock.end_step),
         flops=run_flops(timeline, shapes),
         peak_bytes=peak_bytes(recipe, model, shapes),
         dollars=None if price is None else hours * price,
@@ -118,15 +118,15 @@ def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
     """Return the FLOPs of a whole run, segment by segment."""
     recipe, clock = timeline.recipe, timeline.clock
     ends = [*(segment.first_step for segment in clock.segments[1:]), clock.end_step]
-    steps = [
-        (end - segment.first_step, segment.active_loops) for segment, end in zip(clock.segments, ends, strict=True)
-    ]
-    each = {loops: token_flops(recipe, shapes, loops) for _, loops in steps}
-    return float(sum(count * each[loops] for count, loops in steps) * recipe.data.batch_tokens)
+    total = 0.0
+    for segment, end in zip(clock.segments, ends, strict=True):
+        tokens = (end - segment.first_step) * segment.stage.batch_tokens
+        total += tokens * token_flops(recipe, shapes, segment.active_loops, segment.stage.seq_len)
+    return total
 
 
-def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int) -> float:
-    """Return the FLOPs of a token, forward and backward, with so many loops on.
+def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int, seq_len: int | None = None) -> float:
+    """Return the FLOPs of a token, forward and backward, with so many loops on, in windows of the recipe or others.
 
     Tables are looked up, so they count only where they are the head's matrix too; gains and mixes are no products.
     """
@@ -145,7 +145,8 @@ def token_flops(recipe: Recipe, shapes: Mapping[str, Tensor], active_loops: int)
         own = f"override_mlps.{layer}_p{revisit}."
         total += weights.get(f"blocks.{layer}.attn.", 0)
         total += weights.get(own if own in weights else f"blocks.{layer}.mlp.", 0)
-    context = min(recipe.data.seq_len, model.document_cut or recipe.data.seq_len) / 2
+    window = seq_len or recipe.data.seq_len
+    context = min(window, model.document_cut or window) / 2
     attentions = sum(with_attention(model)[layer] for layer in visits)
     return 6.0 * total + 12.0 * attentions * model.model_dim * context
 
@@ -171,7 +172,7 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     visits = visit_list(config, config.max_active_loops)
     hidden = sum(mlp_widths(config)[layer] for layer in visits)
     per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads
-    tokens = recipe.data.micro_batch_tokens or recipe.data.batch_tokens
+    tokens = recipe.data.micro_batch_tokens or max(stage.batch_tokens for stage in recipe.stages)
     head = config.vocab_size * (2 * FLOAT_BYTES + number)
     return FLOAT_BYTES * states + tokens * ((len(visits) * per_visit + 3 * hidden) * number + head)
 

@@ -200,7 +200,7 @@ def _cap_line(timeline: Timeline, reserve: Reserve) -> str:
 def _totals_line(timeline: Timeline) -> str:
     """Return a line with steps, tokens, seconds and checkpoints of the run."""
     steps, periodic = timeline.clock.end_step, timeline.num_periodic
-    tokens = steps * timeline.recipe.data.batch_tokens
+    tokens = timeline.clock.tokens(steps)
     return (
         f"{steps:,} steps, {tokens:,} tokens, {timeline.seconds:,.1f} s of training (ends by {timeline.ends_by}), "
         f"{timeline.num_checkpoints} checkpoints" + (f" and {periodic} periodic" if periodic else "")
@@ -215,7 +215,7 @@ def answer(found: DryRun) -> dict[str, Any]:
         "dry_run": True,
         "steps": steps,
         "seconds": timeline.seconds,
-        "tokens": steps * timeline.recipe.data.batch_tokens,
+        "tokens": timeline.clock.tokens(steps),
         "ends_by": timeline.ends_by,
         "step_seconds": {"plain": times.plain, "looped": times.looped, "origin": times.origin},
         "reserve": asdict(timeline.reserve) if timeline.reserve else None,

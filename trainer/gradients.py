@@ -25,6 +25,7 @@ from trainer.twin import Twin, narrow_stream
 
 if TYPE_CHECKING:
     from trainer.objective import Objective
+    from trainer.stages import Stage
 
 
 def training_autocast(precision: TrainingPrecision, device: torch.device) -> torch.dtype | None:
@@ -36,17 +37,19 @@ def training_autocast(precision: TrainingPrecision, device: torch.device) -> tor
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def micro_batch_tokens(recipe: Recipe, world_size: int) -> int:
-    """Return the tokens of one backward pass on one rank.
+def micro_batch_tokens(recipe: Recipe, world_size: int, stage: Stage | None = None) -> int:
+    """Return the tokens of one backward pass on one rank, in a stage of the run; default the first.
 
     Raises SettingsError if ranks cannot share a step's batch equally.
     """
     data = recipe.data
-    tokens = data.micro_batch_tokens or data.batch_tokens // world_size
-    if tokens % data.seq_len or data.batch_tokens % (tokens * world_size):
+    batch, seq_len = (stage.batch_tokens, stage.seq_len) if stage else (data.batch_tokens, data.seq_len)
+    tokens = data.micro_batch_tokens or batch // world_size
+    if tokens % seq_len or batch % (tokens * world_size):
+        where = f"schedule.stages at {stage.at:g}: batch_tokens" if stage and stage.at else "data.batch_tokens"
         raise SettingsError(
-            f"data.batch_tokens {data.batch_tokens} cannot be shared by {world_size} ranks in micro-batches of "
-            f"{tokens} tokens of whole sequences of {data.seq_len}",
+            f"{where} {batch} cannot be shared by {world_size} ranks in micro-batches of "
+            f"{tokens} tokens of whole sequences of {seq_len}",
             hint="change data.micro_batch_tokens or the number of processes",
         )
     return tokens
@@ -76,6 +79,10 @@ class GradientAccumulator:
             eager_loss = objective.function
         self.loss_function = compiled_loss(eager_loss, recipe.run.compile_mode) if self.compiled else eager_loss
         self.twin = Twin(model) if narrow_stream(recipe.run.stream, self.device, autocast) else None
+
+    def take_sizes(self, micro_tokens: int, batch_tokens: int) -> None:
+        """Go on with other tokens of a backward pass on this rank, and of a step."""
+        self.micro_tokens, self.share = micro_tokens, micro_tokens / batch_tokens
 
     def loss(
         self,

@@ -27,13 +27,13 @@ from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend, warning_of
 from trainer.background import BackgroundWriter
-from trainer.batches import AheadSampler, WindowSampler
+from trainer.batches import AheadSampler, Sampler, WindowSampler
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.init_from import Start, start_from_checkpoint
 from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
-from trainer.log import LOG_FILE, append_line, end_torn_line, step_line
+from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.model import GolfGPT
 from trainer.norm_alarm import NormAlarm
@@ -45,6 +45,7 @@ from trainer.resuming import prepare_snapshots, restore
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
 from trainer.schedule_clock import ScheduleClock, require_countable
+from trainer.staged_batches import StagedSampler
 from trainer.starts import start_from_text
 from trainer.state import RunState
 from trainer.stopping import StopWatch
@@ -113,7 +114,7 @@ class Trainer:
         """Build a run. `clock` began with the command, by default it begins here; the recipe says what it counts."""
         # Settings that cannot be met end the run before anything is built.
         phase_times = PhaseTimes()
-        micro_tokens = micro_batch_tokens(recipe, ranks.world_size)
+        micro_tokens, *_ = (micro_batch_tokens(recipe, ranks.world_size, stage) for stage in recipe.stages)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         require_usable(recipe, ranks.device.type)
@@ -127,7 +128,7 @@ class Trainer:
         autocast = training_autocast(recipe.run.precision, ranks.device)
         data = DataFolder.open(recipe.data.dir)
         sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
-        self.sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
+        self.sampler: Sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
         self.model = new_model(recipe, data, ranks.device, autocast)
         self.start: Start | None = None  # from another model's weights
         if recipe.init.is_on and not resumed:
@@ -157,6 +158,8 @@ class Trainer:
         }
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
         self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
+        if recipe.schedule.stages:
+            self._begin_stage()
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)
         phase_times.add("load", time.perf_counter() - phase_times.started)
 
@@ -168,6 +171,8 @@ class Trainer:
         """Continue from a checkpoint of the same recipe: weights, moments, averages, data position and clock."""
         restore(self.state, path)
         self.stop_watch = StopWatch(self.recipe.stop, self.state.progress)
+        if self.recipe.schedule.stages:
+            self._begin_stage()
 
     # ---- running -----------------------------------------------------------------------------------------------
 
@@ -218,6 +223,8 @@ class Trainer:
             while (at := state.progress) < 1.0:
                 # A boundary met by this step is saved before it, with the graph that it will use.
                 state.update_graph(at)
+                if self.recipe.schedule.stages and state.update_stage(at):
+                    self._begin_stage()
                 with phase_times.phase("checkpoint"):
                     if phase := self._phase_due(at):
                         save(state, self.writer, phase)
@@ -329,10 +336,19 @@ class Trainer:
         state.clock.tick(state.train_seconds)
         return loss, float(norm)
 
+    def _begin_stage(self) -> None:
+        """Take the sizes of steps and windows of the state's stage, and read the text from where it began."""
+        state, recipe, stage = self.state, self.recipe, self.state.place.stage
+        micro_tokens = micro_batch_tokens(recipe, self.ranks.world_size, stage)
+        self.gradients.take_sizes(micro_tokens, stage.batch_tokens)
+        sampler = StagedSampler(state.data, state.place, recipe.longest_seq_len, recipe.run.seed)
+        self.sampler = AheadSampler(sampler) if self.ranks.device.type == "cuda" else sampler
+        state.clock = StepClock(stage.batch_tokens, state.train_seconds)
+
     def _batch_shape(self) -> tuple[int, int, int, int]:
         """Return windows of a step, windows of a micro-batch, this rank, and the number of ranks."""
-        data = self.recipe.data
-        windows = data.batch_tokens // data.seq_len, self.gradients.micro_tokens // data.seq_len
+        stage = self.state.place.stage
+        windows = stage.batch_tokens // stage.seq_len, self.gradients.micro_tokens // stage.seq_len
         return *windows, self.ranks.rank, self.ranks.world_size
 
     # ---- the run's folder --------------------------------------------------------------------------------------
@@ -395,7 +411,7 @@ class Trainer:
 
     def _mean_rate(self) -> float:
         """Return training tokens per second over the whole run, resumed parts included."""
-        return self.recipe.data.batch_tokens * self.state.step / max(self.state.train_seconds, 1e-9)
+        return self.state.tokens_seen / max(self.state.train_seconds, 1e-9)
 
     def _close_phase_times(self) -> None:
         """Show where the time went and leave it in the run's folder."""
@@ -409,7 +425,7 @@ class Trainer:
         state = self.state
         bpb = ", ".join(f"{name} {view['metric']['bpb']:.4f}" for name, view in final.meta["views"].items())
         say(
-            f"done: {state.step:,} steps, {state.step * self.recipe.data.batch_tokens:,} tokens, "
+            f"done: {state.step:,} steps, {state.tokens_seen:,} tokens, "
             f"{state.train_seconds:.1f} s of training in {state.wall_seconds:.1f} s, "
             f"{self._mean_rate():,.0f} tokens/s, {state.waits}, "
             f"last loss {loss:.4f}, bpb {bpb}"

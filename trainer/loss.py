@@ -7,7 +7,7 @@ weight w, the objective is
     Σ w · (f · s + z_loss · logsumexp(c)² + logit_penalty · mean(c²)) / n
 
     s = (1 − ε) · nats + ε · (logsumexp(c) − mean(c))    ε = label_smoothing
-    f = (1 − exp(−nats)) ** focal_gamma
+    f = (1 − exp(−nats)) ** γ, where γ goes from 0 to focal_gamma over focal_gamma_ramp
     w = 0 of ignored ids, else 1 + r · (class weight − 1), where r goes from 0 to 1 over class_weight_ramp
 
 plus head_diversity times the mean squared cosine between the query projections of two heads of a layer. It divides by
@@ -47,6 +47,9 @@ class LossSettings(Settings):
         (0.0, 0.0), description="progress at which weights begin to leave 1 and at which they are reached"
     )
     focal_gamma: float = Field(0.0, ge=0, description="power of 1 − p(target) that multiplies a token's loss")
+    focal_gamma_ramp: tuple[float, float] = Field(
+        (0.0, 0.0), description="progress at which the power begins to leave 0 and at which it is focal_gamma"
+    )
     logit_penalty: float = Field(0.0, ge=0, description="weight of the mean square of soft-capped logits, per token")
     head_diversity: float = Field(
         0.0, ge=0, description="weight of the mean squared cosine between two heads' query projections in a layer"
@@ -62,11 +65,12 @@ class LossSettings(Settings):
         wrong = {name: weight for name, weight in self.class_weights.items() if weight < 0}
         if wrong:
             raise ValueError(f"class_weights must be at least 0, got {wrong}")
-        start, end = self.class_weight_ramp
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"class_weight_ramp must ascend within 0 and 1, got {[start, end]}")
-        if end and not self.class_weights:
-            raise ValueError(f"class_weight_ramp {[start, end]} acts only with class_weights")
+        for key, ramped in (("class_weight_ramp", "class_weights"), ("focal_gamma_ramp", "focal_gamma")):
+            start, end = getattr(self, key)
+            if not 0 <= start <= end <= 1:
+                raise ValueError(f"{key} must ascend within 0 and 1, got {[start, end]}")
+            if end and not getattr(self, ramped):
+                raise ValueError(f"{key} {[start, end]} acts only with {ramped}")
         return self
 
     @property
@@ -79,6 +83,14 @@ class LossSettings(Settings):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+def share_of(ramp: tuple[float, float], at: float) -> float:
+    """Return how much of a ramp is done at progress `at`, in [0, 1]; one whose ends meet is a jump."""
+    start, end = ramp
+    if at >= end:
+        return 1.0
+    return 0.0 if at <= start else (at - start) / (end - start)
+
+
 def in_words(settings: LossSettings) -> str:
     """Return in one line what is minimised."""
     return ", ".join(f"{key} {value}" for key, value in settings.settings_on().items())
@@ -89,6 +101,7 @@ def objective(
     logits: Tensor,  # (tokens, vocab_size), soft-capped
     targets: Tensor,  # (tokens,) int64
     weights: Tensor | None,  # (vocab_size,); None = all 1
+    gamma: Tensor | None = None,  # (), in place of focal_gamma where that has a ramp
 ) -> Tensor:  # (2,): the objective without its terms of the model, then plain nats, both means over tokens
     """Return what the settings minimise over these tokens, and the plain nats of the same tokens.
 
@@ -103,7 +116,8 @@ def objective(
         share = settings.label_smoothing
         cost = (1 - share) * cost + share * (total - logits.mean(-1))
     if settings.focal_gamma:
-        cost = (-torch.expm1(-nats)).clamp(min=SMALLEST) ** settings.focal_gamma * cost
+        power = settings.focal_gamma if gamma is None else gamma.to(nats.dtype)
+        cost = (-torch.expm1(-nats)).clamp(min=SMALLEST) ** power * cost
     if settings.z_loss:
         cost = cost + settings.z_loss * total.square()
     if settings.logit_penalty:

@@ -16,7 +16,7 @@ from pgolf_post.calibrate.forward import forward_batch
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.families import on_no_device
 from trainer.family import GolfGPTFamily
-from trainer.gradients import GradientAccumulator
+from trainer.gradients import GradientAccumulator, micro_batch_tokens
 from trainer.model import GolfGPT
 from trainer.reserve import Reserve, make_reserve
 from trainer.schedule_clock import TIMERS
@@ -38,12 +38,14 @@ def measure_reserve(state: RunState, gradients: GradientAccumulator) -> Reserve 
 
 def _last_step_seconds(state: RunState, gradients: GradientAccumulator) -> float:
     """Return the seconds of forward and backward of a whole step on this rank, all loops on."""
-    before, tokens = state.model.graph, _synthetic_tokens(state, gradients.micro_tokens)
+    stage, world_size = state.recipe.stages[-1], state.ranks.world_size
+    micro_tokens = micro_batch_tokens(state.recipe, world_size, stage)
+    before, tokens = state.model.graph, _synthetic_tokens(state, micro_tokens)
     state.update_graph(1.0)
     seconds = _seconds_of(state, lambda: gradients.accumulate([(tokens, tokens)]))
     state.model.set_graph(before)
     state.model.zero_grad(set_to_none=True)
-    return seconds * state.recipe.data.batch_tokens / (gradients.micro_tokens * state.ranks.world_size)
+    return seconds * stage.batch_tokens / (micro_tokens * world_size)
 
 
 def _snapshot_seconds(state: RunState) -> float:
@@ -93,7 +95,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _synthetic_tokens(state: RunState, num_tokens: int) -> Tensor:  # (windows, seq_len) int64
     """Draw random tokens from a generator of their own: no text, and no other random number changes."""
-    seq_len = state.recipe.data.seq_len
+    seq_len = state.recipe.stages[-1].seq_len
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, num_tokens // seq_len), seq_len)
     return torch.randint(state.data.vocab_size, shape, generator=generator)

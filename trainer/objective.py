@@ -16,7 +16,7 @@ from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
 from trainer.attention import Attention
 from trainer.attention_backends import Reach
 from trainer.compiled import LossFunction
-from trainer.loss import LossSettings, objective
+from trainer.loss import LossSettings, objective, share_of
 from trainer.model import GolfGPT
 
 
@@ -44,10 +44,8 @@ class TokenWeights:
 
     def move_to(self, at: float) -> None:
         """Take the weights of progress `at`."""
-        start, end = self.ramp
-        if end:
-            share = 1.0 if at >= end else max(at - start, 0.0) / (end - start)
-            self.now.copy_(self.kept + share * (self.full - self.kept))
+        if self.ramp[1]:
+            self.now.copy_(self.kept + share_of(self.ramp, at) * (self.full - self.kept))
 
 
 def _class_weights(settings: LossSettings, data: DataFolder) -> Tensor:  # (vocab_size,) float64
@@ -79,12 +77,16 @@ def head_similarity(model: GolfGPT) -> Tensor:  # () float32, in [0, 1]
     return torch.stack(means).mean()
 
 
-def objective_function(settings: LossSettings, weights: Tensor | None) -> LossFunction:
+def objective_function(
+    settings: LossSettings,
+    weights: Tensor | None,
+    gamma: Tensor | None = None,  # (), read at every call
+) -> LossFunction:
     """Return the loss function of a step: (2,), the objective and plain nats, of a model and a micro-batch."""
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:
         logits = model.logits(model.hidden(inputs, reach))
-        both = objective(settings, logits.flatten(0, 1), targets.flatten(), weights)
+        both = objective(settings, logits.flatten(0, 1), targets.flatten(), weights, gamma)
         if settings.head_diversity:
             extra = settings.head_diversity * head_similarity(model)
             both = torch.stack([both[0] + extra.to(both.dtype), both[1]])
@@ -101,12 +103,17 @@ class Objective:
         require_heads(settings, num_heads)
         weighted = settings.ignore_ids or settings.class_weights
         self.weights = TokenWeights(settings, data, device) if weighted else None
-        self.function = objective_function(settings, self.weights.now if self.weights else None)
+        self.settings = settings
+        ramped = bool(settings.focal_gamma_ramp[1])
+        self.gamma = torch.tensor(settings.focal_gamma, dtype=torch.float64, device=device) if ramped else None
+        self.function = objective_function(settings, self.weights.now if self.weights else None, self.gamma)
 
     def move_to(self, at: float) -> None:
         """Take what the settings say of progress `at`."""
         if self.weights:
             self.weights.move_to(at)
+        if self.gamma is not None:
+            self.gamma.fill_(self.settings.focal_gamma * share_of(self.settings.focal_gamma_ramp, at))
 
 
 def require_heads(settings: LossSettings, num_heads: int) -> None:

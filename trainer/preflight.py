@@ -81,6 +81,7 @@ def check_boundaries(timeline: Timeline) -> Iterator[Finding]:
         "swa_start": ("optim.swa_start", timeline.recipe.optim.swa_start),
         **{fraction_name(fraction): ("checkpoint.fractions", fraction) for fraction in settings.fractions},
         **{f"step{step}": ("checkpoint.steps", step) for step in settings.steps},
+        **{f"stage@{stage.at:g}": ("schedule.stages", stage.at) for stage in schedule.stages},
         "qat": ("qat.at", timeline.recipe.qat.at if timeline.recipe.qat else None),
         **freeze_moments(timeline.recipe.optim.groups),
     }
@@ -245,10 +246,10 @@ def check_stop(timeline: Timeline) -> Iterator[Finding]:
         return
     if reference is None:
         return
-    tokens_per_step, end = timeline.recipe.data.batch_tokens, float(reference.along(settings.by)[-1])
+    end = float(reference.along(settings.by)[-1])
     for moment in settings.at:
         step = timeline.clock.first_step(reaches(moment)) or timeline.clock.end_step
-        places = {"step": step, "tokens": step * tokens_per_step, "seconds": timeline.clock.second(step)}
+        places = {"step": step, "tokens": timeline.clock.tokens(step), "seconds": timeline.clock.second(step)}
         if places[settings.by] > end:
             yield Finding(
                 "warn",

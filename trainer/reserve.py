@@ -83,7 +83,8 @@ def estimate_reserve(recipe: Recipe, times: StepTimes) -> Reserve | None:
         return None
     per_token = times.looped / recipe.data.batch_tokens
     hessians = HESSIAN_STEP_SHARE * per_token * recipe.schedule.hessian_tokens
-    return make_reserve(recipe.schedule, times.looped, 0.0, hessians, "estimated")
+    last_step = per_token * recipe.stages[-1].batch_tokens
+    return make_reserve(recipe.schedule, last_step, 0.0, hessians, "estimated")
 
 
 def resumed_reserve(schedule: ScheduleSettings, facts: Mapping[str, Any] | None) -> Reserve | None:

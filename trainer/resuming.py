@@ -6,7 +6,7 @@ checkpoint are deleted. A resumed run of another name takes over its parent's ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pgolf_post.errors import MismatchError, NotFoundError
 from trainer.architecture import GraphState
 from trainer.averages import Averages
 from trainer.config import Recipe
+from trainer.stages import StageSettings
 from trainer.state import RunState
 
 
@@ -28,6 +29,7 @@ def restore(state: RunState, path: Path) -> None:
     checkpoint = Checkpoint.open(path)
     require_resumable(checkpoint, state.config())
     require_same_steps(checkpoint, state.recipe)
+    require_same_stages(checkpoint, state.recipe)
     require_same_seed(checkpoint, state.recipe)
     # Tensors: weights, averages, moments.
     state.model.load_state_dict(dict(checkpoint.load("raw").tensors))
@@ -77,6 +79,23 @@ def require_same_steps(checkpoint: Checkpoint, recipe: Recipe) -> None:
             hint=" ".join(["resume it with", *(f"--set {key}={theirs[key]}" for key in wrong)])
             + "; other steps are a run of their own",
         )
+
+
+def require_same_stages(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise MismatchError if a run would go on with other stages behind it, or windows that nest otherwise."""
+    schedule = (checkpoint.meta.get("recipe") or {}).get("schedule", {})
+    there = tuple(StageSettings(**stage) for stage in schedule.get("stages", ()))
+    ours = recipe.schedule.stages
+    if there != ours and int(checkpoint.meta["step"]):
+        raise MismatchError(
+            f"{checkpoint.path} cannot be resumed with this recipe: schedule.stages are {_listed(there)} there, "
+            f"{_listed(ours)} here; its steps would stand for another position in the text",
+            hint="resume it with the stages that it was trained with; others are a run of their own",
+        )
+
+
+def _listed(stages: Sequence[StageSettings]) -> str:
+    return ", ".join(f"{stage.at:g}: {stage.batch_tokens} × {stage.seq_len}" for stage in stages) or "none"
 
 
 def require_same_seed(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -73,7 +73,7 @@ def measure_view(state: RunState, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def metric_protocol(recipe: Recipe) -> PlainProtocol:
     """Return the protocol by which a run's recorded metrics are measured."""
-    return PlainProtocol(seq_len=recipe.data.seq_len, max_tokens=recipe.checkpoint.metric_tokens)
+    return PlainProtocol(seq_len=recipe.longest_seq_len, max_tokens=recipe.checkpoint.metric_tokens)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pgolf_post.settings import Settings
 from trainer.lr_schedules import ScheduleName, schedule_of
 from trainer.points import Points, multiplier_along
 from trainer.schedule_clock import ClockName
+from trainer.stages import StageSettings, require_in_order
 
 
 class ScheduleSettings(Settings):
@@ -70,6 +71,10 @@ class ScheduleSettings(Settings):
         (), description="[progress, multiplier] of weight decay, linear in between, instead of weight_decay_taper_at"
     )
 
+    stages: tuple[StageSettings, ...] = Field(
+        (), description="other tokens of steps and windows from a progress on, one table [[schedule.stages]] each"
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
         if self.steps is None and self.seconds is None:
@@ -93,6 +98,7 @@ class ScheduleSettings(Settings):
         if self.all_loops_at is not None and self.all_loops_at < self.loops_at:
             raise ValueError(f"all_loops_at {self.all_loops_at} comes before loops_at {self.loops_at}")
         self._require_points_alone()
+        require_in_order(self.stages)
         return self
 
     def _require_points_alone(self) -> None:

@@ -29,6 +29,7 @@ from trainer.phases import Periodic, PhaseTracker
 from trainer.reserve import Reserve, resumed_reserve
 from trainer.schedule import active_loops_at, progress
 from trainer.schedule_clock import ScheduleClock
+from trainer.stages import StagePlace, stage_at
 
 
 @dataclass
@@ -48,6 +49,7 @@ class RunState:
     clock: StepClock
     phase_times: PhaseTimes
     provenance: dict[str, Any]  # facts for meta.json; the warm-up adds its own
+    place: StagePlace  # the stage, and where it began
     waits: Waits = field(default_factory=Waits)
     step: int = 0  # optimizer steps done
     train_seconds: float = 0.0  # spent of schedule.seconds, as its clock counts them
@@ -82,6 +84,7 @@ class RunState:
             clock=StepClock(recipe.data.batch_tokens, 0.0),
             phase_times=phase_times,
             provenance=provenance,
+            place=StagePlace(recipe.stages[0]),
         )
 
     @property
@@ -112,6 +115,19 @@ class RunState:
             return [self.parent.view_id("raw")]
         return [self.provenance["init"]["id"]] if "init" in self.provenance else []
 
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens of the steps done."""
+        return self.place.tokens_seen(self.step)
+
+    def update_stage(self, at: float) -> bool:
+        """Enter the stage that the schedule has at progress `at`. Return whether it is another one."""
+        stage = stage_at(self.recipe.stages, at)
+        if stage == self.place.stage:
+            return False
+        self.place = self.place.enter(stage, self.step, self.recipe.longest_seq_len)
+        return True
+
     def update_graph(self, at: float) -> None:
         """Activate as many loops as the schedule has at progress `at`."""
         self.set_active_loops(active_loops_at(self.recipe.schedule, self.model.config.max_active_loops, at))
@@ -136,7 +152,8 @@ class RunState:
         return {
             "step": self.step,
             "progress": self.progress,
-            "tokens_seen": self.step * self.recipe.data.batch_tokens,
+            "tokens_seen": self.tokens_seen,
+            **({"stage": self.place.facts()} if self.recipe.schedule.stages else {}),
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
             "ledger": self.phase_times.as_facts(self.recipe.schedule.seconds),
@@ -148,13 +165,15 @@ class RunState:
     def count_spent(self, seconds: float) -> None:
         """Start from so many seconds of the schedule's clock, where earlier processes spent more than is known."""
         self.train_seconds = self.schedule_clock.earlier = max(self.train_seconds, seconds)
-        self.clock = StepClock(self.recipe.data.batch_tokens, self.train_seconds)
+        self.clock = StepClock(self.place.stage.batch_tokens, self.train_seconds)
 
     def take_up(self, checkpoint: Checkpoint) -> None:
         """Go on from the plain numbers that `facts` gave a checkpoint; the averages take `swa_count` for themselves."""
         facts = checkpoint.meta
         self.parent = checkpoint
         self.step = self.snapshot_step = int(facts["step"])
+        if "stage" in facts:
+            self.place = StagePlace.from_facts(facts["stage"])
         self.count_spent(float(facts["train_seconds"]))
         self.earlier_wall_seconds = float(facts.get("wall_seconds", 0.0))
         self.waits = Waits(**facts.get("checkpoint_waits", {}))

@@ -17,6 +17,7 @@ from trainer.optim import OptimSettings
 from trainer.phases import PhaseTracker, Reached, boundaries
 from trainer.reserve import Reserve, estimate_reserve
 from trainer.schedule import active_loops_at, lr_multiplier, progress, warmup_end, weight_decay_multiplier
+from trainer.stages import Stage, stage_at
 from trainer.step_times import StepTimes
 from trainer.tensor_groups import freeze_moments
 
@@ -29,6 +30,7 @@ class Segment:
     first_second: float
     step_seconds: float
     active_loops: int
+    stage: Stage
 
     def second(self, step: int) -> float:
         """Return the training seconds when `step` steps are done."""
@@ -52,6 +54,12 @@ class RunClock:
         """Return the training seconds when `step` steps are done: the end of a segment is the start of the next."""
         return self.segment(step).second(step)
 
+    def tokens(self, step: int) -> int:
+        """Return the tokens seen when `step` steps are done."""
+        ends = [*(segment.first_step for segment in self.segments[1:]), self.end_step]
+        counted = zip(self.segments, ends, strict=True)
+        return sum(max(0, min(step, end) - each.first_step) * each.stage.batch_tokens for each, end in counted)
+
     def progress(self, step: int) -> float:
         """Return the progress when `step` steps are done."""
         return progress(self.recipe.schedule, step, self.second(step), self.reserve_seconds)
@@ -74,7 +82,9 @@ def predict_clock(recipe: Recipe, times: StepTimes, reserve_seconds: float = 0.0
     step, second = 0, 0.0
     while (at := progress(schedule, step, second, reserve_seconds)) < 1.0:
         loops = active_loops_at(schedule, num_loops, at)
-        segment = Segment(step, second, times.of(recipe.model, loops), loops)
+        stage = stage_at(recipe.stages, at)
+        share = stage.batch_tokens / recipe.data.batch_tokens  # a step's time is in proportion to its tokens
+        segment = Segment(step, second, times.of(recipe.model, loops) * share, loops, stage)
         segments.append(segment)
         step = _first_step_after(segment, recipe, reserve_seconds)
         second = segment.second(step)
@@ -82,11 +92,12 @@ def predict_clock(recipe: Recipe, times: StepTimes, reserve_seconds: float = 0.0
 
 
 def _first_step_after(segment: Segment, recipe: Recipe, reserve_seconds: float) -> int:
-    """Return the step before which the segment's loops change or the run ends."""
+    """Return the step before which the segment's loops or stage change or the run ends."""
 
     def over(step: int) -> bool:
         at = progress(recipe.schedule, step, segment.second(step), reserve_seconds)
-        return at >= 1.0 or active_loops_at(recipe.schedule, recipe.model.max_active_loops, at) != segment.active_loops
+        loops = active_loops_at(recipe.schedule, recipe.model.max_active_loops, at)
+        return at >= 1.0 or loops != segment.active_loops or stage_at(recipe.stages, at) != segment.stage
 
     span = 1
     while not over(segment.first_step + span):
@@ -155,6 +166,8 @@ def moments(recipe: Recipe) -> dict[str, Reached]:
         for share in {share for share, _ in getattr(schedule, key) if 0 < share < 1}:
             named[f"{key}@{share:g}"] = reaches(share)
     named |= {name: reaches(share) for name, (_, share) in freeze_moments(recipe.optim.groups).items()}
+    for stage in schedule.stages:
+        named[f"stage@{stage.at:g}"] = reaches(stage.at)
     if recipe.qat is not None:
         named["qat"] = reaches(recipe.qat.at)
     if start is not None:

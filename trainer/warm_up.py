@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from pgolf_post.base.progress import say
 from pgolf_post.data.tokenizer import BOS_ID
 from trainer.compiled import num_compiled_graphs
-from trainer.gradients import GradientAccumulator
+from trainer.gradients import GradientAccumulator, micro_batch_tokens
 from trainer.schedule import active_loops_at
 from trainer.state import RunState
 
@@ -35,11 +36,10 @@ def warm_up(state: RunState, gradients: GradientAccumulator) -> dict[str, Any]:
     started, recipe = time.perf_counter(), state.recipe
     steps, loops = num_warmup_steps(state, gradients.compiled), graphs_ahead(state)
     generator = torch.Generator().manual_seed(recipe.run.seed)
-    shape = gradients.micro_tokens // recipe.data.seq_len, recipe.data.seq_len
     if steps:
         say(f"warming up: {steps} steps of synthetic tokens with {loops} active loops, not on the training clock")
         with state_restored(state):
-            for active_loops in loops:
+            for active_loops, shape in product(loops, shapes_ahead(state)):
                 state.set_active_loops(active_loops)
                 for _ in range(steps):
                     rehearse(state, gradients, *synthetic_batch(state.data.vocab_size, *shape, generator))
@@ -67,6 +67,15 @@ def graphs_ahead(state: RunState) -> list[int]:
     switches = [share for share in (schedule.loops_at, schedule.all_loops_at) if share is not None and share > at]
     max_loops = state.model.config.max_active_loops
     return sorted({active_loops_at(schedule, max_loops, share) for share in (at, *switches, 1.0)})
+
+
+def shapes_ahead(state: RunState) -> list[tuple[int, int]]:
+    """Return windows and tokens of a window of every micro-batch on this rank that is ahead, the next first."""
+    stages = [stage for stage in state.recipe.stages if stage == state.place.stage or stage.at > state.progress]
+    ranks, shapes = state.ranks.world_size, []
+    for stage in stages:
+        shapes.append((micro_batch_tokens(state.recipe, ranks, stage) // stage.seq_len, stage.seq_len))
+    return list(dict.fromkeys(shapes))
 
 
 def synthetic_batch(

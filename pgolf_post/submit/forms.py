@@ -202,6 +202,11 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             "optim.groups: a script that trains steps all tensors of a kind alike",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    if recipe.schedule.stages:
+        raise SettingsError(
+            "schedule.stages: a script that trains has steps and windows of one size",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     if recipe.qat is not None:
         raise SettingsError(
             f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way",

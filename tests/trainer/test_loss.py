@@ -18,11 +18,12 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
 from tests.conftest import pico_recipe
+from tests.trainer.test_model import pico_model
 from trainer import compiled, kernels
-from trainer.compiled import compiled_loss, training_loss
+from trainer.compiled import compiled_loss, num_compiled_graphs, training_loss
 from trainer.dry_run import answer, dry_run
 from trainer.loop import Trainer
-from trainer.loss import LossSettings, TokenClass, objective
+from trainer.loss import LossSettings, TokenClass, objective, share_of
 from trainer.objective import Objective, TokenWeights, head_similarity
 from trainer.step_times import StepTimes
 from trainer.warm_up import synthetic_batch
@@ -122,6 +123,8 @@ def test_classes_are_those_of_the_breakdown_and_weights_rise_over_the_ramp(pico_
         ({"class_weights": {"nouns": 2.0}}, "class_weights.nouns"),
         ({"class_weights": {"digits": 2.0}, "class_weight_ramp": [0.5, 0.2]}, "must ascend"),
         ({"class_weight_ramp": [0.0, 0.5]}, "acts only with class_weights"),
+        ({"focal_gamma": 2.0, "focal_gamma_ramp": [0.5, 1.2]}, r"focal_gamma_ramp must ascend within 0 and 1"),
+        ({"focal_gamma_ramp": [0.5, 0.5]}, "acts only with focal_gamma"),
     ],
 )
 def test_bad_values_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -164,6 +167,29 @@ def test_head_similarity_is_the_mean_squared_cosine(pico_data: DataFolder, tmp_p
         pairs = [(a @ b) ** 2 for i, a in enumerate(unit) for b in unit[:i]]
         means.append(np.mean(pairs))
     assert float(head_similarity(model).detach()) == pytest.approx(np.mean(means), rel=1e-5)
+
+
+def test_a_ramp_is_a_line_between_its_ends_and_a_jump_where_they_meet() -> None:
+    assert [share_of((0.25, 0.75), at) for at in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0, 0, 0.5, 1, 1]
+    assert [share_of((0.5, 0.5), at) for at in (0.0, 0.4, 0.5, 1.0)] == [0, 0, 1, 1]
+
+
+def test_the_power_of_the_focal_loss_rises_over_its_ramp_in_a_compiled_graph_too(
+    pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "COMPILER", "eager")
+    objective_of = Objective(LossSettings(focal_gamma=2.0, focal_gamma_ramp=(0.5, 1.0)), 2, pico_data, CPU)
+    torch.manual_seed(0)
+    model, (inputs, targets) = pico_model(), synthetic_batch(20, 2, 12, torch.Generator().manual_seed(1))
+    before = num_compiled_graphs()
+    for function in (objective_of.function, compiled_loss(objective_of.function)):
+        for at, gamma in ((0.25, 0.0), (0.75, 1.0), (1.0, 2.0)):
+            objective_of.move_to(at)
+            found = function(model, inputs, targets, model.reach(inputs)).detach()
+            logits = model(inputs).detach().flatten(0, 1)
+            wanted = objective(LossSettings(focal_gamma=gamma), logits, targets.flatten(), None)
+            torch.testing.assert_close(found, wanted)
+    assert num_compiled_graphs() == before + 1
 
 
 def test_off_is_the_plain_loss_and_no_table(pico_data: DataFolder, tmp_path: Path) -> None:
