@@ -159,7 +159,7 @@ class Trainer:
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
         self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
         if recipe.schedule.stages:
-            self._begin_stage()
+            self.begin_stage()
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)
         phase_times.add("load", time.perf_counter() - phase_times.started)
 
@@ -172,7 +172,7 @@ class Trainer:
         restore(self.state, path)
         self.stop_watch = StopWatch(self.recipe.stop, self.state.progress)
         if self.recipe.schedule.stages:
-            self._begin_stage()
+            self.begin_stage()
 
     # ---- running -----------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Trainer:
                 # A boundary met by this step is saved before it, with the graph that it will use.
                 state.update_graph(at)
                 if self.recipe.schedule.stages and state.update_stage(at):
-                    self._begin_stage()
+                    self.begin_stage()
                 with phase_times.phase("checkpoint"):
                     if phase := self._phase_due(at):
                         save(state, self.writer, phase)
@@ -336,7 +336,7 @@ class Trainer:
         state.clock.tick(state.train_seconds)
         return loss, float(norm)
 
-    def _begin_stage(self) -> None:
+    def begin_stage(self) -> None:
         """Take the sizes of steps and windows of the state's stage, and read the text from where it began."""
         state, recipe, stage = self.state, self.recipe, self.state.place.stage
         micro_tokens = micro_batch_tokens(recipe, self.ranks.world_size, stage)

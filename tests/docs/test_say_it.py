@@ -23,7 +23,7 @@ BASES: dict[str, list[str]] = {  # recipe → what the experiments' bases have b
     "baseline_sp1024": ["model.bigram_buckets=10240", "model.bigram_dim=128"],
     "baseline_sp1024, 11 layers": ["model.num_layers=11", "model.bigram_buckets=10240"],
 }
-SETTING = re.compile(r"`((?:run|data|model|optim|schedule|loss|init)\.\w+) = ([^`]+)`")
+SETTING = re.compile(r"`((?:run|data|model|optim|schedule|loss|init|qat|meta_ttt)\.\w+) = ([^`]+)`")
 SAYS_SOMETHING = re.compile(
     r"`|not said|nothing to set|not run there|stages of|groups of|heads of later|left out|together"
 )

@@ -45,7 +45,7 @@ def test_a_recipe_builds_a_model_of_the_size_it_says(name: str) -> None:
         optimizer = Optimizer(model, recipe.optim)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == pytest.approx(expected, rel=0.0 if expected % 1000 else 0.1)
-    assert set(optimizer.groups()) == group_peaks(recipe.optim, recipe.model).keys()
+    assert set(optimizer.learning_rates(1.0)) == group_peaks(recipe.optim, recipe.model).keys()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

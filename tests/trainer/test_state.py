@@ -24,7 +24,7 @@ from trainer.state import RunState
 EVERYTHING: dict[str, dict[str, Any]] = {
     "model": {"num_loops": 2},
     "optim": {"swa_start": 0.25, "swa_every": 2, "power_ema_sigmas": (0.05, 0.1), "power_ema_snapshots": 4},
-    "schedule": {"all_loops_at": 0.6, "seconds": 1e6},
+    "schedule": {"all_loops_at": 0.6, "seconds": 1e6, "stages": [{"at": 0.3, "seq_len": 8, "batch_tokens": 48}]},
     "checkpoint": {"every_steps": 2, "metric": "final", "metric_tokens": 40, "max_in_flight": 0},
 }
 
@@ -46,7 +46,7 @@ def whole(state: RunState) -> dict[str, Any]:
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
         "graph": state.model.graph,
         "swa_count": averages.swa.count,
-        "numbers": (state.step, state.train_seconds, state.snapshot_step, state.progress, state.reserve),
+        "numbers": (state.step, state.train_seconds, state.snapshot_step, state.progress, state.reserve, state.place),
         "ahead": sorted(state.phases.pending.keys() - {"init"}),  # which only step 0 reaches
         "behind": state.periodic.passed,
         "waits": state.waits.record(),
@@ -60,6 +60,8 @@ def advance(trainer: Trainer, num_steps: int) -> None:
     for _ in range(num_steps):
         at = state.progress
         state.update_graph(at)
+        if state.update_stage(at):
+            trainer.begin_stage()
         state.phases.due(state.step, at)
         state.periodic.due(state.step, state.train_seconds)
         trainer.timed_step(at)
@@ -103,7 +105,17 @@ def test_a_state_comes_back_from_its_checkpoint_whole(tmp_path: Path, pico_data:
 def test_a_new_field_of_the_state_is_thought_of_here() -> None:
     fixed = {"recipe", "ranks", "data", "autocast"}
     tensors = {"model", "optimizer", "averages"}
-    numbers = {"step", "train_seconds", "snapshot_step", "reserve", "phases", "periodic", "waits", "phase_times"}
+    numbers = {
+        "step",
+        "train_seconds",
+        "snapshot_step",
+        "reserve",
+        "phases",
+        "periodic",
+        "waits",
+        "phase_times",
+        "place",
+    }
     of_the_process = {"clock", "schedule_clock", "earlier_wall_seconds", "provenance", "parent"}
     assert {each.name for each in fields(RunState)} == fixed | tensors | numbers | of_the_process
 
