@@ -112,5 +112,5 @@ def test_every_tensor_with_a_row_per_token_is_trimmed() -> None:
 
 @pytest.mark.parametrize("rows", [59, 60 + MAX_PADDING + 1])
 def test_another_tokenizers_model_is_not_trimmed(rows: int) -> None:
-    with pytest.raises(MismatchError, match=f"a vocabulary of {rows}, data of 60$"):
+    with pytest.raises(MismatchError, match=rf"a vocabulary of {rows} \(rows of tok_emb.weight\), data of 60$"):
         fit_vocabulary({"raw": {EMBEDDING: torch.randn(rows, 3)}}, 60, True, "file", "data")
