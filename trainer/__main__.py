@@ -267,7 +267,7 @@ def train(
                 "checkpoint": str(checkpoint.path),
                 "checkpoint_id": checkpoint.meta["id"],
                 "views": views,
-                "ledger": state.phase_times.as_facts(recipe.schedule.seconds),
+                "ledger": state.phase_times.as_facts(recipe.schedule.wall_seconds),
             }
         )
 

@@ -416,7 +416,7 @@ class Trainer:
     def _close_phase_times(self) -> None:
         """Show where the time went and leave it in the run's folder."""
         if self.ranks.is_main:
-            facts = self.state.phase_times.as_facts(self.recipe.schedule.seconds)
+            facts = self.state.phase_times.as_facts(self.recipe.schedule.wall_seconds)
             write_phase_times(self.state.run_dir / PHASE_TIMES_FILE, facts)
             show_phase_times(facts)
 

@@ -101,6 +101,11 @@ class ScheduleSettings(Settings):
         require_in_order(self.stages)
         return self
 
+    @property
+    def wall_seconds(self) -> float | None:
+        """The cap in wall seconds; None where there is none, or in processor seconds."""
+        return self.seconds if self.clock == "wall" else None
+
     def _require_points_alone(self) -> None:
         """Refuse settings that points take the place of, and a learning rate that is always 0."""
         replaced = {"points": ("shape", "lr_warmup", "lr_floor"), "weight_decay_points": ("weight_decay_taper_at",)}

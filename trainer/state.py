@@ -156,7 +156,7 @@ class RunState:
             **({"stage": self.place.facts()} if self.recipe.schedule.stages else {}),
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
-            "ledger": self.phase_times.as_facts(self.recipe.schedule.seconds),
+            "ledger": self.phase_times.as_facts(self.recipe.schedule.wall_seconds),
             "reserve": asdict(self.reserve) if self.reserve else None,
             "checkpoint_waits": self.waits.record(),
             "swa_count": self.averages.swa.count if self.averages.swa else 0,
