@@ -45,6 +45,7 @@ pgolf_post.diagnose
 pgolf_post.fit
 pgolf_post.attribute pgolf_post.prune pgolf_post.demo pgolf_post.describe pgolf_post.submit pgolf_post.doctor
 pgolf_post.sweep
+pgolf_post.sizing
 pgolf_post.report
 pgolf_post
 pgolf_post.cli

@@ -34,7 +34,7 @@ TIMERS: dict[ClockName, Callable[[], float]] = {"wall": time.perf_counter, "proc
 
 @dataclass
 class ScheduleClock:
-    """What a run has spent of `schedule.seconds`."""
+    """Seconds that a run has spent of `schedule.seconds`."""
 
     name: ClockName = "wall"
     began: float = field(default_factory=processor_seconds)  # of this process, when the run began

@@ -71,7 +71,7 @@ class Game:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the row."""
+        """Everything that decides the row."""
         settings = {"round": self.wanted.model_dump(mode="json"), "recipe": dict(self.recipe)}
         return {**settings, "data": self.data.manifest_sha256, "seed": self.seed, "scale": self.scale}
 

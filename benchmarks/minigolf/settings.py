@@ -21,7 +21,7 @@ WINDOW_TOKENS = 512
 
 
 class BudgetSettings(Settings):
-    """What a whole round may cost."""
+    """Budgets of a whole round."""
 
     train_seconds: float = Field(
         4800.0, gt=0, description="Processor seconds of training and of making the artifact, imports included."
@@ -32,7 +32,7 @@ class BudgetSettings(Settings):
 
 
 class RoundingSettings(Settings):
-    """How the checkpoint becomes an artifact, and how many seconds of training are left for it."""
+    """Rounding of the checkpoint to an artifact, and the seconds of training that are kept for it."""
 
     method: Literal["plan", "fit"] = Field(description="Round by a plan of fixed rules, or solve for the bytes by fit.")
     weights: Literal["raw", "ema", "swa"] = Field(
@@ -76,7 +76,7 @@ class ProtocolSettings(Settings):
 
     @property
     def name(self) -> str:
-        """What the protocol is called in rows."""
+        """Name of the protocol in rows."""
         return " ".join(filter(None, [self.protocol, self.ttt, *self.set, f"stride {self.stride}" * bool(self.stride)]))
 
     @property

@@ -62,6 +62,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "submit": ("submit", "A record folder whose script runs by itself, made and proved; checks of anyone's."),
     },
     "Experiments and results": {
+        "plan-size": ("plan_size", "Which size of a recipe gives the lowest bpb in given bytes after given seconds."),
         "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
         "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
         "report": ("report", "Runs, artifacts and sweeps as one HTML page: figures with tables, offline, live."),

@@ -1,0 +1,145 @@
+"""`pgolf-post plan-size`: which size of a recipe gives the lowest expected bpb in a byte budget after given seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from pgolf_post.base.progress import print_json, print_table, say
+from pgolf_post.cli.common import json_option, quiet_option, threads_option
+from pgolf_post.fit.settings import FitSettings
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def _numbers(_context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    """Read positive numbers with commas between. Raises BadParameter."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: numbers with commas between") from None
+    if min(values) <= 0 or len(set(values)) < len(values):
+        raise click.BadParameter(f"{text!r}: numbers above 0, each once")
+    return values
+
+
+@click.command("plan-size")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--budget", required=True, type=click.IntRange(min=1), help="Bytes of the artifact.")
+@click.option("--seconds", required=True, type=POSITIVE, help="Seconds of the whole run, as the recipe's clock counts.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="'KEY=VALUE …'",
+    help="Changes of the recipe that make one size, with spaces between; repeatable.  [default: four widths]",
+)
+@click.option(
+    "--lengths",
+    default="0.025,0.1",
+    show_default=True,
+    callback=_numbers,
+    help="Lengths of the short runs, as shares of --seconds.",
+)
+@click.option(
+    "--bits",
+    default="2,3,4",
+    show_default=True,
+    callback=_numbers,
+    help="Bits a weight at which the gap is measured, on the longest run of each size.",
+)
+@click.option("--alpha", type=POSITIVE, help="Hold the exponent of parameters at this value instead of fitting it.")
+@click.option("--beta", type=POSITIVE, help="Hold the exponent of training tokens at this value instead of fitting it.")
+@click.option("--eval-tokens", type=click.IntRange(min=2), help="Score only this many validation tokens.")
+@click.option(
+    "--calibration-tokens", default=65536, show_default=True, type=click.IntRange(min=2), help="Tokens of statistics."
+)
+@click.option(
+    "--kappa-tokens",
+    default=FitSettings().kappa_tokens,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Tokens that each measurement of κ reads.",
+)
+@click.option(
+    "--root",
+    default=Path("checkpoints"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder that the runs go to.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the recommended recipe to this TOML file.")
+@threads_option
+@quiet_option
+@json_option
+def command(
+    recipe: Path,
+    budget: int,
+    seconds: float,
+    sizes: tuple[str, ...],
+    lengths: tuple[float, ...],
+    bits: tuple[float, ...],
+    alpha: float | None,
+    beta: float | None,
+    eval_tokens: int | None,
+    calibration_tokens: int,
+    kappa_tokens: int,
+    root: Path,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose the size of RECIPE's model that is expected to have the lowest bpb in --budget bytes after --seconds.
+
+    \b
+    pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800
+    pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800 \\
+      --size "model.model_dim=256 model.num_layers=6" --size "model.model_dim=320 model.num_layers=5" …
+
+    A ladder of short runs is trained (four sizes at two lengths), and a law loss(parameters, tokens) + gap(bits a
+    weight) is fitted to it. The table has every size's expectation with its 95 % interval, best first. Runs that are
+    there are found again, so the same command goes on after a kill. A ladder that does not tell the law's coefficients
+    apart is refused, and the message names them.
+    """
+    from pgolf_post.sizing.choose import HEADER, Laws, ranked, remark
+    from pgolf_post.sizing.ladder import LadderSettings, climb, default_sizes, recommended
+    from pgolf_post.sizing.law import fit_gap, fit_loss, fit_step_times
+
+    chosen = tuple(tuple(size.split()) for size in sizes) or default_sizes(recipe)
+    fitted = FitSettings(kappa_tokens=kappa_tokens)
+    lengths_seconds = tuple(share * seconds for share in lengths)
+    settings = LadderSettings(recipe, chosen, lengths_seconds, bits, eval_tokens, calibration_tokens, fitted)
+    _require_room(chosen, lengths, alpha, beta)
+    ladder = climb(settings, root)
+    held = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    laws = Laws(fit_loss(ladder.runs, held), fit_gap(*zip(*ladder.gaps, strict=True)), fit_step_times(ladder.runs))
+    found = ranked(ladder.candidates, laws, budget, seconds)
+    print_table(f"{budget:,} bytes after {seconds:g} s", HEADER, [one.cells() for one in found])
+    trained = {run.size: run.parameters for run in ladder.runs}
+    note = remark(found, trained)
+    say(note)
+    names = [one.name for one in ladder.candidates]
+    text = recommended(settings, chosen[names.index(found[0].candidate.name)], seconds)
+    if out is None:
+        say(text)
+    else:
+        from pgolf_post.base.storage import atomic_file
+
+        with atomic_file(out) as building:
+            building.write_text(text, encoding="utf-8")
+        say(f"recipe of {found[0].candidate.name}: {out}")
+    if as_json:
+        law = {"loss": laws.loss.facts(), "gap_slope": laws.gap.slope, "step_time_exponent": laws.step_time.slope}
+        runs = [dict(vars(run)) for run in ladder.runs]
+        print_json({"sizes": [one.facts() for one in found], **law, "runs": runs, "remark": note, "recipe": text})
+
+
+def _require_room(
+    sizes: Sequence[Sequence[str]], lengths: Sequence[float], alpha: float | None, beta: float | None
+) -> None:
+    """Raise MismatchError for a ladder that no law can be fitted to, before anything is trained."""
+    from pgolf_post.sizing.law import COEFFICIENTS, Observation, require_ladder
+
+    runs = [Observation(str(i), i + 1, j + 1, 1.0, 1.0) for i in range(len(sizes)) for j in range(len(lengths))]
+    require_ladder(runs, len(COEFFICIENTS) - (alpha is not None) - (beta is not None))
