@@ -15,6 +15,7 @@ from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
 from trainer.init_settings import InitSettings
 from trainer.loss import LossSettings
+from trainer.meta_ttt_settings import MetaTTTSettings
 from trainer.optim import OptimSettings
 from trainer.qat_settings import QatSettings
 from trainer.schedule import ScheduleSettings
@@ -166,6 +167,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     init: InitSettings = InitSettings()
     qat: QatSettings | None = None
+    meta_ttt: MetaTTTSettings | None = None
 
     @model_validator(mode="after")
     def _stages_divide(self) -> Recipe:
@@ -190,8 +192,9 @@ class Recipe(Settings):
         for table in ("loss", "init"):
             if not getattr(self, table).is_on:
                 values.pop(table, None)
-        if self.qat is None:
-            values.pop("qat", None)
+        for table in ("qat", "meta_ttt"):
+            if getattr(self, table) is None:
+                values.pop(table, None)
         if self.schedule.clock == "wall" and "schedule" in values:
             values["schedule"].pop("clock", None)
         return values

@@ -122,6 +122,8 @@ def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
     for segment, end in zip(clock.segments, ends, strict=True):
         tokens = (end - segment.first_step) * segment.stage.batch_tokens
         total += tokens * token_flops(recipe, shapes, segment.active_loops, segment.stage.seq_len)
+    if recipe.meta_ttt:  # half of a step's tokens are gone through once for each step of adapting
+        total *= 1 + (recipe.meta_ttt.inner_steps - 1) / (2 * recipe.meta_ttt.every)
     return total
 
 
@@ -162,12 +164,10 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     optim, config = recipe.optim, model.config
     total = sum(tensor.numel() for tensor in shapes.values())
     matrices = sum(shapes[name].numel() for name in names_by_muon(model, optim))
-    averages = (
-        (recipe.qat is not None) + bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
-    )
-    states = (
-        total * (2 + averages) + matrices + 2 * (total - matrices)
-    )  # weights, gradients; Muon one moment, AdamW two
+    averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
+    averages += (recipe.qat is not None) + 2 * (recipe.meta_ttt is not None)  # copies that are put back
+    moments = matrices + 2 * (total - matrices)  # Muon's one, AdamW's two
+    states = total * (2 + averages) + moments  # with weights and gradients
     number = FLOAT_BYTES if recipe.run.precision in ("fp32", "fp64") else HALF_BYTES
     visits = visit_list(config, config.max_active_loops)
     hidden = sum(mlp_widths(config)[layer] for layer in visits)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.signals import stop_requests
@@ -35,6 +36,7 @@ from trainer.init_from import Start, start_from_checkpoint
 from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
 from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
 from trainer.measuring import measure_reserve
+from trainer.meta_ttt import MetaTTT, require_halves
 from trainer.model import GolfGPT
 from trainer.norm_alarm import NormAlarm
 from trainer.objective import Objective
@@ -115,6 +117,7 @@ class Trainer:
         # Settings that cannot be met end the run before anything is built.
         phase_times = PhaseTimes()
         micro_tokens, *_ = (micro_batch_tokens(recipe, ranks.world_size, stage) for stage in recipe.stages)
+        require_halves(recipe, ranks.world_size)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         require_usable(recipe, ranks.device.type)
@@ -135,6 +138,7 @@ class Trainer:
             self.start = start_from_checkpoint(self.model, recipe.init, data, compare=ranks.is_main)
         objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
+        self.meta_ttt = MetaTTT(recipe.meta_ttt, self.gradients) if recipe.meta_ttt else None
         self.rounding = WeightRounding(self.model, recipe.qat, recipe.run.seed) if recipe.qat else None
         self.norm_alarm = NormAlarm(recipe.run)
         self.too_steep: dict[str, Any] | None = None  # facts of a gradient norm that ends the run
@@ -304,7 +308,7 @@ class Trainer:
         if self.gradients.objective is not None:
             self.gradients.objective.move_to(at)
         with self.rounding.during(state.step, at) if self.rounding else nullcontext():
-            loss_share = self.gradients.accumulate(self.sampler.step_batches(state.step, *self._batch_shape()))
+            loss_share = self._gradients_for(state.step)(self.sampler.step_batches(state.step, *self._batch_shape()))
         if self.recipe.optim.groups:
             state.optimizer.freeze(at)
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
@@ -335,6 +339,10 @@ class Trainer:
         state.phase_times.add("train_looped" if looped else "train_plain", step_seconds)
         state.clock.tick(state.train_seconds)
         return loss, float(norm)
+
+    def _gradients_for(self, step: int) -> Callable[[Iterable[tuple[Tensor, Tensor]]], Tensor]:
+        """Return what makes the gradients of a step of its micro-batches."""
+        return self.meta_ttt.accumulate if self.meta_ttt and self.meta_ttt.is_due(step) else self.gradients.accumulate
 
     def begin_stage(self) -> None:
         """Take the sizes of steps and windows of the state's stage, and read the text from where it began."""

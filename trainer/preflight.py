@@ -13,6 +13,7 @@ its value, the limit and a way out. The checks, in the order of CHECKS:
     periodic                                        refuse    a period longer than the run
     cap                                             refuse    Hessians that end after it; warn: a last step that does
     stop                                            refuse    a log to compare with that has no loss; warn: too short
+    meta_ttt                                        refuse    no step that adapts first
     speed                                           refuse    slower than run.min_tokens_per_second
     limits                                          warn      schedule.steps that schedule.seconds comes before
     scoring                                         warn      checkpoints that take over 5 % of the run's time
@@ -197,6 +198,17 @@ def check_periodic(timeline: Timeline) -> Iterator[Finding]:
             )
 
 
+def check_meta_ttt(timeline: Timeline) -> Iterator[Finding]:
+    """Refuse steps that adapt first of which the run has none."""
+    settings = timeline.recipe.meta_ttt
+    if settings and settings.every > timeline.clock.end_step:
+        yield Finding(
+            "refuse",
+            "meta_ttt.every",
+            f"meta_ttt.every {settings.every:,}: {_end(timeline)}, before the first; take fewer, or leave it out",
+        )
+
+
 def check_speed(timeline: Timeline) -> Iterator[Finding]:
     """Refuse a run that run.min_tokens_per_second would stop."""
     minimum = timeline.recipe.run.min_tokens_per_second
@@ -345,6 +357,7 @@ CHECKS: tuple[Callable[[Timeline], Iterator[Finding]], ...] = (
     check_power_ema,
     check_periodic,
     check_cap,
+    check_meta_ttt,
     check_speed,
     check_stop,
     check_limits,

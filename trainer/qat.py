@@ -45,7 +45,7 @@ class WeightRounding:
         _require_scalar_grids(plan)
         self.settings, self.seed = settings, seed
         self.parameters = dict(model.named_parameters())
-        self.entries = make_plan(self.parameters, GolfGPTFamily(), model, plan)
+        self.entries = _entries(model, plan)
         self.facts = {
             **settings.model_dump(mode="json"),
             "plan_sha256": sha256(canonical_json(plan.identity())).hexdigest(),
@@ -83,6 +83,16 @@ class WeightRounding:
                     generators[weight.device] = torch.Generator(weight.device).manual_seed(int(seeds[0] >> 1))
                 noisy[entry.name] = with_noise(entry, weight, generators[weight.device])
         return noisy
+
+
+def _entries(model: GolfGPT, plan: Plan) -> list[TensorPlan]:
+    """Return the plan's entries for the model as it ends, all loops on: sites and depths depend on them."""
+    graph = model.graph
+    model.set_graph(graph.model_copy(update={"active_loops": model.config.max_active_loops}))
+    try:
+        return make_plan(dict(model.named_parameters()), GolfGPTFamily(), model, plan)
+    finally:
+        model.set_graph(graph)
 
 
 def steps_of(entry: TensorPlan, weight: Tensor) -> Tensor:  # (rows, columns) → (rows, 1) or (rows, columns)

@@ -72,9 +72,10 @@ def graphs_ahead(state: RunState) -> list[int]:
 def shapes_ahead(state: RunState) -> list[tuple[int, int]]:
     """Return windows and tokens of a window of every micro-batch on this rank that is ahead, the next first."""
     stages = [stage for stage in state.recipe.stages if stage == state.place.stage or stage.at > state.progress]
-    ranks, shapes = state.ranks.world_size, []
+    shapes, halved = [], state.recipe.meta_ttt is not None
     for stage in stages:
-        shapes.append((micro_batch_tokens(state.recipe, ranks, stage) // stage.seq_len, stage.seq_len))
+        windows = micro_batch_tokens(state.recipe, state.ranks.world_size, stage) // stage.seq_len
+        shapes += [(windows, stage.seq_len), *([(windows // 2, stage.seq_len)] if halved else [])]
     return list(dict.fromkeys(shapes))
 
 

@@ -207,6 +207,11 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             "schedule.stages: a script that trains has steps and windows of one size",
             hint="submit without --recipe: the artifact and code that reads it",
         )
+    if recipe.meta_ttt is not None:
+        raise SettingsError(
+            "meta_ttt: a script that trains does not adapt on the way",
+            hint="submit without --recipe: the artifact and code that reads it",
+        )
     if recipe.qat is not None:
         raise SettingsError(
             f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way",

@@ -89,6 +89,14 @@ def test_the_forward_pass_is_that_of_the_quantized_model(view: View, stats: Stat
         assert not torch.equal(rounded, model(TOKENS))
 
 
+def test_entries_are_those_of_the_model_with_all_its_loops() -> None:
+    model = pico_model(untied_loop_mlps=True)
+    entries = {entry.name: entry for entry in rounding(model).entries}
+    assert entries["override_mlps.1_p1.fc.weight"].site is not None
+    assert {entries[f"blocks.{layer}.mlp.fc.weight"].depth for layer in (1, 2)} == {"loop"}
+    assert model.graph.active_loops == 0
+
+
 def test_gradients_are_those_at_the_rounded_weights_handed_straight_through() -> None:
     model = pico_model()
     with rounding(model).during(step=0, at=0.5):

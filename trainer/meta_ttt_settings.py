@@ -1,0 +1,15 @@
+"""Settings of training for test-time training: the recipe's table `meta_ttt`. `trainer.meta_ttt` does what they say."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pgolf_post.settings import Settings
+
+
+class MetaTTTSettings(Settings):
+    """How often a step looks ahead to test-time training, and the steps that it takes there."""
+
+    every: int = Field(ge=1, description="steps from one that adapts first to the next; 1 = all of them")
+    inner_lr: float = Field(gt=0, description="learning rate of adapting, by plain gradient descent on all parameters")
+    inner_steps: int = Field(1, ge=1, description="steps of adapting, all on the same text")
