@@ -1,8 +1,9 @@
 """Seconds that `fit` takes, in parts and whole.
 
-    python -m benchmarks.bench_fit_cost [steps] [whole]
+    python -m benchmarks.bench_fit_cost [steps] [whole] [--rows TEXT …]
 
-steps: equal slope on 36M weights (11 blocks × 512, vocabulary 8192, random), against one plain GPTQ pass.
+steps: equal slope on 36M weights (11 blocks × 512, vocabulary 8192, random), against one plain GPTQ pass. Each row is
+the smaller of two passes. `--rows` names those to run by a part of their name.
 
 whole: all of fit after statistics and κ, and decoding, on the record recipe's model with random weights.
 """
@@ -30,8 +31,11 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.decode import decode
 
 
-def steps() -> None:
-    """Seconds of a build of 36M weights against one pass of plain GPTQ on the same factors' matrices."""
+def steps(parts: Sequence[str] = ()) -> None:
+    """Seconds of a build of 36M weights against one pass of plain GPTQ on the same factors' matrices.
+
+    `parts`: parts of the names of the rows to run; none: all of them.
+    """
     from pgolf_post.fit.steps import relative_steps
     from pgolf_post.quantize.gptq.driver import Job, gptq_jobs
     from pgolf_post.quantize.gptq.factorize import factorize
@@ -72,17 +76,21 @@ def steps() -> None:
     trials: dict[str, tuple[Trellis | None, bool]] = {
         "equal slope, scalar grid": (None, False),
         "scalar grid, feedback from both sides": (None, True),
-        "8 states": (Trellis(8, 512), False),
-        "8 states, feedback from both sides": (Trellis(8, 512), True),
-        "64 states": (Trellis(64, 512), False),
-        "64 states, feedback from both sides": (Trellis(64, 512), True),
-        "along diagonals: 8 states, one side": (Trellis(8, DIAGONALS), False),
-        "64 states, one side": (Trellis(64, DIAGONALS), False),
-        "8 states, both sides": (Trellis(8, DIAGONALS), True),
-        "64 states, both sides (the default)": (Trellis(64, DIAGONALS), True),
-        "256 states, both sides": (Trellis(256, DIAGONALS), True),
+        "lanes: 8 states, one side": (Trellis(8, 512), False),
+        "lanes: 8 states, both sides": (Trellis(8, 512), True),
+        "lanes: 64 states, one side": (Trellis(64, 512), False),
+        "lanes: 64 states, both sides": (Trellis(64, 512), True),
+        "diagonals: 8 states, one side": (Trellis(8, DIAGONALS), False),
+        "diagonals: 64 states, one side": (Trellis(64, DIAGONALS), False),
+        "diagonals: 8 states, both sides": (Trellis(8, DIAGONALS), True),
+        "diagonals: 64 states, both sides (the default)": (Trellis(64, DIAGONALS), True),
+        "diagonals: 256 states, both sides": (Trellis(256, DIAGONALS), True),
     }
-    for name, (trellis, coupled) in trials.items():
+    chosen = {name: trial for name, trial in trials.items() if not parts or any(part in name for part in parts)}
+    if not chosen:
+        raise SystemExit(f"no row is named like {', '.join(parts)}; there are: {'; '.join(trials)}")
+    print(f"| plain GPTQ, row scales | {base:.1f} | |", flush=True)
+    for name, (trellis, coupled) in chosen.items():
         found = min(timed(sloped, trellis, coupled) for _ in range(2))
         print(f"| {name} | {found:.1f} | {found / base:.2f} |", flush=True)
 
@@ -107,17 +115,21 @@ def whole(limit: int = 15_950_000) -> None:
     print_table("", ("", "wall s", "CPU s"), rows)
 
 
-TABLES = {"steps": steps, "whole": whole}
+TABLES = ("steps", "whole")
 
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="bench_fit_cost", description=__doc__)
     parser.add_argument("tables", nargs="*", help=", ".join(TABLES))
+    parser.add_argument("--rows", action="append", default=[], help="steps: a part of the names of rows to run")
     given = parser.parse_args(list(arguments))
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"unknown tables: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     for name in given.tables or TABLES:
-        TABLES[name]()
+        if name == "steps":
+            steps(given.rows)
+        else:
+            whole()
 
 
 if __name__ == "__main__":
