@@ -43,6 +43,7 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 
 if TYPE_CHECKING:
+    from pgolf_post.base.ranks import Ranks
     from pgolf_post.checkpoint import View
     from pgolf_post.data import DataFolder
     from pgolf_post.fit.prepare import Fitter
@@ -60,6 +61,7 @@ FIT_FLAGS = {
     "kappa_tokens": "--kappa-tokens",
     "tune_tokens": "--tune-tokens",
     "tune_precision": "--tune-precision",
+    "tune_source": "--tune-source",
     "distill": "--distill",
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",
@@ -136,8 +138,9 @@ def command(
     Every weight gets the step size at which one more bit buys the same loss everywhere, solved for the total bytes:
     within 2,000 of the budget, never over. Statistics are collected on the first call and read from the cache
     afterwards; seconds spent on training data are printed, because the challenge counts them. Under torchrun,
-    `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics.
+    `torchrun --nproc_per_node=N -m pgolf_post fit …`, ranks share the statistics, κ and fine-tuning.
     """
+    from pgolf_post.base.ranks import Ranks
     from pgolf_post.fit.artifact import artifact_limit, fit
     from pgolf_post.fit.limits import require_less_than_fp16
     from pgolf_post.fit.report import facts_of, show_explained
@@ -156,25 +159,33 @@ def command(
     view, data = load_view(home, weights), find_data(home, data_dir)
     for total in totals if target_gap is None else []:
         require_less_than_fp16(view, artifact_limit(total, code_bytes))
-    fitter = prepare_by_all_ranks(view, data, calibration, settings, train_seconds, allow_stale, fresh, compiled)
-    if fitter is None:
-        return
+    ranks = Ranks.join()
+    try:
+        fitter = prepare_by_all_ranks(
+            ranks, view, data, calibration, settings, train_seconds, allow_stale, fresh, compiled
+        )
+        if fitter is None:
+            return
 
-    # Make, score and record one artifact per budget.
-    totals = totals if target_gap is None else [limit_for_gap(fitter, target_gap) + code_bytes]
-    protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens) if evaluate else None
-    stats, answers = stats_folder(view, fitter.stats), list[dict[str, Any]]()
-    for total in totals:
-        artifact = fit(view, data, total, code=code, fresh=fresh, prepared=fitter)
-        report, score = count_and_score(artifact, total, code, data, protocol, fresh)
-        answers.append(facts_of(artifact, report, score))
-        record_artifact(artifact, report, score, stats, dollars_per_hour, time.perf_counter() - started)
-        if explained:
-            show_explained(fitter, artifact)
+        # Make, score and record one artifact per budget.
+        totals = totals if target_gap is None else [limit_for_gap(fitter, target_gap) + code_bytes]
+        protocol = PlainProtocol(seq_len=view.train_seq_len, max_tokens=eval_tokens) if evaluate else None
+        stats, answers = stats_folder(view, fitter.stats), list[dict[str, Any]]()
+        for total in totals:
+            artifact = fit(view, data, total, code=code, fresh=fresh, prepared=fitter)
+            report, score = count_and_score(artifact, total, code, data, protocol, fresh)
+            answers.append(facts_of(artifact, report, score))
+            record_artifact(artifact, report, score, stats, dollars_per_hour, time.perf_counter() - started)
+            if explained:
+                show_explained(fitter, artifact)
+        end_tuning(fitter)
+    finally:
+        ranks.leave()
     show_results(fitter, answers, bool(code), as_json, started)
 
 
 def prepare_by_all_ranks(
+    ranks: Ranks,
     view: View,
     data: DataFolder,
     calibration: CalibrationSettings,
@@ -184,19 +195,30 @@ def prepare_by_all_ranks(
     fresh: bool,
     compiled: bool = False,
 ) -> Fitter | None:
-    """Collect statistics and κ on all ranks; return what fits share on the main rank, None on the others."""
-    from pgolf_post.base.ranks import Ranks
+    """Collect statistics and κ on all ranks; return what fits share on the main rank, None on the others.
+
+    Without fine-tuning all ranks have left by then. With it the others return when the main rank calls `end_tuning`.
+    """
     from pgolf_post.calibrate import stale_stats
     from pgolf_post.fit.prepare import prepare
     from pgolf_post.fit.training_clock import TrainingClock
+    from pgolf_post.fit.tune_ranks import help_tune
 
-    ranks = Ranks.join()
-    try:
-        stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
-        fitter = prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats, compiled)
-    finally:
+    stats = stale_stats(view, data, allow_stale, calibration) if allow_stale else None
+    fitter = prepare(view, data, calibration, settings, TrainingClock(train_seconds), fresh, ranks, stats, compiled)
+    if fitter.texts is None:
         ranks.leave()
+    elif not ranks.is_main:
+        help_tune(view, fitter.texts[0], settings.tune_precision, ranks)
     return fitter if ranks.is_main else None
+
+
+def end_tuning(fitter: Fitter) -> None:
+    """Let the ranks go that helped to tune, if there are any."""
+    from pgolf_post.fit.tune_ranks import end_help
+
+    if fitter.texts is not None and fitter.ranks.world_size > 1:
+        end_help(fitter.ranks)
 
 
 def show_results(

@@ -31,6 +31,7 @@ from pgolf_post.fit.replay import fine_tuned
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Build, Search, Solution
 from pgolf_post.fit.steps import expected_loss
+from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune_partial import TunePartial
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
@@ -130,15 +131,21 @@ def _fine_tuned(
 ) -> tuple[Solution, dict[str, Any]]:
     """Fine-tune the blocks of a solution; keep that if it fits and lowers the divergence on held-out text."""
     tokens, (tune_text, held_out) = fitter.settings.tune_tokens, texts
-    tuned = fine_tuned(fitter.builder, search, solution, limit, tune_text, tokens, fitter.clock, partial)
+    # Text that the model wrote is no training data: its seconds are said, and not counted.
+    own = fitter.settings.tune_source == "self"
+    clock = TrainingClock() if own else fitter.clock
+    tuned = fine_tuned(fitter.builder, search, solution, limit, tune_text, tokens, clock, partial, fitter.ranks)
+    source = {"source": "self", "seconds": clock.total} if own else {}
     if tuned is None:
-        return solution, {"kept": False, "tokens": tokens}
-    with fitter.clock.step("held-out text"):
+        return solution, {"kept": False, "tokens": tokens, **source}
+    with clock.step("held-out text"):
         probe = Probe(fitter.view, held_out)
         before, after = (probe.divergence(decoded(one.model)).mean for one in (solution, tuned))
     kept = after < before
     say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
-    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after}
+    if own:
+        say(f"{clock.total:.1f} s of fine-tuning on text that the model wrote itself: no training data was read")
+    facts = {"kept": kept, "tokens": tokens, "divergence_before": before, "divergence_after": after, **source}
     return tuned if kept else solution, facts
 
 

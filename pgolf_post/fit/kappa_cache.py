@@ -16,7 +16,7 @@ from pgolf_post.fit.build import Builder
 from pgolf_post.fit.idle import require_idle
 from pgolf_post.fit.kappa import Kappa, measure_kappas
 from pgolf_post.fit.probe import Probe, probe_text
-from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.settings import TUNING_FIELDS, FitSettings
 
 STAGES = {"tensor": Stage("kappa", 1, "kappa.json"), "role": Stage("kappa", 2, "kappa.json")}
 
@@ -30,7 +30,7 @@ def cached_kappas(
     """
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = settings.model_dump(mode="json", exclude={"distill", "tune_tokens", "tune_precision", "regularize"})
+    identity = settings.model_dump(mode="json", exclude=TUNING_FIELDS | {"regularize"})
     identity |= {"text_sha256": text.sha256, **builder.identity}
     stage = STAGES[settings.kappa]
     folder = view.checkpoint.derived(stage.name, stage.id([view.id, builder.stats.id], identity))

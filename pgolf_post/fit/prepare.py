@@ -20,7 +20,7 @@ from pgolf_post.fit.build import Builder
 from pgolf_post.fit.kappa import Kappa, by_tensor
 from pgolf_post.fit.kappa_cache import cached_kappas
 from pgolf_post.fit.replay import STEP_NAME
-from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.settings import TUNING_FIELDS, FitSettings
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import split_text
 from pgolf_post.plan import DistillSettings
@@ -41,6 +41,7 @@ class Fitter:
     clock: TrainingClock  # of the steps that read training text, now or when their cached result was made
     distills: bool  # whether floats are tuned: asked for, and there is time
     texts: tuple[CalibrationSet, CalibrationSet] | None = None  # to fine-tune on, and held out; None: no fine-tuning
+    ranks: Ranks = ALONE  # that fine-tune together (tune_ranks.py)
 
     @property
     def kappa(self) -> dict[str, float]:
@@ -50,7 +51,7 @@ class Fitter:
     @property
     def identity(self) -> dict[str, Any]:
         """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
-        settings = self.settings.model_dump(mode="json", exclude={"distill", "tune_tokens", "tune_precision"})
+        settings = self.settings.model_dump(mode="json", exclude=TUNING_FIELDS)
         rounded = {} if self.settings.tune_precision == "fp32" else {"precision": self.settings.tune_precision}
         tuning = (
             {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **rounded}
@@ -89,12 +90,32 @@ def prepare(
             kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks, compiled)
             step.add(cached_seconds)
     distills = settings.distill and clock.allows("distillation", _distill_seconds(stats))
-    tunes = settings.tune_tokens > 0 and clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))
-    texts = None
-    if tunes:
-        seq_len = calibration.seq_len or view.train_seq_len
-        texts = split_text(calibration_text(view, data, calibration, seq_len, ranks))
-    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, texts)
+    texts = _tune_texts(view, data, stats, calibration, settings, clock, ranks)
+    return Fitter(view, data, stats, settings, builder, kappas, clock, distills, texts, ranks)
+
+
+def _tune_texts(
+    view: View,
+    data: DataFolder,
+    stats: Stats,
+    calibration: CalibrationSettings,
+    settings: FitSettings,
+    clock: TrainingClock,
+    ranks: Ranks,
+) -> tuple[CalibrationSet, CalibrationSet] | None:
+    """Return the text to fine-tune on and the text held out; None if nothing is to be tuned, or not in time.
+
+    Text that the model writes is no training data, so no clock limits it.
+    """
+    if not settings.tune_tokens:
+        return None
+    seq_len = calibration.seq_len or view.train_seq_len
+    if settings.tune_source == "self":
+        own = calibration.model_copy(update={"tokens": settings.tune_tokens, "source": "self"})
+        return split_text(calibration_text(view, data, own, seq_len, ranks))
+    if not clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens)):
+        return None
+    return split_text(calibration_text(view, data, calibration, seq_len, ranks))
 
 
 def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:

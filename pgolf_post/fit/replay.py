@@ -21,6 +21,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from pgolf_post.base.progress import say
+from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.families import load_module
@@ -29,6 +30,7 @@ from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import Done, TunePartial
+from pgolf_post.fit.tune_ranks import SharedTuning
 from pgolf_post.pack.container import pack
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
@@ -58,13 +60,14 @@ def fine_tuned(
     tokens: int,
     clock: TrainingClock,
     partial: TunePartial,
+    ranks: Ranks = ALONE,  # that tune together
 ) -> Solution | None:
     """Build the solution again with fine-tuning between its blocks; None, said aloud, if that does not fit the limit.
 
     Raises NumericsError if predictions are not finite.
     """
     groups = groups_in_order(builder.view, list(builder.matrices))
-    tuned = TunedModel(builder.view, text, tokens // max(1, len(groups) - 1), builder.settings.tune_precision)
+    tuned = _tuned_model(builder, text, tokens // max(1, len(groups) - 1), ranks)
     tuned.load(builder.zeros, list(builder.zeros))
     unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 
@@ -99,6 +102,13 @@ def fine_tuned(
         spent_seconds = clock.seconds[STEP_NAME]
         partial.save(Done(number + 1, spent_seconds, {**targets, **tuned.weights(rest)}))
     return _finished(builder, search, solution, rounded, tuned.weights(groups[-1]), constant, limit)
+
+
+def _tuned_model(builder: Builder, text: CalibrationSet, tokens_between: int, ranks: Ranks) -> TunedModel:
+    view, precision = builder.view, builder.settings.tune_precision
+    if ranks.world_size > 1:
+        return SharedTuning(view, text, tokens_between, precision, ranks)
+    return TunedModel(view, text, tokens_between, precision)
 
 
 def _finished(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pgolf_post.quantize.gptq.trellis import DIAGONALS, POLYNOMIALS
 from pgolf_post.settings import Precision, PrecisionIdentity
+
+# An id names what they lead to, not their values.
+TUNING_FIELDS = {"distill", "tune_tokens", "tune_precision", "tune_source"}
 
 
 class FitSettings(PrecisionIdentity):
@@ -41,7 +44,11 @@ class FitSettings(PrecisionIdentity):
     tune_tokens: int = Field(
         0,
         ge=0,
-        description="Tokens of calibration text, in all, to fine-tune blocks that are not rounded yet; 0 tunes none.",
+        description="Tokens of text, in all, to fine-tune blocks that are not rounded yet; 0 tunes none.",
+    )
+    tune_source: Literal["train", "self"] = Field(
+        "train",
+        description="Text to fine-tune on: the calibration text, or as much as --tune-tokens that the model writes.",
     )
     tune_precision: Precision = Field(
         "fp32",
@@ -62,6 +69,12 @@ class FitSettings(PrecisionIdentity):
     lookup_floor: float = Field(
         0.03, gt=0, le=1, description="Least sensitivity of a row of a lookup table, relative to the mean."
     )
+
+    @model_serializer(mode="wrap")
+    def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what results are older than, where it is as it was before there was a choice."""
+        values = PrecisionIdentity._identity(self, own_values)
+        return {key: value for key, value in values.items() if (key, value) != ("tune_source", "train")}
 
     @field_validator("trellis_states")
     @classmethod

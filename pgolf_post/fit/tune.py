@@ -20,7 +20,7 @@ from pgolf_post.base.autocast import autocast_dtype, autocast_to
 from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import token_divergences
 from pgolf_post.base.progress import progress_bar
-from pgolf_post.base.ranks import ALONE
+from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate.randomness import epochs, generator
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
@@ -61,8 +61,15 @@ def learning_rates(builder: Builder, constants: Mapping[str, float]) -> dict[str
 class TunedModel:
     """The model as it is after some of its blocks were rounded, and its reference."""
 
-    def __init__(self, view: View, text: CalibrationSet, tokens_between: int, precision: Precision = "fp32") -> None:
-        self.view, self.device = view, ALONE.device
+    def __init__(
+        self,
+        view: View,
+        text: CalibrationSet,
+        tokens_between: int,
+        precision: Precision = "fp32",
+        ranks: Ranks = ALONE,  # whose gradients are added up
+    ) -> None:
+        self.view, self.ranks, self.device = view, ranks, ranks.device
         self.autocast = autocast_dtype(precision, self.device)
         self.tokens = torch.from_numpy(text.tokens)  # (windows, seq_len) int64
         seq_len = self.tokens.shape[1]
@@ -70,7 +77,7 @@ class TunedModel:
         self.batch = min(len(self.tokens), max(1, batch_tokens // seq_len))  # windows
         self.steps = max(1, tokens_between // (self.batch * seq_len))
         self.micro = max(1, MICRO_TOKENS[self.device.type] // seq_len)
-        self.batches = epochs(len(self.tokens), self.batch, 0, "fine-tuning")
+        self.batches, self.taken = epochs(len(self.tokens), self.batch, 0, "fine-tuning"), 0
         self.reference: Any = load_module(view.config, view.tensors, str(view)).to(self.device)
         self.module: Any = load_module(view.config, view.tensors, str(view), copy=True).to(self.device)
         self.parameters = dict(self.module.named_parameters())
@@ -87,8 +94,24 @@ class TunedModel:
     def skip(self, weights: Mapping[str, Tensor]) -> None:
         """Take over the weights that an earlier call of `tune` came to, and pass over the batches that it read."""
         swap_weights(self.module, weights)
-        for _ in range(self.steps):
-            next(self.batches)
+        self.pass_over(self.steps)
+
+    def pass_over(self, batches: int) -> None:
+        """Leave out batches that were read before."""
+        for _ in range(batches):
+            self._next_batch()
+
+    def _next_batch(self) -> Tensor:  # (windows,) int64
+        self.taken += 1
+        return torch.from_numpy(next(self.batches))
+
+    @torch.no_grad()
+    def share_weights(self) -> None:
+        """Give every rank the weights of rank 0."""
+        for parameter in self.parameters.values():
+            if not self.ranks.is_main:
+                parameter.zero_()
+            self.ranks.sum_(parameter)
 
     def tune(self, rates: Mapping[str, float], label: str) -> None:
         """Tune these matrices, each at its own rate. Raises NumericsError if the loss is not finite."""
@@ -105,7 +128,7 @@ class TunedModel:
         with progress_bar(f"fine-tuning after block {label}", self.steps, "steps") as advance:
             for _ in range(self.steps):
                 optimizer.zero_grad(set_to_none=True)
-                kl = self.backward(torch.from_numpy(next(self.batches)))
+                kl = self.backward(self._next_batch())
                 optimizer.step()
                 schedule.step()
                 advance(note="" if before is None else f"KL {_finite(before):.5f}")
@@ -124,9 +147,13 @@ class TunedModel:
         return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12, fused=on_gpu or None)
 
     def backward(self, chosen: Tensor) -> Tensor:  # (windows,) int64 → ()
-        """Add the gradients of the mean KL(reference ‖ tuned) over some windows; returns that mean, nats per token."""
+        """Add the gradients of the mean KL(reference ‖ tuned) over some windows; returns that mean, nats per token.
+
+        Each rank reads its share of the windows; mean and gradients are those of all of them, on every rank.
+        """
         total = torch.zeros((), device=self.device)
-        for part in chosen.split(self.micro):
+        own = chosen[self.ranks.rank :: self.ranks.world_size]
+        for part in own.split(self.micro) if len(own) else ():
             tokens = to_device(self.tokens[part], self.device)
             with torch.enable_grad():
                 with autocast_to(self.device, self.autocast):
@@ -136,7 +163,18 @@ class TunedModel:
                 kl = token_divergences(reference, tuned).mean() * (len(part) / len(chosen))
                 kl.backward()
             total += kl.detach()
+        self._add_up(total)
         return total
+
+    def _add_up(self, total: Tensor) -> None:
+        """Replace a sum, and all gradients, by those of all ranks; a rank without windows has no gradients yet."""
+        if self.ranks.world_size == 1:
+            return
+        learning = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.sum_(parameter.grad)
+        self.ranks.sum_(total)
 
 
 def _finite(kl: Tensor) -> float:

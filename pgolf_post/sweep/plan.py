@@ -27,6 +27,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_folders
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import load_module
+from pgolf_post.fit.settings import TUNING_FIELDS
 from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.ledger import Row
 from pgolf_post.plan import Plan, TensorPlan
@@ -182,7 +183,7 @@ def _is_quantized(spec: SweepSpec, settings: TrialSettings, view: View, stats_id
 
 def _is_fitted(spec: SweepSpec, settings: TrialSettings, view: View, stats_id: str) -> bool:
     """Whether there is an artifact of the trial's fit. Its id has κ in it, which are not measured to find out."""
-    fit = fit_stage(settings).settings().model_dump(mode="json", exclude={"distill", "tune_tokens", "tune_precision"})
+    fit = fit_stage(settings).settings().model_dump(mode="json", exclude=TUNING_FIELDS)
     wanted = {"stats_id": stats_id, "fit": fit, "artifact_limit": limit_of(spec, settings)}
     wanted |= {"codec": settings.codec, "jitter_seed": settings.jitter_seed or None}
     others = {"distill": fit_stage(settings).distill, "tune": fit_stage(settings).tune_tokens > 0}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pgolf_post.calibrate import CalibrationSettings, calibrate
+from pgolf_post.calibrate import CalibrationSettings, calibrate, generate
 from pgolf_post.calibrate.generate import own_text, write_windows
 from pgolf_post.calibrate.randomness import uniforms
 from pgolf_post.calibrate.text import draw_training_text, random_text
@@ -102,6 +104,41 @@ def test_own_text_is_kept_and_calibrated_on(pico_checkpoint: Checkpoint, pico_da
     assert np.array_equal(own_text(view, settings, 16), own_text(view, settings, 16))
     warmer = calibrate(view, pico_data, settings.model_copy(update={"temperature": 2.0}))
     assert warmer.id != first.id
+
+
+def test_an_interrupted_text_goes_on(
+    pico_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view, settings = pico_checkpoint.load(), CalibrationSettings(tokens=128, source="self")
+    monkeypatch.setattr(generate, "WINDOWS_AT_ONCE", 2)
+    whole = own_text(view, settings, 16)
+    shutil.rmtree(pico_checkpoint.path / "derived" / "selftext")
+    monkeypatch.setattr(generate, "SAVE_SECONDS", 0.0)
+    written: list[np.ndarray] = []
+    most = 3
+
+    def interrupted(*arguments: Any) -> np.ndarray:
+        if len(written) == most:
+            raise KeyboardInterrupt
+        written.append(write_windows(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(generate, "write_windows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own_text(view, settings, 16)
+    left = sorted(pico_checkpoint.path.glob("derived/selftext/*.partial/*.safetensors"))
+    damaged = bytearray(left[0].read_bytes())
+    damaged[-1] ^= 1
+    left[0].write_bytes(damaged)
+    written.clear()
+    most = 2  # the damaged one, and the one that was not reached
+    monkeypatch.setattr(generate, "write_windows", interrupted)
+    assert np.array_equal(own_text(view, settings, 16), whole)
+    assert len(written) == most
+    said = capsys.readouterr().err
+    assert "its windows are written again" in said
+    assert "resuming: 2 of 4 batches of text were written before" in said
+    assert not list(pico_checkpoint.path.glob("derived/selftext/*.partial*"))
 
 
 def test_a_family_that_cannot_continue_a_text_is_refused() -> None:

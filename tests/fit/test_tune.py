@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
@@ -27,6 +30,7 @@ from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel
 from pgolf_post.fit.tune_partial import Done, TunePartial
+from tests import processes
 
 CALIBRATION = CalibrationSettings(tokens=4096)
 SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192)
@@ -191,6 +195,93 @@ def test_predictions_that_are_not_finite_are_an_error(fitter: Fitter, view: View
         tuned.parameters[name].fill_(np.nan)
     with pytest.raises(NumericsError, match="not finite"):
         tuned.tune({name: 1e-4}, "1")
+
+
+def test_text_of_its_own_is_no_training_data(
+    view: View, pico_data: DataFolder, fitter: Fitter, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SETTINGS.model_copy(update={"tune_source": "self", "tune_tokens": 512})
+    own = prepare(view, pico_data, CALIBRATION, settings, TrainingClock())
+    assert own.texts is not None
+    written = own_text(view, CALIBRATION.model_copy(update={"tokens": 512}), train_seq_len(view.config))
+    assert {row.tobytes() for text in own.texts for row in text.tokens} == {row.tobytes() for row in written}
+    assert own.kappas == fitter.kappas
+    artifact = fit_artifact(own, limit)
+    assert artifact.meta["fine_tuned"]["source"] == "self"
+    assert artifact.meta["fine_tuned"]["seconds"] > 0
+    assert set(artifact.meta["train_seconds"]) == {"statistics", "kappa"}
+    assert "no training data was read" in capsys.readouterr().err
+    short = SETTINGS.model_copy(update={"tune_tokens": 512})
+    assert fit_artifact(prepare(view, pico_data, CALIBRATION, short), limit).folder != artifact.folder
+
+
+def test_a_clock_that_is_out_leaves_text_of_its_own_in(view: View, pico_data: DataFolder) -> None:
+    stats = prepare(view, pico_data, CALIBRATION, FitSettings(kappa="off")).stats
+    settings = FitSettings(kappa="off", tune_tokens=10**3, tune_source="self")
+    clock = TrainingClock(limit=stats.seconds + 60)
+    clock.add("training", 60)
+    assert prepare(view, pico_data, CALIBRATION, settings, clock).texts
+
+
+# As rank 0 and as a helper: two calls of `tune` on a model with one matrix changed; rank 0 keeps what they came to.
+TUNING = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from pgolf_post.base.ranks import Ranks
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.text import draw_training_text
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
+from pgolf_post.families import swap_weights
+from pgolf_post.fit import tune
+from pgolf_post.fit.tune_ranks import SharedTuning, end_help, help_tune
+
+tune.BATCH_TOKENS = 48  # three windows: one rank of two reads more than the other
+checkpoint, data, out = map(Path, sys.argv[1:4])
+view, ranks = Checkpoint.open(checkpoint).load(), Ranks.join()
+try:
+    text = draw_training_text(DataFolder.open(data), CalibrationSettings(tokens=4096), 16)
+    if ranks.is_main:
+        tuned = SharedTuning(view, text, 960, "fp32", ranks)
+        swap_weights(tuned.module, {"blocks.0.mlp.fc.weight": 1.3 * view.tensors["blocks.0.mlp.fc.weight"]})
+        rates = {"blocks.1.mlp.fc.weight": 1e-4, "blocks.2.attn.q.weight": 3e-4}
+        tuned.tune(rates, "1")
+        tuned.tune(dict(list(rates.items())[:1]), "2")
+        save_file(tuned.weights(list(rates)), out / f"{ranks.world_size}.safetensors")
+        end_help(ranks)
+    else:
+        help_tune(view, text, "fp32", ranks)
+finally:
+    ranks.leave()
+"""
+
+
+def test_two_ranks_tune_as_one_does(view: View, pico_data: DataFolder, tmp_path: Path) -> None:
+    script = tmp_path / "tuning.py"
+    script.write_text(TUNING)
+    for number in (1, 2):
+        words = (str(script), str(view.checkpoint.path), str(pico_data.path), str(tmp_path))
+        done = processes.run_ranks(number, *words)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / f"{number}.safetensors") for number in (1, 2))
+    for name, weight in one.items():
+        moved, apart = weight - view.tensors[name], two[name] - weight
+        assert float(moved.norm()) > 0
+        assert float(apart.norm()) < 0.02 * float(moved.norm()), name
+
+
+@pytest.mark.long
+def test_the_command_tunes_on_two_ranks(view: View, pico_data: DataFolder, limit: int) -> None:
+    words = ["-m", "pgolf_post", "fit", str(view.checkpoint.path), "--data", str(pico_data.path)]
+    words += ["--calibration-tokens", "4096", "--kappa-tokens", "256", "--trellis-states", "4"]
+    words += ["--budget", str(limit), "--tune-tokens", "4096", "--json"]
+    done = processes.run_ranks(2, *words)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["fine_tuned"]["divergence_after"] > 0
+    assert limit - WINDOW_BYTES <= facts["artifact_bytes"] <= limit
 
 
 def test_an_interrupted_one_goes_on(
