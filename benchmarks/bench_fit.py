@@ -35,9 +35,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder, constants_of
-from pgolf_post.fit.kappa import by_tensor, measure_kappas
 from pgolf_post.fit.prepare import prepare
-from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Search
 from pgolf_post.pack.artifact import read_artifact
@@ -50,13 +48,10 @@ FRONT_FACTORS = (0.85, 1.0, 1.2, 1.45, 1.75, 2.2)
 
 
 def fitted(bench: Bench, settings: FitSettings) -> tuple[Builder, dict[str, float]]:
-    """A builder, and κ by tensor."""
-    builder = Builder(bench.view, bench.stats, settings)
-    if settings.kappa == "off":
-        return builder, dict.fromkeys(builder.matrices, 1.0)
-    text = probe_text(bench.view, bench.data, settings.kappa_tokens, settings.kappa_seed)
-    kappas = measure_kappas(builder, Probe(bench.view, text), settings.kappa)
-    return builder, by_tensor(builder, kappas, settings.kappa)
+    """A builder, and κ by tensor, from the cache where they were measured before."""
+    calibration = CalibrationSettings(tokens=bench.stats.num_tokens)
+    fitter = prepare(bench.view, bench.data, calibration, settings, stats=bench.stats)
+    return fitter.builder, fitter.kappa
 
 
 def at_divergence(bench: Bench, builder: Builder, kappa: Mapping[str, float], wanted: float, start: float) -> Any:

@@ -39,7 +39,7 @@ from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.settings import parse_settings
 
 ARTIFACT = Stage("artifact", 2, ARTIFACT_FILE)  # quantized by a plan
-FITTED = replace(ARTIFACT, version=3)  # quantized to a byte budget
+FITTED = replace(ARTIFACT, version=4)  # quantized to a byte budget
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,15 @@ def test_an_artifact_by_a_plan_keeps_its_id(
     [
         (
             {},
-            "507e9fb0c99049390cfdaac7de0418a4439a207f1f3d9f4c46ee51ab8382d089",
+            "6c0e1a108d3c0a623bd179cef816de62494f083cc4e2a98c47fed3b1592d8497",
             "3fdc4da60895aaaf80a16a54b9a77f479ce0a0ceacec724d990a6028bc2b0761",
         ),
         (
             {"trellis_states": 0, "kappa": "off", "distill": True},
-            "f2e6702742ef268d868e74bad1cc8d030f6cbc07a9c55462acf0ed33f94ebc38",
+            "8e84c219e3510c80dbe034b166b5d929b9fd26d1eea7f1d1eda0eccf126a262d",
             None,
         ),
-        ({"tune_tokens": 5}, "0e1fca9e1899a15075b4bce2ae6d26ee5e31b4c1f8be535079ca5d49c6b7756d", None),
+        ({"tune_tokens": 5}, "d88e90f1cf8bedc9e92144fe43a3ab44c1b4d8656bc24d1cd1f11d1f4d888ba2", None),
     ],
 )
 def test_a_fitted_artifact_and_kappa_by_tensor_keep_their_ids(

@@ -32,12 +32,19 @@ def zeros_loss(weight: Tensor, sensitivity: Sensitivity) -> float:  # (out, in) 
     return replace(sensitivity, coupling=None).loss(weight)
 
 
+def least_zeros_loss(weight: Tensor, sensitivity: Sensitivity) -> float:  # (out, in) → nats per token
+    """Return what `zeros_loss` cannot be below, without its matrix product."""
+    return 0.5 * sensitivity.least * float(sensitivity.rows @ weight.square().sum(1, dtype=torch.float64))
+
+
 def zeros_reason(weight: Tensor, sensitivity: Sensitivity) -> str:
     """Return why a matrix is stored as zeros; empty if it is not."""
     if not weight.any():
         return "it holds zeros only"
     if not float(sensitivity.moments.trace()):
         return "the loss does not depend on it"
+    if least_zeros_loss(weight, sensitivity) > NEGLIGIBLE_NATS:
+        return ""
     return "the loss hardly depends on it" if zeros_loss(weight, sensitivity) <= NEGLIGIBLE_NATS else ""
 
 

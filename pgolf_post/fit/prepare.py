@@ -85,7 +85,8 @@ def prepare(
             step.add(stats.seconds if stats.cached else 0.0)
     builder = Builder(view, stats, settings)
     kappas: Mapping[str, Kappa] = {}
-    if settings.kappa != "off" and clock.allows("kappa", _kappa_seconds(builder, stats, settings)):
+    seconds = probe_seconds(stats, settings.kappa_tokens, len(builder.matrices))
+    if settings.kappa != "off" and clock.allows("kappa", seconds):
         with clock.step("kappa") as step:
             kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks, compiled)
             step.add(cached_seconds)
@@ -118,9 +119,9 @@ def _tune_texts(
     return split_text(calibration_text(view, data, calibration, seq_len, ranks))
 
 
-def _kappa_seconds(builder: Builder, stats: Stats, settings: FitSettings) -> float:
-    """Return about what κ will take: statistics cost three forward passes a token."""
-    return stats.seconds / stats.num_tokens / 3 * settings.kappa_tokens * (len(builder.matrices) + 1)
+def probe_seconds(stats: Stats, tokens: int, models: int) -> float:
+    """Return about what the divergences of some models take: statistics cost three forward passes a token."""
+    return stats.seconds / stats.num_tokens / 3 * tokens * (models + 1)
 
 
 def tune_seconds(stats: Stats, tokens: int) -> float:

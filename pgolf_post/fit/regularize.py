@@ -16,7 +16,7 @@ from typing import Any
 from pgolf_post.base.progress import say
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.limits import fixed_bytes
-from pgolf_post.fit.prepare import Fitter
+from pgolf_post.fit.prepare import Fitter, probe_seconds
 from pgolf_post.fit.probe import Probe, decoded, probe_text
 from pgolf_post.fit.solve import Rough, Search
 
@@ -41,11 +41,15 @@ class Trial:
 def regularized(fitter: Fitter, limit: int, codec: str) -> tuple[Fitter, float | None, dict[str, Any]]:
     """Return the fitter whose factors lose least at a budget, the c it was found at, and what meta.json says of it.
 
-    That is the one given, unless the settings say `regularize = "rate"` and the budget is below 3 bits a weight.
+    That is the one given, unless the settings say `regularize = "rate"` and name no pair themselves, the budget is
+    below 3 bits a weight, κ was measured, and there is time to read its text once for each pair.
     """
-    if fitter.settings.regularize == "fixed" or bits_of(fitter.builder, limit) > MOST_BITS:
-        return fitter, None, {}
     settings = fitter.settings
+    chosen = settings.regularize == "fixed" or (settings.coupling, settings.ridge) != PAIRS[0]
+    if chosen or not fitter.kappas or bits_of(fitter.builder, limit) > MOST_BITS:
+        return fitter, None, {}
+    if not fitter.clock.allows(STEP_NAME, probe_seconds(fitter.stats, settings.kappa_tokens, len(PAIRS))):
+        return fitter, None, {}
     with fitter.clock.step(STEP_NAME):
         text = probe_text(fitter.view, fitter.data, settings.kappa_tokens, settings.kappa_seed)
         probe = Probe(fitter.view, text)

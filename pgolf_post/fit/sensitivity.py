@@ -41,6 +41,7 @@ class Sensitivity:
     moments: Tensor  # (in, in) float64 M, shrunk: nats per token and squared weight of the average row
     rows: Tensor  # (out,) float64 r: relative, mean 1
     coupling: Tensor | None = None  # (out, out) float64 C, of diagonal r; None: rows are not coupled
+    least: float = 0.0  # no eigenvalue of M is below it
 
     def pull(self, error: Tensor) -> Tensor:  # (out, in) float → the same
         """Return C·E·M, the gradient of the loss by the error, in the error's precision."""
@@ -90,7 +91,8 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
     coupling = None
     if settings.row_feedback and name != fisher.head and name not in fisher.lookup_rows:
         coupling = _coupled(fisher.mean_outputs(name), trusted, settings)
-    return Sensitivity(_shrunk(moments, settings), trusted, coupling)
+    least = settings.ridge * float(moments.diagonal().mean())
+    return Sensitivity(_shrunk(moments, settings), trusted, coupling, least)
 
 
 def _require_finite(name: str, sides: Iterable[tuple[Tensor, Tensor]]) -> None:

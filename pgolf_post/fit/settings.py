@@ -62,8 +62,9 @@ class FitSettings(PrecisionIdentity):
         1.0, ge=0, le=1, description="Factor on off-diagonal entries of the outputs' second moment of gradients."
     )
     regularize: Literal["fixed", "rate"] = Field(
-        "fixed",
-        description="Factor and ridge: as given, or those of four pairs that lose least, below 3 bits a weight (rate).",
+        "rate",
+        description="Below 3 bits a weight try four pairs of coupling and ridge on κ's text and take the one that "
+        "loses least (rate). Nothing is tried where either is given, where κ is off, or with fixed.",
     )
     row_trust: float = Field(0.8, ge=0, le=1, description="Exponent of the row statistics; 0 gives every row the mean.")
     lookup_floor: float = Field(

@@ -4,8 +4,8 @@ Bytes fall with log c by N/8 per octave at high rates, nearly a straight line, s
 method: the first c and slope from Gaussian entropies, the next c from builds whose bytes are predicted, the last ones
 from builds that are packed for real. Only bytes that were packed and fit end the search. GPTQ's rounding is chaotic, so
 bytes are rough at the scale of some tens; the search does not mind, because it asks for a window and not for a point.
-The number of states of a trellis decides what is lost at some c, hardly what it takes (0.01 %). So few states find c,
-and all of them build what is kept.
+The number of states of a trellis decides what is lost at some c, hardly what it takes (0.1 %). So where more of them
+take longer, few states find c, and all of them build what is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pgolf_post.fit.limits import fixed_bytes, require_solvable, useful_bytes
 from pgolf_post.fit.steps import constant_for
 from pgolf_post.pack.container import PackSettings, pack
 from pgolf_post.pack.report.predict import SizePredictor
+from pgolf_post.quantize.gptq.trellis import DIAGONALS
 from pgolf_post.quantize.rows import entropy_bits
 from pgolf_post.quantize.tensor import QuantizedModel
 
@@ -32,7 +33,7 @@ NEAR = 0.015  # of the aim: closer than this only packing can tell
 ROUGHLY = 0.005  # of the aim, where predictions alone compare
 MOST_BUILDS = 16
 NUDGE = 2**0.125  # of c, for the slope of bits
-FEW_STATES = 8
+FEW_STATES = {True: 64, False: 8}  # by whether the trellis runs along diagonals: there 64 take no longer than 8
 MOST_ROUGH = 4
 MOST_MIXES = 3
 LARGEST_STEP = 2.0  # octaves of c between builds
@@ -199,7 +200,8 @@ class Search:
 
     @property
     def _few_states(self) -> int:
-        return min(self.builder.settings.trellis_states, FEW_STATES)
+        settings = self.builder.settings
+        return min(settings.trellis_states, FEW_STATES[settings.lane_rows == DIAGONALS])
 
     def _near(self, builds: Sequence[Build], aim: float) -> bool:
         """Whether few states have come near enough for all of them to go on, or too often not."""

@@ -20,7 +20,7 @@ from pgolf_post.fit.build import Builder, constants_of
 from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.limits import fixed_bytes, require_less_than_fp16
 from pgolf_post.fit.prepare import Fitter, prepare
-from pgolf_post.fit.regularize import PAIRS
+from pgolf_post.fit.regularize import PAIRS, regularized
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search
 from pgolf_post.fit.target_gap import limit_for_gap, require_gap
@@ -186,15 +186,17 @@ def test_either_trellis_fills_the_budget_and_decodes(view: View, pico_data: Data
         assert np.array_equal(decoded.tensors[name], tensor.dequantize()), name
 
 
-def test_few_states_look_for_c_and_all_of_them_build_once_or_twice(fitter: Fitter) -> None:
-    settings = SETTINGS.model_copy(update={"trellis_states": 64})
+@pytest.mark.parametrize(("lane_rows", "few"), [(512, 8), (0, 64)])  # along diagonals 64 take no longer than 8
+def test_few_states_look_for_c_and_all_of_them_build_once_or_twice(fitter: Fitter, lane_rows: int, few: int) -> None:
+    settings = SETTINGS.model_copy(update={"trellis_states": 64 if lane_rows else 256, "lane_rows": lane_rows})
     search = Search(Builder(fitter.view, fitter.stats, settings), fitter.kappa)
     solution = search.solve(budget(fitter, 4.0))
     *others, last = [build.states for build in solution.builds]
-    assert last == 64
-    assert set(others) <= {8, 64}
-    assert others.count(64) <= 1
-    assert {tensor.trellis.states for tensor in solution.model.quantized.values() if tensor.trellis} == {64}
+    every = settings.trellis_states
+    assert last == every
+    assert set(others) <= {few, every}
+    assert others.count(every) <= 1
+    assert {tensor.trellis.states for tensor in solution.model.quantized.values() if tensor.trellis} == {every}
 
 
 def test_regularisation_follows_the_rate(view: View, pico_data: DataFolder) -> None:
@@ -210,6 +212,11 @@ def test_regularisation_follows_the_rate(view: View, pico_data: DataFolder) -> N
     assert "regularisation" in coarse.meta["train_seconds"]
     pair = {key: chosen[key] for key in ("coupling", "ridge")}
     fixed = Builder(view, fitter.stats, SETTINGS.model_copy(update=pair))
+    for kept in ({"regularize": "fixed"}, {"coupling": 0.9}, {"kappa": "off"}):
+        own = replace(
+            fitter, settings=settings.model_copy(update=kept), kappas={} if "kappa" in kept else fitter.kappas
+        )
+        assert regularized(own, budget(fitter, 2.0), "rans") == (own, None, {})
     quantized = fixed.quantize(used_constants(coarse))
     decoded = read_artifact(coarse.path)
     assert all(np.array_equal(decoded.tensors[name], tensor.dequantize()) for name, tensor in quantized.items())

@@ -17,7 +17,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, OverBudgetError
 from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import Builder
-from pgolf_post.fit.idle import as_zeros, require_idle
+from pgolf_post.fit.idle import NEGLIGIBLE_NATS, as_zeros, least_zeros_loss, require_idle, zeros_loss
 from pgolf_post.fit.limits import MOST_BITS, fixed_bytes
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe, probe_text
@@ -84,6 +84,12 @@ def test_what_costs_nothing_is_zero_and_the_budget_is_filled(view: View, pico_da
     probe = Probe(fitter.view, probe_text(fitter.view, pico_data, 512, 3))
     assert probe.divergence({name: restored[name] for name in expected}).mean < 1e-9
     assert probe.divergence({name: restored[name] for name in fitter.builder.matrices}).mean < 0.05
+
+
+def test_the_bound_on_what_zeros_cost_holds(view: View, pico_data: DataFolder) -> None:
+    matrices = fitter_of(view, pico_data, kappa="off").builder.matrices.values()
+    bounds = [(least_zeros_loss(m.weight, m.sensitivity), zeros_loss(m.weight, m.sensitivity)) for m in matrices]
+    assert all(NEGLIGIBLE_NATS < least <= loss for least, loss in bounds)
 
 
 @pytest.mark.parametrize("kappa", ["off", "role", "tensor"])
