@@ -24,6 +24,7 @@ from pgolf_post.plan import read_plan
 from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.family import LOOKUPS, GolfGPTFamily
+from trainer.future_heads import with_heads
 from trainer.layers import mlp_widths, with_attention
 from trainer.model import GolfGPT
 from trainer.optim import names_by_muon
@@ -122,6 +123,7 @@ def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
     for segment, end in zip(clock.segments, ends, strict=True):
         tokens = (end - segment.first_step) * segment.stage.batch_tokens
         total += tokens * token_flops(recipe, shapes, segment.active_loops, segment.stage.seq_len)
+        total += tokens * 6.0 * recipe.loss.future_tokens * shapes["tok_emb.weight"].numel()
     if recipe.meta_ttt:  # half of a step's tokens are gone through once for each step of adapting
         total *= 1 + (recipe.meta_ttt.inner_steps - 1) / (2 * recipe.meta_ttt.every)
     return total
@@ -162,8 +164,9 @@ def part_of(name: str) -> str:
 def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> int:
     """Return about the memory of a training process at its peak."""
     optim, config = recipe.optim, model.config
-    total = sum(tensor.numel() for tensor in shapes.values())
-    matrices = sum(shapes[name].numel() for name in names_by_muon(model, optim))
+    trained = with_heads(recipe, model)
+    sizes = {name: tensor.numel() for name, tensor in trained.named_parameters()}
+    total, matrices = sum(sizes.values()), sum(sizes[name] for name in names_by_muon(trained, optim))
     averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
     averages += (recipe.qat is not None) + 2 * (recipe.meta_ttt is not None)  # copies that are put back
     moments = matrices + 2 * (total - matrices)  # Muon's one, AdamW's two
@@ -173,7 +176,7 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     hidden = sum(mlp_widths(config)[layer] for layer in visits)
     per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads
     tokens = recipe.data.micro_batch_tokens or max(stage.batch_tokens for stage in recipe.stages)
-    head = config.vocab_size * (2 * FLOAT_BYTES + number)
+    head = (1 + recipe.loss.future_tokens) * config.vocab_size * (2 * FLOAT_BYTES + number)
     return FLOAT_BYTES * states + tokens * ((len(visits) * per_visit + 3 * hidden) * number + head)
 
 

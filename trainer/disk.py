@@ -10,6 +10,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.families import on_no_device
 from trainer.architecture import GraphState
 from trainer.config import Recipe
+from trainer.future_heads import with_heads
 from trainer.model import GolfGPT
 from trainer.optim import names_by_muon
 from trainer.preflight import Finding
@@ -37,10 +38,12 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
         return None
     with on_no_device():
         model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
-    sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in model.named_parameters()}
-    matrices = sum(sizes[name] for name in names_by_muon(model, recipe.optim))
-    weights, num_tracks = sum(sizes.values()), len(recipe.optim.power_ema_sigmas)
-    moments = matrices + 2 * (weights - matrices) + num_tracks * weights  # Muon keeps one, AdamW two
+    trained = with_heads(recipe, model)
+    sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in trained.named_parameters()}
+    matrices = sum(sizes[name] for name in names_by_muon(trained, recipe.optim))
+    weights = sum(sizes[name] for name, _ in model.named_parameters())
+    heads, num_tracks = sum(sizes.values()) - weights, len(recipe.optim.power_ema_sigmas)
+    moments = matrices + 2 * (weights + heads - matrices) + heads + num_tracks * weights  # Muon keeps one, AdamW two
     return DiskNeed(
         _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * moments,
         num_tracks * (recipe.optim.power_ema_snapshots + timeline.num_checkpoints) * weights,

@@ -20,6 +20,7 @@ from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
+from trainer.future_heads import with_heads
 from trainer.init_from import Start, show_start, start_from_checkpoint
 from trainer.loop import Trainer, new_model
 from trainer.loss import in_words
@@ -134,12 +135,14 @@ def check_model(recipe: Recipe) -> list[str]:
 
     Raises SettingsError or NotFoundError for groups or a plan that cannot act on the model.
     """
-    if not (recipe.optim.groups or recipe.qat) or not recipe.data.dir.is_dir():
+    if not (recipe.optim.groups or recipe.qat or recipe.loss.future_tokens) or not recipe.data.dir.is_dir():
         return []
     with on_no_device():
         model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
-    sizes, lines = {name: parameter.numel() for name, parameter in model.named_parameters()}, []
-    for group in step_groups(model, recipe.optim) if recipe.optim.groups else ():
+    lines = []
+    trained = with_heads(recipe, model)
+    sizes = {name: parameter.numel() for name, parameter in trained.named_parameters()}
+    for group in step_groups(trained, recipe.optim) if recipe.optim.groups else ():
         lines.append(f"optim.groups: {in_groups(group, sum(sizes[name] for name in group.names))}")
     if recipe.qat:
         lines.append(f"qat: {in_qat(WeightRounding(model, recipe.qat, recipe.run.seed))}")

@@ -31,6 +31,7 @@ from trainer.background import BackgroundWriter
 from trainer.batches import AheadSampler, Sampler, WindowSampler
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
+from trainer.future_heads import future_heads
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.init_from import Start, start_from_checkpoint
 from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
@@ -136,7 +137,9 @@ class Trainer:
         self.start: Start | None = None  # from another model's weights
         if recipe.init.is_on and not resumed:
             self.start = start_from_checkpoint(self.model, recipe.init, data, compare=ranks.is_main)
-        objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device) if recipe.loss.is_on else None
+        heads, objective = future_heads(recipe, self.model), None
+        if recipe.loss.is_on:
+            objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device, heads)
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
         self.meta_ttt = MetaTTT(recipe.meta_ttt, self.gradients) if recipe.meta_ttt else None
         self.rounding = WeightRounding(self.model, recipe.qat, recipe.run.seed) if recipe.qat else None
@@ -160,7 +163,7 @@ class Trainer:
             else str(self.model.tok_emb.weight.dtype).replace("torch.float", "fp"),
             **({"init": self.start.facts()} if self.start else {}),
         }
-        self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts)
+        self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts, heads)
         self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
         if recipe.schedule.stages:
             self.begin_stage()

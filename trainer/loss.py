@@ -10,7 +10,8 @@ weight w, the objective is
     f = (1 − exp(−nats)) ** γ, where γ goes from 0 to focal_gamma over focal_gamma_ramp
     w = 0 of ignored ids, else 1 + r · (class weight − 1), where r goes from 0 to 1 over class_weight_ramp
 
-plus head_diversity times the mean squared cosine between the query projections of two heads of a layer. It divides by
+plus head_diversity times the mean squared cosine between the query projections of two heads of a layer, and
+future_weight times the nats of heads that predict later tokens (`trainer.future_heads`). It divides by
 all tokens of the step, not by Σw: so it is the same however a step is cut into micro-batches and ranks.
 """
 
@@ -50,6 +51,13 @@ class LossSettings(Settings):
     focal_gamma_ramp: tuple[float, float] = Field(
         (0.0, 0.0), description="progress at which the power begins to leave 0 and at which it is focal_gamma"
     )
+    future_tokens: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="later tokens that heads of their own predict while training",
+    )
+    future_weight: float = Field(0.2, gt=0, description="weight of those heads' mean nats")
     logit_penalty: float = Field(0.0, ge=0, description="weight of the mean square of soft-capped logits, per token")
     head_diversity: float = Field(
         0.0, ge=0, description="weight of the mean squared cosine between two heads' query projections in a layer"
@@ -71,6 +79,8 @@ class LossSettings(Settings):
                 raise ValueError(f"{key} must ascend within 0 and 1, got {[start, end]}")
             if end and not getattr(self, ramped):
                 raise ValueError(f"{key} {[start, end]} acts only with {ramped}")
+        if not self.future_tokens and self.future_weight != type(self).model_fields["future_weight"].default:
+            raise ValueError(f"future_weight {self.future_weight:g} acts only with future_tokens")
         return self
 
     @property

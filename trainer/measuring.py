@@ -44,7 +44,7 @@ def _last_step_seconds(state: RunState, gradients: GradientAccumulator) -> float
     state.update_graph(1.0)
     seconds = _seconds_of(state, lambda: gradients.accumulate([(tokens, tokens)]))
     state.model.set_graph(before)
-    state.model.zero_grad(set_to_none=True)
+    state.clear_gradients()
     return seconds * stage.batch_tokens / (micro_tokens * world_size)
 
 

@@ -29,7 +29,9 @@ class MetaTTT:
 
     def __init__(self, settings: MetaTTTSettings, gradients: GradientAccumulator) -> None:
         self.settings, self.gradients = settings, gradients
-        self.parameters = [parameter for parameter in gradients.model.parameters() if parameter.requires_grad]
+        heads = gradients.objective.heads if gradients.objective else None
+        trained = [*gradients.model.parameters(), *(heads.parameters() if heads else ())]
+        self.parameters = [parameter for parameter in trained if parameter.requires_grad]
 
     def is_due(self, step: int) -> bool:
         """Return whether step `step` (counted from 0) adapts first: the last of every n."""

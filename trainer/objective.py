@@ -16,6 +16,7 @@ from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
 from trainer.attention import Attention
 from trainer.attention_backends import Reach
 from trainer.compiled import LossFunction
+from trainer.future_heads import FutureHeads
 from trainer.loss import LossSettings, objective, share_of
 from trainer.model import GolfGPT
 
@@ -81,12 +82,17 @@ def objective_function(
     settings: LossSettings,
     weights: Tensor | None,
     gamma: Tensor | None = None,  # (), read at every call
+    heads: FutureHeads | None = None,
 ) -> LossFunction:
     """Return the loss function of a step: (2,), the objective and plain nats, of a model and a micro-batch."""
 
     def loss(model: GolfGPT, inputs: Tensor, targets: Tensor, reach: Reach) -> Tensor:
-        logits = model.logits(model.hidden(inputs, reach))
+        hidden = model.hidden(inputs, reach)
+        logits = model.logits(hidden)
         both = objective(settings, logits.flatten(0, 1), targets.flatten(), weights, gamma)
+        if heads is not None:
+            later = settings.future_weight * heads.nats(hidden, targets)
+            both = torch.stack([both[0] + later.to(both.dtype), both[1]])
         if settings.head_diversity:
             extra = settings.head_diversity * head_similarity(model)
             both = torch.stack([both[0] + extra.to(both.dtype), both[1]])
@@ -98,7 +104,14 @@ def objective_function(
 class Objective:
     """The objective of a run: its loss function, and the weights that move with progress."""
 
-    def __init__(self, settings: LossSettings, num_heads: int, data: DataFolder, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: LossSettings,
+        num_heads: int,
+        data: DataFolder,
+        device: torch.device,
+        heads: FutureHeads | None = None,  # of later tokens
+    ) -> None:
         """Check the settings against model and vocabulary. Raises SettingsError for one that cannot act."""
         require_heads(settings, num_heads)
         weighted = settings.ignore_ids or settings.class_weights
@@ -106,7 +119,8 @@ class Objective:
         self.settings = settings
         ramped = bool(settings.focal_gamma_ramp[1])
         self.gamma = torch.tensor(settings.focal_gamma, dtype=torch.float64, device=device) if ramped else None
-        self.function = objective_function(settings, self.weights.now if self.weights else None, self.gamma)
+        self.function = objective_function(settings, self.weights.now if self.weights else None, self.gamma, heads)
+        self.heads = heads
 
     def move_to(self, at: float) -> None:
         """Take what the settings say of progress `at`."""

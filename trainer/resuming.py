@@ -17,6 +17,7 @@ from pgolf_post.errors import MismatchError, NotFoundError
 from trainer.architecture import GraphState
 from trainer.averages import Averages
 from trainer.config import Recipe
+from trainer.future_heads import load_heads
 from trainer.stages import StageSettings
 from trainer.state import RunState
 
@@ -38,6 +39,7 @@ def restore(state: RunState, path: Path) -> None:
     state.optimizer.load_state(training, str(checkpoint.path))
     if state.averages.power_ema:
         state.averages.power_ema.load_state(training, str(checkpoint.path))
+    load_heads(state.heads, training)
     # The graph, then position and clock.
     state.model.set_graph(GraphState(**checkpoint.config["graph"]))
     state.take_up(checkpoint)

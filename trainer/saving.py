@@ -30,6 +30,7 @@ from pgolf_post.score.plain import PlainProtocol
 from trainer.averages import snapshots_due
 from trainer.background import BackgroundWriter
 from trainer.config import Recipe
+from trainer.future_heads import state_of
 from trainer.model import GolfGPT
 from trainer.phases import INTERRUPTED, PERIODIC
 from trainer.retention import apply_retention, checkpoints_of
@@ -127,11 +128,11 @@ def save(state: RunState, writer: BackgroundWriter, phase: str) -> Path:
 
 
 def training_state(state: RunState) -> dict[str, Tensor] | None:
-    """Return the tensors that only training needs, the optimizer's moments and power-function averages, if kept."""
+    """Return the tensors that only training needs, moments, power-function averages and heads, if kept."""
     if not state.recipe.checkpoint.optimizer_state:
         return None
     moments, power_ema = state.optimizer.state(), state.averages.power_ema
-    return {**moments, **power_ema.state()} if power_ema else moments
+    return {**moments, **(power_ema.state() if power_ema else {}), **state_of(state.heads)}
 
 
 def prepare_checkpoint(

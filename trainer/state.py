@@ -21,6 +21,7 @@ from trainer.background import Waits
 from trainer.compiled_updates import updates_for
 from trainer.config import Recipe
 from trainer.distributed import TrainingRanks
+from trainer.future_heads import FutureHeads, WithHeads
 from trainer.log import StepClock
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
@@ -50,6 +51,7 @@ class RunState:
     phase_times: PhaseTimes
     provenance: dict[str, Any]  # facts for meta.json; the warm-up adds its own
     place: StagePlace  # the stage, and where it began
+    heads: FutureHeads | None = None  # of later tokens, which the model does not have
     waits: Waits = field(default_factory=Waits)
     step: int = 0  # optimizer steps done
     train_seconds: float = 0.0  # spent of schedule.seconds, as its clock counts them
@@ -69,15 +71,17 @@ class RunState:
         autocast: torch.dtype | None,
         phase_times: PhaseTimes,
         provenance: dict[str, Any],
+        heads: FutureHeads | None = None,
     ) -> RunState:
         """Return the state before the first step of a new run."""
+        trained = WithHeads(model, heads) if heads else model
         return cls(
             recipe=recipe,
             ranks=ranks,
             data=data,
             autocast=autocast,
             model=model,
-            optimizer=Optimizer(model, recipe.optim, ranks, updates_for(recipe.run.compile, ranks.device)),
+            optimizer=Optimizer(trained, recipe.optim, ranks, updates_for(recipe.run.compile, ranks.device)),
             averages=Averages.begin(model, recipe.optim),
             phases=PhaseTracker.from_recipe(recipe),
             periodic=Periodic(recipe.checkpoint.every_steps, recipe.checkpoint.every_seconds),
@@ -85,6 +89,7 @@ class RunState:
             phase_times=phase_times,
             provenance=provenance,
             place=StagePlace(recipe.stages[0]),
+            heads=heads,
         )
 
     @property
@@ -114,6 +119,11 @@ class RunState:
         if self.parent:
             return [self.parent.view_id("raw")]
         return [self.provenance["init"]["id"]] if "init" in self.provenance else []
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of everything that is trained."""
+        for parameter in self.optimizer.parameters.values():
+            parameter.grad = None
 
     @property
     def tokens_seen(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pgolf_post.base.progress import say
 from pgolf_post.data.tokenizer import BOS_ID
 from trainer.compiled import num_compiled_graphs
+from trainer.future_heads import load_heads, state_of
 from trainer.gradients import GradientAccumulator, micro_batch_tokens
 from trainer.schedule import active_loops_at
 from trainer.state import RunState
@@ -99,6 +100,7 @@ def state_restored(state: RunState) -> Iterator[None]:
     """Put weights, moments, random state and graph back, bit for bit, and drop gradients, when the block is left."""
     model, optimizer = state.model, state.optimizer
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    heads = {name: tensor.clone() for name, tensor in state_of(state.heads).items()}
     moments = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     graph, devices = model.graph, [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -106,7 +108,8 @@ def state_restored(state: RunState) -> Iterator[None]:
     model.load_state_dict(weights)
     optimizer.adam.state.clear()  # moments that had not begun do not begin
     optimizer.load_state(moments, "the state before warm-up")
-    model.zero_grad(set_to_none=True)
+    load_heads(state.heads, heads)
+    state.clear_gradients()
     model.set_graph(graph)
 
 

@@ -15,6 +15,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 from tests.conftest import pico_recipe
 from trainer.background import BackgroundWriter
+from trainer.future_heads import state_of
 from trainer.loop import Trainer
 from trainer.reserve import Reserve
 from trainer.resuming import require_same_steps
@@ -23,6 +24,7 @@ from trainer.state import RunState
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "model": {"num_loops": 2},
+    "loss": {"future_tokens": 1},
     "optim": {"swa_start": 0.25, "swa_every": 2, "power_ema_sigmas": (0.05, 0.1), "power_ema_snapshots": 4},
     "schedule": {"all_loops_at": 0.6, "seconds": 1e6, "stages": [{"at": 0.3, "seq_len": 8, "batch_tokens": 48}]},
     "checkpoint": {"every_steps": 2, "metric": "final", "metric_tokens": 40, "max_in_flight": 0},
@@ -41,6 +43,7 @@ def whole(state: RunState) -> dict[str, Any]:
         **{f"swa.{name}": tensor for name, tensor in averages.swa.mean.items()},
         **averages.power_ema.state(),
         **state.optimizer.state(),
+        **state_of(state.heads),
     }
     return {
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
@@ -104,18 +107,9 @@ def test_a_state_comes_back_from_its_checkpoint_whole(tmp_path: Path, pico_data:
 
 def test_a_new_field_of_the_state_is_thought_of_here() -> None:
     fixed = {"recipe", "ranks", "data", "autocast"}
-    tensors = {"model", "optimizer", "averages"}
-    numbers = {
-        "step",
-        "train_seconds",
-        "snapshot_step",
-        "reserve",
-        "phases",
-        "periodic",
-        "waits",
-        "phase_times",
-        "place",
-    }
+    tensors = {"model", "optimizer", "averages", "heads"}
+    numbers = {"step", "train_seconds", "snapshot_step", "place", "reserve"}
+    numbers |= {"phases", "periodic", "waits", "phase_times"}
     of_the_process = {"clock", "schedule_clock", "earlier_wall_seconds", "provenance", "parent"}
     assert {each.name for each in fields(RunState)} == fixed | tensors | numbers | of_the_process
 
