@@ -23,7 +23,7 @@ from pgolf_post.base.progress import progress_bar, say
 from pgolf_post.base.signals import stop_requests
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import NumericsError, PgolfError, StoppedEarlyError
+from pgolf_post.errors import NumericsError, StoppedEarlyError
 from pgolf_post.provenance import provenance
 from trainer.architecture import GraphState
 from trainer.attention_backends import choose_backend, warning_of
@@ -35,7 +35,7 @@ from trainer.future_heads import future_heads
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.init_from import Start, start_from_checkpoint
 from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
-from trainer.log import LOG_FILE, StepClock, append_line, end_torn_line, step_line
+from trainer.log import LOG_FILE, StepClock, append_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.meta_ttt import MetaTTT, require_halves
 from trainer.model import GolfGPT
@@ -44,7 +44,8 @@ from trainer.objective import Objective
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.qat import WeightRounding, facts_of
-from trainer.resuming import prepare_snapshots, restore
+from trainer.resuming import restore
+from trainer.run_folder import make_run_dir
 from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
 from trainer.schedule_clock import ScheduleClock, require_countable
@@ -52,6 +53,7 @@ from trainer.staged_batches import StagedSampler
 from trainer.starts import start_from_text
 from trainer.state import RunState
 from trainer.stopping import StopWatch
+from trainer.telling import step_record, summary
 from trainer.warm_up import say_late_graphs, warm_up
 
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
@@ -192,7 +194,7 @@ class Trainer:
         state, phase_times = self.state, self.state.phase_times
         # Before the clock starts: the folder, the warm-up, and what a cap must leave free.
         if self.ranks.is_main:
-            self._make_run_dir()
+            make_run_dir(self.state)
         self.ranks.wait()
         with phase_times.phase("warm_up"):
             state.provenance["warm_up"] = warmed = warm_up(state, self.gradients)
@@ -218,7 +220,7 @@ class Trainer:
         self.ranks.wait()
         final = Checkpoint.open(path)
         self._close_phase_times()
-        self._say_summary(loss, final)
+        say(summary(self.state, loss, final))
         say_late_graphs(self.gradients.compiled, warmed)
         return final
 
@@ -362,67 +364,14 @@ class Trainer:
         windows = stage.batch_tokens // stage.seq_len, self.gradients.micro_tokens // stage.seq_len
         return *windows, self.ranks.rank, self.ranks.world_size
 
-    # ---- the run's folder --------------------------------------------------------------------------------------
-
-    def _make_run_dir(self) -> None:
-        """Make the run's folder, with a log that can be appended to. Raises PgolfError if it is taken or impossible."""
-        self._refuse_taken_run()
-        run_dir = self.state.run_dir
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PgolfError(
-                f"could not make the run's folder {run_dir}: {error}",
-                hint="choose another place with --set run.checkpoint_root=FOLDER",
-            ) from error
-        end_torn_line(run_dir / LOG_FILE)
-        prepare_snapshots(self.state)
-
-    def _refuse_taken_run(self) -> None:
-        """Raise PgolfError if this run would come upon checkpoints that it did not write."""
-        run_dir, step = self.state.run_dir, self.state.step
-        saved = sorted(run_dir.glob("step_*"))
-        if saved and not self.state.parent:
-            raise PgolfError(
-                f"{run_dir} already holds checkpoints; a run never overwrites another",
-                hint=f"choose another name with --set run.name=NAME, or continue it with --resume {saved[-1]}",
-            )
-        later = [path for path in saved if int(path.name.removeprefix("step_").split("-")[0]) > step]
-        if later:
-            raise PgolfError(
-                f"{run_dir} holds checkpoints later than step {step}, such as {later[-1].name}; "
-                "a run never overwrites another",
-                hint=f"--resume {later[-1]}, or branch off under another name with --set run.name=NAME",
-            )
-
     # ---- what is said ------------------------------------------------------------------------------------------
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line for this step, and every log_every steps tell the terminal."""
-        state, schedule, multiplier = self.state, self.recipe.schedule, lr_multiplier(self.recipe.schedule, at)
-        record: dict[str, Any] = {
-            "step": state.step,
-            "loss": round(loss, 6),
-            **({"objective": round(self.minimised, 6)} if self.gradients.objective else {}),
-            "grad_norm": round(norm, 6),
-            "lr_multiplier": round(multiplier, 6),
-            "lr": {group: round(lr, 9) for group, lr in state.optimizer.learning_rates(multiplier, at).items()},
-            "momentum": round(self.recipe.optim.momentum_for(state.step - 1), 6),
-            "weight_decay_multiplier": round(weight_decay_multiplier(schedule, at), 6),
-            "active_loops": self.model.graph.active_loops,
-            "tokens_per_second": round(state.clock.recent_rate(), 1),
-            "mean_tokens_per_second": round(self._mean_rate(), 1),
-            "train_seconds": round(state.train_seconds, 3),
-            "wall_seconds": state.wall_seconds,
-            **state.waits.record(),
-        }
-        append_line(state.run_dir / LOG_FILE, record)
-        if state.step % self.recipe.run.log_every == 0:
+        record = step_record(self.state, loss, self.minimised if self.gradients.objective else None, norm, at)
+        append_line(self.state.run_dir / LOG_FILE, record)
+        if self.state.step % self.recipe.run.log_every == 0:
             say(step_line(record, at))
-
-    def _mean_rate(self) -> float:
-        """Return training tokens per second over the whole run, resumed parts included."""
-        return self.state.tokens_seen / max(self.state.train_seconds, 1e-9)
 
     def _close_phase_times(self) -> None:
         """Show where the time went and leave it in the run's folder."""
@@ -430,14 +379,3 @@ class Trainer:
             facts = self.state.phase_times.as_facts(self.recipe.schedule.wall_seconds)
             write_phase_times(self.state.run_dir / PHASE_TIMES_FILE, facts)
             show_phase_times(facts)
-
-    def _say_summary(self, loss: float, final: Checkpoint) -> None:
-        """Say in one line how much was trained, how long it took, how fast it was and how good the result is."""
-        state = self.state
-        bpb = ", ".join(f"{name} {view['metric']['bpb']:.4f}" for name, view in final.meta["views"].items())
-        say(
-            f"done: {state.step:,} steps, {state.tokens_seen:,} tokens, "
-            f"{state.train_seconds:.1f} s of training in {state.wall_seconds:.1f} s, "
-            f"{self._mean_rate():,.0f} tokens/s, {state.waits}, "
-            f"last loss {loss:.4f}, bpb {bpb}"
-        )

@@ -15,7 +15,7 @@ from pgolf_post.errors import PgolfError
 
 LOG_FILE = "train.jsonl"
 CURVES = {"loss": "train_loss"}  # other keys keep their names
-LEFT_OUT = ("step", "train_seconds", "wall_seconds", "mean_tokens_per_second")
+LEFT_OUT = ("step", "tokens_seen", "train_seconds", "wall_seconds", "mean_tokens_per_second")
 VIEW_SUFFIX = {"raw": ""}  # of the others: _ema, _swa
 
 
@@ -27,7 +27,8 @@ def gather_own(text: str) -> tuple[Gathering, int]:  # and the number of lines t
     tokens_per_step = _tokens_per_step(records)
     for record in records:
         step = float(record["step"])
-        place = {"step": step, "tokens": step * tokens_per_step, "seconds": record.get("train_seconds")}
+        tokens = float(record.get("tokens_seen", step * tokens_per_step))  # a run with stages says it
+        place = {"step": step, "tokens": tokens, "seconds": record.get("train_seconds")}
         for key, value in record.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and key not in LEFT_OUT:
                 gathering.add(CURVES.get(key, key), Point(float(value), **place))

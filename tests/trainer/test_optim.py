@@ -53,7 +53,7 @@ def test_newton_schulz_in_bfloat16_is_near_that_in_float32(
 ) -> None:
     gradients = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
     exact = orthogonalize(gradients, scheme)
-    narrow = orthogonalize(gradients, scheme, torch.bfloat16, narrow_form)
+    narrow = orthogonalize(gradients, scheme, torch.bfloat16, narrow=narrow_form)
     assert narrow.dtype == torch.bfloat16
     error = (narrow.float() - exact).norm() / exact.norm()
     assert 0 < float(error) < 0.025  # measured: 1.0 to 1.7 %, over shapes from 64 × 256 to 2,048 × 512

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.curves.reading import read_log
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.settings import parse_settings
@@ -104,6 +105,8 @@ def test_a_run_counts_its_tokens_and_its_loss_is_the_mean_of_its_windows(whole: 
     log = [json.loads(line) for line in (whole / "train.jsonl").read_text().splitlines()]
     assert log[8]["loss"] == pytest.approx(nats, abs=2e-6)
     assert not rest
+    tokens = read_log(whole).curve("train_loss").along("tokens")
+    assert tokens.tolist() == [sum(SIZES[: step + 1]) for step in range(12)]
 
 
 @pytest.mark.slow
