@@ -3,7 +3,8 @@
 FLOPs are those of matrix products in the forward and backward pass, 6 for each weight, token and visit, and those of
 attention, 12 · dim · context / 2 for a causal one (Kaplan et al. 2020, arXiv 2001.08361). Memory is that of weights,
 gradients, moments and averages, and of activations counted as in Korthikanti et al. 2022 (arXiv 2205.05198), of an
-attention that stores no scores: about right, for one process.
+attention that stores no scores, in the dtype of the residual stream: for one process, beside the 0.5 GB that Python,
+torch and its libraries take (docs/results/train.md compares it with what runs took).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trainer.timeline import Timeline
 from trainer.visits import visit_list
 
 FIT = "fit"  # stands for a plan: the artifact fills the budget
-FLOAT_BYTES, HALF_BYTES = 4, 2
+DOUBLE_BYTES, FLOAT_BYTES, HALF_BYTES = 8, 4, 2
 LEAST_BITS = 1.0  # of a weight: a fit with less keeps little of a model (docs/results/fit.md)
 SECONDS_PER_HOUR = 3600.0
 
@@ -55,7 +56,8 @@ class Costs:
     parameters: dict[str, int]  # by role
     tokens: int
     flops: float
-    peak_bytes: int
+    peak_bytes: int  # on this machine
+    peak_by_stream: dict[str, int]  # by the dtype of the residual stream
     dollars: float | None
     code_bytes: int
     budget_bytes: int
@@ -72,6 +74,7 @@ class Costs:
     def facts(self) -> dict[str, Any]:
         """Return the costs as JSON."""
         told = {"parameters": self.parameters, "flops": self.flops, "peak_bytes": self.peak_bytes}
+        told |= {"peak_bytes_by_stream": self.peak_by_stream}
         told |= {"dollars": self.dollars, "bits_left": self.bits_left}
         if self.plan is None:
             return told
@@ -99,12 +102,15 @@ def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
     limit = wanted.budget_bytes - code_bytes
     planned = None if wanted.plan in (None, FIT) else forecast(shapes, family, model, read_plan(str(wanted.plan)))
     by_fit = fitted_bytes(limit) if wanted.plan == FIT else None
+    streams = {"fp64": DOUBLE_BYTES} if recipe.run.precision == "fp64" else {"fp32": FLOAT_BYTES, "bf16": HALF_BYTES}
+    peaks = {name: peak_bytes(recipe, model, number) for name, number in streams.items()}
     hours, price = timeline.seconds / SECONDS_PER_HOUR, wanted.dollars_per_hour
     return Costs(
         parameters=dict(sorted(roles.items(), key=lambda pair: -pair[1])),
         tokens=timeline.clock.tokens(timeline.clock.end_step),
         flops=run_flops(timeline, shapes),
-        peak_bytes=peak_bytes(recipe, model, shapes),
+        peak_bytes=peaks[stream_here(recipe)],
+        peak_by_stream=peaks,
         dollars=None if price is None else hours * price,
         code_bytes=code_bytes,
         budget_bytes=wanted.budget_bytes,
@@ -161,8 +167,20 @@ def part_of(name: str) -> str:
     return ".".join(head) + "." + (rest.split(".")[0] + "." if head[0] == "blocks" else "")
 
 
-def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> int:
-    """Return about the memory of a training process at its peak."""
+def stream_here(recipe: Recipe) -> str:
+    """Return the dtype of the residual stream where the run is on this machine; on a CPU products alone are bf16."""
+    if recipe.run.precision == "fp64":
+        return "fp64"
+    on_gpu = torch.cuda.is_available() and recipe.run.precision != "fp32" and recipe.run.stream != "fp32"
+    return "bf16" if on_gpu or recipe.run.stream == "bf16" else "fp32"
+
+
+def peak_bytes(
+    recipe: Recipe,
+    model: GolfGPT,
+    number: int,  # bytes of one among the activations
+) -> int:
+    """Return about the memory of a training process at its peak, without libraries."""
     optim, config = recipe.optim, model.config
     trained = with_heads(recipe, model)
     sizes = {name: tensor.numel() for name, tensor in trained.named_parameters()}
@@ -171,13 +189,13 @@ def peak_bytes(recipe: Recipe, model: GolfGPT, shapes: Mapping[str, Tensor]) -> 
     averages += (recipe.qat is not None) + 2 * (recipe.meta_ttt is not None)  # copies that are put back
     moments = matrices + 2 * (total - matrices)  # Muon's one, AdamW's two
     states = total * (2 + averages) + moments  # with weights and gradients
-    number = FLOAT_BYTES if recipe.run.precision in ("fp32", "fp64") else HALF_BYTES
+    exact = max(FLOAT_BYTES, number)  # of weights, and of logits
     visits = visit_list(config, config.max_active_loops)
     hidden = sum(mlp_widths(config)[layer] for layer in visits)
     per_visit = 9 * config.model_dim + 2 * config.num_kv_heads * config.model_dim // config.num_heads
     tokens = recipe.data.micro_batch_tokens or max(stage.batch_tokens for stage in recipe.stages)
-    head = (1 + recipe.loss.future_tokens) * config.vocab_size * (2 * FLOAT_BYTES + number)
-    return FLOAT_BYTES * states + tokens * ((len(visits) * per_visit + 3 * hidden) * number + head)
+    head = (1 + recipe.loss.future_tokens) * config.vocab_size * (2 * exact + number)
+    return exact * states + tokens * ((len(visits) * per_visit + 3 * hidden) * number + head)
 
 
 def check_bytes(costs: Costs) -> Finding | None:
@@ -212,7 +230,8 @@ def show_costs(costs: Costs) -> None:
     width = 4 if planned else 3
     print_table(f"{total:,} parameters", header[:width], [row[:width] for row in rows])
     dollars = f", ${costs.dollars:.2f}" if costs.dollars is not None else ""
-    memory = f"about {costs.peak_bytes / 2**20:,.0f} MiB at the peak"
+    peaks = " or ".join(f"{peak / 2**20:,.0f} MiB ({name} stream)" for name, peak in costs.peak_by_stream.items())
+    memory = f"about {peaks} at the peak"
     say(f"{costs.tokens:,} tokens, {costs.flops:.3g} FLOPs, {memory}{dollars}")
     if costs.artifact_bytes is not None:
         say(

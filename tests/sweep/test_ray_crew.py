@@ -131,6 +131,12 @@ import ray
 import psutil  # which ray brings
 from ray.cluster_utils import Cluster
 
+def is_worker(process):
+    try:
+        return process.cmdline()[0].startswith("ray::TrialActor")
+    except (psutil.Error, IndexError):
+        return False
+
 kind, out = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})
 second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
@@ -141,10 +147,8 @@ while not armed.exists():
 if kind == "node":
     cluster.remove_node(second, allow_graceful=False)
 else:
-    for process in psutil.process_iter(["cmdline"]):
-        if "ray::TrialActor" in " ".join(process.info["cmdline"] or []):
-            process.send_signal(signal.SIGKILL)
-            break
+    workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
+    workers[0].send_signal(signal.SIGKILL)  # of this cluster alone: the text of this program names workers too
 Path(out + ".done").write_text("")
 sys.stdin.read()
 cluster.shutdown()

@@ -143,3 +143,17 @@ def test_a_fit_fills_the_budget_and_says_what_a_weight_gets(recipe: Recipe, view
     assert check_bytes(scarce) is not None
     with pytest.raises(NotFoundError, match="no plan named 'no-such-plan'"):
         costs_of(timeline, Wanted("no-such-plan"))
+
+
+def test_activations_count_in_the_dtype_of_the_stream(pico_data: DataFolder, tmp_path: Path) -> None:
+    peaks: dict[str, int] = {}
+    for precision in ("fp32", "fp64"):
+        recipe = pico_recipe(pico_data, tmp_path, run={"precision": precision}, optim={"ema_decay": 0.0})
+        costs = costs_of(predict(recipe, times(recipe)), Wanted())
+        assert costs is not None
+        peaks |= costs.peak_by_stream
+        assert costs.peak_bytes == costs.peak_by_stream[precision]
+    assert peaks["fp64"] == 2 * peaks["fp32"]
+    visits, per_visit, hidden = 4, 9 * 16 + 2 * 8, 32
+    activations = 64 * (visits * (per_visit + 3 * hidden) + 320)  # numbers of one micro-batch, half as wide
+    assert peaks["fp32"] - peaks["bf16"] == 2 * activations
