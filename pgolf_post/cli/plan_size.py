@@ -104,7 +104,7 @@ def command(
     """
     from pgolf_post.sizing.choose import HEADER, Laws, ranked, remark
     from pgolf_post.sizing.ladder import LadderSettings, climb, default_sizes, recommended
-    from pgolf_post.sizing.law import fit_gap, fit_loss, fit_step_times
+    from pgolf_post.sizing.law import fit_gap, fit_loss
 
     chosen = tuple(tuple(size.split()) for size in sizes) or default_sizes(recipe)
     fitted = FitSettings(kappa_tokens=kappa_tokens)
@@ -113,7 +113,7 @@ def command(
     _require_room(chosen, lengths, alpha, beta)
     ladder = climb(settings, root)
     held = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
-    laws = Laws(fit_loss(ladder.runs, held), fit_gap(*zip(*ladder.gaps, strict=True)), fit_step_times(ladder.runs))
+    laws = Laws(fit_loss(ladder.runs, held), fit_gap(*zip(*ladder.gaps, strict=True)))
     found = ranked(ladder.candidates, laws, budget, seconds)
     print_table(f"{budget:,} bytes after {seconds:g} s", HEADER, [one.cells() for one in found])
     trained = {run.size: run.parameters for run in ladder.runs}
@@ -130,7 +130,7 @@ def command(
             building.write_text(text, encoding="utf-8")
         say(f"recipe of {found[0].candidate.name}: {out}")
     if as_json:
-        law = {"loss": laws.loss.facts(), "gap_slope": laws.gap.slope, "step_time_exponent": laws.step_time.slope}
+        law = {"loss": laws.loss.facts(), "gap_slope": laws.gap.slope}
         runs = [dict(vars(run)) for run in ladder.runs]
         print_json({"sizes": [one.facts() for one in found], **law, "runs": runs, "remark": note, "recipe": text})
 

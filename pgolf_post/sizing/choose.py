@@ -25,6 +25,7 @@ class Candidate:
     parameters: int
     weights: int  # that rounding stores as symbols
     seconds_per_token: float
+    start_seconds: float = 0.0  # of the run, before and beside its tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Laws:
 
     loss: LossLaw
     gap: LogLine  # bpb by bits a weight
-    step_time: LogLine  # seconds a token by ln N
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,13 @@ class Prediction:
 
 
 def predict(candidate: Candidate, laws: Laws, budget_bytes: int, seconds: float, level: float = 0.95) -> Prediction:
-    """Return what a candidate is expected to reach. Errors of the loss law and the gap's are independent."""
-    tokens = seconds / candidate.seconds_per_token
+    """Return what a candidate is expected to reach. Errors of the loss law and the gap's are independent.
+
+    Raises MismatchError if the seconds do not hold the run's start.
+    """
+    tokens = (seconds - candidate.start_seconds) / candidate.seconds_per_token
+    if tokens <= 0:
+        raise MismatchError(f"{candidate.name}: a run starts for {candidate.start_seconds:.3g} s, of {seconds:g} s")
     bits = 8 * budget_bytes / candidate.weights
     gap = laws.gap(bits)
     variance = laws.loss.variance(candidate.parameters, tokens) + gap**2 * laws.gap.log_variance(bits)

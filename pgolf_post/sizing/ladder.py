@@ -17,7 +17,7 @@ from pgolf_post.base.progress import say
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import SettingsError
+from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.fit.artifact import fit
 from pgolf_post.fit.prepare import prepare
 from pgolf_post.fit.settings import FitSettings
@@ -31,7 +31,7 @@ from pgolf_post.sweep.trainer_process import Asked, as_toml
 from pgolf_post.sweep.training import trained
 
 WIDTHS = (0.5, 0.75, 1.0, 1.25)  # of the recipe's, where no sizes are named
-UNIT = 64  # widths are multiples of it where the recipe's is
+UNITS = (64, 32, 16, 8)  # widths are multiples of the first, and of the heads, by which four widths differ
 
 Train = Callable[[TrainStage, Path, Path, Asked], Checkpoint]
 
@@ -55,7 +55,7 @@ class Ladder:
 
     runs: tuple[Observation, ...]
     gaps: tuple[tuple[float, float], ...]  # bits a weight, gap in bpb
-    candidates: tuple[Candidate, ...]  # the sizes, with seconds a token of their longest run
+    candidates: tuple[Candidate, ...]  # the sizes, with their seconds a token
 
 
 def default_sizes(recipe: Path) -> tuple[tuple[str, ...], ...]:
@@ -64,9 +64,14 @@ def default_sizes(recipe: Path) -> tuple[tuple[str, ...], ...]:
     if "model_dim" not in model:
         raise SettingsError(f"{recipe} sets no model.model_dim", hint="name sizes: --size model.model_dim=256")
     width, heads = int(model["model_dim"]), int(model.get("num_heads", 1))
-    unit = math.lcm(UNIT, heads) if width % UNIT == 0 else 2 * heads
-    widths = dict.fromkeys(max(unit, unit * round(width * factor / unit)) for factor in WIDTHS)
-    return tuple((f"model.model_dim={each}",) for each in widths)
+    for unit in (*(math.lcm(each, 2 * heads) for each in UNITS), 2 * heads):
+        widths = dict.fromkeys(max(unit, unit * round(width * factor / unit)) for factor in WIDTHS)
+        if len(widths) == len(WIDTHS):
+            return tuple((f"model.model_dim={each}",) for each in widths)
+    raise SettingsError(
+        f"{recipe}: model.model_dim {width} of {heads} heads has no four widths about it",
+        hint="name sizes: --size model.model_dim=256",
+    )
 
 
 def climb(settings: LadderSettings, root: Path, train: Train = trained) -> Ladder:
@@ -81,10 +86,22 @@ def climb(settings: LadderSettings, root: Path, train: Train = trained) -> Ladde
             runs.append(observe(name, view, data, settings))
             say(f"{name}, {seconds:g} s: {runs[-1].tokens:,} tokens, bpb {runs[-1].bpb:.5f}")
         gaps += measure_gaps(view, data, settings)  # of the size's longest run
-        longest = runs[-1]
-        per_token = longest.seconds / longest.tokens
-        candidates.append(Candidate(name, longest.parameters, num_weights(view), per_token))
+        times = step_time(runs[-len(settings.seconds) :])
+        candidates.append(Candidate(name, runs[-1].parameters, num_weights(view), *times))
     return Ladder(tuple(runs), tuple(gaps), tuple(candidates))
+
+
+def step_time(runs: Sequence[Observation]) -> tuple[float, float]:
+    """Return seconds a token and seconds of a run's start, from its shortest and longest run. Raises MismatchError."""
+    short, long = runs[0], runs[-1]
+    if long.tokens <= short.tokens or long.seconds <= short.seconds:
+        raise MismatchError(
+            f"{long.size}: runs of {short.seconds:.3g} s and {long.seconds:.3g} s saw {short.tokens:,} and "
+            f"{long.tokens:,} tokens, which tells no seconds a token",
+            hint="--lengths further apart, and longer than a few steps",
+        )
+    per_token = (long.seconds - short.seconds) / (long.tokens - short.tokens)
+    return per_token, max(0.0, long.seconds - per_token * long.tokens)
 
 
 def observe(name: str, view: View, data: DataFolder, settings: LadderSettings) -> Observation:

@@ -1,4 +1,4 @@
-"""Laws of a ladder of short runs: loss by size and tokens, seconds a token by size, gap by bits a weight.
+"""Laws of a ladder of short runs: loss by size and tokens, gap by bits a weight.
 
     loss(N, D) = E + A·(N/N₀)^-α + B·(D/D₀)^-β      N parameters, D training tokens (Hoffmann et al. 2022, 2203.15556)
     ln gap(b)  = c - γ·b                            b bits a weight, in bpb; γ = ln 4 for a scalar grid at high rate
@@ -234,11 +234,3 @@ def fit_gap(bits: Sequence[float], gaps: Sequence[float]) -> LogLine:
     if line.slope >= 0:
         raise MismatchError(f"the gap rises with bits (slope {line.slope:+.3g}); no size follows from that")
     return line
-
-
-def fit_step_times(ladder: Sequence[Observation]) -> LogLine:
-    """Fit seconds a token as a power of the number of parameters: ln seconds by ln N. Raises MismatchError."""
-    if len({run.parameters for run in ladder}) < 2:
-        raise MismatchError("seconds a token of one size alone say nothing of others", hint="add --size KEY=VALUE")
-    times = [run.seconds / run.tokens for run in ladder]
-    return _log_line([math.log(run.parameters) for run in ladder], times)

@@ -11,13 +11,15 @@ import pytest
 
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
+from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.stage import score
 from pgolf_post.settings import read_settings
 from pgolf_post.sizing import ladder as ladder_module
 from pgolf_post.sizing.choose import Candidate
-from pgolf_post.sizing.ladder import Ladder, LadderSettings, climb, default_sizes
+from pgolf_post.sizing.ladder import Ladder, LadderSettings, climb, default_sizes, step_time
+from pgolf_post.sizing.law import Observation
 from pgolf_post.sweep.train_stage import TrainStage
 from pgolf_post.sweep.trainer_process import Asked
 from pgolf_post.sweep.training import recipe_tree
@@ -54,7 +56,9 @@ def test_a_ladder_holds_what_its_runs_measured(tmp_path: Path, recipe: Path) -> 
     longest = Checkpoint.open(next((tmp_path / "ladder" / "pico_24_4").glob("*-final")))
     data = DataFolder.open(Path(longest.meta["data_dir"]))
     assert found.runs[3].bpb == score(longest.load(), data, PlainProtocol(seq_len=16)).bpb
-    assert found.candidates[1].seconds_per_token == found.runs[3].seconds / found.runs[3].tokens
+    per_token, start = found.candidates[1].seconds_per_token, found.candidates[1].start_seconds
+    assert per_token == (found.runs[3].seconds - found.runs[2].seconds) / 128
+    assert start == pytest.approx(max(0.0, found.runs[3].seconds - 256 * per_token))
     for low, high in (found.gaps[:2], found.gaps[2:]):
         assert low[0] < high[0] <= 7.0  # bits a weight, all bytes of the artifact counted
         assert low[1] > high[1] > 0
@@ -65,6 +69,18 @@ def test_the_default_sizes_are_four_widths_about_the_recipes(tmp_path: Path, rec
     wide = tmp_path / "wide.toml"
     wide.write_text("[model]\nmodel_dim = 256\nnum_heads = 4\n")
     assert default_sizes(wide) == tuple((f"model.model_dim={width}",) for width in (128, 192, 256, 320))
+    wide.write_text("[model]\nmodel_dim = 128\nnum_heads = 4\n")
+    assert default_sizes(wide) == tuple((f"model.model_dim={width}",) for width in (64, 96, 128, 160))
+    wide.write_text("[model]\nmodel_dim = 12\nnum_heads = 4\n")
+    with pytest.raises(SettingsError, match="has no four widths about it"):
+        default_sizes(wide)
+
+
+def test_seconds_a_token_leave_the_start_of_a_run_out() -> None:
+    runs = [Observation("a", 1, tokens, 4.0 + 0.01 * tokens, 1.0) for tokens in (100, 400)]
+    assert step_time(runs) == pytest.approx((0.01, 4.0))
+    with pytest.raises(MismatchError, match="tells no seconds a token"):
+        step_time([runs[0], replace(runs[0], seconds=9.0)])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.sizing.choose import Candidate, Laws, predict, ranked, remark
-from pgolf_post.sizing.law import COEFFICIENTS, Observation, fit_gap, fit_loss, fit_step_times
+from pgolf_post.sizing.law import COEFFICIENTS, Observation, fit_gap, fit_loss
 
 SIZES = (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6)
 LENGTHS = (30.0, 300.0)
@@ -77,15 +77,12 @@ def test_sizes_and_tokens_that_move_together_are_not_told_apart() -> None:
         fit_loss(together, {"alpha": 0.3, "beta": 0.3})
 
 
-def test_gaps_and_step_times_are_lines_of_logarithms() -> None:
+def test_the_gap_is_a_line_of_logarithms() -> None:
     bits = [2.0, 3.0, 4.0]
     gap = fit_gap(bits, [0.5 * math.exp(-1.7 * each) for each in bits])
     assert gap.slope == pytest.approx(-1.7)
     assert gap(2.5) == pytest.approx(0.5 * math.exp(-1.7 * 2.5))
     assert gap.log_variance(3.0) == pytest.approx(0.0, abs=1e-12)
-    times = fit_step_times(ladder_of())
-    assert times.slope == pytest.approx(1.0, abs=1e-4)
-    assert times(math.log(3e6)) == pytest.approx(3e-4, rel=1e-4)
     for wrong, words in (([0.1, 0.2, 0.3], "rises with bits"), ([0.1, 0.0, 0.0], "has no logarithm")):
         with pytest.raises(MismatchError, match=words):
             fit_gap(bits, wrong)
@@ -96,7 +93,7 @@ def test_gaps_and_step_times_are_lines_of_logarithms() -> None:
 def laws() -> Laws:
     """The laws of the exact ladder, with a gap of 0.5·exp(-1.7 b)."""
     gap = fit_gap([2.0, 3.0, 4.0], [0.5 * math.exp(-1.7 * b) for b in (2.0, 3.0, 4.0)])
-    return Laws(fit_loss(ladder_of()), gap, fit_step_times(ladder_of()))
+    return Laws(fit_loss(ladder_of()), gap)
 
 
 def candidate(size: int) -> Candidate:
