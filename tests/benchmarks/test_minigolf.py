@@ -61,7 +61,7 @@ def write_round(folder: Path, **changes: Any) -> Path:
     (folder / "pico.toml").write_text(as_toml(recipe))
     (folder / "code.py").write_text("print('decode')\n")
     tables = {
-        "budget": {"train_seconds": 1.8, "eval_seconds": 100.0, "bytes": 30_000, "code": ["code.py"]},
+        "budget": {"train_seconds": 1.0, "eval_seconds": 100.0, "bytes": 30_000, "code": ["code.py"]},
         "rounding": {
             "method": "plan", "plan": "record-1855", "codec": "rans", "calibration_tokens": 64, "fixed_seconds": 0.2,
         },
@@ -82,13 +82,13 @@ def played(path: Path, data: DataFolder, out: Path, seed: int = 1337) -> dict[st
 
 @pytest.mark.slow
 def test_a_killed_round_goes_on_and_its_row_counts_both_lives(
-    tmp_path: Path, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pico_data: DataFolder, pico_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, out = write_round(tmp_path), tmp_path / "out"
+    path, out = write_round(tmp_path), tmp_path / "out"  # a first run, the fixture's, has imported everything
     step = Trainer.timed_step
 
     def killed(trainer: Trainer, at: float) -> tuple[float, float]:
-        if trainer.state.train_seconds > 1.1:
+        if trainer.state.step >= 5:
             trainer.writer.drain()
             raise ZeroDivisionError
         return step(trainer, at)
@@ -104,13 +104,13 @@ def test_a_killed_round_goes_on_and_its_row_counts_both_lives(
 
     row = played(path, pico_data, out)
     lives = json.loads(account.read_text())["train"]
-    assert lives[0] == first[0] > 1.1
+    assert lives[0] == first[0] > 0
     assert row["processor_seconds"]["train"] == pytest.approx(sum(lives), abs=2e-3)
     assert row["lives"]["train"] == 2
     final = Checkpoint.open(Path(json.loads((account.parent / "train.json").read_text())["checkpoint"]))
-    assert final.meta["train_seconds"] >= 1.6  # the budget less what is kept for rounding; the first life's included
+    assert final.meta["train_seconds"] >= 0.8  # the budget less what is kept for rounding; the first life's included
     assert final.meta["step"] == row["steps"]
-    assert lives[1] < 1.6  # without the first life's seconds it would have trained for longer
+    assert lives[1] < 0.8  # without the first life's seconds it would have trained for longer
     assert row["training_seconds"] == pytest.approx(sum(lives) + row["processor_seconds"]["round"], abs=2e-3)
 
     # the row: sums of real files, a gap that is the difference of its two scores, a row of the ledger
