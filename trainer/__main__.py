@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pgolf_post.base.command_line import run_command
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import SettingsError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.config import Recipe
     from trainer.costs import Wanted
 
-POSITIVE = click.FloatRange(min=0, min_open=True)
+POSITIVE = FiniteFloat(min=0, min_open=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.cli.common import (
     checkpoint_argument,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--power",
-    type=click.FloatRange(min=0, max=1, max_open=True),
+    type=FiniteFloat(min=0, max=1, max_open=True),
     default=0.99,
     show_default=True,
     help="Probability with which a fault on one token in a hundred is to be found; more takes more runs.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table, progress_bar, say
 from pgolf_post.cli.common import json_option, quiet_option, threads_option
 
@@ -81,7 +82,7 @@ def verify_command(root: Path, stages: tuple[str, ...], as_json: bool) -> None:
 @stage_option
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0),
+    type=FiniteFloat(min=0),
     metavar="DAYS",
     help="Only results at least this many days old.",
 )

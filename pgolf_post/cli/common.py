@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import say, tables_alone
 from pgolf_post.base.threads import MOST_THREADS, use_threads
 from pgolf_post.errors import MismatchError, NotFoundError
@@ -71,7 +72,7 @@ quiet_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 
 dollars_option = click.option(
-    "--dollars-per-hour", type=click.FloatRange(min=0), help="Cost of this machine in dollars per hour, for the ledger."
+    "--dollars-per-hour", type=FiniteFloat(min=0), help="Cost of this machine in dollars per hour, for the ledger."
 )
 
 

@@ -11,6 +11,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import (
     data_option,
@@ -62,7 +63,7 @@ IDLE = {  # way of comparing → options that it does not read
 )
 @click.option(
     "--until-ci",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     help="Score random windows until the difference is known to ± this many bpb.",
 )
 @click.option(
@@ -72,7 +73,7 @@ IDLE = {  # way of comparing → options that it does not read
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0.5, 1, True, True),
+    type=FiniteFloat(0.5, 1, True, True),
     default=0.95,
     show_default=True,
     help="Confidence level of the intervals.",
@@ -80,7 +81,7 @@ IDLE = {  # way of comparing → options that it does not read
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstrap and of sampling."
 )
-@click.option("--bytes-per-token", type=float, help="Bytes of text per token, for --record with numbers.")
+@click.option("--bytes-per-token", type=FiniteFloat(), help="Bytes of text per token, for --record with numbers.")
 @click.option(
     "--variant",
     type=click.Choice(["sp1024", "sp4096", "sp8192", "caseops"]),

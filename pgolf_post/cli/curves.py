@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option, quiet_option
 from pgolf_post.errors import SettingsError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--curve", metavar="NAME", help="Compare this curve.  [default: train_loss where all logs have it]")
 @click.option(
     "--window",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     help="Smooth over this much of the axis.  [default: a fiftieth of the common range, or three points of a curve]",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves to this file: svg, png or pdf.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.average.settings import MAX_ERROR
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import (
     checkpoint_argument,
@@ -32,9 +34,12 @@ class Numbers(click.ParamType):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         try:
-            return tuple(float(part) for part in str(value).split(","))
+            numbers = tuple(float(part) for part in str(value).split(","))
         except ValueError:
+            numbers = (math.nan,)
+        if not all(math.isfinite(number) for number in numbers):
             self.fail(f"{value!r}: expected numbers with commas between them, for example 0.05,0.10", param, ctx)
+        return numbers
 
 
 @click.command("ema-blend")
@@ -44,7 +49,7 @@ class Numbers(click.ParamType):
 @click.option("--end-step", type=int, help="End the averages at this step.  [default: CHECKPOINT's]")
 @click.option(
     "--max-error",
-    type=float,
+    type=FiniteFloat(),
     default=MAX_ERROR,
     show_default=True,
     help="Refuse averages whose profile has a larger reconstruction error, as a share of its norm.",

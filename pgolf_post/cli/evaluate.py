@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import (
     checkpoint_argument,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model with torch.compile first; not for ttt.")
 @click.option(
     "--time-budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(min=0, min_open=True),
     help="Warn at 80 % of this many seconds; at 100 % stop and keep what was done.",
 )
 @fresh_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
@@ -80,12 +81,15 @@ FIT_FLAGS = {
     "--budgets", metavar="BYTES,…", help="Solve for several budgets from the same statistics: a Pareto front."
 )
 @click.option(
-    "--target-gap", type=float, metavar="BPB", help="Solve for the bytes at which quantizing costs this many bpb."
+    "--target-gap",
+    type=FiniteFloat(),
+    metavar="BPB",
+    help="Solve for the bytes at which quantizing costs this many bpb.",
 )
 @code_option
 @click.option(
     "--train-seconds",
-    type=float,
+    type=FiniteFloat(),
     metavar="SECONDS",
     help="Skip optional stages that would read training data for longer than this many seconds.",
 )

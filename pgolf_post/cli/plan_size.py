@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option, quiet_option, threads_option
 from pgolf_post.fit.settings import FitSettings
 
-POSITIVE = click.FloatRange(min=0, min_open=True)
+POSITIVE = FiniteFloat(min=0, min_open=True)
 
 
 def _numbers(_context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.cli.calibrate import CALIBRATION_FLAGS
@@ -40,7 +41,7 @@ from pgolf_post.cli.plan_options import chosen_plan, plan_options
 )
 @click.option(
     "--share",
-    type=float,
+    type=FiniteFloat(),
     default=0.02,
     show_default=True,
     help="Share of each matrix (of its ±1 symbols for ones) that is zeroed.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.average.settings import SearchSettings, Selection, SwaSettings
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import (
     checkpoint_argument,
@@ -44,7 +45,9 @@ Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was th
 @click.command("swa-blend")
 @checkpoint_argument
 @click.option(
-    "--ema-share", type=float, help="Share of the final EMA, 0 to 1: 0 is the members alone, 1 the EMA.  [default: 0]"
+    "--ema-share",
+    type=FiniteFloat(),
+    help="Share of the final EMA, 0 to 1: 0 is the members alone, 1 the EMA.  [default: 0]",
 )
 @click.option("--steps", metavar="N,N,…", help="Average the run's checkpoints at these steps.")
 @click.option("--last", type=int, help="Average this many checkpoints up to CHECKPOINT; 1 is its raw weights.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.cli.common import (
     data_option,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pgolf_post.sweep.state import State
 
 F = TypeVar("F", bound=Callable[..., Any])
-POSITIVE = click.FloatRange(min=0, min_open=True)
+POSITIVE = FiniteFloat(min=0, min_open=True)
 
 
 @click.group("sweep")
@@ -148,7 +149,7 @@ def plan_command(measure: bool, dollars_per_hour: float | None, as_json: bool, *
 )
 @click.option("--cpus-per-trial", type=POSITIVE, default=1.0, show_default=True, help="With ray, CPUs per trial.")
 @click.option(
-    "--gpus-per-trial", type=click.FloatRange(min=0), default=0.0, show_default=True, help="With ray, GPUs per trial."
+    "--gpus-per-trial", type=FiniteFloat(min=0), default=0.0, show_default=True, help="With ray, GPUs per trial."
 )
 @click.option(
     "--retries",
