@@ -76,12 +76,14 @@ class Children:
             child = subprocess.Popen(command, stdout=out, stderr=err, text=True, preexec_fn=_die_with_parent)
             try:
                 over = _watch(child, write, limit_seconds)
-            except BaseException:
+            except BaseException:  # asked to stop: the child saves what it has, which takes seconds too
                 child.terminate()
                 child.wait()
                 raise
-            write(_waited_seconds() - before)
-            out.seek(0), err.seek(0)
+            finally:
+                write(_waited_seconds() - before)
+            out.seek(0)
+            err.seek(0)
             if over:
                 raise SpentError(f"{stage} has spent its {limit_seconds:,.1f} processor seconds and was stopped")
             if child.returncode:
