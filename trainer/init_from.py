@@ -8,7 +8,7 @@ difference of their logits is told and recorded beside the rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from pgolf_post.settings import parse_settings
 from trainer.architecture import GraphState, ModelConfig
 from trainer.init_layers import origins, skip_rows
 from trainer.init_rules import LAYER, Pair, TensorStart, is_fresh, start_values
-from trainer.init_settings import InitSettings
+from trainer.init_settings import IDENTITY, InitSettings
+from trainer.layers import activation_names, has_xsa, rotations, with_attention
 from trainer.model import GolfGPT
 
 COMPARED_TOKENS = 256
@@ -82,7 +83,13 @@ def start_from_checkpoint(model: GolfGPT, settings: InitSettings, data: DataFold
             parameter.copy_(values[name])
     differ = compared(view, base, model.config, values, data) if compare else {}
     return Start(
-        str(checkpoint.path), view.name, view.id, layers, tuple(rows), other_settings(base, model.config), differ
+        str(checkpoint.path),
+        view.name,
+        view.id,
+        layers,
+        tuple(rows),
+        other_settings(base, model.config, layers),
+        differ,
     )
 
 
@@ -118,11 +125,27 @@ def require_patterns(patterns: Iterable[str], model: GolfGPT) -> None:
             raise SettingsError(f"init.fresh: {pattern!r} matches no tensor of this model, such as {names[0]}")
 
 
-def other_settings(base: ModelConfig, config: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings of the model that differ, there and here, that no rule of a tensor speaks of."""
+def other_settings(base: ModelConfig, config: ModelConfig, layers: Sequence[int]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs there and here and is no tensor: settings of the model, and what they give a copied layer."""
     there, here = base.model_dump(mode="json"), config.model_dump(mode="json")
     pairs = {key: (there.get(key), here.get(key)) for key in {**there, **here} if key not in UNNAMED}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    differ = {f"model.{key}": pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    for layer, origin in enumerate(layers):
+        for key, value in of_layer(config, layer).items() if origin != IDENTITY else ():
+            if (there_value := of_layer(base, origin)[key]) != value:
+                differ[f"{key} of layer {layer}"] = there_value, value
+    return differ
+
+
+def of_layer(config: ModelConfig, layer: int) -> dict[str, Any]:
+    """Return what settings give a layer by its place, apart from tensors: a layer that moves may lose it."""
+    return {
+        "XSA": with_attention(config)[layer] and has_xsa(config, layer, config.num_layers),
+        "rotation": rotations(config)[layer],
+        "activation": activation_names(config)[layer],
+        "parallel form": config.gptj_start is not None and layer >= config.gptj_start,
+        "value embedding": layer in config.value_embed_layers,
+    }
 
 
 @torch.no_grad()
@@ -157,7 +180,7 @@ def show_start(start: Start) -> None:
     if start.layers != tuple(range(len(start.layers))):
         say("layers: " + ", ".join("new" if at < 0 else f"{at}" for at in start.layers) + " (of the base, in order)")
     if start.settings:
-        told = ", ".join(f"model.{key} {there} → {here}" for key, (there, here) in start.settings.items())
+        told = ", ".join(f"{key} {there} → {here}" for key, (there, here) in start.settings.items())
         say(f"settings that differ: {told}")
     for loops, difference in start.logits_differ_by.items():
         where = f"{loops} loops on" if loops else "loops off"

@@ -129,6 +129,14 @@ def test_a_function_that_moves_is_measured_and_said(
         assert "model.logit_softcap 30.0 → 20.0" in said
 
 
+def test_what_a_layer_loses_by_its_place_is_said(pico_data: DataFolder, tmp_path: Path) -> None:
+    """XSA on the last two of three layers is on layers 1 and 2; of four, with layers 0 to 2 first, on layer 2 alone."""
+    there: dict[str, Any] = {**NO_LOOPS, "skip_gates": False, "xsa_last_n": 2}
+    start, _ = started(pico_data, tmp_path, there, {**there, "num_layers": 4}, layers=[0, 1, 2, -1])
+    assert start.settings == {"XSA of layer 1": (True, False)}
+    assert max(start.logits_differ_by.values()) > 1e-2
+
+
 def test_values_follow_the_rules(pico_data: DataFolder, tmp_path: Path) -> None:
     """By hand: a layer that moved from place 1 to 3, a widened MLP, repeated heads, what is dropped."""
     there = {**NO_LOOPS, "bigram_buckets": 64, "bigram_dim": 8}
