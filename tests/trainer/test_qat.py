@@ -248,3 +248,30 @@ def test_a_script_that_trains_refuses_it(pico_data: DataFolder, tmp_path: Path) 
     seed: Any = SimpleNamespace(settings={"plan": "rtn", "rules": []}, artifact="x")
     with pytest.raises(SettingsError, match=r"qat.plan rtn: a script that trains does not round weights on the way"):
         _require_makeable(seed, recipe)
+
+
+def test_it_acts_in_a_bfloat16_twin_beside_adapting_and_later_heads(pico_data: DataFolder, tmp_path: Path) -> None:
+    tables: dict[str, dict[str, object]] = {
+        "run": {"precision": "bf16", "stream": "bf16"},
+        "qat": {"at": 0.5, "plan": "sdclip-1394"},
+        "meta_ttt": {"every": 1, "inner_lr": 0.1},
+        "loss": {"future_tokens": 1},
+    }
+    run = Trainer(pico_recipe(pico_data, tmp_path, **tables))
+    assert run.rounding is not None
+    assert run.meta_ttt is not None
+    assert run.gradients.twin is not None
+    (batch,) = run.sampler.step_batches(0, 4, 4)
+    nats = {}
+    for name, accumulate in (("plain", run.gradients.accumulate), ("adapting", run.meta_ttt.accumulate)):
+        for at in (0.4, 0.6):
+            run.state.clear_gradients()
+            with run.rounding.during(0, at):
+                nats[name, at] = float(accumulate([batch]))
+    assert nats["plain", 0.4] != nats["plain", 0.6]
+    assert nats["adapting", 0.4] != nats["adapting", 0.6]
+    assert all(weight.grad is not None for weight in run.state.heads.weights)  # type: ignore[union-attr]
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    loss, norm = run.timed_step(0.6)
+    assert np.isfinite([loss, norm]).all()
+    assert not torch.equal(run.model.tok_emb.weight, before["tok_emb.weight"])
