@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.architecture import ModelConfig
 from trainer.attention_backends import Reach
 from trainer.controls import Controls
-from trainer.layers import has_xsa, query_gains
+from trainer.layers import has_xsa, query_gains, rotations
 from trainer.norms import rms_norm
 from trainer.past import Past
 
@@ -50,14 +50,46 @@ def apply_rotary(
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
+def whole_angles(
+    cos: Tensor,  # (seq_len, rope_dims / 2)
+    sin: Tensor,  # (seq_len, rope_dims / 2)
+    head_dim: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # (seq_len, 1, head_dim), or cos and sin as they are
+    """Return what `rotate_whole` multiplies a head and its swapped halves by, if rope_dims divides head_dim."""
+    half = cos.size(-1)
+    if not half or head_dim % (2 * half):
+        return cos.to(dtype), sin.to(dtype)
+    rest = cos.new_ones(len(cos), head_dim - 2 * half)
+    own, other = torch.cat((cos, cos, rest), dim=-1), torch.cat((sin, -sin, 0 * rest), dim=-1)
+    return own.to(dtype)[:, None], other.to(dtype)[:, None]
+
+
+def rotate_whole(
+    x: Tensor,  # (batch, seq_len, heads, head_dim)
+    cos: Tensor,  # (seq_len, 1, head_dim), or as `apply_rotary` takes it
+    sin: Tensor,  # (seq_len, 1, head_dim)
+    rope_dims: int,
+) -> Tensor:
+    """Return `apply_rotary` of heads beside positions, without joining pieces: a compiler then makes it one kernel.
+
+    The halves of every rope_dims dimensions are swapped; where nothing turns, what came of that is multiplied by 0.
+    """
+    if cos.ndim == 2:
+        return apply_rotary(x, cos[:, None], sin[:, None])
+    swapped = x.unflatten(-1, (-1, 2, rope_dims // 2)).flip(-2).flatten(-3)
+    return x * cos + swapped * sin
+
+
 def remove_own_value(
     y: Tensor,  # (batch, heads, seq_len, head_dim)
     v: Tensor,  # (batch, kv_heads, seq_len, head_dim)
+    heads_dim: int = 1,  # 2 where heads stand beside positions, in both
 ) -> Tensor:
     """Return y - (y·v̂)v̂ (XSA), with v̂ the unit value vector of the same position and key-value group."""
-    batch, heads, seq_len, head_dim = y.shape
-    grouped = y.view(batch, v.size(1), heads // v.size(1), seq_len, head_dim)
-    direction = F.normalize(v, dim=-1).unsqueeze(2)
+    groups = v.size(heads_dim)
+    grouped = y.unflatten(heads_dim, (groups, y.size(heads_dim) // groups))
+    direction = F.normalize(v, dim=-1).unsqueeze(heads_dim + 1)
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view_as(y)
 
 
@@ -110,8 +142,27 @@ class Attention(nn.Module):
             earlier = config.value_residual_init
             self.value_mix = nn.Parameter(torch.tensor([earlier, 1.0 - earlier]))  # of earlier values, of its own
 
-    def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim)
-        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+    @property
+    def heads_dim(self) -> int:
+        """Dimension of heads, as this attention holds them: beside positions only where projections are stacked."""
+        return 1 if self.qkv is None else 2
+
+    def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim); see heads_dim
+        heads = x.unflatten(-1, (num_heads, self.head_dim))
+        return heads.transpose(1, 2) if self.heads_dim == 1 else heads
+
+    def _turned(self, x: Tensor, num_heads: int, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Return queries or keys of a product (batch, seq_len, width): heads, normalised and rotated."""
+        heads = rms_norm(self._heads(x, num_heads))
+        if self.heads_dim == 1:
+            return apply_rotary(heads, *angles)
+        return rotate_whole(heads, *angles, rotations(self.config)[self.layer][0])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend, whatever the dimension of heads."""
+        if self.heads_dim == 1:
+            return context.reach.attend(q, k, v)
+        return context.reach.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     def _gate_name(self) -> str:
         """Return the gate parameter's name; double-sigmoid gates, which mean something else, have their own."""
@@ -125,7 +176,7 @@ class Attention(nn.Module):
         if kind == "sparse":
             logits = self.config.attn_gate_scale * logits
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
-        return gates.transpose(1, 2).unsqueeze(-1)
+        return (gates.transpose(1, 2) if self.heads_dim == 1 else gates).unsqueeze(-1)
 
     def stack_projections(self) -> list[Tensor]:  # (model_dim, model_dim), twice (kv_dim, model_dim)
         """Make one product of q, k and v: their weights become rows of a new parameter, and are returned.
@@ -182,7 +233,7 @@ class Attention(nn.Module):
 
     def _remove_share(self, y: Tensor, v: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim)
         """Return y with the layer's learned share of its own value removed."""
-        return torch.lerp(y, remove_own_value(y, v), torch.sigmoid(self.xsa_alpha).to(y.dtype))
+        return torch.lerp(y, remove_own_value(y, v, self.heads_dim), torch.sigmoid(self.xsa_alpha).to(y.dtype))
 
     def forward(
         self,
@@ -196,15 +247,18 @@ class Attention(nn.Module):
             else (controls.q_gain, controls.use_xsa, controls.place)
         )
         query, key, value = self._project(x, context)
-        cos, sin = context.angles[self.layer]
-        q = apply_rotary(rms_norm(self._heads(query, self.num_heads)), cos, sin)
-        k = apply_rotary(rms_norm(self._heads(key, self.num_kv_heads)), cos, sin)
+        angles = context.angles[self.layer]
+        q, k = self._turned(query, self.num_heads, angles), self._turned(key, self.num_kv_heads, angles)
         v = self._values(value, context, place)
-        q = q * gain.to(q.dtype)[:, None, None]
+        q = q * gain.to(q.dtype).view(-1, *[1] * (3 - self.heads_dim))
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
-        y = context.reach.attend(q, keys, values)
+        y = self._attend(q, keys, values, context)
         if use_xsa:
-            y = remove_own_value(y, v) if self.config.xsa_alpha is None else self._remove_share(y, v)
+            y = (
+                self._remove_share(y, v)
+                if self.config.xsa_alpha is not None
+                else remove_own_value(y, v, self.heads_dim)
+            )
         if self.config.attn_gate != "none":
             y = y * self._gate(x, query)
-        return self.proj(y.transpose(1, 2).flatten(-2))
+        return self.proj((y.transpose(1, 2) if self.heads_dim == 1 else y).flatten(-2))

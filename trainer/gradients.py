@@ -78,7 +78,8 @@ class GradientAccumulator:
         if objective is not None:
             eager_loss = objective.function
         self.loss_function = compiled_loss(eager_loss, recipe.run.compile_mode) if self.compiled else eager_loss
-        self.twin = Twin(model) if narrow_stream(recipe.run.stream, self.device, autocast) else None
+        narrow = narrow_stream(recipe.run.stream, self.device, autocast)
+        self.twin = Twin(model, recipe.data.seq_len) if narrow else None
 
     def take_sizes(self, micro_tokens: int, batch_tokens: int) -> None:
         """Go on with other tokens of a backward pass on this rank, and of a step."""

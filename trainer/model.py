@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pgolf_post.data.tokenizer import BOS_ID
 from pgolf_post.errors import SettingsError
 from trainer.architecture import GraphState, ModelConfig
-from trainer.attention import Context, rotary_angles
+from trainer.attention import Context, rotary_angles, whole_angles
 from trainer.attention_backends import SDPA, Reach
 from trainer.block import MLP, Block, BlockVisit
 from trainer.controls import Controls, Place
@@ -61,6 +61,8 @@ def document_pieces(
 
 class GolfGPT(nn.Module):
     """The model. `graph.active_loops` may be changed between calls; weights never depend on it."""
+
+    angles: list[tuple[Tensor, Tensor]] | None = None  # of each layer, for windows of their length: made beforehand
 
     def __init__(self, config: ModelConfig, graph: GraphState) -> None:
         super().__init__()
@@ -146,6 +148,8 @@ class GolfGPT(nn.Module):
 
     def _rotary(self, seq_len: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Return cos and sin of each layer; layers that rotate alike share them."""
+        if self.angles is not None and len(self.angles[0][0]) == seq_len:
+            return self.angles
         config, dtype = self.config, at_least_float32(self.tok_emb.weight.dtype)
         longest = min(seq_len, config.document_cut or seq_len)  # what attention can see
         unstretched = config.rope_ntk_from or config.train_seq_len
@@ -156,6 +160,19 @@ class GolfGPT(nn.Module):
                 stretched *= (longest / unstretched) ** (dims / (dims - 2))
             made[dims, base] = rotary_angles(seq_len, dims, stretched, device, dtype)
         return [made[rotation] for rotation in rotations(config)]
+
+    def fix_angles(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the angles of windows of a length once, in the form that each attention takes."""
+        head_dim, fixed = self.config.model_dim // self.config.num_heads, []
+        made: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        for block, angles in zip(self.blocks, self._rotary(seq_len, device), strict=True):
+            assert isinstance(block, Block)
+            stacked = block.has_attention and block.attn.qkv is not None
+            key = id(angles), stacked  # equal ones are one object
+            if key not in made:
+                made[key] = whole_angles(*angles, head_dim, dtype) if stacked else angles
+            fixed.append(made[key])
+        self.angles = fixed
 
     def _skip_row(self, index: int) -> int | None:
         """Return the row of skip_weights that second-half visit `index` uses; None if there is none for it."""

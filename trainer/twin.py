@@ -52,7 +52,11 @@ class Pair:
 class Twin:
     """The twin, and what passes between it and the model. Its projections to q, k and v are one product a layer."""
 
-    def __init__(self, model: GolfGPT) -> None:
+    def __init__(
+        self,
+        model: GolfGPT,
+        seq_len: int,  # of a step's windows
+    ) -> None:
         self.model = model
         pairs: dict[int, Pair] = {}
         for wide in model.parameters():
@@ -62,6 +66,7 @@ class Twin:
         for attention, narrow in zip(model.modules(), self.module.modules(), strict=True):
             if isinstance(attention, Attention) and isinstance(narrow, Attention):
                 self._stack_projections(attention, narrow, pairs)
+        self.module.fix_angles(seq_len, model.skip_weights.device, torch.bfloat16)
         self.pairs = list(pairs.values())
         self.holders = list({id(pair.holder): pair.holder for pair in self.pairs}.values())
 

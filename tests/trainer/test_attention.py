@@ -27,6 +27,7 @@ from tests.conftest import pico_recipe
 from tests.trainer.test_model import BANKED, TOLERANCE, load_fixture, pico_model
 from trainer import attention_backends
 from trainer import varlen as trainer_varlen
+from trainer.attention import apply_rotary, rotary_angles, rotate_whole, whole_angles
 from trainer.attention_backends import (
     BACKENDS,
     SDPA,
@@ -221,6 +222,14 @@ def test_flex_attention_gives_the_public_scripts_logits(fixture: str) -> None:
     with torch.no_grad():
         found = model(tensors["tokens.T32"].long())
     assert float((found - expected).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize(("head_dim", "rope_dims"), [(64, 16), (8, 8), (40, 16), (8, 0)])
+def test_rotating_whole_heads_is_rotating_their_first_dimensions(head_dim: int, rope_dims: int) -> None:
+    x = torch.randn(2, 5, 3, head_dim, generator=torch.Generator().manual_seed(0))  # heads beside positions
+    angles = rotary_angles(5, rope_dims, 1e4, torch.device("cpu"))
+    turned = rotate_whole(x, *whole_angles(*angles, head_dim, torch.float32), rope_dims)
+    assert torch.equal(turned.transpose(1, 2), apply_rotary(x.transpose(1, 2), *angles))
 
 
 def test_boundaries_are_row_starts_and_changes_of_document() -> None:
