@@ -327,7 +327,7 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
         "launches": sum(count.launches.values()),
         "gigabytes": round(count.gigabytes, 3),
         "by kind": dict(count.launches.most_common()),
-        "heaviest": sorted(count.heaviest, reverse=True)[:400],
+        "heaviest": sorted(count.heaviest, reverse=True)[:40],
         "peak_gib": round(inductor.storages.peak / GIB, 2),
     }
 
