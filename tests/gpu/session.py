@@ -100,8 +100,8 @@ def peak_file(out: Path, name: str) -> Path:
 VARIANTS: dict[str, str] = {  # label → the one thing that is not as in the default
     "varlen": "run.attention=varlen",
     "sdpa": "run.attention=sdpa",
-    "triton-loss": "run.kernels=triton_loss",
-    "triton-mlp": "run.kernels=triton_mlp",
+    "triton-loss-too": "run.kernels=triton",
+    "plain-mlp": "run.kernels=eager",
     "float32-newton-schulz": "optim.newton_schulz_dtype=fp32",
     "clip-each-rank": "optim.clip_norm_of=each",
     "float32-stream": "run.stream=fp32",

@@ -6,7 +6,7 @@ graph for an H100, and stops before it writes code. Counted are
 
 * bytes: what the generated kernels (elementwise and reductions) read and write, by Inductor's own account of each;
 * launches: kernels of the graphs, and those of eager operations around them, `_foreach_` by its chunks;
-* graphs: whole compilations; a graph break would be an error (`fullgraph`);
+* graphs: whole compilations of the loss, and later ones, which are of Muon's updates; a break would be an error;
 * GiB: the most that storages hold at once, operation by operation as if nothing were fused: an upper bound.
 
 Graph interpretation stands in for running the written code: the storages that a graph leaves for backward are true.
@@ -255,6 +255,7 @@ def eager_launches(func: Any, args: tuple[Any, ...]) -> int:
 
 def fake_mode(inductor: Inductor) -> Any:
     """Return a mode of fake tensors that counts the operations outside of graphs."""
+    from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_leaves
 
@@ -268,6 +269,8 @@ def fake_mode(inductor: Inductor) -> Any:
                     inductor.of_step.launches[f"eager {func._schema.name.removeprefix('aten::')}"] += launches
             return out
 
+    for operator in (flex_attention, flex_attention_backward):  # their rules are looked up by the very class
+        operator.py_impl(Counting)(operator.python_key_table[FakeTensorMode])
     return Counting(allow_non_fake_inputs=True)
 
 
@@ -311,8 +314,11 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
     reach = Reach(model.attention_backend, within)
     model.reach = lambda *_: reach  # type: ignore[method-assign]
 
+    of_loss: list[int] = []  # graphs, after each backward
+
     def step() -> None:
         gradients.accumulate([(tokens, tokens)])
+        of_loss.append(inductor.graphs)
         optimizer.step(1.0, 0.95)
         averages.update(1, 0.5)
 
@@ -323,7 +329,8 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
     inductor.watched = False
     count = inductor.of_step
     return {
-        "graphs": inductor.graphs,
+        "graphs": of_loss[0],
+        "later graphs": inductor.graphs - of_loss[0],
         "launches": sum(count.launches.values()),
         "gigabytes": round(count.gigabytes, 3),
         "by kind": dict(count.launches.most_common()),
@@ -355,6 +362,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "record": (0, []),
     "loops": (2, []),
     "small": (1, [*SMALL, "data.micro_batch_tokens=8192"]),
+    "small-without-loops": (0, [*SMALL, "data.micro_batch_tokens=8192"]),
 }
 
 
@@ -363,6 +371,9 @@ def main() -> None:
     import torch
     import torch._functorch.config
     import torch._inductor.config
+
+    from tests.trainer.test_attention import fa3_stand_in
+    from trainer.attention_backends import fa3_installed
 
     pretend_h100()
     torch._inductor.config.fx_graph_cache = False  # type: ignore[assignment]
@@ -375,6 +386,8 @@ def main() -> None:
     with fake_mode(inductor):
         for name in sys.argv[2:]:
             case, backend, *overrides = name.split(";")
+            if backend == "fa3" and not fa3_installed():
+                sys.modules["flash_attn_interface"] = fa3_stand_in()
             loops, fixed = CASES[case]
             print(json.dumps({"case": name, **step_facts(loops, backend, [*fixed, *overrides], inductor)}), flush=True)
 

@@ -146,9 +146,8 @@ fa3_forward.register_fake(lambda q, k, v, cu_q, cu_k, max_seqlen: torch.empty_li
 fa3_backward.register_fake(lambda grad_out, q, k, v, cu_seqlens: tuple(map(torch.empty_like, (q, k, v))))
 
 
-@pytest.fixture
-def fa3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module in FlashAttention-3's place."""
+def fa3_stand_in() -> ModuleType:
+    """Return a module for FlashAttention-3's place."""
     module = ModuleType("flash_attn_interface")
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -165,7 +164,13 @@ def fa3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module.__spec__ = ModuleSpec("flash_attn_interface", None)
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    return module
+
+
+@pytest.fixture
+def fa3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in, installed."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", fa3_stand_in())
 
 
 def queries_keys_values(kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
