@@ -30,6 +30,12 @@ CompileChoice = Literal["auto"] | bool
 Stream = Literal["auto", "fp32", "bf16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 MetricTime = Literal["each", "end", "final"]
+YOUNGER = {  # table → keys that recipes which were hashed did not have: left out of a dump where they are off
+    "run": ("compile_mode", "grad_norm_limit", "grad_norm_stop"),
+    "optim": ("newton_schulz_steps", "groups"),
+    "schedule": ("clock", "stages"),
+    "loss": ("focal_gamma_ramp", "future_tokens", "future_weight"),
+}
 
 
 class RunSettings(Settings):
@@ -187,7 +193,7 @@ class Recipe(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what sets nothing and is younger than recipes that were hashed: tables, the clock."""
+        """Leave out what sets nothing and is younger than recipes that were hashed: tables, and keys."""
         values: dict[str, Any] = own_values(self)
         for table in ("loss", "init"):
             if not getattr(self, table).is_on:
@@ -195,8 +201,11 @@ class Recipe(Settings):
         for table in ("qat", "meta_ttt"):
             if getattr(self, table) is None:
                 values.pop(table, None)
-        if self.schedule.clock == "wall" and "schedule" in values:
-            values["schedule"].pop("clock", None)
+        for table, keys in YOUNGER.items():
+            settings = getattr(self, table)
+            for key in keys if table in values else ():
+                if getattr(settings, key) == type(settings).model_fields[key].default:
+                    values[table].pop(key, None)
         return values
 
     def model_config_for(self, vocab_size: int, token_kinds: str | None = None) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 import trainer
 from pgolf_post.settings import read_settings
 from trainer.architecture import GraphState
-from trainer.config import Recipe
+from trainer.config import YOUNGER, Recipe
 from trainer.model import GolfGPT
 from trainer.optim import Optimizer
 from trainer.preflight import preflight
@@ -70,3 +70,18 @@ def test_one_gpu_repeats_the_record_recipe_in_eight_times_the_time() -> None:
     for tree in (record, single):
         tree.pop("run")
     assert single == record
+
+
+def test_a_key_that_is_off_is_not_in_what_is_hashed_of_a_recipe() -> None:
+    recipe = shipped("record_8xh100")
+    dumped = recipe.model_dump(mode="json")
+    assert {"loss", "init", "qat", "meta_ttt"} & dumped.keys() == set()
+    for table, keys in YOUNGER.items():
+        assert not {*keys} & dumped.get(table, {}).keys()
+    stage = {"schedule": {**dumped["schedule"], "stages": [{"at": 0.5, "batch_tokens": 1572864}]}}
+    changed = Recipe.model_validate({**dumped, **stage, "optim": {**dumped["optim"], "groups": [{"match": "*"}]}})
+    again = changed.model_dump(mode="json")
+    assert again["schedule"]["stages"][0]["at"] == 0.5
+    assert again["optim"]["groups"][0]["match"] == "*"
+    assert Recipe.model_validate(again) == changed
+    assert Recipe.model_validate(dumped) == recipe
