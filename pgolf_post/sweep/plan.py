@@ -27,11 +27,12 @@ from pgolf_post.checkpoint import View
 from pgolf_post.derived import derived_folders
 from pgolf_post.errors import PgolfError
 from pgolf_post.families import load_module
-from pgolf_post.fit.settings import TUNING_FIELDS
+from pgolf_post.fit.settings import TUNING_FIELDS, FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES
 from pgolf_post.ledger import Row
 from pgolf_post.plan import Plan, TensorPlan
 from pgolf_post.quantize.clip import grid_steps
+from pgolf_post.quantize.gptq.trellis import DIAGONALS
 from pgolf_post.quantize.model import plan_view
 from pgolf_post.quantize.rounding import spread_steps
 from pgolf_post.quantize.rows import as_matrix
@@ -51,8 +52,9 @@ from pgolf_post.sweep.trials import Trial
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
 PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/results/codecs.md)
 CALIBRATION_RATIO = 1.6  # of collecting to scoring the same tokens (docs/results/quantize.md)
-FIT_SECONDS_PER_WEIGHT = 242 / 36e6  # all builds of a budget, 64 states (docs/results/fit.md)
-STATES_COST = 64  # trellis states that this is for; a build takes about in proportion to them
+FIT_SECONDS_PER_WEIGHT = 35 / 36e6  # factors and all builds of a budget (docs/results/fit.md)
+LANES_SECONDS_PER_WEIGHT = 242 / 36e6  # down the columns, 64 states; about in proportion to them
+STATES_COST = 64
 FIXED_BYTES = 2000  # manifest, tables and frames
 WEIGHT_COPIES = 6  # view, module, stretched, rounded, symbols with steps, decoded: float32 each at most
 
@@ -231,6 +233,13 @@ def _tensor_bytes(entry: TensorPlan, weight: torch.Tensor) -> float:
 # ---- seconds and memory ----------------------------------------------------------------------------------------------
 
 
+def _fit_seconds_per_weight(fit: FitSettings) -> float:
+    """Return the seconds of a fit, after its statistics, for each weight."""
+    if not fit.trellis_states or fit.lane_rows == DIAGONALS:
+        return FIT_SECONDS_PER_WEIGHT
+    return max(FIT_SECONDS_PER_WEIGHT, LANES_SECONDS_PER_WEIGHT * fit.trellis_states / STATES_COST)
+
+
 def _seconds(
     sweep: Sweep, state: State, trial: Trial, view: View, cached: tuple[str, ...], rates: dict[str, float]
 ) -> float:
@@ -243,8 +252,7 @@ def _seconds(
         total += rate * CALIBRATION_RATIO * trial.settings.calibration.tokens
     if trial.settings.quantize and "artifact" not in cached:
         if trial.settings.method == "fit":
-            states = fit_stage(trial.settings).trellis_states or 1
-            total += earlier("fit", FIT_SECONDS_PER_WEIGHT * weights * states / STATES_COST)
+            total += earlier("fit", _fit_seconds_per_weight(fit_stage(trial.settings)) * weights)
         else:
             total += earlier("quantize", QUANTIZE_SECONDS_PER_WEIGHT * weights)
         total += earlier("pack", PACK_SECONDS_PER_WEIGHT * weights)
