@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.presets import FOLDER, preset_names
 from pgolf_post.rules import METHODS, DepthName, GptqRule, GridRule, Rule, matches, parse_rule
-from pgolf_post.settings import Settings, apply_override, parse_settings, read_toml
+from pgolf_post.settings import LARGEST_SEED, Settings, apply_override, parse_settings, read_toml
 
 if TYPE_CHECKING:  # they load torch, which `requant --help` can do without
     from torch import nn
@@ -59,7 +59,9 @@ class DistillSettings(Settings):
         0.125, gt=0, lt=1, description="Share of the windows held out to decide whether the tuned values are kept."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    seed: int = Field(0, ge=0, description="Seed that draws the held-out windows and the order of the others.")
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="Seed that draws the held-out windows and the order of the others."
+    )
 
 
 @dataclass(frozen=True)

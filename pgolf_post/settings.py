@@ -33,6 +33,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+LARGEST_SEED = 2**63 - 1  # that every generator of random numbers here takes
 Precision = Literal["fp32", "bf16"]
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from pgolf_post.base.threads import MOST_THREADS
 from pgolf_post.data import DataFolder
 from pgolf_post.score.breakdown.token_text import token_kinds
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 from trainer.architecture import ArchitectureSettings, ModelConfig
 from trainer.attention_backends import BackendChoice
 from trainer.init_settings import InitSettings
@@ -47,7 +47,7 @@ class RunSettings(Settings):
     checkpoint_root: Path = Field(Path("checkpoints"), description="folder that holds the folders of runs")
     base: str | None = Field(None, description="run that this one changes, under checkpoint_root or in its ledger")
     why: str | None = Field(None, min_length=1, description="what the run is made to find out, in words")
-    seed: int = Field(1337, ge=0, description="seed of initial weights and data order")
+    seed: int = Field(1337, ge=0, le=LARGEST_SEED, description="seed of initial weights and data order")
     precision: TrainingPrecision = Field("auto", description="autocast dtype; auto = bf16 where the processor has it")
     stream: Stream = Field(
         "auto",

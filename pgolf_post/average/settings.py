@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 
 MAX_ERROR = 0.05  # of a profile, see posthoc.py
 
@@ -70,4 +70,4 @@ class SearchSettings(Settings):
     tolerance: float = Field(
         0.0001, ge=0, description="Drop candidates that are better than the leader by no more than this, in bpb"
     )
-    seed: int = Field(0, ge=0, description="Seed of the order in which windows are drawn")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the order in which windows are drawn")

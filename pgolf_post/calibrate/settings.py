@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 
 Source = Literal["train", "self", "random"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -21,7 +21,7 @@ class CalibrationSettings(Settings):
     """The settings of `calibrate`, all part of the statistics' identity."""
 
     tokens: int = Field(65536, ge=2, description="Number of tokens to run through the model.")
-    seed: int = Field(0, ge=0, description="Seed of the windows, generated text and sampled labels.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the windows, generated text and sampled labels.")
     seq_len: int | None = Field(None, ge=1, description="Tokens per window; left out, the model's training length.")
     source: Source = Field(
         "train", description="Training text, text that the model writes itself, or random ids (for study)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 
 
 class DiagnoseSettings(Settings):
@@ -14,5 +14,5 @@ class DiagnoseSettings(Settings):
     removal_tokens: int = Field(
         2048, ge=0, description="Tokens on which the removal of each block is measured; 0 for none."
     )
-    seed: int = Field(0, ge=0, description="Seed of the windows.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the windows.")
     seq_len: int | None = Field(None, ge=2, description="Tokens per window; left out, the model's training length.")

@@ -31,6 +31,7 @@ from pgolf_post.diagnose.scalars import scalar_numbers
 from pgolf_post.diagnose.settings import DiagnoseSettings
 from pgolf_post.diagnose.weights import weight_numbers
 from pgolf_post.errors import NotFoundError, NumericsError
+from pgolf_post.settings import parse_settings
 
 PAYLOAD = "numbers.json"
 DIAGNOSIS = Stage("diagnosis", 1, PAYLOAD)
@@ -113,7 +114,8 @@ def stored_diagnoses(checkpoint: Path) -> list[Path]:
 
 def _text(view: View, data: DataFolder, settings: DiagnoseSettings) -> CalibrationSet:
     seq_len = settings.seq_len or view.train_seq_len
-    return draw_training_text(data, CalibrationSettings(tokens=settings.tokens, seed=settings.seed), seq_len)
+    drawn = parse_settings(CalibrationSettings, {"tokens": settings.tokens, "seed": settings.seed}, "diagnose")
+    return draw_training_text(data, drawn, seq_len)
 
 
 def _identity(

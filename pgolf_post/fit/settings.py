@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pgolf_post.quantize.gptq.trellis import DIAGONALS, POLYNOMIALS
-from pgolf_post.settings import Precision, PrecisionIdentity
+from pgolf_post.settings import LARGEST_SEED, Precision, PrecisionIdentity
 
 # An id names what they lead to, not their values.
 TUNING_FIELDS = {"distill", "tune_tokens", "tune_precision", "tune_source"}
@@ -38,7 +38,7 @@ class FitSettings(PrecisionIdentity):
         description="Granularity of the κ correction (measured ÷ predicted loss): per tensor, per role, or off.",
     )
     kappa_tokens: int = Field(8192, ge=2, description="Training tokens that each measurement of κ reads.")
-    kappa_seed: int = Field(0, ge=0, description="Seed that draws the text on which κ is measured.")
+    kappa_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed that draws the text on which κ is measured.")
 
     floats: Literal["fp16", "bf16"] = Field("bf16", description="Storage type of non-matrix parameters.")
     tune_tokens: int = Field(

@@ -18,6 +18,7 @@ from pgolf_post.errors import NumericsError
 from pgolf_post.quantize.tensor import Axis, ScaleFactor
 
 LARGEST_OCTAVE = 14  # of fp16, with one to spare for rounding up
+LEAST_OCTAVES = -1000  # of a tensor: float64 holds its inverse; float32 has no room for such steps
 
 
 def to_stored(name: str, steps: Tensor, unit: str) -> Tensor:  # (units,) float64 → float32
@@ -48,7 +49,7 @@ def octaves_of(steps: Tensor) -> int:  # (units,)
     if fits(steps):
         return 0
     finite = steps[torch.isfinite(steps) & (steps > 0)]
-    return math.floor(math.log2(float(finite.max()))) - LARGEST_OCTAVE if len(finite) else 0
+    return max(LEAST_OCTAVES, math.floor(math.log2(float(finite.max()))) - LARGEST_OCTAVE) if len(finite) else 0
 
 
 def _rounded(steps: Tensor, octaves: int) -> Tensor:  # (units,) → the same, float32

@@ -6,6 +6,7 @@ The options are click's own list, so that a new one is tried without a word here
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ SLOW = {
     ("sweep", "run"),
     ("data", "download"),
 }  # which compute or reach out before they read on
+COMPUTING = {("fit",), ("requant",), ("attribute",), ("prune",), ("submit", "make")}
+WORK = {"--tune-tokens", "--samples"}  # what is asked for is done, however much
 CHECKPOINT = "checkpoints/pico/step_000012-final"
 GIVEN: dict[tuple[str, ...], tuple[str, ...]] = {  # what a command needs beside the option, small
     ("import",): ("model.pt",),
@@ -113,9 +116,30 @@ def test_there_are_numeric_options_and_all_are_found() -> None:
     assert not plain, f"these take NaN and infinity: {plain}; use pgolf_post.base.numbers.FiniteFloat"
 
 
+def numbers_for(words: tuple[str, ...], flag: str) -> list[str]:
+    """Return the numbers to try: all where a call is fast, a share where it computes, none that ask for days."""
+    numbers = [value for value in NUMBERS if flag not in WORK or float(value) < 100]
+    return numbers[len(flag) % 3 :: 3] if words in COMPUTING else numbers
+
+
 def is_setting(option: click.Parameter) -> bool:
     """Whether a settings class checks what is given, and refuses NaN and infinity."""
     return hasattr(option, "settings_field")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (("calibrate", CHECKPOINT, "--tokens", "64", "--seed", "1" * 40), 2, "seed = .*less than or equal to 9223"),
+        (("diagnose", CHECKPOINT, "--tokens", "1"), 2, "tokens = 1: Input should be greater than or equal to 2"),
+        (("requant", CHECKPOINT, "--calibration-tokens", "64", "--clip", "1e-320"), 1, "the step of .* is "),
+    ],
+)
+def test_numbers_that_were_tracebacks_are_refused_by_name(
+    pgolf: Call, command: tuple[str, ...], code: int, said: str
+) -> None:
+    answer = pgolf(*command)
+    assert (answer.code, bool(re.search(said, answer.err))) == (code, True), answer.err
 
 
 def test_what_is_no_number_is_refused_where_there_is_nothing_yet(
@@ -146,5 +170,5 @@ def test_every_value_of_every_numeric_option_is_refused_or_accepted(
             given = GIVEN.get(words, ())
             for value in NO_NUMBERS:
                 assert require_foreseen(pgolf, words, flag, value, given), f"{words} {flag}={value!r} was accepted"
-            for value in NUMBERS:
+            for value in numbers_for(words, flag):
                 require_foreseen(pgolf, words, flag, value, given)

@@ -31,7 +31,7 @@ from scipy.special import stdtrit
 from pgolf_post.base.progress import progress_bar
 from pgolf_post.score.compare.estimate import estimate
 from pgolf_post.score.compare.windows import ScoreWindows, window_bits
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 
 MIN_WINDOWS = 64  # before which nothing is decided: means are near enough to normal from there on
 ROUNDING_BPB = 1e-9  # what is left unknown where every window is scored
@@ -42,7 +42,7 @@ class ScreenSettings(Settings):
 
     half_width_bpb: float = Field(0.0005, gt=0, description="stop when the difference is known to ± this many bpb")
     level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of the interval")
-    seed: int = Field(0, ge=0, description="seed of the order in which windows are scored")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of the order in which windows are scored")
     look_every: int = Field(32, ge=1, description="windows between looks")
     stop_at_zero: bool = Field(True, description="stop as soon as zero is excluded, however wide the interval")
     zero_share: float = Field(0.2, gt=0, lt=1, description="share of the permitted error for stopping at zero")

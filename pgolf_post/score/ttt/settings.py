@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from pgolf_post.settings import Settings
+from pgolf_post.settings import LARGEST_SEED, Settings
 
 # A score's id is a hash of its protocol's values. It was first defined with one class for all methods, whose values for
 # settings that a method does not have were in it. They still are, so that those scores are found. Nothing is added.
@@ -47,7 +47,7 @@ class TTTProtocol(Settings):
     seq_len: int = Field(ge=2, description="longest window in tokens, of scoring and of training")
     max_tokens: int | None = Field(None, ge=2, description="score only the first max_tokens tokens")
     tail: Literal["drop", "score"] = "drop"
-    seed: int = Field(0, ge=0, description="seed of everything drawn")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of everything drawn")
 
     chunk_tokens: int = Field(32768, ge=1, description="targets scored before the next step may use them")
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"

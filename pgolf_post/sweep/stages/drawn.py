@@ -21,6 +21,7 @@ from pgolf_post.score.compare.pieces import cut_documents
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.protocols import folder_text, protocol_spans
 from pgolf_post.score.spans import Span, num_targets
+from pgolf_post.settings import LARGEST_SEED
 from pgolf_post.sweep.stages.base import Job, Scorer, StageScore, TrialStage, Window
 
 PAYLOAD = "documents.safetensors"
@@ -30,7 +31,7 @@ class DrawnStage(TrialStage):
     """Windows drawn from the whole text."""
 
     tokens: int = Field(16384, ge=1, description="Scored tokens, as whole windows.")
-    seed: int = Field(0, ge=0, description="Seed of the draw.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the draw.")
 
     def num_tokens(self, val_tokens: int) -> int:
         return self.tokens
