@@ -8,7 +8,7 @@ from pgolf_post.settings import Settings
 
 
 class MetaTTTSettings(Settings):
-    """How often a step looks ahead to test-time training, and the steps that it takes there."""
+    """Steps that look ahead to test-time training: one in how many, and what it does there."""
 
     every: int = Field(ge=1, description="steps from one that adapts first to the next; 1 = all of them")
     inner_lr: float = Field(gt=0, description="learning rate of adapting, by plain gradient descent on all parameters")
