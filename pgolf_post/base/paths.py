@@ -7,6 +7,7 @@ left of a file called `...pt`, would leave the root, and what begins with a dot 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -14,9 +15,19 @@ from pgolf_post.errors import NotFoundError, SettingsError
 
 FOLDER_NAME = re.compile(r"[^/\\\0-\x1f.-][^/\\\0-\x1f]*")
 
+LONGEST_NAME = 200  # bytes: file systems take 255, and temporary names are longer than the final ones
+
 
 def require_folder_name(name: str, option: str = "--name") -> str:
-    """Return a name that can be a folder's. Raises SettingsError for several parts, a leading dot or dash, controls."""
+    """Return a name that can be a folder's.
+
+    Raises SettingsError for several parts, a leading dot or dash, controls, and more bytes than a file system takes.
+    """
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise SettingsError(
+            f"{option} {name[:20]}… has {len(os.fsencode(name))} bytes; a folder's name has at most {LONGEST_NAME}",
+            hint=f"give a shorter one: {option} NAME",
+        )
     if not FOLDER_NAME.fullmatch(name):
         raise SettingsError(
             f"{option} {name!r} cannot name a folder: one part without / and \\ is wanted, which begins with no dot or "

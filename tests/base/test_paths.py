@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pgolf_post.base.paths import absent, followed, require_another
+from pgolf_post.base.paths import LONGEST_NAME, absent, followed, require_another, require_folder_name
 from pgolf_post.base.storage import read_json
 from pgolf_post.checkpoint import read_tensors
 from pgolf_post.data.tokenizer import load_tokenizer
@@ -78,3 +78,9 @@ def test_json_that_no_reader_takes_is_named(tmp_path: Path, content: str) -> Non
     (tmp_path / "meta.json").write_text(content, encoding="utf-8")
     with pytest.raises(DamagedFileError, match=r"meta\.json is not valid JSON"):
         read_json(tmp_path / "meta.json")
+
+
+def test_a_name_that_no_file_system_takes_is_refused_before_anything_is_made() -> None:
+    assert require_folder_name("é" * (LONGEST_NAME // 2))
+    with pytest.raises(SettingsError, match=r"--name ééé.*… has 202 bytes; a folder's name has at most 200"):
+        require_folder_name("é" * (LONGEST_NAME // 2 + 1))

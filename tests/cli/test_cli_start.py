@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from pgolf_post.errors import (
     SettingsError,
     VerificationError,
 )
+from pgolf_post.ledger import Ledger, Row
 
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "sentencepiece", "pydantic", "rich"}
 
@@ -200,3 +202,17 @@ def test_without_a_checkpoint_a_process_exits_1(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "next: pgolf-post demo" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_from_the_start_is_one_that_nobody_reads(tmp_path: Path, closed: str) -> None:
+    """Some schedulers start programs so; a file of results must not get a closed stream's descriptor either."""
+    out = tmp_path / "out.jsonl"
+    command = (
+        f"exec '{sys.executable}' -m pgolf_post ledger export --root {tmp_path} --format jsonl --out {out} {closed}"
+    )
+    with Ledger.open(tmp_path) as ledger:
+        ledger.add(Row("trial", "a1", name="control"))
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert json.loads(out.read_text())["name"] == "control"
