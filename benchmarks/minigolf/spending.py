@@ -2,7 +2,8 @@
 
 A stage runs as a child process. Twice a second the processor seconds of it and of all its descendants are read and
 written down, so that a round that is killed at any moment, by whatever, has counted what it spent. When the child has
-ended the system's own count takes the place of the last reading. A child does not outlive this process.
+ended the system's own count takes the place of the last reading. A child does not outlive this process. Its idle
+threads sleep unless the caller says otherwise: those that spin while they wait are counted as if they computed.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ class Children:
         """
         write, before = account.begin(stage), _waited_seconds()
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            command = [sys.executable, "-m", module, *words]
-            child = subprocess.Popen(command, stdout=out, stderr=err, text=True, preexec_fn=_die_with_parent)
+            command, sleeping = [sys.executable, "-m", module, *words], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+            child = subprocess.Popen(
+                command, stdout=out, stderr=err, text=True, env=sleeping, preexec_fn=_die_with_parent
+            )
             try:
                 over = _watch(child, write, limit_seconds)
             except BaseException:  # asked to stop: the child saves what it has, which takes seconds too
