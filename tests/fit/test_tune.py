@@ -209,7 +209,7 @@ def test_text_of_its_own_is_no_training_data(
     artifact = fit_artifact(own, limit)
     assert artifact.meta["fine_tuned"]["source"] == "self"
     assert artifact.meta["fine_tuned"]["seconds"] > 0
-    assert set(artifact.meta["train_seconds"]) == {"statistics", "kappa"}
+    assert set(artifact.meta["train_seconds"]) == {"statistics", "kappa", "regularisation"}  # not of fine-tuning
     assert "no training data was read" in capsys.readouterr().err
     short = SETTINGS.model_copy(update={"tune_tokens": 512})
     assert fit_artifact(prepare(view, pico_data, CALIBRATION, short), limit).folder != artifact.folder

@@ -106,6 +106,7 @@ ON_THE_HOST = {  # command → why it needs no GPU, or is tested by others
     "ledger": "a table",
     "report": "draws what others have measured",
     "cache": "files",
+    "plan-size": "its runs are the trainer's processes; it rounds and scores as fit does",
 }
 
 
