@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pgolf_post.submit.facts import Facts
 from pgolf_post.submit.handed_over import check_known
-from pgolf_post.submit.known import Evaluator, Facts, set_elsewhere
+from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.one_file import Amalgam, written
 from pgolf_post.submit.reach import Reach
 from pgolf_post.submit.sources import Sources
+from pgolf_post.submit.syntax import set_elsewhere
+from pgolf_post.submit.world import remade_settings
 
 __all__ = ["Amalgam", "amalgamate"]
 
@@ -31,6 +34,7 @@ def amalgamate(
         reach.link()
         evaluator.forget()
         more = set_elsewhere(sources.definition(at) for at in reach.reached)
+        more |= remade_settings(reach.reached.values(), facts.objects)
         if more <= changed:
             break
         changed |= more  # what was taken for known may not be: start again without it

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pgolf_post.submit.known import UNKNOWN
+from pgolf_post.submit.facts import UNKNOWN
 from pgolf_post.submit.sources import Definition, is_address, walk
 
 LEFT_ALONE = ("forward",)  # called through __call__
@@ -24,6 +24,8 @@ class Calls:
 
     by_name: dict[str, list[ast.Call]] = field(default_factory=dict)
     handed_on: set[str] = field(default_factory=set)
+    all: list[ast.Call] = field(default_factory=list)
+    around: dict[int, tuple[ast.FunctionDef, str]] = field(default_factory=dict)  # call → function that it stands in
 
     @classmethod
     def of(cls, nodes: Iterable[ast.AST]) -> Calls:
@@ -31,6 +33,9 @@ class Calls:
         calls, called = cls(), set[int]()
         for node in nodes:
             for each in walk(node):
+                called.update(id(part) for spoken in _only_said(each) for part in walk(spoken))
+                if isinstance(each, ast.Call):
+                    calls.all.append(each)
                 if isinstance(each, ast.Call) and (name := _name(each.func)):
                     calls.by_name.setdefault(name, []).append(each)
                     called.add(id(each.func))
@@ -38,6 +43,53 @@ class Calls:
                 if id(each) not in called and isinstance(each, (ast.Name, ast.Attribute)) and (name := _name(each)):
                     calls.handed_on.add(name)
         return calls
+
+    @classmethod
+    def of_definitions(cls, reached: Mapping[str, Definition]) -> Calls:
+        """Collect the calls of a program, each with the function that it stands in."""
+        calls = cls.of(each.node for each in reached.values())
+        for at, definition in reached.items():
+            for function, name in _functions(at, definition.node):
+                calls.around.update({id(e): (function, name) for e in walk(function) if isinstance(e, ast.Call)})
+        return calls
+
+
+def _functions(at: str, node: ast.AST) -> list[tuple[ast.FunctionDef, str]]:
+    """Return the functions of a definition, each with the name by which calls know it, if its calls are all known."""
+    if isinstance(node, ast.FunctionDef):
+        return [(node, at)]
+    return [(each, "") for each in getattr(node, "body", []) if isinstance(each, ast.FunctionDef)]
+
+
+def _only_said(node: ast.AST) -> list[ast.expr]:
+    """Return the parts of a node that name a class and do nothing with it: annotations, and what `isinstance` asks."""
+    if isinstance(node, ast.arg):
+        parts = [node.annotation]
+    elif isinstance(node, ast.FunctionDef):
+        parts = [node.returns]
+    elif isinstance(node, ast.AnnAssign):
+        parts = [node.annotation]
+    elif isinstance(node, ast.ClassDef):
+        parts = [*node.bases]
+    else:
+        is_question = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        parts = [*node.args[1:]] if is_question else []  # type: ignore[attr-defined]
+    return [each for each in parts if each is not None]
+
+
+def is_open(call: ast.Call) -> bool:
+    """Return whether a call hands on arguments that are not written out."""
+    return any(isinstance(each, ast.Starred) for each in call.args) or any(each.arg is None for each in call.keywords)
+
+
+def is_made_otherwise(node: ast.ClassDef) -> bool:
+    """Return whether a class makes objects of itself by another name: `cls(…)`, `type(self)(…)`."""
+    called = [each.func for each in walk(node) if isinstance(each, ast.Call)]
+    return any(
+        (isinstance(each, ast.Name) and each.id == "cls")
+        or (isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id == "type")
+        for each in called
+    )
 
 
 def _name(node: ast.AST) -> str:
@@ -84,7 +136,7 @@ def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -
         or not calls.by_name.get(name)
     ):
         return {}
-    if name.startswith(".") and (name in calls.handed_on or _is_static(function)):
+    if name.startswith(".") and (name in calls.handed_on or is_static(function)):
         return {}
     if name in calls.handed_on and function.name != "__init__":
         return {}
@@ -94,28 +146,42 @@ def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -
     constants = {}
     for parameter in [*names[first:], *(arg.arg for arg in own.kwonlyargs)]:
         place = names.index(parameter) - first if parameter in names else None
-        given = [_given(call, parameter, place, defaults, len(names) - first) for call in calls.by_name[name]]
+        given = [given_to(call, parameter, place, defaults, len(names) - first) for call in calls.by_name[name]]
         values = [each for each in given if each is not None]
         if values and all(_same(each, values[0]) for each in values) and values[0] is not UNKNOWN:
             constants[parameter] = values[0][0]
     return constants
 
 
-def _is_static(function: ast.FunctionDef) -> bool:
+def is_base(at: str, reached: Mapping[str, Definition]) -> bool:
+    """Return whether a class of the program is made from the class at an address."""
+    return any(part.id == at for each in reached.values() for part in _bases(each.node))
+
+
+def is_static(function: ast.FunctionDef) -> bool:
+    """Return whether a method is called on its class."""
     return any(isinstance(d, ast.Name) and d.id in ("staticmethod", "classmethod") for d in function.decorator_list)
 
 
-def _given(call: ast.Call, parameter: str, place: int | None, defaults: Mapping[str, ast.expr], room: int) -> Any:
+def argument(
+    call: ast.Call, parameter: str, place: int | None, defaults: Mapping[str, ast.expr], room: int
+) -> ast.expr | None:
+    """Return what a call gives a parameter, or its default; None if it cannot be a call of the function."""
+    if len(call.args) > room:
+        return None
+    node = next((each.value for each in call.keywords if each.arg == parameter), None)
+    if node is None and place is not None and place < len(call.args):
+        node = call.args[place]
+    return node if node is not None else defaults.get(parameter)
+
+
+def given_to(call: ast.Call, parameter: str, place: int | None, defaults: Mapping[str, ast.expr], room: int) -> Any:
     """Return what a call gives a parameter as (value,); None if it cannot be a call of the function; or UNKNOWN."""
-    if any(isinstance(each, ast.Starred) for each in call.args) or any(each.arg is None for each in call.keywords):
+    if is_open(call):
         return UNKNOWN
     if len(call.args) > room:
         return None
-    named = {each.arg: each.value for each in call.keywords}
-    node = named.get(parameter)
-    if node is None and place is not None and place < len(call.args):
-        node = call.args[place]
-    node = node if node is not None else defaults.get(parameter)
+    node = argument(call, parameter, place, defaults, room)
     if isinstance(node, ast.Constant) and node.kind is None:
         return (node.value,)
     return UNKNOWN

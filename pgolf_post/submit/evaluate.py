@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.data.shards import HEADER_BYTES
 from pgolf_post.data.tokenizer import ByteTable
+from pgolf_post.families import on_no_device
 from pgolf_post.pack import decode
 from pgolf_post.score.bpb import sum_units
 from pgolf_post.score.phase_times import PhaseTimes
@@ -116,7 +117,7 @@ def read_shards(paths: list[Path]) -> np.ndarray:  # (n,) uint16
 
 def built(tensors: Any, device: torch.device) -> Any:
     """Return the model in float32 with its weights."""
-    with torch.device("meta"):
+    with on_no_device():
         module = known_model()
     state = {name: torch.as_tensor(array) for name, array in tensors.items()}
     module.load_state_dict(state, assign=True)

@@ -25,12 +25,12 @@ from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import Settings
 from pgolf_post.submit import evaluate
 from pgolf_post.submit.amalgamate import Amalgam, amalgamate
-from pgolf_post.submit.known import ByName, Facts, Partly
+from pgolf_post.submit.facts import ByName, Facts, Partly
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
 # Calls that only talk to people, or repeat checks that our scorer has made of the same model and protocol.
-SILENT = ("say", "observe", "require_zero_is_plain", "require_same_forward")
+SILENT = ("say", "observe", "advance", "announce", "require_zero_is_plain", "require_same_forward")
 
 # Methods whose names other methods have.
 UNUSED = ("pgolf_post.base.ranks:Ranks.join", "pgolf_post.score.bpb:Score.load", "pgolf_post.score.bpb:Score.save")
@@ -166,6 +166,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     }
     shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": False}}
     facts = _facts(sources, module, config, protocol, values, answers, shared)
+    facts = dataclasses.replace(facts, objects=tuple(plan.rules), values={**facts.values, **_of_rules(plan.rules)})
     return amalgamate(sources, address(program.__name__, "main"), facts, _silent(), UNUSED)
 
 
@@ -238,6 +239,19 @@ def calibration_of(seed: Seed) -> CalibrationSettings:
     kept = seed.stats_settings()
     given = {key: kept[key] for key in CalibrationSettings.model_fields if key in kept}
     return CalibrationSettings(**given)
+
+
+def _of_rules(rules: Sequence[Settings]) -> dict[str, Partly]:
+    """Return, under each class of rules, the settings that all rules of it that have them agree on."""
+    classes = {kind for rule in rules for kind in type(rule).__mro__ if issubclass(kind, Settings)} - {Settings}
+    known = {}
+    for kind in classes:
+        held = [rule for rule in rules if isinstance(rule, kind)]
+        names = {name for rule in held for name in type(rule).model_fields}
+        values = {name: [getattr(rule, name) for rule in held if hasattr(rule, name)] for name in sorted(names)}
+        same = {name: own[0] for name, own in values.items() if all(repr(each) == repr(own[0]) for each in own)}
+        known[_address_of(kind)] = Partly(same)
+    return known
 
 
 def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
@@ -353,7 +367,8 @@ def _answers(module: Any, config: Mapping[str, Any], protocol: Protocol) -> dict
 
 
 def _silent() -> list[str]:
-    own = [address("pgolf_post.base.progress", "say"), address("pgolf_post.score.nats", "observe")]
+    own = [address("pgolf_post.base.progress", "say"), address("pgolf_post.base.progress", "progress_bar")]
+    own += [address("pgolf_post.score.nats", "observe")]
     own += [address("pgolf_post.pack.packable", "check_packable")]
     own += [address("pgolf_post.calibrate.text", "refuse_validation_shards")]
     return [*own, *SILENT, address("pgolf_post.score.ttt.gradients", "require_same_forward")]

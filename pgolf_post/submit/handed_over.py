@@ -6,7 +6,7 @@ import ast
 from collections.abc import Mapping
 
 from pgolf_post.errors import MismatchError
-from pgolf_post.submit.known import Facts
+from pgolf_post.submit.facts import Facts
 from pgolf_post.submit.reduce import is_known_object
 from pgolf_post.submit.sources import Definition, walk
 

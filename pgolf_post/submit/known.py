@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import importlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-from torch import nn
-
 from pgolf_post.settings import Settings
+from pgolf_post.submit.alike import Alike
+from pgolf_post.submit.facts import UNKNOWN, ByName, Facts, Instance, Partly, Scope, World, plain, unchanging
 from pgolf_post.submit.sources import Definition, Sources, is_address, parameters, walk
+from pgolf_post.submit.syntax import acts, assignments, has_fields, is_own_attribute, is_stored
 
-UNKNOWN: Any = object()
-SCALARS = (bool, int, float, str, bytes, type(None))
 CONSTANT_PARAMETERS = "constant_parameters"  # attribute of a function's node: parameter → value of every call
-MOST_ITEMS = 4096  # of a literal that is written out
 
 BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -65,48 +61,6 @@ CALLED: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Partly:
-    """An object of which only some attributes are known."""
-
-    attributes: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ByName:
-    """Answers of a function that is called with a name."""
-
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Instance:
-    """An object of one of our classes, of which those attributes are known that all its objects share."""
-
-    owner: Definition
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that is known about the program, by the addresses of classes and functions."""
-
-    values: Mapping[str, Any] = field(default_factory=dict)  # class → the object that a parameter so annotated is
-    answers: Mapping[str, Any] = field(default_factory=dict)  # function → the value of each of its calls
-    shared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # class → attributes of all its objects
-    module: nn.Module | None = None  # the model: attributes that all modules of a class share are known
-    absent: frozenset[str] = frozenset()  # attributes that no object has
-    pure: frozenset[str] = frozenset()  # packages whose functions are evaluated where all their arguments are known
-
-
-@dataclass
-class Scope:
-    """Values that are known inside one function."""
-
-    locals: dict[str, Any] = field(default_factory=dict)
-    owner: Definition | None = None  # the class of a method
-    is_complete: bool = True  # nothing will be added
-
-
 class Evaluator:
     """Evaluate expressions of resolved definitions."""
 
@@ -115,9 +69,9 @@ class Evaluator:
         self.changed = changed  # attributes that are also set from outside their class: never known
         self._memory: dict[tuple[int, int], tuple[ast.expr, Scope, Any]] | None = None
         self._attributes: dict[str, dict[str, Any]] = {}  # class → attributes of self
+        self.world: World | None = None  # what is constant in the whole program (world.py), once it is known
         self._bases_of, self._bases_known = -1, set[str]()  # of how many definitions, which classes are bases
-        self._alike: dict[str, dict[str, Any]] = {}  # class → what `_shared` returned
-        self._modules: dict[str, list[nn.Module]] = {}  # class → what `_instances` returned
+        self.alike = Alike(facts.module)
 
     # ---- expressions -----------------------------------------------------------------------------------------------
 
@@ -136,6 +90,18 @@ class Evaluator:
         if self._memory is not None and scope.is_complete:
             self._memory[key] = (node, scope, value)  # both are held, so that no other takes their place
         return value
+
+    def truth(self, node: ast.expr, scope: Scope) -> Any:
+        """Return whether a condition holds: its truth may be known where its value is not (`x and False`)."""
+        value = self.value(node, scope)
+        if value is not UNKNOWN:
+            return bool(value)
+        if isinstance(node, ast.BoolOp):
+            decides = isinstance(node.op, ast.Or)
+            truths = [self.truth(each, scope) for each in node.values]
+            if any(truth is not UNKNOWN and truth == decides for truth in truths) and not acts(node):
+                return decides
+        return UNKNOWN
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
@@ -159,6 +125,15 @@ class Evaluator:
         return getattr(importlib.import_module(module), name, UNKNOWN)
 
     def _attribute(self, node: ast.Attribute, scope: Scope) -> Any:
+        value = self._attribute_of(node, scope)
+        is_global = isinstance(node.value, ast.Name) and is_address(node.value.id)  # a module, or a class
+        if value is not UNKNOWN or self.world is None or is_global or acts(node.value):
+            return value
+        if node.attr in self.world.attributes:
+            return self.world.attributes[node.attr]
+        return self.world.kinds.get(node.attr, UNKNOWN)
+
+    def _attribute_of(self, node: ast.Attribute, scope: Scope) -> Any:
         if isinstance(node.value, ast.Name) and node.value.id == "self" and scope.owner is not None:
             return self.attributes(scope.owner).get(node.attr, UNKNOWN)
         held = scope.locals.get(node.value.id) if isinstance(node.value, ast.Name) else None
@@ -166,7 +141,7 @@ class Evaluator:
             return self.attributes(held.owner).get(node.attr, UNKNOWN)
         base = self.value(node.value, scope)
         if isinstance(base, Partly):
-            return base.attributes.get(node.attr, UNKNOWN)
+            return UNKNOWN if node.attr in self.changed else base.attributes.get(node.attr, UNKNOWN)
         is_plain = isinstance(base, Settings) or (dataclasses.is_dataclass(base) and not isinstance(base, type))
         return getattr(base, node.attr, UNKNOWN) if is_plain else UNKNOWN
 
@@ -205,7 +180,7 @@ class Evaluator:
         return True
 
     def _choice(self, node: ast.IfExp, scope: Scope) -> Any:
-        test = self.value(node.test, scope)
+        test = self.truth(node.test, scope)
         return UNKNOWN if test is UNKNOWN else self.value(node.body if test else node.orelse, scope)
 
     def _items(self, node: ast.Tuple | ast.List, scope: Scope) -> Any:
@@ -223,8 +198,13 @@ class Evaluator:
         if name in self.facts.answers:
             answer = self.facts.answers[name]
             return answer.values[self.value(node.args[0], scope)] if isinstance(answer, ByName) else answer
+        given = [*node.args, *(key.value for key in node.keywords)]
+        if self.world is not None and name in self.world.functions and not any(acts(each) for each in given):
+            return self.world.functions[name]
         if name == "hasattr":
             return self._has_attribute(node, scope)
+        if name == "bool" and len(node.args) == 1:
+            return self.truth(node.args[0], scope)
         arguments = [self.value(each, scope) for each in node.args]
         named = {str(each.arg): self.value(each.value, scope) for each in node.keywords}
         if any(value is UNKNOWN or isinstance(value, Partly) for value in [*arguments, *named.values()]):
@@ -253,7 +233,7 @@ class Evaluator:
         if name in self.facts.absent:
             return False
         if isinstance(node.args[0], ast.Name) and node.args[0].id == "self" and scope.owner is not None:
-            having = {hasattr(each, name) for each in self._instances(scope.owner)}
+            having = {hasattr(each, name) for each in self.alike.instances(scope.owner)}
             return having.pop() if len(having) == 1 else UNKNOWN
         return UNKNOWN
 
@@ -281,10 +261,10 @@ class Evaluator:
         for arg in parameters(node):
             known.locals[arg.arg] = constant.get(arg.arg, self._of_annotation(arg.annotation))
         if isinstance(node, ast.FunctionDef):
-            stores = [each.id for each in walk(node) if isinstance(each, ast.Name) and _is_stored(each)]
+            stores = [each.id for each in walk(node) if isinstance(each, ast.Name) and is_stored(each)]
             for name in stores:
                 known.locals[name] = UNKNOWN
-            for target, value in assignments(node.body):
+            for target, value in assignments([each for each in walk(node) if isinstance(each, ast.stmt)]):
                 if isinstance(target, ast.Name) and stores.count(target.id) == 1:
                     known.locals[target.id] = unchanging(self.value(value, known))
         known.is_complete = True
@@ -320,6 +300,11 @@ class Evaluator:
                 setattr(node, CONSTANT_PARAMETERS, dict(constant))
         self._attributes.clear()
 
+    def learn_world(self, world: World) -> None:
+        """Take note of what is constant in the whole program (world.py)."""
+        self.world = world
+        self._attributes.clear()
+
     def forget(self) -> None:
         """Take back everything that was learned."""
         for definition in self.sources.definitions.values():
@@ -337,14 +322,15 @@ class Evaluator:
             found: dict[str, Any] = {}
             for base in self._bases(owner):
                 found.update(self.attributes(base))
-            found.update(self._shared(owner))
+            found.update(self.alike.shared(owner))
             for name, values in self._assigned(owner).items():
                 if any(value is UNKNOWN for value in values):
-                    found[name] = found.get(name, UNKNOWN) if name in self._shared(owner) else UNKNOWN
+                    found[name] = found.get(name, UNKNOWN) if name in self.alike.shared(owner) else UNKNOWN
                 elif all(value == values[0] for value in values):
                     found[name] = unchanging(values[0])
             known = {name: value for name, value in found.items() if name not in self.changed}
             known.update(self.facts.shared.get(at, {}))
+            known.update({} if self.world is None else self.world.fields.get(at, {}))
             self._attributes[at] = {name: value for name, value in known.items() if value is not UNKNOWN}
         return self._attributes[at]
 
@@ -359,111 +345,16 @@ class Evaluator:
         """Return every value that methods of a class assign to attributes of self."""
         assert isinstance(owner.node, ast.ClassDef)
         assigned: dict[str, list[Any]] = {}
+        if not has_fields(owner.node):  # there, a field's default
+            for target, value in assignments(owner.node.body):
+                if isinstance(target, ast.Name):
+                    assigned[target.id] = [self.value(value, Scope({}, owner))]
         for method in owner.node.body:
             if not isinstance(method, ast.FunctionDef):
                 continue
             scope = self.scope(method, Scope({}, owner))
             for target, value in assignments(list(walk(method))):
-                if _is_own_attribute(target):
+                if is_own_attribute(target):
                     assert isinstance(target, ast.Attribute)
                     assigned.setdefault(target.attr, []).append(self.value(value, scope))
         return assigned
-
-    def _shared(self, owner: Definition) -> dict[str, Any]:
-        """Return scalars that `__init__` alone sets and that all of the model's modules of this class have alike."""
-        at = owner.addresses[0]
-        if at not in self._alike:
-            self._alike[at] = self._found_alike(owner)
-        return self._alike[at]
-
-    def _found_alike(self, owner: Definition) -> dict[str, Any]:
-        assert isinstance(owner.node, ast.ClassDef)
-        instances = self._instances(owner)
-        if not instances:
-            return {}
-        outside: set[str] = set()
-        inside: set[str] = set()
-        for method in owner.node.body:
-            if isinstance(method, ast.FunctionDef):
-                names = {t.attr for t, _ in assignments(list(walk(method))) if _is_own_attribute(t)}  # type: ignore[attr-defined]
-                (inside if method.name == "__init__" else outside).update(names)
-        shared = {}
-        for name in inside - outside:
-            values = [getattr(each, name, UNKNOWN) for each in instances]
-            if type(values[0]) in SCALARS and all(type(v) is type(values[0]) and v == values[0] for v in values):
-                shared[name] = values[0]
-        return shared
-
-    def _instances(self, owner: Definition) -> list[nn.Module]:
-        at = owner.addresses[0]
-        if at not in self._modules:
-            real = getattr(importlib.import_module(owner.module), owner.names[0], None)
-            modules = [] if self.facts.module is None else self.facts.module.modules()
-            self._modules[at] = [each for each in modules if type(each) is real]
-        return self._modules[at]
-
-
-def plain(value: Any) -> Any:
-    """Return a value that a known function gave, if it is plain data, a function or a record of such; else UNKNOWN."""
-    if isinstance(value, (*SCALARS, FunctionType, functools.partial)):
-        return value
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return value if all(plain(item) is not UNKNOWN for item in value) else UNKNOWN
-    if isinstance(value, dict):
-        return value if all(plain(item) is not UNKNOWN for item in value.values()) else UNKNOWN
-    return value if dataclasses.is_dataclass(value) and not isinstance(value, type) else UNKNOWN
-
-
-def unchanging(value: Any) -> Any:
-    """Return a value that nobody can change through another name of it; else UNKNOWN."""
-    return UNKNOWN if isinstance(value, (list, dict, set)) else value
-
-
-def assignments(body: list[Any]) -> list[tuple[ast.expr, ast.expr | None]]:
-    """Return the assignments of statements as (target, value), tuples taken apart; value None: not one expression."""
-    pairs: list[tuple[ast.expr, ast.expr | None]] = []
-    for node in body:
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                pairs += _apart(target, node.value)
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            pairs.append((node.target, node.value))
-        elif isinstance(node, ast.AugAssign):
-            pairs.append((node.target, None))
-    return pairs
-
-
-def _apart(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr | None]]:
-    if not isinstance(target, (ast.Tuple, ast.List)):
-        return [(target, value)]
-    if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
-        return [pair for each, own in zip(target.elts, value.elts, strict=True) for pair in _apart(each, own)]
-    return [(each, None) for each in target.elts]
-
-
-def _is_stored(node: ast.Name) -> bool:
-    return isinstance(node.ctx, (ast.Store, ast.Del))
-
-
-def _is_own_attribute(node: ast.expr) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-
-
-def set_elsewhere(definitions: Iterable[Definition]) -> set[str]:
-    """Return attributes that are set on another object than self, or by a class and one that it is made from."""
-    definitions = list(definitions)
-    outside: set[str] = set()
-    own: dict[str, set[str]] = {}  # class → attributes that its methods set on self
-    for definition in definitions:
-        stored = [each for each in walk(definition.node) if isinstance(each, ast.Attribute)]
-        stored = [each for each in stored if isinstance(each.ctx, (ast.Store, ast.Del))]
-        outside |= {each.attr for each in stored if not _is_own_attribute(each)}
-        if isinstance(definition.node, ast.ClassDef):
-            own[definition.addresses[0]] = {each.attr for each in stored if _is_own_attribute(each)}
-    for definition in definitions:
-        if isinstance(definition.node, ast.ClassDef):
-            for base in definition.node.bases:
-                base = base.value if isinstance(base, ast.Subscript) else base
-                inherited = own.get(base.id, set()) if isinstance(base, ast.Name) else set()
-                outside |= inherited & own[definition.addresses[0]]
-    return outside

@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from pgolf_post.errors import MismatchError
 from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import constant_parameters
+from pgolf_post.submit.foreign import foreign_names
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.reduce import Reducer, copied
-from pgolf_post.submit.sources import Definition, Sources, children, is_address, walk
+from pgolf_post.submit.sources import Definition, Sources, children, is_address, name_of, walk
+from pgolf_post.submit.syntax import acts, has_fields
+from pgolf_post.submit.trim import trim
+from pgolf_post.submit.world import constant_world
 
 DROPPED_BASES = ("abc:ABC", "typing:Generic", "typing:Protocol")
 DROPPED_DECORATORS = ("abc:abstractmethod", "typing:runtime_checkable", "typing:override")
@@ -30,7 +34,6 @@ def __init__(self, **values):
 def model_copy(self, update):
     return type(self)(**{**self.__dict__, **update})
 """
-NEEDS_FIELDS = ("dataclasses:dataclass",)
 
 
 class Reach:
@@ -72,12 +75,12 @@ class Reach:
             node.value = chosen
         if isinstance(node, ast.ClassDef):
             self._plain_settings(node, definition)
-            bases = [base for base in node.bases if _name_of(base) not in DROPPED_BASES]
+            bases = [base for base in node.bases if name_of(base) not in DROPPED_BASES]
             node.bases = [base.value if isinstance(base, ast.Subscript) else base for base in bases]
             node.keywords = []
         for each in walk(node):
             if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
-                each.decorator_list = [d for d in each.decorator_list if _name_of(d) not in DROPPED_DECORATORS]
+                each.decorator_list = [d for d in each.decorator_list if name_of(d) not in DROPPED_DECORATORS]
         for _ in range(2):  # a local that the first pass settles decides branches in the second
             self.reducer.reduce(definition)
         return definition
@@ -91,7 +94,7 @@ class Reach:
             node.body, node.bases = ast.parse(PLAIN_SETTINGS).body, []
             return
         methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
-        node.body = [each for each in methods if not any(_name_of(d) in VALIDATORS for d in each.decorator_list)]
+        node.body = [each for each in methods if not any(name_of(d) in VALIDATORS for d in each.decorator_list)]
         node.body = node.body or [ast.Pass()]
 
     def _chosen_from_table(self, node: ast.stmt, module: str) -> ast.expr | None:
@@ -166,6 +169,9 @@ class Reach:
         learned = constant_parameters(self.reached)
         for definition, function, constant in learned:
             self.reducer.evaluator.learn(definition, function, constant)
+        evaluator, foreign = self.reducer.evaluator, foreign_names(self.external)
+        evaluator.learn_world(constant_world(self.reached, evaluator, foreign))
+        trim(self.reached, self.named, foreign)
         for definition in self.reached.values():
             self.reducer.reduce(definition)
 
@@ -174,7 +180,7 @@ class Reach:
         for each in node.body:
             if isinstance(each, ast.FunctionDef) and not any(each is method for method in live):
                 continue
-            if isinstance(each, ast.AnnAssign) and each.value is None and not _has_fields(node):
+            if isinstance(each, ast.AnnAssign) and each.value is None and not has_fields(node):
                 continue  # a declaration
             kept.append(each)
         for method in kept:
@@ -210,13 +216,6 @@ def names_read(node: ast.AST, at_import: bool = False) -> list[str]:
     return list(found)
 
 
-def _name_of(node: ast.expr) -> str:
-    """Return the address of a base or decorator, without its arguments."""
-    while isinstance(node, (ast.Call, ast.Subscript)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def _attribute_names(node: ast.AST) -> Iterator[str]:
     """Yield every attribute that is read, and every one that is asked for by name."""
     for each in walk(node):
@@ -232,19 +231,12 @@ def _is_kept(name: str, named: set[str]) -> bool:
     return name in named or name in CALLED_BY_TORCH or (name.startswith("__") and name.endswith("__"))
 
 
-def _has_fields(node: ast.ClassDef) -> bool:
-    """Whether declarations of a class are fields: of a dataclass or a NamedTuple."""
-    decorated = any(_name_of(each) in NEEDS_FIELDS for each in node.decorator_list)
-    return decorated or any(_name_of(base) == "typing:NamedTuple" for base in node.bases)
-
-
 def _drop_unread_attributes(method: ast.FunctionDef, named: set[str]) -> None:
-    """Leave out `self.x = value` where nothing reads x and the value is a name or a constant."""
+    """Leave out `self.x = value` where nothing reads x and working out the value does nothing else."""
 
     def is_dead(target: ast.expr, value: ast.expr) -> bool:
-        is_own = isinstance(target, ast.Attribute) and _name_of(target.value) == "self"
-        is_plain = isinstance(value, (ast.Name, ast.Constant)) or _name_of(value) == "functools:partial"
-        return is_own and target.attr not in named and is_plain  # type: ignore[attr-defined]
+        is_own = isinstance(target, ast.Attribute) and name_of(target.value) == "self"
+        return is_own and target.attr not in named and not acts(value)  # type: ignore[attr-defined]
 
     for part in walk(method):
         body = getattr(part, "body", None)
@@ -252,6 +244,8 @@ def _drop_unread_attributes(method: ast.FunctionDef, named: set[str]) -> None:
             continue
         kept: list[ast.stmt] = []
         for each in body:
+            if isinstance(each, ast.AnnAssign) and each.value is not None and is_dead(each.target, each.value):
+                continue
             if isinstance(each, ast.Assign) and len(each.targets) == 1:
                 target, value = each.targets[0], each.value
                 if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):

@@ -15,8 +15,10 @@ from types import FunctionType
 from typing import Any
 
 from pgolf_post.settings import Settings
-from pgolf_post.submit.known import MOST_ITEMS, SCALARS, UNKNOWN, Evaluator, Partly, Scope
+from pgolf_post.submit.facts import MOST_ITEMS, SCALARS, UNKNOWN, Partly, Scope
+from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, Transformer, address, is_address, walk
+from pgolf_post.submit.syntax import acts
 
 EMPTY = (ast.Pass,)
 SHARED = (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)  # by all trees: Python makes one of each
@@ -84,24 +86,27 @@ class _Reduction(Transformer):
         node.values = kept
         return kept[0] if len(kept) == 1 else node
 
+    def _condition(self, node: ast.expr) -> ast.expr:
+        """Return a condition without operands that never decide it: only its truth is asked for."""
+        if not isinstance(node, ast.BoolOp):
+            return node
+        decides = isinstance(node.op, ast.Or)
+        truths = [self.evaluator.truth(each, self.scope) for each in node.values]
+        kept = [
+            self._condition(each)
+            for each, truth in zip(node.values, truths, strict=True)
+            if truth is UNKNOWN or truth == decides or acts(each)
+        ]
+        node.values = kept
+        return node if len(kept) > 1 else kept[0] if kept else ast.Constant(not decides)
+
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
-        test = self._test(node.test)
+        test = self.evaluator.truth(node.test, self.scope)
         if test is not UNKNOWN:
             return self.visit(node.body if test else node.orelse)
         self.generic_visit(node)
+        node.test = self._condition(node.test)
         return node
-
-    def _test(self, node: ast.expr) -> Any:
-        """Return whether a condition holds: its truth may be known where its value is not (`x and False`)."""
-        value = self.evaluator.value(node, self.scope)
-        if value is not UNKNOWN:
-            return bool(value)
-        if isinstance(node, ast.BoolOp):
-            decides = isinstance(node.op, ast.Or)
-            tests = [self._test(each) for each in node.values]
-            if any(test is not UNKNOWN and test == decides for test in tests) and not _acts(node):
-                return decides
-        return UNKNOWN
 
     # ---- statements ------------------------------------------------------------------------------------------------
 
@@ -169,11 +174,24 @@ class _Reduction(Transformer):
             node.body = []
             self.generic_visit(node)
             node.body = self._body(body)
-            if isinstance(node, (ast.For, ast.While)):
-                node.orelse = self._body(node.orelse) if node.orelse else []
-            return [node]
+            if isinstance(node, ast.With):
+                return self._with(node)
+            node.orelse = self._body(node.orelse) if node.orelse else []
+            is_idle = isinstance(node, ast.For) and not acts(node.iter) and not node.orelse
+            return [] if is_idle and all(isinstance(each, EMPTY) for each in node.body) else [node]
         visited = self.visit(node)
         return [] if isinstance(visited, EMPTY) else [visited]
+
+    def _with(self, node: ast.With) -> list[ast.stmt]:
+        """Leave out contexts that only talk, once nothing reads what they give."""
+        read = {each.id for part in node.body for each in walk(part) if isinstance(each, ast.Name)}
+        node.items = [
+            each
+            for each in node.items
+            if not self._is_silent(each.context_expr)
+            or (isinstance(each.optional_vars, ast.Name) and each.optional_vars.id in read)
+        ]
+        return [node] if node.items else node.body
 
     def _is_silent(self, node: ast.expr) -> bool:
         if not isinstance(node, ast.Call):
@@ -182,18 +200,18 @@ class _Reduction(Transformer):
         return name in self.reducer.silent
 
     def _if(self, node: ast.If) -> list[ast.stmt]:
-        test = self._test(node.test)
+        test = self.evaluator.truth(node.test, self.scope)
         if test is not UNKNOWN:
             chosen = node.body if test else node.orelse
             return [each for each in self._body(chosen) if not isinstance(each, EMPTY)] if chosen else []
-        node.test = self.visit(node.test)
+        node.test = self._condition(self.visit(node.test))
         is_guard = _only_raises(node.body)
         if is_guard and not node.orelse:
             negated = ast.copy_location(ast.Assert(ast.UnaryOp(ast.Not(), node.test), ast.Constant("rule")), node)
             return [ast.fix_missing_locations(negated)]
         node.body = self._body(node.body)
         node.orelse = [e for e in self._body(node.orelse) if not isinstance(e, EMPTY)] if node.orelse else []
-        if all(isinstance(each, EMPTY) for each in node.body) and not node.orelse and not _acts(node.test):
+        if all(isinstance(each, EMPTY) for each in node.body) and not node.orelse and not acts(node.test):
             return []
         return [node]
 
@@ -281,11 +299,6 @@ def _leaves_by_error(body: list[ast.stmt]) -> bool:
     return isinstance(body[-1], ast.Raise) and isinstance(body[-1].exc, ast.Call)
 
 
-def _acts(node: ast.AST) -> bool:
-    """Whether evaluating an expression may do something: it calls or awaits."""
-    return any(isinstance(each, (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)) for each in walk(node))
-
-
 def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bool]) -> None:
     """Leave out assignments to locals that nothing reads, of values that are known or take no call."""
     read = {each.id for each in walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
@@ -294,7 +307,7 @@ def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bo
     def is_dead(each: ast.stmt) -> bool:
         if not isinstance(each, ast.Assign) or len(each.targets) != 1:
             return False
-        if _acts(each.value) and not is_known(each.value):
+        if acts(each.value) and not is_known(each.value):
             return False
         target = each.targets[0]
         names = target.elts if isinstance(target, ast.Tuple) else [target]

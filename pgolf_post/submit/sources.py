@@ -238,6 +238,13 @@ def bound_names(node: ast.AST) -> list[str]:
     return list(names)
 
 
+def name_of(node: ast.expr) -> str:
+    """Return the address of a base or decorator, without its arguments."""
+    while isinstance(node, (ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def parameters(node: Function) -> list[ast.arg]:
     """Return all parameters of a function."""
     own = node.args

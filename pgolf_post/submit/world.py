@@ -1,0 +1,216 @@
+"""Attributes and functions that are constant in the whole program, whoever asks.
+
+A plan without trellises makes every record with `trellis=None`. No class of the program gives the attribute another
+value, and no library's object has one of that name, so `anything.trellis` is None, and what only a trellis needs goes.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pgolf_post.settings import Settings
+from pgolf_post.submit.calls import Calls, argument, is_base, is_made_otherwise, is_open
+from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World
+from pgolf_post.submit.known import Evaluator
+from pgolf_post.submit.sources import Definition, is_address, name_of, walk
+from pgolf_post.submit.syntax import assignments, has_fields, is_own_attribute
+
+SAME: Any = object()  # the attribute of the same name of another object
+PROPERTIES = ("property", "functools:cached_property")
+REMAKERS = ("_replace", "replace", "dataclasses:replace", "types:SimpleNamespace")
+
+
+def constant_world(reached: Mapping[str, Definition], evaluator: Evaluator, foreign: frozenset[str]) -> World:
+    """Return what is constant in a program."""
+    calls = Calls.of_definitions(reached)
+    otherwise = {*foreign, *evaluator.changed, *remade(each.node for each in reached.values())}
+    values: dict[str, list[Any]] = {}
+    fields: dict[str, dict[str, Any]] = {}
+    for at, definition in reached.items():
+        if isinstance(definition.node, ast.ClassDef):
+            given = _of_fields(definition.node, at, reached, calls)
+            fields[at] = {k: v for k, v in given.items() if v not in (SAME, UNKNOWN) and k not in otherwise - foreign}
+            for name, value in _of_class(definition, given, evaluator):
+                values.setdefault(name, []).append(value)
+    agreed = {name: _agreed(own) for name, own in values.items() if name not in otherwise}
+    attributes = {name: value for name, value in agreed.items() if value is not UNKNOWN and value is not SAME}
+    return World(attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached))
+
+
+def remade(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the names of attributes that a call gives an object: `replace(record, name=…)` and its like."""
+    calls = [each for node in nodes for each in walk(node) if isinstance(each, ast.Call)]
+    names: set[str] = set()
+    for call in calls:
+        function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if function in REMAKERS:
+            names.update(key.arg for key in call.keywords if key.arg)
+        if function == "setattr" and len(call.args) > 1 and isinstance(call.args[1], ast.Constant):
+            names.add(str(call.args[1].value))
+    return names
+
+
+def remade_settings(definitions: Iterable[Definition], objects: Iterable[Settings]) -> set[str]:
+    """Return the settings that `model_copy(update={…})` gives another value than the known objects have."""
+    objects, names = list(objects), set[str]()
+    for definition in definitions:
+        for call in walk(definition.node):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "model_copy":
+                for update in [key.value for key in call.keywords if isinstance(key.value, ast.Dict)]:
+                    for key, value in zip(update.keys, update.values, strict=True):
+                        held = [getattr(each, key.value) for each in objects if hasattr(each, key.value)]  # type: ignore[union-attr]
+                        same = isinstance(value, ast.Constant) and all(each == value.value for each in held)
+                        names.update(set() if same else {key.value})  # type: ignore[union-attr]
+    return names
+
+
+def constant_functions(reached: Mapping[str, Definition]) -> dict[str, Any]:
+    """Return the functions that do nothing but return a constant, with it."""
+    functions = {at: each.node for at, each in reached.items() if isinstance(each.node, ast.FunctionDef)}
+    found = {at: _returned(node) for at, node in functions.items() if not node.decorator_list}
+    return {at: value for at, value in found.items() if value is not UNKNOWN}
+
+
+def _returned(node: ast.FunctionDef) -> Any:
+    """Return the constant that a function returns; UNKNOWN where it does more."""
+    *before, last = node.body
+    is_all = all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) for each in before)
+    if not is_all or not isinstance(last, ast.Return):
+        return UNKNOWN
+    if last.value is None:
+        return None
+    return last.value.value if isinstance(last.value, ast.Constant) and last.value.kind is None else UNKNOWN
+
+
+def _of_class(definition: Definition, given: Mapping[str, Any], evaluator: Evaluator) -> Iterator[tuple[str, Any]]:
+    """Yield every attribute that objects of a class have, with its value in all of them, or UNKNOWN."""
+    node = definition.node
+    assert isinstance(node, ast.ClassDef)
+    real = getattr(importlib.import_module(definition.module), definition.names[0], None)
+    if isinstance(real, type) and issubclass(real, Settings):
+        yield from _of_settings(real, evaluator)
+    else:
+        known = evaluator.attributes(definition)
+        stored = {t.attr for each in node.body for t, _ in assignments(list(walk(each))) if is_own_attribute(t)}  # type: ignore[attr-defined]
+        named = {t.id for t, _ in assignments(node.body) if isinstance(t, ast.Name)}
+        for name in sorted(stored | named | given.keys()):
+            is_plain = name in given and name not in stored
+            yield name, given[name] if is_plain else known.get(name, UNKNOWN)
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef):
+            is_property = any(name_of(each) in PROPERTIES for each in method.decorator_list)
+            yield method.name, _returned(method) if is_property else UNKNOWN
+
+
+def _of_settings(real: type[Settings], evaluator: Evaluator) -> Iterator[tuple[str, Any]]:
+    objects = [each for each in evaluator.facts.objects if isinstance(each, real)]
+    for name in real.model_fields:
+        for each in objects:
+            yield name, getattr(each, name)
+        if not objects:
+            yield name, UNKNOWN
+
+
+def _of_fields(node: ast.ClassDef, at: str, reached: Mapping[str, Definition], calls: Calls) -> dict[str, Any]:
+    """Return the fields of a record class, each with the constant that every call of the class gives it.
+
+    SAME stands for the attribute of that name of another object.
+    """
+    fields = [each for each in node.body if isinstance(each, ast.AnnAssign)] if has_fields(node) else []
+    makers = calls.by_name.get(at, [])
+    is_open_class = at in calls.handed_on or is_base(at, reached) or is_made_otherwise(node)
+    found: dict[str, Any] = {}
+    for place, each in enumerate(fields):
+        assert isinstance(each.target, ast.Name)
+        name = each.target.id
+        defaults = {} if each.value is None else {name: each.value}
+        given = [_resolved(call, name, place, defaults, len(fields), name, calls, 3) for call in makers]
+        found[name] = UNKNOWN if is_open_class else _agreed(given)
+    return found
+
+
+def _resolved(
+    call: ast.Call,
+    parameter: str,
+    place: int | None,
+    defaults: Mapping[str, ast.expr],
+    room: int,
+    attribute: str,  # that the argument becomes in the end
+    calls: Calls,
+    depth: int,  # of functions that hand on their own parameter
+) -> Any:
+    """Return the constant that a call gives a parameter, SAME for the attribute of another object; else UNKNOWN."""
+    node = UNKNOWN if is_open(call) else argument(call, parameter, place, defaults, room)
+    if node is None or node is UNKNOWN:
+        return UNKNOWN
+    if isinstance(node, ast.Constant):
+        return node.value if node.kind is None else UNKNOWN
+    if isinstance(node, ast.Attribute):
+        is_global = isinstance(node.value, ast.Name) and is_address(node.value.id)
+        return SAME if node.attr == attribute and not is_global else UNKNOWN
+    around, at = calls.around.get(id(call), (None, ""))
+    if not isinstance(node, ast.Name) or around is None or at in calls.handed_on or not depth:
+        return UNKNOWN
+    names = [each.arg for each in around.args.args]
+    if names.count(node.id) != 1 or _is_bound_again(around, node.id):
+        return UNKNOWN
+    own = around.args
+    with_default = dict(zip(names[len(names) - len(own.defaults) :], own.defaults, strict=True))
+    makers = calls.by_name.get(at, [])
+    more = (names.index(node.id), with_default, len(names), attribute, calls, depth - 1)
+    return _agreed([_resolved(each, node.id, *more) for each in makers])
+
+
+def _is_bound_again(function: ast.FunctionDef, name: str) -> bool:
+    """Whether a parameter's name also stands for something else inside its function."""
+    names = [each for each in walk(function) if isinstance(each, ast.Name) and each.id == name]
+    arguments = [each for each in walk(function) if isinstance(each, ast.arg) and each.arg == name]
+    return len(arguments) > 1 or any(not isinstance(each.ctx, ast.Load) for each in names)
+
+
+def _agreed(values: list[Any]) -> Any:
+    """Return the one constant among values, SAME left out; SAME if there is nothing else; UNKNOWN if they differ."""
+    constants = [each for each in values if each is not SAME]
+    if not values or any(each is UNKNOWN or type(each) not in SCALARS for each in constants):
+        return UNKNOWN
+    if not constants:
+        return SAME
+    one = constants[0]
+    return one if all(type(each) is type(one) and each == one for each in constants) else UNKNOWN
+
+
+def kinds_by_name(
+    reached: Mapping[str, Definition], evaluator: Evaluator, foreign: frozenset[str]
+) -> dict[str, Partly]:
+    """Return what is known of `anything.name`, where every class that has the attribute declares it of known kinds."""
+    declared: dict[str, list[Any]] = {}
+    for definition in reached.values():
+        for name, annotation in _declared(definition.node):
+            known = evaluator.facts.values.get(annotation.id) if isinstance(annotation, ast.Name) else None
+            declared.setdefault(name, []).append(known)
+    return {
+        name: _common(kinds)
+        for name, kinds in declared.items()
+        if name not in foreign and all(isinstance(each, Partly) for each in kinds)
+    }
+
+
+def _declared(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield every attribute that a class gives its objects, with the class that it is declared to be of, if one is."""
+    if not isinstance(node, ast.ClassDef):
+        return
+    for each in node.body:
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+            yield each.target.id, each.annotation
+        elif isinstance(each, ast.FunctionDef):
+            yield each.name, each.returns if any(name_of(d) in PROPERTIES for d in each.decorator_list) else None
+            yield from ((t.attr, None) for t, _ in assignments(list(walk(each))) if is_own_attribute(t))  # type: ignore[attr-defined]
+
+
+def _common(kinds: list[Partly]) -> Partly:
+    first, *rest = kinds
+    same = {k: v for k, v in first.attributes.items() if all(k in o.attributes and o.attributes[k] == v for o in rest)}
+    return Partly(same)
