@@ -153,6 +153,26 @@ def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -
     return constants
 
 
+def closed_functions(
+    reached: Mapping[str, Definition], foreign: frozenset[str]
+) -> Iterable[tuple[str, ast.FunctionDef, int]]:
+    """Yield functions whose calls are all known: how they are called, and how many parameters are given by Python."""
+    methods: dict[str, list[ast.FunctionDef]] = {}
+    for at, definition in reached.items():
+        node = definition.node
+        if isinstance(node, ast.FunctionDef):
+            yield at, node, 0
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(method, ast.FunctionDef):
+                methods.setdefault(method.name, []).append(method)
+                if method.name == "__init__" and not is_base(at, reached):
+                    yield at, method, 1
+    for name, same in methods.items():
+        is_alone = len(same) == 1 and not same[0].decorator_list and not is_static(same[0])
+        if is_alone and name not in foreign and name not in LEFT_ALONE and not name.startswith("__"):
+            yield f".{name}", same[0], 1
+
+
 def is_base(at: str, reached: Mapping[str, Definition]) -> bool:
     """Return whether a class of the program is made from the class at an address."""
     return any(part.id == at for each in reached.values() for part in _bases(each.node))

@@ -70,6 +70,7 @@ class World:
     fields: Mapping[str, Mapping[str, Any]]  # record class → field → value in all of its objects
     kinds: Mapping[str, Partly]  # name → what is known of the object that it is
     functions: Mapping[str, Any]  # function that does nothing but return a constant → it
+    passing: Mapping[str, int]  # function or ".method" that does nothing but return an argument → which one
 
 
 def plain(value: Any) -> Any:

@@ -263,8 +263,9 @@ def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
         return
     row, peak = module.schedule_of(settings.shape), module.warmup_end(settings)
     read = {key: getattr(settings, key) for key in row.reads}
+    keywords = ", ".join(f"{key}={value!r}" for key, value in read.items())
     rise = f"    if at < {peak!r}:\n        return max(at / {peak!r}, {settings.lr_floor!r})\n"
-    source = f"def lr_multiplier(settings, at):\n{rise}    return shape(at, {peak!r}, **{read!r})"
+    source = f"def lr_multiplier(settings, at):\n{rise}    return shape(at, {peak!r}, {keywords})"
     sources.replace(address(module.__name__, "lr_multiplier"), source, {"shape": _address_of(row.function)})
 
 

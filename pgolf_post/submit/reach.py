@@ -18,7 +18,7 @@ from pgolf_post.submit.foreign import foreign_names
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.reduce import Reducer, copied
 from pgolf_post.submit.sources import Definition, Sources, children, is_address, name_of, walk
-from pgolf_post.submit.syntax import acts, has_fields
+from pgolf_post.submit.syntax import acts, assignments, has_fields
 from pgolf_post.submit.trim import trim
 from pgolf_post.submit.world import constant_world
 
@@ -182,6 +182,8 @@ class Reach:
                 continue
             if isinstance(each, ast.AnnAssign) and each.value is None and not has_fields(node):
                 continue  # a declaration
+            if not has_fields(node) and _is_unread_constant(each, self.named):
+                continue
             kept.append(each)
         for method in kept:
             if isinstance(method, ast.FunctionDef):
@@ -229,6 +231,14 @@ def _attribute_names(node: ast.AST) -> Iterator[str]:
 
 def _is_kept(name: str, named: set[str]) -> bool:
     return name in named or name in CALLED_BY_TORCH or (name.startswith("__") and name.endswith("__"))
+
+
+def _is_unread_constant(node: ast.stmt, named: set[str]) -> bool:
+    """Whether a statement of a class gives it an attribute that nothing reads."""
+    pairs = assignments([node])
+    names = [target.id for target, _ in pairs if isinstance(target, ast.Name)]
+    is_plain = bool(pairs) and len(names) == len(pairs) and not any(v is None or acts(v) for _, v in pairs)
+    return is_plain and not any(_is_kept(name, named) for name in names)
 
 
 def _drop_unread_attributes(method: ast.FunctionDef, named: set[str]) -> None:

@@ -18,7 +18,7 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit.facts import MOST_ITEMS, SCALARS, UNKNOWN, Partly, Scope
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, Transformer, address, is_address, walk
-from pgolf_post.submit.syntax import acts
+from pgolf_post.submit.syntax import acts, assignments
 
 EMPTY = (ast.Pass,)
 SHARED = (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)  # by all trees: Python makes one of each
@@ -72,6 +72,17 @@ class _Reduction(Transformer):
         written = literal(value, records=is_answer)
         return written if written is None or ast.dump(written) != ast.dump(node) else None
 
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Write the argument in place of a call of a function that only returns it."""
+        world = self.evaluator.world
+        name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        place = world.passing.get(name) if world is not None and not node.keywords else None
+        if place is None or place >= len(node.args) or any(isinstance(each, ast.Starred) for each in node.args):
+            return self.generic_visit(node)
+        others = [each for number, each in enumerate(node.args) if number != place]
+        is_quiet = not any(acts(each) for each in [*others, *([node.func] if name.startswith(".") else [])])
+        return self.visit(node.args[place]) if is_quiet else self.generic_visit(node)
+
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         """Leave out operands that decide nothing, and what comes after one that decides."""
         decides = isinstance(node.op, ast.Or)
@@ -114,11 +125,25 @@ class _Reduction(Transformer):
         node.decorator_list = [self.visit(each) for each in node.decorator_list]
         node.args.defaults = [self.visit(each) for each in node.args.defaults]
         node.args.kw_defaults = [each and self.visit(each) for each in node.args.kw_defaults]
-        outer, self.scope = self.scope, self.evaluator.scope(node, self.scope)
-        node.body = self._body(node.body)
-        own, self.scope = self.scope, outer
-        _drop_unused_locals(node, lambda value: self.evaluator.value(value, own) is not UNKNOWN)
+        outer = self.scope
+        for name in _unset_at_first(node):
+            trial = _copied(node)
+            self._reduce_body(trial, outer, {name: None}, keep_unread=True)
+            if all(isinstance(each, ast.Constant) and each.value is None for each in _values_of(trial, name)):
+                node.body = trial.body
+        self._reduce_body(node, outer, {})
         return node
+
+    def _reduce_body(
+        self, node: ast.FunctionDef, outer: Scope, assumed: dict[str, Any], keep_unread: bool = False
+    ) -> None:
+        """Reduce a function's body in place, as if some of its locals were constant."""
+        own = self.scope = self.evaluator.scope(node, outer)
+        own.locals.update(assumed)
+        node.body = self._body(node.body)
+        self.scope = outer
+        if not keep_unread:
+            _drop_unused_locals(node, lambda value: self.evaluator.value(value, own) is not UNKNOWN)
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
         outer, self.scope = self.scope, self.evaluator.scope(node, self.scope)
@@ -319,6 +344,23 @@ def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bo
             if isinstance(body, list) and body and isinstance(body[0], ast.stmt):
                 alive = [each for each in body if not is_dead(each)]
                 setattr(part, field, alive or ([ast.Pass()] if field == "body" else []))
+
+
+def _unset_at_first(node: ast.FunctionDef) -> list[str]:
+    """Return locals that are None at first and something else later, perhaps in branches that are never taken."""
+    asked = {each.left.id for each in walk(node) if isinstance(each, ast.Compare) and isinstance(each.left, ast.Name)}
+    pairs = [(t.id, v) for t, v in assignments(node.body) if isinstance(t, ast.Name) and t.id in asked]
+    names = [name for name, v in pairs if isinstance(v, ast.Constant) and v.value is None]
+    is_shared = any(isinstance(each, (ast.Global, ast.Nonlocal)) for each in walk(node))
+    return [] if is_shared else [name for name in names if len(_values_of(node, name)) > 1]
+
+
+def _values_of(node: ast.FunctionDef, name: str) -> list[ast.expr | None]:
+    """Return what a function assigns to a local, None for what is not one expression."""
+    pairs = assignments([each for each in walk(node) if isinstance(each, ast.stmt)])
+    values = [value for target, value in pairs if isinstance(target, ast.Name) and target.id == name]
+    stores = [e for e in walk(node) if isinstance(e, ast.Name) and e.id == name and not isinstance(e.ctx, ast.Load)]
+    return [*values, *[None] * (len(stores) - len(values))]
 
 
 def copied(definition: Definition) -> Definition:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from pgolf_post.settings import Settings
-from pgolf_post.submit.calls import LEFT_ALONE, Calls, is_base, is_made_otherwise, is_open, is_static
+from pgolf_post.submit.calls import Calls, closed_functions, is_base, is_made_otherwise, is_open
 from pgolf_post.submit.sources import Definition, name_of, walk
 from pgolf_post.submit.syntax import acts, has_fields
 
@@ -22,7 +22,7 @@ ARRAYS = ("ndarray", "torch:Tensor", "pgolf_post.calibrate.stats:Tensors")
 def trim(reached: Mapping[str, Definition], named: set[str], foreign: frozenset[str]) -> None:
     """Leave out parameters and fields that nothing reads, in place."""
     calls = Calls.of(each.node for each in reached.values())
-    for at, function, first in _functions(reached, calls, foreign):
+    for at, function, first in closed_functions(reached, foreign):
         if at not in calls.handed_on:
             _trim_function(function, calls.by_name.get(at, []), first)
     for at, definition in reached.items():
@@ -33,26 +33,6 @@ def trim(reached: Mapping[str, Definition], named: set[str], foreign: frozenset[
         if isinstance(node, ast.ClassDef) and _is_settings(definition):
             for call in calls.by_name.get(at, []):
                 call.keywords = [key for key in call.keywords if key.arg is None or key.arg in named or acts(key.value)]
-
-
-def _functions(
-    reached: Mapping[str, Definition], calls: Calls, foreign: frozenset[str]
-) -> Iterable[tuple[str, ast.FunctionDef, int]]:
-    """Yield functions whose calls are all known: how they are called, and how many parameters are given by Python."""
-    methods: dict[str, list[ast.FunctionDef]] = {}
-    for at, definition in reached.items():
-        node = definition.node
-        if isinstance(node, ast.FunctionDef):
-            yield at, node, 0
-        for method in node.body if isinstance(node, ast.ClassDef) else []:
-            if isinstance(method, ast.FunctionDef):
-                methods.setdefault(method.name, []).append(method)
-                if method.name == "__init__" and not is_base(at, reached):
-                    yield at, method, 1
-    for name, same in methods.items():
-        is_alone = len(same) == 1 and not same[0].decorator_list and not is_static(same[0])
-        if is_alone and name not in foreign and name not in LEFT_ALONE and not name.startswith("__"):
-            yield f".{name}", same[0], 1
 
 
 def _trim_function(function: ast.FunctionDef, calls: list[ast.Call], first: int) -> None:

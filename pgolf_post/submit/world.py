@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pgolf_post.settings import Settings
-from pgolf_post.submit.calls import Calls, argument, is_base, is_made_otherwise, is_open
+from pgolf_post.submit.calls import Calls, argument, closed_functions, is_base, is_made_otherwise, is_open
 from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, is_address, name_of, walk
@@ -37,7 +37,8 @@ def constant_world(reached: Mapping[str, Definition], evaluator: Evaluator, fore
                 values.setdefault(name, []).append(value)
     agreed = {name: _agreed(own) for name, own in values.items() if name not in otherwise}
     attributes = {name: value for name, value in agreed.items() if value is not UNKNOWN and value is not SAME}
-    return World(attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached))
+    passing = passing_functions(reached, calls, foreign)
+    return World(attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached), passing)
 
 
 def remade(nodes: Iterable[ast.AST]) -> set[str]:
@@ -72,6 +73,20 @@ def constant_functions(reached: Mapping[str, Definition]) -> dict[str, Any]:
     functions = {at: each.node for at, each in reached.items() if isinstance(each.node, ast.FunctionDef)}
     found = {at: _returned(node) for at, node in functions.items() if not node.decorator_list}
     return {at: value for at, value in found.items() if value is not UNKNOWN}
+
+
+def passing_functions(reached: Mapping[str, Definition], calls: Calls, foreign: frozenset[str]) -> dict[str, int]:
+    """Return the functions that do nothing but return an argument, with its place in a call."""
+    found = {}
+    for at, function, first in closed_functions(reached, foreign):
+        *before, last = function.body
+        is_all = all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) for each in before)
+        value = last.value if isinstance(last, ast.Return) else None
+        names = [each.arg for each in function.args.args][first:]
+        is_own = isinstance(value, ast.Name) and value.id in names and not function.decorator_list
+        if is_all and is_own and at not in calls.handed_on and function.name != "__init__":
+            found[at] = names.index(value.id)  # type: ignore[union-attr]
+    return found
 
 
 def _returned(node: ast.FunctionDef) -> Any:

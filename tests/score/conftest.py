@@ -38,6 +38,51 @@ RECORD = {
     "train_seq_len": 32,
 }
 
+MANY_PARTS: dict[str, dict[str, Any]] = {  # that a pico model can have at once
+    "passes and n-grams": {
+        "lanes_start": None,
+        "smear_gate": False,
+        "mlp_mult": (2.0, 1.0, 0.0, 2.0),
+        "rope_base": (9.0, 99.0, 9.0, 99.0),
+        "xsa_alpha": 0.8,
+        "pass_embeddings": "visit",
+        "pass_norm": True,
+        "pass_film": "pass",
+        "value_x0_layers": (1,),
+        "bigram_buckets": 32,
+        "bigram_classes": "word_position",
+        "bigram_heads": 2,
+        "bigram_gate": True,
+        "word_start_boost": True,
+        "trigram_buckets": 16,
+        "token_type_dim": 4,
+        "output_bias": "zeros",
+        "head_residual_rank": 2,
+        "skip_norm": "after",
+        "sandwich_norm": "both",
+        "nope_layers": (3,),
+        "token_kinds": "0819" * 80,
+    },
+    "values and layers": {
+        "value_residual": True,
+        "value_residual_from": "previous",
+        "value_residual_init": 0.3,
+        "activation": ("leaky_relu2", "gelu2", "relu2", "swiglu"),
+        "mlp_hidden": (40, 24, 24, 48),
+        "rope_dims": (0, 4, 8, 16),
+        "q_gain_init": (4.0, 2.0, 1.0, 3.0),
+        "xsa_layers": (0, 2),
+        "skip_norm": "before",
+        "embedding_dim": 24,
+        "sandwich_norm": "attention",
+        "bigram_buckets": 32,
+        "bigram_classes": "word_start",
+        "trigram": True,
+        "word_start_boost": True,
+        "token_kinds": "0819" * 80,
+    },
+}
+
 
 def record_model(seed: int = 0, active_loops: int = 2, **changes: Any) -> Any:
     """A pico model with loops, lanes, gates and smear, and weights of some size everywhere."""

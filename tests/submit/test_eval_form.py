@@ -21,8 +21,9 @@ from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.score.protocols import Protocol, folder_text, make_protocol, score_text
 from pgolf_post.submit.forms import eval_form
 from pgolf_post.submit.packed import packed as packed_script
+from pgolf_post.submit.packed import shortened
 from pgolf_post.submit.prove import prove
-from tests.score.conftest import record_model, ttt
+from tests.score.conftest import MANY_PARTS, record_model, ttt
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_family.py"
 PROTOCOLS: dict[str, Callable[[], Protocol]] = {
@@ -40,30 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "split in a loop": {"loop_end": 3, "lanes_start": 2},
     "isolated": {"isolate_documents": True, "document_cut": 16},
     "older": {**OLD_GATES, **OLD_LINE, "value_embed_layers": (1, 2), "value_embed_dim": 8, "activation": "swiglu"},
-    "parts": {
-        "lanes_start": None,
-        "smear_gate": False,
-        "mlp_mult": (2.0, 1.0, 0.0, 2.0),
-        "rope_base": (9.0, 99.0, 9.0, 99.0),
-        "xsa_alpha": 0.8,
-        "pass_embeddings": "visit",
-        "pass_norm": True,
-        "pass_film": "pass",
-        "value_x0_layers": (1,),
-        "bigram_buckets": 32,
-        "bigram_classes": "word_position",
-        "bigram_heads": 2,
-        "bigram_gate": True,
-        "word_start_boost": True,
-        "trigram_buckets": 16,
-        "token_type_dim": 4,
-        "output_bias": "zeros",
-        "head_residual_rank": 2,
-        "skip_norm": "after",
-        "sandwich_norm": "both",
-        "nope_layers": (3,),
-        "token_kinds": "0819" * 80,
-    },
+    **MANY_PARTS,
     "carry": {"carry": "frozen", "lanes_start": None, "untied_loop_mlps": True, "embedding_dim": 24, "rope_ntk": True},
 }
 
@@ -123,7 +101,7 @@ def test_the_sums_are_our_scorers_to_the_bit(
     protocol = PROTOCOLS[name]()
     amalgam = eval_form(packed.config, protocol)
     assert not {"pgolf_post", "trainer", "pydantic", "click", "safetensors"} & set(amalgam.external)
-    answer = run_here(amalgam.source, packed, monkeypatch, capsys)
+    answer = run_here(shortened(amalgam.source), packed, monkeypatch, capsys)
     expected = packed.score(protocol)
     assert {key: answer[key] for key in expected} == expected
 
@@ -139,6 +117,23 @@ def test_every_part_of_the_architecture_survives(
     protocol = make_protocol("sliding", {"max_tokens": 200, "stride": 16, "seq_len": 48}, 48, "test")
     packed = Packed(tmp_path, pico_data, **MODELS[name])
     answer = run_here(eval_form(packed.config, protocol).source, packed, monkeypatch, capsys)
+    expected = packed.score(protocol)
+    assert {key: answer[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("method", marked(("lora", "sgd")))
+@pytest.mark.parametrize("parts", MANY_PARTS)
+def test_training_with_every_part_survives(
+    parts: str,
+    method: str,
+    tmp_path: Path,
+    pico_data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    protocol = ttt(method, max_tokens=300)
+    packed = Packed(tmp_path, pico_data, **MANY_PARTS[parts])
+    answer = run_here(shortened(eval_form(packed.config, protocol).source), packed, monkeypatch, capsys)
     expected = packed.score(protocol)
     assert {key: answer[key] for key in expected} == expected
 

@@ -116,3 +116,36 @@ def test_a_context_that_only_talks_goes_once_nothing_reads_it(project: Project) 
     assert run(amalgam) == [0, 1, 2]
     assert not any(isinstance(each, ast.With) for each in ast.walk(ast.parse(amalgam.source)))
     assert "range(2)" not in amalgam.source
+
+
+def test_a_local_that_would_only_be_set_where_it_is_set_already_is_none(project: Project) -> None:
+    project.write(
+        main="def split(pair): return undefined_here\n"
+        "def main():\n    lanes = None\n    other = None\n    for i in range(3):\n"
+        "        if lanes is not None:\n            lanes = split(lanes)\n"
+        "        other = i if other is None else other + i\n    return lanes is None, other\n"
+    )
+    amalgam = project.amalgamate()
+    assert run(amalgam) == (True, 3)
+    assert "split" not in amalgam.source
+
+
+def test_a_function_that_only_returns_its_argument_is_its_argument(project: Project) -> None:
+    project.write(
+        main="class Carry:\n    def carried(self, layer, x): return x\n"
+        "def loud(seen):\n    seen.append(1)\n    return 5\n"
+        "def main():\n    seen = []\n    carry = Carry()\n"
+        "    return carry.carried(0, loud(seen)), carry.carried(loud(seen), 2), seen\n"
+    )
+    assert run(project.amalgamate()) == (5, 2, [1, 1])
+
+
+def test_attributes_of_a_class_that_nothing_reads_go(project: Project) -> None:
+    project.write(
+        main="class Layer:\n    fused = None\n    width = 2\n"
+        "    def run(self, x):\n        return self.fused(x) if self.fused is not None else x * self.width\n"
+        "def main():\n    return Layer().run(3)\n"
+    )
+    amalgam = project.amalgamate()
+    assert run(amalgam) == 6
+    assert "fused" not in amalgam.source
