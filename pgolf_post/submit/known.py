@@ -191,6 +191,8 @@ class Evaluator:
 
     def _item(self, node: ast.Subscript, scope: Scope) -> Any:
         base, index = self.value(node.value, scope), self.value(node.slice, scope)
+        if isinstance(base, (tuple, list)) and base and index is UNKNOWN and not isinstance(node.slice, ast.Slice):
+            return base[0] if not acts(node.slice) and all(repr(each) == repr(base[0]) for each in base) else UNKNOWN
         return UNKNOWN if base is UNKNOWN or index is UNKNOWN or isinstance(base, type) else base[index]
 
     def _call(self, node: ast.Call, scope: Scope) -> Any:
@@ -198,9 +200,8 @@ class Evaluator:
         if name in self.facts.answers:
             answer = self.facts.answers[name]
             return answer.values[self.value(node.args[0], scope)] if isinstance(answer, ByName) else answer
-        given = [*node.args, *(key.value for key in node.keywords)]
-        if self.world is not None and name in self.world.functions and not any(acts(each) for each in given):
-            return self.world.functions[name]
+        if self.world is not None and (answer := self._constant_answer(node)) is not UNKNOWN:
+            return answer
         if name == "hasattr":
             return self._has_attribute(node, scope)
         if name == "bool" and len(node.args) == 1:
@@ -217,6 +218,13 @@ class Evaluator:
             return CALLED[name](*arguments, **named)
         called = self._pure(node.func, scope)
         return UNKNOWN if called is UNKNOWN else plain(called(*arguments, **named))
+
+    def _constant_answer(self, node: ast.Call) -> Any:
+        """Return what a function or method always returns, if its arguments do nothing."""
+        assert self.world is not None
+        name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        parts = [*node.args, *(key.value for key in node.keywords), *([node.func] if name.startswith(".") else [])]
+        return UNKNOWN if any(acts(each) for each in parts) else self.world.functions.get(name, UNKNOWN)
 
     def _pure(self, node: ast.expr, scope: Scope) -> Any:
         """Return a function that may be called: one of a pure package, or a method of a known record of its own."""

@@ -330,12 +330,14 @@ def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bo
     kept_names = {name for each in walk(node) if isinstance(each, (ast.Global, ast.Nonlocal)) for name in each.names}
 
     def is_dead(each: ast.stmt) -> bool:
-        if not isinstance(each, ast.Assign) or len(each.targets) != 1:
+        targets: list[ast.expr]
+        if isinstance(each, ast.AnnAssign):
+            targets, value = [each.target], each.value
+        else:
+            targets, value = (each.targets, each.value) if isinstance(each, ast.Assign) else ([], None)
+        if len(targets) != 1 or value is None or (acts(value) and not is_known(value)):
             return False
-        if acts(each.value) and not is_known(each.value):
-            return False
-        target = each.targets[0]
-        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        names = targets[0].elts if isinstance(targets[0], ast.Tuple) else targets
         return all(isinstance(n, ast.Name) and n.id not in read | kept_names and not is_address(n.id) for n in names)
 
     for part in walk(node):

@@ -38,7 +38,9 @@ def constant_world(reached: Mapping[str, Definition], evaluator: Evaluator, fore
     agreed = {name: _agreed(own) for name, own in values.items() if name not in otherwise}
     attributes = {name: value for name, value in agreed.items() if value is not UNKNOWN and value is not SAME}
     passing = passing_functions(reached, calls, foreign)
-    return World(attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached), passing)
+    return World(
+        attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached, foreign), passing
+    )
 
 
 def remade(nodes: Iterable[ast.AST]) -> set[str]:
@@ -68,10 +70,10 @@ def remade_settings(definitions: Iterable[Definition], objects: Iterable[Setting
     return names
 
 
-def constant_functions(reached: Mapping[str, Definition]) -> dict[str, Any]:
-    """Return the functions that do nothing but return a constant, with it."""
-    functions = {at: each.node for at, each in reached.items() if isinstance(each.node, ast.FunctionDef)}
-    found = {at: _returned(node) for at, node in functions.items() if not node.decorator_list}
+def constant_functions(reached: Mapping[str, Definition], foreign: frozenset[str]) -> dict[str, Any]:
+    """Return the functions and methods that do nothing but return a constant, with it."""
+    closed = closed_functions(reached, foreign)
+    found = {at: _returned(each) for at, each, _ in closed if not each.decorator_list and each.name != "__init__"}
     return {at: value for at, value in found.items() if value is not UNKNOWN}
 
 

@@ -149,3 +149,16 @@ def test_attributes_of_a_class_that_nothing_reads_go(project: Project) -> None:
     amalgam = project.amalgamate()
     assert run(amalgam) == 6
     assert "fused" not in amalgam.source
+
+
+def test_a_list_of_one_value_is_that_value_wherever_it_is_read(project: Project) -> None:
+    project.write(
+        main="class Known: pass\n"
+        "class Model:\n    def controls(self, place): return None\n"
+        "    def width(self, layer, seen):\n        unread: int = layer\n"
+        "        return [3, 3][layer] if self.controls(layer) is None else seen.pop()\n"
+        "def main():\n    return [Model().width(layer, []) for layer in range(2)], [[1, 2][i] for i in range(2)]\n"
+    )
+    amalgam = project.amalgamate()
+    assert run(amalgam) == ([3, 3], [1, 2])
+    assert not any(word in amalgam.source for word in ("controls", "unread", "[3, 3]"))
