@@ -43,7 +43,8 @@ def test_settings_that_are_off_are_not_in_the_script(
     source = whole_form(Seed.open(made.path), recipe, protocol).source
     tree = ast.parse(source)
     names = identifiers(tree)
-    tables = {table: getattr(recipe, table) for table in Recipe.model_fields}
+    tables = {table: own for table in Recipe.model_fields if (own := getattr(recipe, table)) is not None}
+    assert not (Recipe.model_fields.keys() - tables.keys()) & names
     fields = {
         f"{t}.{key}": (field, getattr(s, key)) for t, s in tables.items() for key, field in type(s).model_fields.items()
     }
