@@ -28,7 +28,19 @@ MOST_BYTES = 37_000  # of a whole form; 40,000 are aimed at, and the trainer gro
 HIDING = {"eval", "exec", "globals", "locals", "vars"}  # before these the minifier renames nothing at all
 OFF = (None, False, 0, (), "none", "off")
 MANY_MEANINGS = {  # words that other things have for a name too
-    *("base", "layers", "micro_batch_tokens", "points", "seconds", "steps", "threads", "visits", "weights", "window"),
+    *(
+        "base",
+        "groups",
+        "layers",
+        "micro_batch_tokens",
+        "points",
+        "seconds",
+        "steps",
+        "threads",
+        "visits",
+        "weights",
+        "window",
+    ),
 }
 
 
