@@ -189,6 +189,8 @@ def _times_line(timeline: Timeline) -> str:
     if model.max_active_loops:
         visits = num_visits(model, 0), num_visits(model, model.max_active_loops)
         line += f", {times.looped:.4g} s with all loops ({visits[1]} block visits instead of {visits[0]})"
+    if sizes := [f"{stage.batch_tokens:,} tokens from {stage.at:g} on" for stage in timeline.recipe.stages[1:]]:
+        line += f", in proportion to tokens in later stages ({', '.join(sizes)})"
     return line
 
 

@@ -176,12 +176,18 @@ def test_a_stage_that_ranks_cannot_share_is_refused(tmp_path: Path, pico_data: D
         micro_batch_tokens(recipe, 2, recipe.stages[1])
 
 
-def test_the_dry_run_counts_tokens_seconds_and_flops_by_stage(tmp_path: Path, pico_data: DataFolder) -> None:
+def test_the_dry_run_counts_tokens_seconds_and_flops_by_stage(
+    tmp_path: Path, pico_data: DataFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = pico_recipe(pico_data, tmp_path, schedule={"stages": STAGES}, model={"num_loops": 0})
     found = dry_run(recipe, StepTimes(1.0, 1.0, "given"))
     rows = {row.phase: row for row in found.timeline.boundaries}
     assert [rows[f"stage@{at:g}"].step for at in (0.25, 0.5, 0.75)] == [3, 6, 9]
     assert answer(found)["tokens"] == sum(SIZES)
+    said = (
+        "in proportion to tokens in later stages (128 tokens from 0.25 on, 96 tokens from 0.5 on, 96 tokens from 0.75"
+    )
+    assert said in " ".join(capsys.readouterr().err.split())
     assert found.timeline.seconds == pytest.approx(sum(SIZES) / 64)
     assert [found.timeline.clock.tokens(step) for step in range(13)] == [sum(SIZES[:step]) for step in range(13)]
     assert [stage_at(recipe.stages, at).seq_len for at in (0.0, 0.3, 0.5, 0.9)] == [16, 16, 32, 8]
