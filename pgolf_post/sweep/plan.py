@@ -52,7 +52,7 @@ from pgolf_post.sweep.trials import Trial
 QUANTIZE_SECONDS_PER_WEIGHT = 2.5 / 36e6  # GPTQ with factorizations, one core (docs/results/quantize.md)
 PACK_SECONDS_PER_WEIGHT = 4.0 / 36e6  # rans, coded and read back (docs/results/codecs.md)
 CALIBRATION_RATIO = 1.6  # of collecting to scoring the same tokens (docs/results/quantize.md)
-FIT_SECONDS_PER_WEIGHT = 35 / 36e6  # factors and all builds of a budget (docs/results/fit.md)
+FIT_SECONDS_PER_WEIGHT = 29 / 36e6  # factors and all builds of a budget (docs/results/fit.md)
 LANES_SECONDS_PER_WEIGHT = 242 / 36e6  # down the columns, 64 states; about in proportion to them
 STATES_COST = 64
 FIXED_BYTES = 2000  # manifest, tables and frames
