@@ -26,7 +26,11 @@ from pgolf_post.errors import PgolfError, VerificationError
 
 PUBLIC = ("torch", "numpy", "brotli", "sentencepiece", "triton")  # packages that a script of ours may import
 REFUSED = ("pgolf_post", "trainer", "benchmarks", "tests")
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "SYSTEMROOT")
+KERNELS = (  # variables by which libraries choose how they multiply, and so the last bits of products
+    *("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY"),
+    "ONEDNN_MAX_CPU_ISA",
+)
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "SYSTEMROOT", *KERNELS)
 RUN_SECONDS = 3600
 TAIL = 1500  # characters of stderr that an error shows
 
@@ -130,7 +134,7 @@ def package_folders() -> list[str]:
 
 
 def _environment(folder: Path, threads: int) -> dict[str, str]:
-    """Return the variables of the run: as many threads as here, since sums depend on their number."""
+    """Return the variables of the run: threads and kernels as here, since sums depend on them."""
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {**kept, **counts, "OMP_WAIT_POLICY": "PASSIVE", "HOME": str(folder), "TMPDIR": str(folder)}
