@@ -77,7 +77,10 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         return f"unknown key {dotted!r}{guess}; valid keys here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"key {dotted!r} is required"
-    return f"{dotted} = {problem['input']!r}: {problem['msg']}"
+    said = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):  # of several keys, which it names
+        return f"{dotted}: {said}" if location else said
+    return f"{dotted} = {problem['input']!r}: {said}"
 
 
 def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:

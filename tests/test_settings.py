@@ -105,6 +105,19 @@ def test_rules_across_keys_are_explained_with_their_values() -> None:
     assert "multiple of seq_len 16" in message
 
 
+def test_a_rule_across_keys_does_not_print_the_table_that_it_is_about() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(OptimSettings, {"ema_decay": 0.0, "ema_every": 2}, "recipe")
+    assert str(caught.value).startswith("recipe: ema_every 2 acts only with ema_decay above 0")
+    assert "{" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["matrix_lr", "embed_lr", "head_lr", "scalar_lr"])
+def test_a_learning_rate_that_float32_does_not_hold_is_refused(key: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{key} = 1e\+300: .*less than or equal to 1000000"):
+        parse_settings(OptimSettings, {key: 1e300}, "recipe")
+
+
 def test_settings_cannot_be_changed_after_they_are_made() -> None:
     settings = parse_settings(Outer, {"count": 1}, "here")
     with pytest.raises(ValidationError, match="frozen"):

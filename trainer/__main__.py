@@ -155,6 +155,11 @@ def command(
         raise click.UsageError("--smoke climbs a ladder of its own; leave --resume and --dry-run out")
     recipe = read_settings(recipe_path, Recipe, overrides)
     require_base(recipe)
+    if spent_seconds and recipe.schedule.seconds is None:
+        raise SettingsError(
+            f"--spent-seconds {spent_seconds:g} counts seconds of schedule.seconds, which the recipe does not set",
+            hint="leave --spent-seconds out, or set schedule.seconds",
+        )
     if smoke:
         climb(recipe, as_json)
         return

@@ -25,6 +25,7 @@ from trainer.init_from import Start, show_start, start_from_checkpoint
 from trainer.loop import Trainer, new_model
 from trainer.loss import in_words
 from trainer.measuring import measure_reserve
+from trainer.meta_ttt import require_halves
 from trainer.model import GolfGPT
 from trainer.objective import Objective
 from trainer.optim import step_groups
@@ -88,10 +89,11 @@ def dry_run(recipe: Recipe, times: StepTimes, reserve: Reserve | None = None, wa
     """Predict and check a run, show both, and return them. A missing reserve is estimated.
 
     Raises SettingsError or NotFoundError for a plan or code of `wanted` that cannot be read, SettingsError for a loss
-    that the vocabulary does not have, or groups of tensors that the model does not have, MismatchError for a start that
-    no rule covers.
+    that the vocabulary does not have, micro-batches that do not halve, or groups of tensors that the model does not
+    have, MismatchError for a start that no rule covers.
     """
     check_loss(recipe)
+    require_halves(recipe, world_size=1)  # what one rank cannot halve, several cannot
     changes = check_model(recipe)
     start = start_of(recipe) if recipe.init.is_on else None
     timeline = predict(recipe, times, reserve)

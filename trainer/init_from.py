@@ -42,7 +42,7 @@ class Start:
     layers: tuple[int, ...]
     tensors: tuple[TensorStart, ...]
     settings: dict[str, tuple[Any, Any]]  # of the model, that differ: there, here
-    logits_differ_by: dict[int, float]  # largest difference of a logit, by active loops
+    logits_differ_by: dict[int, float]  # largest difference of a logit, by active loops; of one vocabulary alone
 
     def facts(self) -> dict[str, Any]:
         """Return the start as meta.json keeps it."""
@@ -70,7 +70,7 @@ def start_from_checkpoint(model: GolfGPT, settings: InitSettings, data: DataFold
     """
     assert settings.checkpoint is not None
     checkpoint = Checkpoint.open(settings.checkpoint)
-    require_same_words(checkpoint, model, settings, data)
+    same_words = require_same_words(checkpoint, model, settings, data)
     base = parse_settings(ModelConfig, complete_config(checkpoint.config)["model"], f"{checkpoint.path}: config.json")
     layers = origins(base, model.config, settings.layers)
     pair = Pair(base, model.config, layers, skip_rows(base, model.config, layers), settings.fresh)
@@ -81,7 +81,7 @@ def start_from_checkpoint(model: GolfGPT, settings: InitSettings, data: DataFold
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])
-    differ = compared(view, base, model.config, values, data) if compare else {}
+    differ = compared(view, base, model.config, values, data) if compare and same_words else {}
     return Start(
         str(checkpoint.path),
         view.name,
@@ -93,8 +93,11 @@ def start_from_checkpoint(model: GolfGPT, settings: InitSettings, data: DataFold
     )
 
 
-def require_same_words(checkpoint: Checkpoint, model: GolfGPT, settings: InitSettings, data: DataFolder) -> None:
-    """Raise MismatchError for a model of another family, or one whose tokens are other pieces of text."""
+def require_same_words(checkpoint: Checkpoint, model: GolfGPT, settings: InitSettings, data: DataFolder) -> bool:
+    """Return whether tokens are the same pieces of text in both models.
+
+    Raises MismatchError for a model of another family, or of other words where a tensor has a row for each.
+    """
     if (family := checkpoint.config["family"]) != "golf_gpt":
         raise MismatchError(f"{checkpoint.path} is a model of family {family!r}; a run can start from golf_gpt alone")
     theirs = (checkpoint.config.get("tokenizer") or {}).get("sha256")
@@ -102,7 +105,7 @@ def require_same_words(checkpoint: Checkpoint, model: GolfGPT, settings: InitSet
     if size == model.config.vocab_size and theirs in (None, data.tokenizer_sha256):
         if theirs is None:
             say(f"{checkpoint.path} does not say which tokenizer it was trained with; {size:,} pieces there and here")
-        return
+        return True
     kept = [
         name for name, _ in model.named_parameters() if name.startswith(BY_TOKEN) and not is_fresh(name, settings.fresh)
     ]
@@ -115,6 +118,7 @@ def require_same_words(checkpoint: Checkpoint, model: GolfGPT, settings: InitSet
             f"{', '.join(kept)} mean other pieces of text",
             hint=f"train on its tokenizer's data, or start these anew: --set 'init.fresh=[{named}]'",
         )
+    return False
 
 
 def require_patterns(patterns: Iterable[str], model: GolfGPT) -> None:
@@ -182,6 +186,8 @@ def show_start(start: Start) -> None:
     if start.settings:
         told = ", ".join(f"{key} {there} → {here}" for key, (there, here) in start.settings.items())
         say(f"settings that differ: {told}")
+    if not start.logits_differ_by:
+        say("another vocabulary: a token is other text to each of the two models, so their logits are not compared")
     for loops, difference in start.logits_differ_by.items():
         where = f"{loops} loops on" if loops else "loops off"
         say(f"{where}: logits differ by {difference:.2g} at most on {COMPARED_TOKENS} validation tokens")

@@ -20,6 +20,7 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.muon import NewtonSchulz, NewtonSchulzDtype, Scheme, UpdateFunction, make_banks, muon_updates, narrow_dtype
+from trainer.points import LARGEST_RATE
 from trainer.schedule import cyclic_momentum, momentum_at
 from trainer.tensor_groups import StepGroup, TensorGroupSettings, split
 
@@ -27,7 +28,7 @@ from trainer.tensor_groups import StepGroup, TensorGroupSettings, split
 class OptimSettings(Settings):
     """Settings of Muon, AdamW and the averages. Learning rates are peaks; the schedule multiplies them."""
 
-    matrix_lr: float = Field(0.02, gt=0, description="learning rate of matrices, by Muon")
+    matrix_lr: float = Field(0.02, gt=0, le=LARGEST_RATE, description="learning rate of matrices, by Muon")
     matrix_weight_decay: float = Field(0.085, ge=0, description="weight decay of matrices, times their learning rate")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum after its warm-up")
     momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's momentum at the first step")
@@ -40,10 +41,14 @@ class OptimSettings(Settings):
         "auto", description="dtype of Muon's orthogonalisation and of its updates' transfers; auto = bf16 on a GPU"
     )
     row_normalize: bool = Field(True, description="normalise each row of Muon's update before orthogonalisation")
-    embed_lr: float = Field(0.03, gt=0, description="learning rate of embeddings, by AdamW")
+    embed_lr: float = Field(0.03, gt=0, le=LARGEST_RATE, description="learning rate of embeddings, by AdamW")
     embed_weight_decay: float = Field(0.085, ge=0, description="weight decay of embeddings, times their learning rate")
-    head_lr: float = Field(0.008, gt=0, description="learning rate of an untied lm_head, by AdamW, without decay")
-    scalar_lr: float = Field(0.02, gt=0, description="learning rate of non-matrix parameters, by AdamW")
+    head_lr: float = Field(
+        0.008, gt=0, le=LARGEST_RATE, description="learning rate of an untied lm_head, by AdamW, without decay"
+    )
+    scalar_lr: float = Field(
+        0.02, gt=0, le=LARGEST_RATE, description="learning rate of non-matrix parameters, by AdamW"
+    )
     scalar_weight_decay: float = Field(
         0.02, ge=0, description="weight decay of non-matrix parameters, times their learning rate"
     )
@@ -329,7 +334,10 @@ class Optimizer:
         """Restore what `state` returned. Raises SettingsError listing tensors that are missing."""
         missing = [f"momentum.{name}" for bank in self.banks for name in bank.names if f"momentum.{name}" not in state]
         if missing:
-            raise SettingsError(f"{source}: optimizer state lacks {', '.join(missing)}")
+            raise SettingsError(
+                f"{source}: optimizer state lacks {', '.join(missing)}",
+                hint="resume with the optim.groups and loss.future_tokens that it was trained with (meta.json, recipe)",
+            )
         for bank in self.banks:
             bank.load_state({name: state[f"momentum.{name}"] for name in bank.names})
         for name in self._adam_parameters():

@@ -14,7 +14,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Multiplier = Annotated[float, Field(ge=0)]
+LARGEST_RATE = 1e6  # of a learning rate or a factor of it: products of all of them are float32 numbers
+Multiplier = Annotated[float, Field(ge=0, le=LARGEST_RATE)]
 
 
 def multiplier_along(points: tuple[tuple[float, float], ...], at: float) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import Settings
+from trainer.points import LARGEST_RATE
 
 Method = Literal["muon", "adamw"]
 
@@ -25,7 +26,7 @@ class TensorGroupSettings(Settings):
     """One table `[[optim.groups]]`. What is left out stays as it is for other tensors of the kind."""
 
     match: str = Field(min_length=1, description='glob on tensor names, for example "blocks.0.*" or "*.mlp.*"')
-    lr_scale: float = Field(1.0, gt=0, description="factor of the learning rate")
+    lr_scale: float = Field(1.0, gt=0, le=LARGEST_RATE, description="factor of the learning rate")
     freeze_until: float | None = Field(None, gt=0, le=1, description="progress before which the tensors do not step")
     freeze_from: float | None = Field(None, ge=0, lt=1, description="progress from which the tensors do not step")
     weight_decay: float | None = Field(None, ge=0, description="weight decay, times the learning rate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,18 @@ def test_another_vocabulary_is_refused_by_name(pico_data: DataFolder, tmp_path: 
     assert rule_of(start, "tok_emb.weight") == "fresh"
     with pytest.raises(ValidationError, match=r"acts only with init\.checkpoint"):
         pico_recipe(pico_data, tmp_path, init={"fresh": ["tok_emb.weight"]})
+
+
+@pytest.mark.parametrize("vocab_size", [260, 320, 400])
+def test_with_another_vocabulary_rows_of_tokens_start_anew_and_no_logits_are_compared(
+    vocab_size: int, pico_data: DataFolder, tmp_path: Path
+) -> None:
+    words: Any = SimpleNamespace(vocab_size=vocab_size, tokenizer_sha256="f" * 64, manifest_sha256="e" * 64)
+    base = base_of(pico_recipe(pico_data, tmp_path), words, tmp_path)
+    start = start_of(pico_recipe(pico_data, tmp_path, init={"checkpoint": base.path, "fresh": ["tok_emb.weight"]}))
+    assert rule_of(start, "tok_emb.weight") == "fresh"
+    assert rule_of(start, "blocks.0.attn.q.weight") == "copied"
+    assert start.logits_differ_by == {}
 
 
 def test_a_skip_finds_its_visit() -> None:

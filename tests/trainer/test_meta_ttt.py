@@ -142,6 +142,9 @@ def test_bad_values_are_refused(settings: dict[str, Any], named: str, pico_data:
 def test_what_cannot_act_is_refused_and_costs_are_counted(pico_data: DataFolder, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="meta_ttt: micro-batches of 1 windows of 16 tokens do not halve"):
         trainer(pico_data, tmp_path, data={"micro_batch_tokens": 16})
+    halved = pico_recipe(pico_data, tmp_path, meta_ttt=ADAPTING, data={"micro_batch_tokens": 16})
+    with pytest.raises(SettingsError, match="meta_ttt: micro-batches of 1 windows of 16 tokens do not halve"):
+        dry_run(halved, StepTimes(0.5, 1.0, "given"))
     never = pico_recipe(pico_data, tmp_path, meta_ttt={**ADAPTING, "every": 13})
     refused = [f.key for f in dry_run(never, StepTimes(0.5, 1.0, "given")).findings if f.level == "refuse"]
     assert refused == ["meta_ttt.every"]

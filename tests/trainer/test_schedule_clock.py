@@ -13,7 +13,8 @@ import torch
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from tests.conftest import pico_recipe
+from tests.conftest import pico_recipe, write_recipe
+from trainer.__main__ import command
 from trainer.config import Recipe
 from trainer.log import LOG_FILE
 from trainer.loop import Trainer
@@ -91,3 +92,10 @@ def test_clocks_that_would_leave_out_what_computes_are_refused(tmp_path: Path, p
 def test_a_recipe_that_sets_no_clock_is_written_as_before(tmp_path: Path, pico_data: DataFolder) -> None:
     assert "clock" not in pico_recipe(pico_data, tmp_path).model_dump()["schedule"]
     assert capped(pico_data, tmp_path).model_dump()["schedule"]["clock"] == "processor"
+
+
+def test_spent_seconds_of_a_run_without_a_cap_are_refused(tmp_path: Path, pico_data: DataFolder) -> None:
+    recipe = write_recipe(pico_recipe(pico_data, tmp_path / "checkpoints"), tmp_path / "recipe.toml")
+    with pytest.raises(SettingsError, match=r"--spent-seconds 5 counts seconds of schedule\.seconds, .* not set"):
+        command.main([str(recipe), "--spent-seconds", "5"], standalone_mode=False)
+    assert not (tmp_path / "checkpoints").exists()
