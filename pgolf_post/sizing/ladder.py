@@ -74,8 +74,24 @@ def default_sizes(recipe: Path) -> tuple[tuple[str, ...], ...]:
     )
 
 
+def require_different(settings: LadderSettings) -> None:
+    """Raise SettingsError for a change that is none, or for two sizes that are one recipe."""
+    seen = dict[str, int]()
+    for number, changes in enumerate(settings.sizes, start=1):
+        tree = read_toml(settings.recipe)
+        for change in changes:
+            apply_override(tree, change)
+        if (before := seen.setdefault(as_toml(tree), number)) != number:
+            raise SettingsError(
+                f'size {number}, --size "{" ".join(changes)}", is the same recipe as size {before}: the law would '
+                "count its runs twice",
+                hint="leave one of the two out",
+            )
+
+
 def climb(settings: LadderSettings, root: Path, train: Train = trained) -> Ladder:
-    """Train and measure the whole ladder. Raises what the trainer, scoring and `fit` raise."""
+    """Train and measure the whole ladder. Raises what `require_different`, the trainer, scoring and `fit` raise."""
+    require_different(settings)
     runs, gaps, candidates = list[Observation](), list[tuple[float, float]](), list[Candidate]()
     for changes in settings.sizes:
         name = ", ".join(change.removeprefix("model.") for change in changes) or "the recipe"
