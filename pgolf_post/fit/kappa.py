@@ -59,11 +59,9 @@ def measure_kappas(builder: Builder, probe: Probe, by: str) -> dict[str, Kappa]:
     constant = constant_for(builder.num_weights, MODEL_LOSS)
     quantized = builder.quantize(dict.fromkeys(builder.matrices, constant))
     predicted = {name: float(tensor.facts["predicted_loss"]) for name, tensor in quantized.items()}
-    with progress_bar("measuring sensitivities", len(quantized), "tensors") as advance:
-        measured = {}
-        for name, tensor in quantized.items():
-            measured[name] = probe.divergence({name: torch.from_numpy(tensor.dequantize())})
-            advance(1)
+    with progress_bar("measuring sensitivities", len(quantized) * len(probe.batches), "passes") as advance:
+        alone = [{name: torch.from_numpy(tensor.dequantize())} for name, tensor in quantized.items()]
+        measured = dict(zip(quantized, probe.divergences(alone, advance), strict=True))
     common = common_ratio(sum(one.mean for one in measured.values()), sum(predicted.values()))
     kappas = {
         name: Kappa(predicted[name], one.mean, one.error, estimate(predicted[name], one.mean, one.error, common))

@@ -120,7 +120,7 @@ def _tune_texts(
 
 
 def probe_seconds(stats: Stats, tokens: int, models: int) -> float:
-    """Return about what the divergences of some models take: statistics cost three forward passes a token."""
+    """Return about what the divergences of some models take at most: statistics cost three forward passes a token."""
     return stats.seconds / stats.num_tokens / 3 * tokens * (models + 1)
 
 

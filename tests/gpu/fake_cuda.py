@@ -210,7 +210,7 @@ def kappa_peak() -> float:
         assert len(probe.batches[0][1]) * 2048 >= 32768
         with torch.no_grad():
             for (_, batch), hidden in zip(probe.batches, probe.hidden, strict=True):
-                probe.means(batch, hidden)
+                probe.means(batch, probe.log_probabilities(hidden))
 
     return peak_gib(work)
 
