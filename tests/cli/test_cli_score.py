@@ -141,7 +141,8 @@ def test_the_record_rule_from_numbers(pgolf: Call) -> None:
         ),
         (("--until-ci", 0.1, "--compile"), "--until-ci does not read --compile"),
         (("--reference", "somewhere"), "a paired comparison does not read --reference"),
-        (("--record", "--bytes-per-token", "nan"), "--bytes-per-token nan: it must be positive"),
+        (("--record", "--bytes-per-token", "-2"), "--bytes-per-token -2: it must be positive"),
+        (("--record", "--bytes-per-token", "nan"), "'nan' is not a finite number"),
         (("--record", "--until-ci", 0.1), "choose one"),
     ],
 )
