@@ -9,7 +9,8 @@ once (reduce-scatter), the largest first, and AdamW's sums behind them; a bank's
 (all-gather) as soon as they are known, while the next bank iterates, and are waited for only when weights change.
 Clipping the sum needs the norm of everything before the first momentum changes, so with it the first wait is for all
 gradients; without it, or where each rank clips its own beforehand, a bank starts when its own are there. Nothing is
-hooked into backward itself: a bank spans all layers, so it is complete only when backward is, and a compiled backward
+hooked into backward itself: a bank spans all layers, so it is complete only when backward nearly is (eager, float32,
+the record's 11 layers at width 256 on one CPU core: after 93.7 to 99.8 % of backward's time), and a compiled backward
 hands over all gradients at its end anyway. Method of the arrangement: "parallel Muon" of the public record scripts
 (openai/parameter-golf). On one rank nothing is padded, copied or sent.
 """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +100,23 @@ def test_waiting_and_copying_are_counted() -> None:
         seen.clear()
         host.sum()
         assert len(seen.hazards) == 1
+
+
+COMPILED_AFTER_PRETENDING = """
+import torch
+from tests.gpu import pretend
+
+with pretend.cuda():
+    import torch._dynamo  # an optimizer's first step does
+
+def narrow(x):
+    return x.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float64)
+
+assert torch.compile(narrow, backend="eager", fullgraph=True)(torch.ones(2)).dtype == torch.float64
+"""
+
+
+def test_what_is_compiled_after_pretending_still_knows_torchs_own_functions() -> None:
+    words = [sys.executable, "-c", COMPILED_AFTER_PRETENDING]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
