@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import pathlib
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from types import FunctionType, ModuleType
@@ -18,12 +19,17 @@ def foreign_names(external: Iterable[str]) -> frozenset[str]:
 
 @cache
 def _names_of(module: str) -> frozenset[str]:
-    found = importlib.import_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.distributed says so of a name as soon as it is looked at
+        return _names_in(importlib.import_module(module))
+
+
+def _names_in(found: ModuleType) -> frozenset[str]:
     names = {*dir(found), *dir(FunctionType)}
     for value in list(vars(found).values()):
         if isinstance(value, type):
             names.update(dir(value), getattr(value, "__annotations__", ()))
-        elif isinstance(value, ModuleType) and value.__name__.startswith(f"{module}."):
+        elif isinstance(value, ModuleType) and value.__name__.startswith(f"{found.__name__}."):
             kinds = [each for each in list(vars(value).values()) if isinstance(each, type)]
             names.update(name for each in kinds for name in (*dir(each), *getattr(each, "__annotations__", ())))
     return frozenset(names)

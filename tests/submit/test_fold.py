@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from pathlib import Path
 
 import pytest
 
 from pgolf_post.submit.facts import Facts, Partly
+from pgolf_post.submit.foreign import foreign_names
 from tests.submit.project import Known, Project, run
 
 RECORDS = "import numpy as np\nfrom dataclasses import dataclass, replace\nfrom typing import NamedTuple\n"
@@ -162,3 +164,9 @@ def test_a_list_of_one_value_is_that_value_wherever_it_is_read(project: Project)
     amalgam = project.amalgamate()
     assert run(amalgam) == ([3, 3], [1, 2])
     assert not any(word in amalgam.source for word in ("controls", "unread", "[3, 3]"))
+
+
+def test_looking_at_a_librarys_objects_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "all_reduce" in foreign_names(["torch.distributed:barrier"])
