@@ -35,13 +35,12 @@ test-long: lint
 
 # constraints.txt pins a newer torch, so it is left out: the other packages are whatever goes with this one.
 TORCHES := 2.9.1 2.11.0
-# Triton 3.5, of torch 2.9, interprets kernels on a NumPy that turns an array of one element into a number: 2.4 does not.
-build/torch-2.9.1/tested: WITH := 'numpy<2.4'
+# Their Triton (3.5, 3.6) interprets kernels on a NumPy that turns an array of one element into a number: 2.4 does not.
 test-torches: $(TORCHES:%=build/torch-%/tested)
 
 build/torch-%/tested: setup.cfg
 	$(PYTHON) -m venv build/torch-$*
-	build/torch-$*/bin/pip install --quiet --disable-pip-version-check torch==$* $(WITH) --editable '.[test]'
+	build/torch-$*/bin/pip install --quiet --disable-pip-version-check torch==$* 'numpy<2.4' --editable '.[test]'
 	build/torch-$*/bin/pytest tests/trainer tests/gpu
 
 lint: .venv/installed-test
