@@ -15,8 +15,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, Literal
 
 from pgolf_post.base.ownership import TEMPORARY_PREFIX, is_abandoned
@@ -97,7 +99,12 @@ def list_entries(root: Path) -> list[CacheEntry]:
     """Return every derived folder under `root`, by checkpoint, stage and name. Raises NotFoundError without a root."""
     if not root.is_dir():
         raise NotFoundError(f"no folder {root}", hint="pgolf-post cache list --root FOLDER")
-    return [entry_at(path) for stage in sorted(_stage_folders(root)) for path in sorted(stage.iterdir())]
+    found = []
+    for stage in sorted(_stage_folders(root)):
+        for path in sorted(stage.iterdir()):
+            with suppress(FileNotFoundError):  # finished, or deleted, since its name was read
+                found.append(entry_at(path))
+    return found
 
 
 def _stage_folders(root: Path) -> Iterator[Path]:
@@ -107,10 +114,12 @@ def _stage_folders(root: Path) -> Iterator[Path]:
 
 
 def entry_at(path: Path) -> CacheEntry:
-    """Return the entry at `RUN/CHECKPOINT/derived/STAGE/ID`."""
-    checkpoint, files = path.parents[2], [path, *path.rglob("*")]
-    sizes = [file.lstat() for file in files]
-    num_bytes = sum(size.st_size for file, size in zip(files, sizes, strict=True) if not file.is_dir())
+    """Return the entry at `RUN/CHECKPOINT/derived/STAGE/ID`. Raises FileNotFoundError if it goes while it is read."""
+    checkpoint, sizes = path.parents[2], [path.lstat()]
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # a stage that works there renames and removes its files
+            sizes.append(file.lstat())
+    num_bytes = sum(size.st_size for size in sizes if not S_ISDIR(size.st_mode))
     try:
         config = read_json(path / "config.json")
     except (PgolfError, OSError):
@@ -179,10 +188,13 @@ def remove(entries: list[CacheEntry]) -> int:
     freed = 0
     for entry in entries:
         doomed = entry.path.with_name(f"{OLD_PREFIX}{entry.path.name.lstrip('.')}")
-        entry.path.rename(doomed)
-        if doomed.is_dir() and not doomed.is_symlink():
-            shutil.rmtree(doomed)
-        else:
-            doomed.unlink()
+        try:
+            entry.path.rename(doomed)
+            if doomed.is_dir() and not doomed.is_symlink():
+                shutil.rmtree(doomed)
+            else:
+                doomed.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
         freed += entry.num_bytes
     return freed

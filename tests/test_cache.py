@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pgolf_post.artifacts import requant
 from pgolf_post.base.ownership import kernel_id
-from pgolf_post.cache import choose, list_entries, remove, verify_entry
+from pgolf_post.cache import CacheEntry, choose, entry_at, list_entries, remove, verify_entry
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
@@ -47,6 +48,22 @@ def test_what_is_kept_is_listed_with_what_made_it(root: Path) -> None:
         verify_entry(entry)
     with pytest.raises(NotFoundError, match="no folder"):
         list_entries(root / "nowhere")
+
+
+def test_what_goes_while_it_is_listed_or_deleted_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command finishes its work, or prunes, at the same time."""
+    entries = list_entries(root)
+    going = entries[0].path
+
+    def entry_of_what_is_left(path: Path) -> CacheEntry:
+        if path == going:
+            shutil.rmtree(path)
+        return entry_at(path)
+
+    monkeypatch.setattr("pgolf_post.cache.entry_at", entry_of_what_is_left)
+    assert list_entries(root) == entries[1:]
+    assert remove(entries) == sum(entry.num_bytes for entry in entries[1:])
+    assert remove(entries) == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete"])

@@ -82,7 +82,8 @@ class ExponentialLength:
 
     def profile(self, end_step: int) -> np.ndarray:  # (end_step,) float64, sums to 1
         """The share of steps 1 … end_step in the average at `end_step`."""
-        shares = np.exp2(-np.arange(end_step - 1, -1, -1, dtype=np.float64) / self.half_life_steps)
+        with np.errstate(over="ignore"):  # so many half-lives that nothing is left: 2^-inf = 0
+            shares = np.exp2(-np.arange(end_step - 1, -1, -1, dtype=np.float64) / self.half_life_steps)
         return shares / shares.sum()
 
 

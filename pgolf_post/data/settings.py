@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pgolf_post.base.threads import num_threads
+from pgolf_post.base.threads import MOST_THREADS, num_threads
 from pgolf_post.settings import Settings
 
 MAX_VOCAB_SIZE = 1 << 16  # a shard's tokens are uint16
@@ -39,6 +39,7 @@ class BuildSettings(Settings):
     num_threads: int = Field(
         default_factory=num_threads,
         gt=0,
+        le=MOST_THREADS,
         description="Threads to tokenize with; the result does not depend on it. Left out: all CPUs it may use.",
     )
 

@@ -86,6 +86,11 @@ def test_widths_that_no_power_function_has_are_refused(sigma: float) -> None:
         gamma_of(sigma)
 
 
+@pytest.mark.filterwarnings("error")
+def test_of_many_half_lives_nothing_is_left() -> None:
+    assert ExponentialLength(1e-320).profile(3).tolist() == [0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("half_life", [0.0, -3.0, float("nan")])
 def test_half_lives_below_zero_are_refused(half_life: float) -> None:
     with pytest.raises(SettingsError, match="above 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from pgolf_post.errors import (
     VerificationError,
 )
 from pgolf_post.ledger import Ledger, Row
+from tests import processes
 
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "sentencepiece", "pydantic", "rich"}
 
@@ -72,10 +74,12 @@ for path in sys.stdin.read().splitlines():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Command → exit code of its --help, and what heavy it was the first to import: all of them in one process."""
+    """Command → exit code of its --help, and what heavy it was the first to import: in one process, without a home."""
     paths = "\n".join(" ".join(path) for path in all_commands(cli))
     command = [sys.executable, "-c", HELP_SCRIPT]
-    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("help"), capture_output=True, text=True, input=paths)
+    folder = tmp_path_factory.mktemp("help")
+    environment = {**os.environ, "HOME": str(folder / "none")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, input=paths)
     return {path: rest for path, *rest in (line.split("\t") for line in done.stderr.splitlines())}
 
 
@@ -202,6 +206,17 @@ def test_without_a_checkpoint_a_process_exits_1(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "next: pgolf-post demo" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("home", ["none", "file", "/proc"])
+def test_a_home_that_is_not_there_or_cannot_be_written_is_not_needed(tmp_path: Path, pico_run: Path, home: str) -> None:
+    """As in containers that run under a bare user id. The numba cache's own places are in tests/base/test_numba.py."""
+    (tmp_path / "file").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "NUMBA_"))}
+    words = ["-m", "pgolf_post", "requant", str(pico_run / "latest"), "--calibration-tokens", "64", "--eval", "--json"]
+    done = processes.run(words, {**environment, "HOME": str(tmp_path / home)}, tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"file", pico_run.name}
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
 from trainer.model import GolfGPT
 from trainer.ngrams import ngram_hash, product_hash
-from trainer.visits import num_skips, split_visits
+from trainer.visits import num_skips, split_visits, visit_list
 
 PICO: dict[str, Any] = {
     "vocab_size": 23,
@@ -255,6 +256,8 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         drawn["untied_loop_mlps"] = draw(st.booleans())
         drawn["carry"] = draw(st.sampled_from(["none", "frozen", "learnable"]))
         drawn["visit_controls"] = draw(st.booleans())
+        if drawn.get("lane_kind") == "routed" and (start := draw(st.sampled_from([1, 2, 3]))) < 3:
+            drawn |= {"lanes_start": start, "carry": "none"}  # within the loop: carries of what is re-visited are none
         drawn["carry_per_pass"] = drawn["carry"] != "none" and draw(st.booleans())
     drawn["encoder_visits"] = draw(st.sampled_from([None, 0, 1, 4]))
     if drawn.get("lane_kind") == "sequential" and drawn["encoder_visits"] == 4:
@@ -275,6 +278,20 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
 @given(architectures(), st.integers(1, 8), st.integers(0, 5))
 def test_drawn_combinations_equal_the_oracle(overrides: dict[str, Any], seq_len: int, seed: int) -> None:
     assert_equals_the_oracle(random_model(overrides, seed), draw_tokens(23, seq_len, seed, batch=1))
+
+
+def returns_below_the_split(overrides: dict[str, Any]) -> bool:
+    """Whether a layer below lanes_start is visited after one from there on: it is to go through both lanes."""
+    config = pico_config(overrides)
+    visits, start = visit_list(config, config.max_active_loops), config.lanes_start
+    split = next((place for place, layer in enumerate(visits) if start and layer >= start), len(visits))
+    return config.lane_kind == "routed" and any(layer < start for layer in visits[split:])
+
+
+def test_lanes_that_split_inside_a_loop_are_among_what_is_drawn() -> None:
+    generated = settings(max_examples=2000, phases=[Phase.generate], database=None, deadline=None)
+    overrides = find(architectures(), returns_below_the_split, settings=generated, random=Random(0))
+    assert_equals_the_oracle(random_model(overrides), draw_tokens(23, 7))
 
 
 @pytest.mark.parametrize("name", [*FLAT, *BANKED])
