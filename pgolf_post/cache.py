@@ -101,9 +101,10 @@ def list_entries(root: Path) -> list[CacheEntry]:
         raise NotFoundError(f"no folder {root}", hint="pgolf-post cache list --root FOLDER")
     found = []
     for stage in sorted(_stage_folders(root)):
-        for path in sorted(stage.iterdir()):
-            with suppress(FileNotFoundError):  # finished, or deleted, since its name was read
-                found.append(entry_at(path))
+        with suppress(FileNotFoundError):  # finished, or deleted, since its name was read
+            for path in sorted(stage.iterdir()):
+                with suppress(FileNotFoundError):
+                    found.append(entry_at(path))
     return found
 
 

@@ -21,10 +21,7 @@ from tests.cli.test_cli_import import write_model
 
 FINAL = "checkpoints/pico/step_000012-final"
 CALIBRATE = ("calibrate", FINAL, "--tokens", "160", "--fisher")
-REQUANT = ("requant", FINAL, "--calibration-tokens", "64", "--eval", "--eval-tokens", "64")
-FIT = ("fit", FINAL, "--calibration-tokens", "64", "--kappa", "off", "--budget", "9000")
 EVAL = ("eval", FINAL, "--max-tokens", "300")
-BLEND = ("swa-blend", FINAL, "--last", "3")
 
 
 def start(folder: Path, words: tuple[str, ...]) -> processes.Process:
@@ -105,35 +102,23 @@ def prune_beside(folder: Path, pgolf: Call, words: tuple[str, ...], *choice: str
 def test_leftovers_are_deleted_beside_a_running_command_and_its_work_is_not(
     folder: Path, tmp_path: Path, pgolf: Call
 ) -> None:
-    expected = alone(folder, tmp_path / "alone", REQUANT)
-    code, err = prune_beside(folder, pgolf, REQUANT)
+    expected = alone(folder, tmp_path / "alone", CALIBRATE)
+    code, err = prune_beside(folder, pgolf, CALIBRATE)
     assert code == 0, err
     assert (results(folder), leftovers(folder)) == (expected, [])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("words", [CALIBRATE, FIT], ids=["calibrate", "fit"])
 def test_results_deleted_beside_a_running_command_cost_it_at_most_this_run(
-    folder: Path, tmp_path: Path, pgolf: Call, words: tuple[str, ...]
+    folder: Path, tmp_path: Path, pgolf: Call
 ) -> None:
+    words = CALIBRATE
     expected = alone(folder, tmp_path / "alone", words)
     code, err = prune_beside(folder, pgolf, words, "--older-than", "0")
     assert code == 0 or (code == 1 and "error: " in err), err
     ((code, _, err),) = run_at_once(folder, words)
     assert code == 0, err
     assert (results(folder), leftovers(folder)) == (expected, [])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "pair",
-    [(REQUANT, FIT), (FIT, REQUANT), (EVAL, BLEND), (BLEND, EVAL), (FIT, FIT)],
-    ids=lambda pair: f"{pair[0][0]}+{pair[1][0]}",
-)
-def test_two_commands_at_once_leave_what_they_leave_alone(
-    folder: Path, tmp_path: Path, pair: tuple[tuple[str, ...], tuple[str, ...]]
-) -> None:
-    require_as_alone(folder, tmp_path / "alone", *pair)
 
 
 @pytest.mark.long
