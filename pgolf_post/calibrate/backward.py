@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf_post.calibrate.forward import add_head_input, hooks, observed_inputs
-from pgolf_post.calibrate.products import squares
+from pgolf_post.calibrate.products import token_means
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.errors import SettingsError
 from pgolf_post.families import Lookup, Site
@@ -70,10 +70,9 @@ def observed_gradients(module: nn.Module, sites: Sequence[Site], sums: Sums) -> 
 
 
 def _add_delta(sums: Sums, tensor: str, x: Tensor, delta: Tensor) -> None:  # (tokens, in), (tokens, out)
-    row_sums, weights = squares(delta.detach())
-    sums.add(f"rows.{tensor}", row_sums)
-    sums.add_gram(f"weighted.{tensor}", x.float() * weights.sqrt()[:, None])
-    sums.add_gram(f"outputs.{tensor}", delta.detach().float())
+    delta = delta.detach().float()
+    sums.add_gram(f"weighted.{tensor}", x.float() * token_means(delta).sqrt()[:, None])
+    sums.add(f"rows.{tensor}", sums.add_gram(f"outputs.{tensor}", delta))
 
 
 @contextlib.contextmanager
@@ -99,7 +98,7 @@ def _add_lookup(sums: Sums, table: str, num_rows: int, indices: Tensor, gradient
     sums.add_gram(f"lookup.{table}", g)
     zeros = torch.zeros(num_rows, dtype=torch.float64, device=g.device)
     sums.add(f"counts.{table}", zeros.index_add(0, indices, torch.ones_like(indices, dtype=torch.float64)))
-    sums.add(f"lookup_rows.{table}", zeros.index_add(0, indices, squares(g)[1].double()))
+    sums.add(f"lookup_rows.{table}", zeros.index_add(0, indices, token_means(g).double()))
 
 
 def head_gradient(

@@ -24,8 +24,8 @@ from pgolf_post.families import Site
 
 def add_input(sums: Sums, site: str, x: Tensor, visit: int) -> None:  # x: (tokens, in)
     """Add one visit's input to a site's sums."""
-    trace = sums.add_gram(f"hessian.{site}", x)
-    sums.add_at(f"trace.{site}", visit, trace)
+    diagonal = sums.add_gram(f"hessian.{site}", x)
+    sums.add_at(f"trace.{site}", visit, diagonal.sum())
     total, largest = magnitudes(x)
     sums.add(f"abs.{site}", total)
     sums.add(f"max.{site}", largest)

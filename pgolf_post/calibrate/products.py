@@ -57,14 +57,8 @@ def magnitudes(x: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, n) → (n,) floa
     return total, largest
 
 
-def squares(delta: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, out) → (out,) Σδ² over tokens, (tokens,) mean over rows
-    """Return row sums of δ² and each token's mean of δ² over rows, float32."""
+def token_means(delta: Tensor) -> Tensor:  # (tokens, out) → (tokens,) float32
+    """Return each token's mean of δ² over rows; a CPU takes the norm of each token, which needs no copy of δ²."""
     if delta.device.type != "cpu":
-        squared = delta.float().square()
-        return squared.sum(0), squared.mean(1)
-    total, means = torch.zeros(delta.size(1)), []
-    for piece in delta.float().split(ROWS):
-        squared = piece.square()
-        total += squared.sum(0)
-        means.append(squared.mean(1))
-    return total, torch.cat(means)
+        return delta.float().square().mean(1)
+    return torch.linalg.vector_norm(delta.float(), dim=1).square_().div_(delta.size(1))

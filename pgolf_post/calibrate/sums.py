@@ -63,11 +63,11 @@ class Sums:
         else:
             self.tensors[key] += value
 
-    def add_gram(self, key: str, x: Tensor) -> Tensor:  # x: (tokens, n); returns () its trace
-        """Add Σxxᵀ of a chunk."""
+    def add_gram(self, key: str, x: Tensor) -> Tensor:  # x: (tokens, n) → (n,) float32
+        """Add Σxxᵀ of a chunk; return its diagonal, Σx²."""
         product = upper_gram(x, self.products_in)
         self.add(key, product)
-        return product.diagonal().sum()
+        return product.diagonal()
 
     def add_at(self, key: str, index: int, value: Tensor) -> None:  # value: ()
         """Add to one entry of a vector, extending the vector if it is too short."""

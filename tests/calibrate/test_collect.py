@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgolf_post.calibrate.collect import Observed, collect
 from pgolf_post.calibrate.packed import mirror_upper, pack_upper, unpack_upper
-from pgolf_post.calibrate.products import magnitudes, panel_gram, squares, upper_gram
+from pgolf_post.calibrate.products import magnitudes, panel_gram, token_means, upper_gram
 from pgolf_post.calibrate.stage import calibration_text, observe
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.checkpoint import Checkpoint
@@ -74,9 +74,8 @@ def test_every_way_of_making_a_triangle_is_xtx(tokens: int, width: int) -> None:
     total, largest = magnitudes(x)
     torch.testing.assert_close(total, x.abs().sum(0))
     assert torch.equal(largest, x.abs().amax(0))
-    rows, means = squares(x)
-    torch.testing.assert_close(rows, x.square().sum(0))
-    torch.testing.assert_close(means, x.square().mean(1))
+    torch.testing.assert_close(token_means(x), x.square().mean(1))
+    torch.testing.assert_close(Sums().add_gram("outputs.x", x), x.square().sum(0))
 
 
 @pytest.mark.parametrize("n", [1, 7, 128, 300])
