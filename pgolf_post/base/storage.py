@@ -53,7 +53,10 @@ def atomic_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     with named_failures(destination), _building(destination) as building, _final_paths(building, destination):
         yield building
         _flush_tree(building)
-        _move_into_place(building, destination)
+        if replace:
+            _move_into_place(building, destination)
+        else:
+            _move_where_none_is(building, destination)
 
 
 def require_new(destination: Path) -> None:
@@ -153,6 +156,20 @@ def _final_paths(temporary: Path, destination: Path) -> Iterator[None]:
         with suppress(OSError):
             error.written_bytes = sum(file.stat().st_size for file in files if file.is_file())  # type: ignore[attr-defined]
         raise
+
+
+def _move_where_none_is(building: Path, destination: Path) -> None:
+    """Rename `building` to `destination`. Raises PgolfError if another process has written it meanwhile."""
+    try:
+        building.rename(destination)
+    except OSError as error:
+        if not destination.exists():
+            raise
+        raise PgolfError(
+            f"{destination} was written by another process meanwhile; nothing of it was changed",
+            hint="give another name",
+        ) from error
+    _fsync(destination.parent)
 
 
 def _move_into_place(building: Path, destination: Path) -> None:

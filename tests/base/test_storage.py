@@ -107,6 +107,18 @@ def test_an_existing_folder_is_never_replaced_unasked(tmp_path: Path, old_folder
     assert everything_in(tmp_path) == before
 
 
+def test_a_folder_that_another_has_written_meanwhile_stays(tmp_path: Path) -> None:
+    def write(text: str, meanwhile: Callable[[], None]) -> None:
+        with atomic_folder(tmp_path / "new") as folder:
+            (folder / "name").write_text(text)
+            meanwhile()
+
+    with pytest.raises(PgolfError, match="written by another process meanwhile"):
+        write("second", lambda: write("first", lambda: None))
+    assert files_in(tmp_path) == {"new/name": b"first"}
+    assert not temporaries_in(tmp_path)
+
+
 def test_replacing_a_folder_leaves_nothing_of_the_old_one(old_folder: Path) -> None:
     (old_folder / "only-in-old").touch()
     with atomic_folder(old_folder, replace=True) as building:
