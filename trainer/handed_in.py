@@ -41,6 +41,7 @@ from pgolf_post.quantize.tensor import QuantizedModel
 from pgolf_post.rules import GridRule, KeepRule
 from pgolf_post.settings import read_settings
 from pgolf_post.submit.evaluate import ARTIFACT, built, read_shards, run
+from pgolf_post.submit.fitting import fisher, fitted
 from trainer.averages import EMA, RunningMean
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
@@ -74,9 +75,11 @@ def main() -> None:
     folder = Path(sys.argv[1] if sys.argv[1:] else "data")
     if sys.argv[3:] != ["eval"]:
         tensors = train(known("recipe"), folder, ranks)
-        stats = statistics(tensors, TrainingText(folder), known("calibration"), ranks)
+        text = TrainingText(folder)
+        stats = statistics(tensors, text, known("calibration"), ranks)
         if ranks.is_main:
-            (Path(__file__).parent / ARTIFACT).write_bytes(artifact(tensors, stats, known("packing")))
+            data = fitted(tensors, stats, text) if known("fits") else artifact(tensors, stats, known("packing"))
+            (Path(__file__).parent / ARTIFACT).write_bytes(data)
         ranks.wait()
     run(ranks)
 
@@ -205,11 +208,14 @@ def statistics(tensors: Mapping[str, Tensor], text: Any, settings: CalibrationSe
     module = built(tensors, ranks.device)
     windows = draw_training_text(text, settings, known("calibration_seq_len"))
     sites: list[Site] = known("sites")
-    observed = Observed(module, sites, autocast=autocast_dtype(settings.precision, ranks.device))
+    autocast = autocast_dtype(settings.precision, ranks.device)
+    observed = Observed(module, sites, known("lookups"), known("fits"), settings.seed, autocast)
     sums = collect(observed, windows.tokens, ranks)
     hessians = {site.name: unpack_upper(pack_upper(sums[f"hessian.{site.name}"].cpu())) for site in sites}
     magnitudes = {site.name: sums[f"abs.{site.name}"].cpu() for site in sites}
-    return Stats("", hessians, int(windows.tokens.size), False, magnitudes)
+    num_tokens = int(windows.tokens.size)
+    backward = fisher(sums, num_tokens) if known("fits") else None
+    return Stats(known("stats_id"), hessians, num_tokens, False, magnitudes, fisher=backward)
 
 
 def artifact(tensors: Mapping[str, Tensor], stats: Stats, packing: PackSettings) -> bytes:

@@ -72,7 +72,7 @@ def own_text(
 ) -> np.ndarray:  # (windows, seq_len) int64
     """Return the text that a view writes itself, from the cache or written now by all ranks."""
     # the id: whose text, how much, by which numbers
-    count = num_windows(settings, seq_len)
+    count = num_windows(settings.tokens, seq_len)
     identity = {"windows": count, "seq_len": seq_len, "seed": settings.seed, "temperature": settings.temperature}
     folder = view.checkpoint.derived(SELFTEXT.name, SELFTEXT.id([view.id], identity))
     # written once, each rank its share of the windows

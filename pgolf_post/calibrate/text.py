@@ -35,13 +35,18 @@ class CalibrationSet:
         return hashlib.sha256(shape + self.tokens.astype("<u2").tobytes()).hexdigest()
 
 
-def num_windows(settings: CalibrationSettings, seq_len: int) -> int:
+def num_windows(tokens: int, seq_len: int) -> int:
     """Return the number of whole windows that the wanted tokens make, at least one."""
-    return max(1, settings.tokens // seq_len)
+    return max(1, tokens // seq_len)
 
 
 def draw_training_text(data: DataFolder, settings: CalibrationSettings, seq_len: int) -> CalibrationSet:
-    """Draw distinct windows of the training split.
+    """Draw distinct windows of the training split by a calibration's settings. Raises what `draw_windows` does."""
+    return draw_windows(data, settings.tokens, settings.seed, seq_len)
+
+
+def draw_windows(data: DataFolder, tokens: int, seed: int, seq_len: int) -> CalibrationSet:
+    """Draw distinct windows of the training split: as many whole ones as `tokens` make, at least one.
 
     Raises MismatchError if it holds too few, or if a training shard is validation text.
     """
@@ -51,14 +56,14 @@ def draw_training_text(data: DataFolder, settings: CalibrationSettings, seq_len:
         for path, shard in data.shards("train")
         for offset in range(0, len(shard) - seq_len + 1, seq_len)
     ]
-    wanted = num_windows(settings, seq_len)
+    wanted = num_windows(tokens, seq_len)
     if wanted > len(places):
         raise MismatchError(
-            f"{data.path}: {settings.tokens} calibration tokens need {wanted} windows of {seq_len}, "
+            f"{data.path}: {tokens} calibration tokens need {wanted} windows of {seq_len}, "
             f"the training split has {len(places)}",
             hint=f"--calibration-tokens {len(places) * seq_len}",
         )
-    chosen = generator(settings.seed, "windows").choice(len(places), size=wanted, replace=False)
+    chosen = generator(seed, "windows").choice(len(places), size=wanted, replace=False)
     windows = [places[i] for i in sorted(chosen)]
     rows = [shard[offset : offset + seq_len] for _, shard, offset in windows]
     spans = tuple((path.name, offset, seq_len) for path, _, offset in windows)
@@ -69,7 +74,7 @@ def random_text(vocab_size: int, settings: CalibrationSettings, seq_len: int) ->
     """Return windows of uniform token ids."""
     rows = [
         generator(settings.seed, "random tokens", window).integers(0, vocab_size, seq_len)
-        for window in range(num_windows(settings, seq_len))
+        for window in range(num_windows(settings.tokens, seq_len))
     ]
     return CalibrationSet((), np.stack(rows).astype(np.int64))
 

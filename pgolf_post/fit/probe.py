@@ -28,8 +28,7 @@ from torch import Tensor
 from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import divergences_of
 from pgolf_post.base.ranks import ALONE, Ranks
-from pgolf_post.calibrate import CalibrationSettings
-from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
+from pgolf_post.calibrate.text import CalibrationSet, draw_windows
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
@@ -136,4 +135,4 @@ def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> Calibrat
     """Draw training text by another seed than the statistics'; never more than there is."""
     seq_len = view.train_seq_len
     available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
-    return draw_training_text(data, CalibrationSettings(tokens=min(tokens, available), seed=seed + 1), seq_len)
+    return draw_windows(data, min(tokens, available), seed + 1, seq_len)

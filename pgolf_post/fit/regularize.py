@@ -10,14 +10,19 @@ counts is the divergence on the text on which κ is measured.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pgolf_post.base.progress import say
+from pgolf_post.calibrate import Stats
+from pgolf_post.checkpoint import View
 from pgolf_post.fit.build import Builder
 from pgolf_post.fit.limits import fixed_bytes
 from pgolf_post.fit.prepare import Fitter, probe_seconds
 from pgolf_post.fit.probe import Probe, decoded, probe_text
+from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import Rough, Search
 
 PAIRS = ((1.0, 0.003), (0.8, 0.01), (0.6, 0.01), (0.6, 0.03))  # coupling, ridge
@@ -52,21 +57,47 @@ def regularized(fitter: Fitter, limit: int, codec: str) -> tuple[Fitter, float |
         return fitter, None, {}
     with fitter.clock.step(STEP_NAME):
         text = probe_text(fitter.view, fitter.data, settings.kappa_tokens, settings.kappa_seed)
-        probe = Probe(fitter.view, text)
-        best, builder = None, fitter.builder
-        trials: list[Trial] = []
-        for coupling, ridge in PAIRS:
-            own = settings.model_copy(update={"coupling": coupling, "ridge": ridge})
-            made = Builder(fitter.view, fitter.stats, own)
-            rough = Search(made, fitter.kappa, codec).rough(limit, trials[-1].constant if trials else None)
-            divergence = probe.divergence(decoded(rough.model)).mean * 4 ** spare_bits(made, rough)
-            trials.append(Trial(coupling, ridge, divergence, rough.constant))
-            say(f"C × {coupling:g} off its diagonal, ridge {ridge:g}: divergence {divergence:.6f} on training text")
-            if best is None or divergence < best.divergence:
-                best, builder = trials[-1], made
-    assert best is not None
+        probe, kappa = Probe(fitter.view, text), fitter.kappa
+        choices = pairs_of(settings)
+        builder, constant, trials = least_divergent(
+            fitter.view, fitter.stats, choices, kappa, probe, limit, codec
+        )
+    best = min(trials, key=lambda trial: trial.divergence)
     facts = {**best.facts(), "tried": [trial.facts() for trial in trials]}
-    return replace(fitter, builder=builder), best.constant, {"regularized": facts}
+    return replace(fitter, builder=builder), constant, {"regularized": facts}
+
+
+def pairs_of(settings: FitSettings) -> list[FitSettings]:
+    """Return settings with each of the pairs that are tried."""
+    return [settings.model_copy(update={"coupling": coupling, "ridge": ridge}) for coupling, ridge in PAIRS]
+
+
+def least_divergent(
+    view: View,
+    stats: Stats,
+    choices: Sequence[FitSettings],
+    kappa: Mapping[str, float],
+    probe: Probe,
+    limit: int,  # bytes
+    codec: str,
+) -> tuple[Builder, float, list[Trial]]:
+    """Return the builder whose factors lose least at a budget, the c it was found at, and all trials."""
+    trials: list[Trial] = []
+    best: Builder | None = None
+    least, constant = math.inf, 0.0
+    for settings in choices:
+        builder = Builder(view, stats, settings)
+        rough = Search(builder, kappa, codec).rough(limit, trials[-1].constant if trials else None)
+        divergence = probe.divergence(decoded(rough.model)).mean * 4 ** spare_bits(builder, rough)
+        trials.append(Trial(settings.coupling, settings.ridge, divergence, rough.constant))
+        say(
+            f"C × {settings.coupling:g} off its diagonal, ridge {settings.ridge:g}: divergence {divergence:.6f} on "
+            "training text"
+        )
+        if best is None or divergence < least:
+            best, least, constant = builder, divergence, rough.constant
+    assert best is not None
+    return best, constant, trials
 
 
 def bits_of(builder: Builder, limit: int) -> float:

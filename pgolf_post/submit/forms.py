@@ -11,7 +11,7 @@ from typing import Any
 
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import build_module, get_family
+from pgolf_post.families import ModelFamily, build_module, get_family
 from pgolf_post.pack import decode
 from pgolf_post.pack.container import PackSettings
 from pgolf_post.pack.snippet import decoder_module
@@ -23,9 +23,10 @@ from pgolf_post.score.ttt.methods import ttt_method
 from pgolf_post.score.ttt.scales import ScalesProtocol
 from pgolf_post.score.ttt.settings import TTTProtocol
 from pgolf_post.settings import Settings
-from pgolf_post.submit import evaluate
+from pgolf_post.submit import evaluate, fitting
 from pgolf_post.submit.amalgamate import Amalgam, amalgamate
 from pgolf_post.submit.facts import ByName, Facts, Partly
+from pgolf_post.submit.fit_form import asked_by_fit, choices_of, is_fitted, require_makeable, settle_fit
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
@@ -110,15 +111,14 @@ def _settle_protocol(sources: Sources, module: Any, config: Mapping[str, Any], p
 def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     """Return the program that trains by a recipe, quantizes as an artifact was quantized, packs and scores it.
 
-    Raises SettingsError for an artifact of fit, or of a plan that reads its text, for fused kernels, and for a loss
-    that is not plain nats.
+    Raises SettingsError for an artifact of a fit that tuned weights or of a plan that reads its text, for fused
+    kernels, and for a loss that is not plain nats.
     """
     config, module = seed.manifest["config"], settled_module(seed.manifest["config"])
     package = type(module).__module__.partition(".")[0]
     program = importlib.import_module(f"{package}.handed_in")
     known_recipe: Any = recipe
     _require_makeable(seed, known_recipe)
-    plan = plan_of(seed)
     family, sources = get_family(config["family"]), _sources(module)
     calibration = calibration_of(seed)
     schedule = importlib.import_module(type(known_recipe.schedule).__module__)
@@ -130,7 +130,8 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     source = "def new_model(graph):\n    model = Model(None, graph)\n    model.initialise()\n    return model"
     sources.replace(address(program.__name__, "new_model"), source, _model(module))
     _settle_schedule(sources, schedule, known_recipe.schedule)
-    _settle_plan(sources, plan)
+    threads = "def num_threads():\n    return torch.get_num_threads()"
+    sources.replace(address("pgolf_post.base.threads", "num_threads"), threads, {"torch": address("torch")})
     sources.replace(address("pgolf_post.base.progress", "progress_bar"), PROGRESS_BAR)
     if seed.run and not str(seed.run.meta.get("device", "cpu")).startswith("cpu"):  # no need of a CPU's BLAS
         sources.replace(address("pgolf_post.calibrate.products", "upper_gram"), UPPER_GRAM)
@@ -146,27 +147,34 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         "calibration": calibration,
         "calibration_seq_len": calibration.seq_len or family.train_seq_len(module),
         "sites": family.sites(module),
-        "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
-        "rules": list(plan.rules),
-        "entries": _entries(make_plan(dict(module.named_parameters()), family, module, plan), plan),
-        "lqer": plan.lqer,
         "packing": PackSettings(codec=seed.settings["codec"]),
         "config": dict(config),
         "lineage": dict(seed.manifest["lineage"]),
     }
+    rules: tuple[Settings, ...]
+    if is_fitted(seed):
+        asked |= asked_by_fit(seed, module, family)
+        rules = tuple(asked["choices"])
+        settle_fit(sources, choices_of(seed))
+    else:
+        plan = plan_of(seed)
+        asked |= _asked_by_plan(plan, module, family)
+        rules = tuple(plan.rules)
+        _settle_plan(sources, plan)
     values = {**_of_model(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
     for table in ("run", "data", "optim", "schedule", "checkpoint"):
         values |= _by_class(getattr(known_recipe, table))
-    if plan.lqer is not None:
-        values |= _by_class(plan.lqer)
+    if asked.get("lqer") is not None:
+        values |= _by_class(asked["lqer"])
     answers = {
         address(program.__name__, "known"): ByName(asked),
+        address(fitting.__name__, "known"): ByName(asked),
         address("pgolf_post.base.numba", "use_compiled"): False,
         address("pgolf_post.quantize.rows", "_damping"): {},
     }
-    shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": False}}
+    shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": asked["fits"]}}
     facts = _facts(sources, module, config, protocol, values, answers, shared)
-    facts = dataclasses.replace(facts, objects=tuple(plan.rules), values={**facts.values, **_of_rules(plan.rules)})
+    facts = dataclasses.replace(facts, objects=rules, values={**facts.values, **_of_rules(rules)})
     return amalgamate(sources, address(program.__name__, "main"), facts, _silent(), UNUSED)
 
 
@@ -178,12 +186,8 @@ def read_recipe(config: Mapping[str, Any], path: Path, overrides: Sequence[str] 
 
 
 def _require_makeable(seed: Seed, recipe: Any) -> None:
-    if seed.settings.get("plan") == "fit" or "rules" not in seed.settings:
-        raise SettingsError(
-            f"{seed.artifact} was made by fit, whose search is not part of a script: it is estimated to take 36,300 to "
-            "39,600 bytes of the 40,000 that a whole form may take (docs/results/submit.md)",
-            hint="make the whole form from an artifact of requant, or the eval form: leave --recipe out",
-        )
+    if is_fitted(seed):
+        require_makeable(seed)
     if seed.settings.get("sequential") or seed.settings.get("distill"):
         raise SettingsError(f"{seed.artifact}: a sequential or distilled plan is not part of a script")
     if recipe.loss.is_on:
@@ -239,6 +243,19 @@ def calibration_of(seed: Seed) -> CalibrationSettings:
     kept = seed.stats_settings()
     given = {key: kept[key] for key in CalibrationSettings.model_fields if key in kept}
     return CalibrationSettings(**given)
+
+
+def _asked_by_plan(plan: Plan, module: Any, family: ModelFamily) -> dict[str, Any]:
+    """Return what the program asks for by name where a plan quantizes."""
+    return {
+        "fits": False,
+        "lookups": (),
+        "stats_id": "",
+        "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
+        "rules": list(plan.rules),
+        "entries": _entries(make_plan(dict(module.named_parameters()), family, module, plan), plan),
+        "lqer": plan.lqer,
+    }
 
 
 def _of_rules(rules: Sequence[Settings]) -> dict[str, Partly]:
@@ -297,8 +314,6 @@ def _settle_plan(sources: Sources, plan: Plan) -> None:
     }
     chosen = ", ".join(f"{scale!r}: {name}" for scale, name in sorted(functions.items()))
     sources.replace(address(f"{quantize}.clip", "STEPS_BY_RULE"), f"STEPS_BY_RULE = {{{chosen}}}")
-    threads = "def num_threads():\n    return torch.get_num_threads()"
-    sources.replace(address("pgolf_post.base.threads", "num_threads"), threads, {"torch": address("torch")})
 
 
 NEEDED_BY_TRELLISES = {  # function → its parameters: not called where no rule has a trellis
@@ -372,4 +387,5 @@ def _silent() -> list[str]:
     own += [address("pgolf_post.score.nats", "observe")]
     own += [address("pgolf_post.pack.packable", "check_packable")]
     own += [address("pgolf_post.calibrate.text", "refuse_validation_shards")]
+    own += [address("pgolf_post.fit.limits", "require_solvable"), "require_view"]
     return [*own, *SILENT, address("pgolf_post.score.ttt.gradients", "require_same_forward")]
