@@ -59,9 +59,7 @@ def regularized(fitter: Fitter, limit: int, codec: str) -> tuple[Fitter, float |
         text = probe_text(fitter.view, fitter.data, settings.kappa_tokens, settings.kappa_seed)
         probe, kappa = Probe(fitter.view, text), fitter.kappa
         choices = pairs_of(settings)
-        builder, constant, trials = least_divergent(
-            fitter.view, fitter.stats, choices, kappa, probe, limit, codec
-        )
+        builder, constant, trials = least_divergent(fitter.view, fitter.stats, choices, kappa, probe, limit, codec)
     best = min(trials, key=lambda trial: trial.divergence)
     facts = {**best.facts(), "tried": [trial.facts() for trial in trials]}
     return replace(fitter, builder=builder), constant, {"regularized": facts}
