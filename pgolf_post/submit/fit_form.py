@@ -31,6 +31,13 @@ def _compiled_sweep(grid, length):
         return partial(_numpy_sweep, grid)
     return lambda sheet, first, stop: run(sheet, grid.bounds, grid.came_from, first, stop)
 """
+SHARE_NOTHING = """
+class SharedCalls:
+    def __init__(self, module, run):
+        pass
+    def given(self, changed):
+        return nullcontext()
+"""
 LOAD_MODULE = """
 def load_module(config, tensors, source, copy):
     return built({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, "cpu")
@@ -98,6 +105,9 @@ def settle_fit(sources: Sources, choices: list[FitSettings]) -> None:
         LOAD_MODULE,
         {"built": address("pgolf_post.submit.evaluate", "built"), "torch": address("torch")},
     )
+    # κ in a third more time, the same bits
+    names = {"nullcontext": address("contextlib", "nullcontext")}
+    sources.replace(address("pgolf_post.fit.shared_calls", "SharedCalls"), SHARE_NOTHING, names)
     settings = choices[0]
     if settings.trellis_states and settings.lane_rows == DIAGONALS:
         sources.replace(address("pgolf_post.quantize.gptq.driver", "gptq_jobs"), ROUND_ALONG_DIAGONALS)
