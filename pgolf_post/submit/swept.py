@@ -61,7 +61,7 @@ def sweep(sheet, bounds, came_from, first, stop):  # type: ignore[no-untyped-def
                 after[state] = one if one < zero else zero
             cost, after = after, cost
         # The cheapest end, of equal ones the lowest state, read backwards.
-        state = np.argmin(cost)
+        state = np.argmin(cost)  # type: ignore[assignment]
         for place in range(length - 1, -1, -1):
             i = top + place
             j = diagonal - i
