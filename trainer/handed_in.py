@@ -209,7 +209,7 @@ def statistics(tensors: Mapping[str, Tensor], text: Any, settings: CalibrationSe
     windows = draw_training_text(text, settings, known("calibration_seq_len"))
     sites: list[Site] = known("sites")
     autocast = autocast_dtype(settings.precision, ranks.device)
-    observed = Observed(module, sites, known("lookups"), known("fits"), settings.seed, autocast)
+    observed = Observed(module, sites, known("lookups"), known("backward"), settings.seed, autocast)
     sums = collect(observed, windows.tokens, ranks)
     hessians = {site.name: unpack_upper(pack_upper(sums[f"hessian.{site.name}"].cpu())) for site in sites}
     magnitudes = {site.name: sums[f"abs.{site.name}"].cpu() for site in sites}

@@ -49,6 +49,16 @@ def is_fitted(seed: Seed) -> bool:
     return seed.settings.get("plan") == "fit"
 
 
+def require_training_text(seed: Seed) -> None:
+    """Raise SettingsError for statistics of other text than a script reads."""
+    source = seed.stats_settings().get("source", "train")
+    if source != "train":
+        raise SettingsError(
+            f"{seed.artifact}: its statistics are of text of source {source!r}, and a script reads training text",
+            hint=HINT,
+        )
+
+
 def require_makeable(seed: Seed) -> None:
     """Raise SettingsError for a step of the fit that a script does not have."""
     steps = {
@@ -59,12 +69,6 @@ def require_makeable(seed: Seed) -> None:
     for key, step in steps.items():
         if seed.settings.get(key):
             raise SettingsError(f"{seed.artifact} has {step}, which is not part of a script", hint=HINT)
-    source = seed.stats_settings().get("source", "train")
-    if source != "train":
-        raise SettingsError(
-            f"{seed.artifact}: its statistics are of text of source {source!r}, and a script reads training text",
-            hint=HINT,
-        )
     if set(seed.manifest["lineage"]) != {"checkpoint_id", "stats_id"}:
         raise SettingsError(f"{seed.artifact}: its statistics are of other weights (--allow-stale)", hint=HINT)
 
@@ -81,6 +85,7 @@ def asked_by_fit(seed: Seed, module: Any, family: ModelFamily) -> dict[str, Any]
     settings = choices[0]
     return {
         "fits": True,
+        "backward": True,
         "choices": choices,
         "regularizes": "regularized" in seed.meta,
         "kappa": settings.kappa if "kappa" in seed.meta["train_seconds"] else "off",

@@ -26,7 +26,14 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit import evaluate, fitting
 from pgolf_post.submit.amalgamate import Amalgam, amalgamate
 from pgolf_post.submit.facts import ByName, Facts, Partly
-from pgolf_post.submit.fit_form import asked_by_fit, choices_of, is_fitted, require_makeable, settle_fit
+from pgolf_post.submit.fit_form import (
+    asked_by_fit,
+    choices_of,
+    is_fitted,
+    require_makeable,
+    require_training_text,
+    settle_fit,
+)
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
@@ -158,7 +165,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         settle_fit(sources, choices_of(seed))
     else:
         plan = plan_of(seed)
-        asked |= _asked_by_plan(plan, module, family)
+        asked |= _asked_by_plan(plan, module, family, bool(seed.stats_settings().get("fisher")))
         rules = tuple(plan.rules)
         _settle_plan(sources, plan)
     values = {**_of_model(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
@@ -172,7 +179,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         address("pgolf_post.base.numba", "use_compiled"): False,
         address("pgolf_post.quantize.rows", "_damping"): {},
     }
-    shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": asked["fits"]}}
+    shared = {address("pgolf_post.calibrate.collect", "Observed"): {"fisher": asked["backward"]}}
     facts = _facts(sources, module, config, protocol, values, answers, shared)
     facts = dataclasses.replace(facts, objects=rules, values={**facts.values, **_of_rules(rules)})
     return amalgamate(sources, address(program.__name__, "main"), facts, _silent(), UNUSED)
@@ -186,6 +193,7 @@ def read_recipe(config: Mapping[str, Any], path: Path, overrides: Sequence[str] 
 
 
 def _require_makeable(seed: Seed, recipe: Any) -> None:
+    require_training_text(seed)
     if is_fitted(seed):
         require_makeable(seed)
     if seed.settings.get("sequential") or seed.settings.get("distill"):
@@ -245,11 +253,15 @@ def calibration_of(seed: Seed) -> CalibrationSettings:
     return CalibrationSettings(**given)
 
 
-def _asked_by_plan(plan: Plan, module: Any, family: ModelFamily) -> dict[str, Any]:
-    """Return what the program asks for by name where a plan quantizes."""
+def _asked_by_plan(plan: Plan, module: Any, family: ModelFamily, backward: bool) -> dict[str, Any]:
+    """Return what the program asks for by name where a plan quantizes; statistics may have the backward half too.
+
+    No plan reads that half, but batches are smaller where it is collected, so that sums differ in their last bits.
+    """
     return {
         "fits": False,
-        "lookups": (),
+        "backward": backward,
+        "lookups": family.lookups(module) if backward else (),
         "stats_id": "",
         "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
         "rules": list(plan.rules),

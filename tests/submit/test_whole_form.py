@@ -93,9 +93,10 @@ def identifiers(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.long  # minutes: the generated packer has plain loops
-@pytest.mark.parametrize("plan", ["sdclip-1394", "record-1855"])
+@pytest.mark.parametrize(("plan", "fisher"), [("sdclip-1394", True), ("record-1855", False)])
 def test_a_script_trains_to_the_same_bytes(
     plan: str,
+    fisher: bool,
     tmp_path: Path,
     pico_checkpoint: Checkpoint,
     pico_data: DataFolder,
@@ -103,7 +104,7 @@ def test_a_script_trains_to_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     view = pico_checkpoint.load()
-    stats = calibrate(view, pico_data, CalibrationSettings(tokens=640))
+    stats = calibrate(view, pico_data, CalibrationSettings(tokens=4096, fisher=fisher))
     made = requant(view, stats, read_plan(plan))
     protocol = make_protocol("sliding", {"max_tokens": 200, "stride": 8}, 16, "test")
     seed = Seed.open(made.path)
