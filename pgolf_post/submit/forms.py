@@ -193,7 +193,6 @@ def read_recipe(config: Mapping[str, Any], path: Path, overrides: Sequence[str] 
 
 
 def _require_makeable(seed: Seed, recipe: Any) -> None:
-    require_training_text(seed)
     if is_fitted(seed):
         require_makeable(seed)
     if seed.settings.get("sequential") or seed.settings.get("distill"):
@@ -238,6 +237,7 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
             )
     if recipe.run.kernels not in ("auto", "eager"):
         raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
+    require_training_text(seed)
 
 
 def plan_of(seed: Seed) -> Plan:

@@ -274,6 +274,7 @@ print((many - two) / size, (peak() - many) / size)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_one_model_whatever_the_number_of_parts(tmp_path: Path, pico_checkpoint: Checkpoint) -> None:
     """Eight parts take no more than two; eight in memory at once would take models more."""

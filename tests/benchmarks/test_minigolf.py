@@ -142,6 +142,7 @@ def task_for(checkpoint: Checkpoint, data: DataFolder, **changes: Any) -> dict[s
     return {**made, **plan, **fit, "calibration_tokens": 64, "bytes": 30_000, **changes}
 
 
+@pytest.mark.long
 def test_an_artifact_over_the_bytes_is_refused_and_larger_steps_make_it_fit(
     pico_checkpoint: Checkpoint, pico_data: DataFolder
 ) -> None:
@@ -156,6 +157,7 @@ def test_an_artifact_over_the_bytes_is_refused_and_larger_steps_make_it_fit(
     assert same["symbols_sha256"] == published["symbols_sha256"]  # as published where it fits
 
 
+@pytest.mark.long
 def test_fit_leaves_room_for_the_code(tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder) -> None:
     code = tmp_path / "decode.py"
     code.write_text("#" * 1000)

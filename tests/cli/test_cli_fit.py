@@ -38,6 +38,7 @@ def test_fit_fills_the_budget_and_is_the_same_on_two_ranks(pgolf: Any, pico_run:
     assert again["symbols_sha256"] == first["symbols_sha256"]
 
 
+@pytest.mark.long
 def test_a_cached_fit_reports_the_training_data_that_making_it_read(pgolf: Any, pico_data: DataFolder) -> None:
     """Fine-tuning and distillation too, which a cached artifact does not repeat."""
     options = ("fit", "--budget", 9000, "--distill", "--tune-tokens", 4096, "--data", pico_data.path, "--json", *FIT)

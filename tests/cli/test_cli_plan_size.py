@@ -45,7 +45,7 @@ def train_here(stage: TrainStage, root: Path, scratch: Path, asked: Asked) -> Ch
     return Trainer(Recipe.model_validate(tree)).run()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ladder_holds_what_its_runs_measured(tmp_path: Path, recipe: Path) -> None:
     sizes = (("model.model_dim=16",), ("model.model_dim=24",))
     settings = LadderSettings(recipe, sizes, (0.004, 0.002), (5.0, 7.0), None, 64, FIT)

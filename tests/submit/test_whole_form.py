@@ -58,7 +58,7 @@ MANY_MEANINGS = {  # words that other things have for a name too
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_settings_that_are_off_are_not_in_the_script(
     tmp_path: Path, pico_checkpoint: Checkpoint, pico_data: DataFolder
 ) -> None:

@@ -138,6 +138,7 @@ def test_an_expected_score_is_the_weights_loss_and_the_divergence_from_them(lab:
     assert trial.result["noise_floor_bpb"] > 0
 
 
+@pytest.mark.long
 def test_a_compiled_sweep_learns_on_the_eager_model(lab: Lab) -> None:
     text = (
         'question = "?"\nnoise_repeats = 0\nbaselines = []\nrank_by = "ttt"\n[grid]\nttt.learning_rate = [0.0, 0.01]\n'
@@ -391,6 +392,7 @@ train = {recipe = "RECIPE", set = ["checkpoint.fractions=[]"]}
 """
 
 
+@pytest.mark.long
 def test_a_training_that_stops_early_is_a_finished_trial(
     lab: Lab, pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,7 +272,7 @@ def test_options_that_clash_are_refused_and_a_dry_run_shows_the_table(pico_data:
     assert "loops off: logits differ by" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_start_as_one_does(pico_data: DataFolder, tmp_path: Path) -> None:
     finals = []
     for ranks in (1, 2):

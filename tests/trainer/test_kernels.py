@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_refused(answer: dict[str, Any]) -> None:
     assert "float64" in messages["double"]
 
 
+@pytest.mark.long
 @needs_triton
 def test_torch_compile_takes_the_kernels_into_its_graph(answer: dict[str, Any]) -> None:
     assert len(answer["registrations"]) == 4
