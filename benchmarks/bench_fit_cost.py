@@ -72,7 +72,6 @@ def steps(parts: Sequence[str] = ()) -> None:
         shape = relative_steps(torch.rand(len(weight)).double() + 0.5, factor.column_lengths)
         return torch.from_numpy(scale_of(shape.factors(0.4 / shape.unit), *weight.shape))
 
-    base = min(timed(plain, None) for _ in range(2))
     trials: dict[str, tuple[Trellis | None, bool]] = {
         "equal slope, scalar grid": (None, False),
         "scalar grid, feedback from both sides": (None, True),
@@ -89,6 +88,7 @@ def steps(parts: Sequence[str] = ()) -> None:
     chosen = {name: trial for name, trial in trials.items() if not parts or any(part in name for part in parts)}
     if not chosen:
         raise SystemExit(f"no row is named like {', '.join(parts)}; there are: {'; '.join(trials)}")
+    base = min(timed(plain, None) for _ in range(2))
     print(f"| plain GPTQ, row scales | {base:.1f} | |", flush=True)
     for name, (trellis, coupled) in chosen.items():
         found = min(timed(sloped, trellis, coupled) for _ in range(2))

@@ -9,20 +9,22 @@ overhead is wall time less the trials' own, per trial and worker, and the CPU ti
 
 from __future__ import annotations
 
+import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
-import click
-
+import pgolf_post.sweep.engines.local as local_engine
 import pgolf_post.sweep.engines.ray as ray_engine
 from benchmarks.bench_hot_start import random_checkpoint
 from pgolf_post.base.progress import print_table
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document
 from pgolf_post.ledger import Row
-from pgolf_post.sweep.engines.local import run_local
 from pgolf_post.sweep.listed import Listed
 from pgolf_post.sweep.places import Places
 from pgolf_post.sweep.run import Options, Sweep
@@ -72,15 +74,20 @@ def documents() -> list[Document]:
     return [Document(f"text/{number}", f"line {number} of a text\n" * 40) for number in range(40)]
 
 
-@click.command()
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--workers", type=int, default=1, show_default=True, help="Workers of the Ray engine.")
-@click.option("--trials", type=int, default=1000, show_default=True, help="Number of trials.")
-@click.option("--milliseconds", type=int, default=50, show_default=True, help="Length of a trial.")
-def main(engine: str, workers: int, trials: int, milliseconds: int) -> None:
-    """Measure the driver's overhead."""
-    import pgolf_post.sweep.engines.local as local_engine
+def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench_sweep_driver", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--workers", type=int, default=1, help="workers of the Ray engine")
+    parser.add_argument("--trials", type=int, default=1000, help="number of trials")
+    parser.add_argument("--milliseconds", type=int, default=50, help="length of a trial")
+    given = parser.parse_args(list(arguments))
+    measure(given.engine, given.workers, given.trials, given.milliseconds)
 
+
+def measure(engine: str, workers: int, trials: int, milliseconds: int) -> None:
+    """Run a sweep of trials that wait, and print what the driver adds to them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = build(documents(), folder / "data", BuildSettings(name="bench", vocab_size=290, val_fraction=0.2))
@@ -101,12 +108,11 @@ def main(engine: str, workers: int, trials: int, milliseconds: int) -> None:
 
         # Until the first row: the list, and workers that start. From it to the last: the driver and the trials.
         cpu, began = time.process_time(), time.perf_counter()
-        if engine == "local":
-            local_engine.Sweep = WaitingSweep  # type: ignore[attr-defined]
-            state = run_local(options, 1, on_row)
-        else:
-            ray_engine.TrialActor = WaitingActor  # type: ignore[misc]
-            state = ray_engine.run_ray(options, ray_engine.RayOptions(workers=workers), on_row)
+        with patch.object(local_engine, "Sweep", WaitingSweep), patch.object(ray_engine, "TrialActor", WaitingActor):
+            if engine == "local":
+                state = local_engine.run_local(options, 1, on_row)
+            else:
+                state = ray_engine.run_ray(options, ray_engine.RayOptions(workers=workers), on_row)
         cpu = time.process_time() - cpu
     assert len(state.rows) == trials + 1, len(state.rows)
     between = (arrived[-1] - arrived[0]) / (len(arrived) - 1)
@@ -120,4 +126,4 @@ def main(engine: str, workers: int, trials: int, milliseconds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
