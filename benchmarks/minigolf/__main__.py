@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from benchmarks.minigolf.play import Game, Runner, play
-from benchmarks.minigolf.rows import HEADER, ROWS_FILE, as_markdown, finish, grouped, read_rows, table_rows
+from benchmarks.minigolf.rows import HEADER, ROWS_FILE, finish, grouped, read_rows, table_rows
 from benchmarks.minigolf.settings import read_round
 from benchmarks.minigolf.spending import Children
 from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.data import DataFolder
+from pgolf_post.submit.writing import markdown_table
 
 OUT = Path("minigolf")
 
@@ -73,7 +74,7 @@ def table_command(
     chosen = [row for row in read_rows(rows or out / ROWS_FILE) if row["scale"] == scale]
     table = table_rows(grouped(chosen), baseline)
     if markdown:
-        click.echo(as_markdown(table))
+        click.echo("\n".join(markdown_table(HEADER, table)))
     else:
         print_table(f"mini golf, scale {scale:g}", HEADER, table)
     if as_json:

@@ -154,11 +154,12 @@ class Game:
 
     def train(self) -> dict[str, Any]:
         """Train to the end of the seconds, from the last checkpoint where there is one."""
-        path = self.folder / "recipe.toml"
-        path.write_text(as_toml(self.tables), encoding="utf-8")
-        words = [str(path), "--json", "--no-ledger"]
         if final := self._final():  # killed between the folder and the answer
             return self._trained(final)
+        path = self.folder / "recipe.toml"
+        with atomic_file(path) as building:
+            building.write_text(as_toml(self.tables), encoding="utf-8")
+        words = [str(path), "--json", "--no-ledger"]
         resumable = [c for c in self._saved() if (c.path / "training.safetensors").is_file()]
         if resumable:
             words += ["--resume", str(max(resumable, key=lambda c: int(c.meta["step"])).path)]

@@ -30,6 +30,7 @@ from pgolf_post.score.compare.comparison import compare
 from pgolf_post.score.compare.record import RECORD_P, welch
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.stage import score
+from pgolf_post.sweep.claims import claim
 
 ROWS_FILE = "rows.jsonl"
 OVERRUN = 1.01  # of the training seconds: a round beyond is compared with nothing
@@ -94,33 +95,32 @@ def gap_of(game: Game, train: Mapping[str, Any], rounded: Mapping[str, Any]) -> 
 
 def keep(game: Game, row: Mapping[str, Any], artifact: Path) -> None:
     """Keep a row once: as a line of rows.jsonl, and in the ledger beside the checkpoints."""
-    path = game.root / ROWS_FILE
-    others = [other for other in (read_rows(path) if path.is_file() else []) if other["id"] != row["id"]]
-    with atomic_file(path) as building:
-        building.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in [*others, row]))
+    keep_line(game.root, row)
     record(artifact.parent, rows=lambda: [ledger_row(game, row, artifact)], root=game.root)
 
 
+def keep_line(root: Path, row: Mapping[str, Any]) -> None:
+    """Write a row's line, in place of an earlier one of its id. Rounds that end at one moment wait for each other."""
+    path = root / ROWS_FILE
+    with claim(root, "rows", wait=True):
+        others = [other for other in (read_rows(path) if path.is_file() else []) if other["id"] != row["id"]]
+        with atomic_file(path) as building:
+            building.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in [*others, row]))
+
+
 def ledger_row(game: Game, row: Mapping[str, Any], artifact: Path) -> Row:
-    """Return the ledger's row of a round: a trial, with processor seconds as its phases."""
+    """Return the ledger's row of a round: a trial, with the processor seconds that a budget counts as its phases."""
+    limits: dict[str, Limit] = dict.fromkeys(TRAINING, "training") | dict.fromkeys(game.scoring_stages, "evaluation")
     phases = [
-        ChainPhase(stage, seconds, _limit_of(stage), stage in counted(game), stage in TRAINING).facts()
+        ChainPhase(stage, seconds, limits[stage], by_convention=True, reads_training_data=stage in TRAINING).facts()
         for stage, seconds in row["processor_seconds"].items()
+        if stage in limits
     ]
     parents = (artifact.parent.name,)
     total = sum(row["processor_seconds"].values())
     result = {key: value for key, value in row.items() if key not in ("id", "processor_seconds")}
     named: dict[str, Any] = {"name": f"{game.wanted.name} s{game.seed} x{game.scale:g}", "run": game.run_name}
     return Row("trial", game.id, parents, **named, settings=game.identity, result=result, seconds=total, phases=phases)
-
-
-def counted(game: Game) -> tuple[str, ...]:
-    """Return the stages that a budget counts."""
-    return (*TRAINING, *game.scoring_stages)
-
-
-def _limit_of(stage: str) -> Limit:
-    return "training" if stage in TRAINING else "evaluation"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -212,12 +212,6 @@ def _protocols(rows: Sequence[Mapping[str, Any]]) -> str:
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> str:
     over = "" if all(row["within_seconds"] for row in rows) else " OVER"
     return f"{_mean(rows, 'training_seconds'):,.1f} of {rows[0]['train_budget_seconds']:,.0f}{over}"
-
-
-def as_markdown(table: Sequence[Sequence[str]]) -> str:
-    """Return the table as Markdown, for a page of results."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table)])
 
 
 def finish(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,10 @@ class Children:
         """Run a stage to its end and return what it wrote to standard output.
 
         `limit_seconds` is what the child may spend. Raises SpentError if it would spend more, having asked it to stop
-        and keep what it has, and PgolfError, with its exit code, if it fails.
+        and keep what it has, and PgolfError, with its exit code, if it fails or if the system has no /proc.
         """
+        if not Path("/proc/self/stat").is_file():
+            raise PgolfError("mini golf reads processor seconds from /proc, which this system does not have")
         write, before = account.begin(stage), _waited_seconds()
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             command, sleeping = [sys.executable, "-m", module, *words], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -128,12 +130,7 @@ def _waited_seconds() -> float:
 
 
 def tree_seconds(pid: int) -> float:
-    """Return processor seconds of a process, of its descendants, and of those of them that were waited for.
-
-    Raises PgolfError where the system has no /proc.
-    """
-    if not Path("/proc/self/stat").is_file():
-        raise PgolfError("mini golf reads processor seconds from /proc, which this system does not have")
+    """Return processor seconds of a process, of its descendants, and of those of them that were waited for."""
     parents: dict[int, list[int]] = {}
     own: dict[int, float] = {}
     for folder in Path("/proc").iterdir():

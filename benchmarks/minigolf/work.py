@@ -25,7 +25,6 @@ from pgolf_post.data import DataFolder
 from pgolf_post.families import load_module
 from pgolf_post.fit.artifact import fit
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.pack.artifact import read_artifact
 from pgolf_post.pack.report.size import count, count_code
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.gptq.stats_factors import StatsFactors
@@ -34,6 +33,7 @@ from pgolf_post.score.compare.expected import score_against
 from pgolf_post.score.compare.paired import pair, t_interval
 from pgolf_post.score.plain import PlainProtocol, protocol_windows
 from pgolf_post.score.spans import Span
+from pgolf_post.score.stage import open_weights
 from pgolf_post.settings import parse_settings
 
 MOST_TRIES, FULL = 6, 0.998  # artifacts per round; share of the bytes that counts as filled
@@ -106,11 +106,8 @@ def scaled_plan(
 def expected(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the gap that the unquantized model expects, with its 95 % interval over documents, on some windows."""
     checkpoint, data = Checkpoint.open(Path(task["checkpoint"])), DataFolder.open(Path(task["data"]))
-    view, decoded = checkpoint.load(task["weights"]), read_artifact(Path(task["artifact"]))
-    reference, model = (
-        load_module(view.config, tensors, name)
-        for name, tensors in (("reference", view.tensors), ("artifact", torch_tensors(decoded.tensors)))
-    )
+    opened = open_weights(checkpoint.load(task["weights"])), open_weights(Path(task["artifact"]))
+    reference, model = (load_module(config, tensors, name) for name, config, tensors in opened)
     tokens = data.tokens("val", task["eval_tokens"])
     protocol = PlainProtocol(seq_len=task["seq_len"])
     spans = [Span(start, length, length) for start, length in protocol_windows(tokens, protocol)]
@@ -119,13 +116,6 @@ def expected(task: Mapping[str, Any]) -> dict[str, Any]:
     nothing = replace(found.reference, unit_nats=np.zeros_like(found.reference.unit_nats))
     interval = t_interval(pair(found.divergences[0], nothing))
     return {"windows": len(chosen), **interval.facts()}
-
-
-def torch_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return arrays as tensors."""
-    import torch
-
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 STAGES = {"rounded": rounded, "expected": expected}

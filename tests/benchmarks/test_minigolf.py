@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from benchmarks.minigolf import work
 from benchmarks.minigolf.__main__ import command
-from benchmarks.minigolf.rows import OVERRUN, grouped, table_rows, verdict
+from benchmarks.minigolf.rows import OVERRUN, ROWS_FILE, grouped, keep_line, read_rows, table_rows, verdict
 from benchmarks.minigolf.settings import Round, read_round, scaled_tokens
 from benchmarks.minigolf.spending import Account, Children, SpentError
 from pgolf_post.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from pgolf_post.fit.settings import FitSettings
 from pgolf_post.ledger import Ledger
 from pgolf_post.pack.report.size import count
 from pgolf_post.settings import parse_settings
+from pgolf_post.sweep.claims import claim
 from pgolf_post.sweep.trainer_process import as_toml
 from tests.conftest import PICO_RECIPE
 from trainer.__main__ import command as train_command
@@ -124,9 +126,10 @@ def test_a_killed_round_goes_on_and_its_row_counts_both_lives(
         kept = ledger.get("trial", row["id"])
     assert kept is not None
     assert kept.result["bpb"] == row["bpb"]
-    assert sum(phase["seconds"] for phase in kept.phases if phase["limit"] == "training") == pytest.approx(
-        row["training_seconds"], abs=2e-3
-    )
+    for limit, spent in (("training", row["training_seconds"]), ("evaluation", row["scoring_seconds"])):
+        assert sum(phase["seconds"] for phase in kept.phases if phase["limit"] == limit) == pytest.approx(
+            spent, abs=2e-3
+        )
 
     # again: every stage is found, nothing is spent, and the row stays one
     again = played(path, pico_data, out)
@@ -279,6 +282,17 @@ def row(name: str, seed: int, bpb: float, **changes: Any) -> dict[str, Any]:
         **sizes,
         **changes,
     }
+
+
+def test_rounds_that_end_at_one_moment_keep_both_rows(tmp_path: Path) -> None:
+    other = threading.Thread(target=keep_line, args=(tmp_path, {"id": "b"}))
+    with claim(tmp_path, "rows", wait=True):
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()  # it waits
+        (tmp_path / ROWS_FILE).write_text('{"id": "a"}\n')
+    other.join()
+    assert [one["id"] for one in read_rows(tmp_path / ROWS_FILE)] == ["a", "b"]
 
 
 def test_verdicts_are_welchs_and_need_two_seeds() -> None:
