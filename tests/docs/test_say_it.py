@@ -110,7 +110,7 @@ def test_a_dry_run_accepts_a_line(experiment: str, monkeypatch: pytest.MonkeyPat
 def test_a_line_that_cannot_act_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.dry_run, "free_bytes", lambda _: 10**13)
     for key, value in (("model.no_such_key", "1"), ("model.mlp_mult", "[4, 4]"), ("schedule.loops_at", "1.0")):
-        assert all(refusal(base, [(key, value)]) for base in ("record_8xh100",)), key
+        assert refusal("record_8xh100", [(key, value)]), key
 
 
 def test_every_setting_of_a_part_stands_on_the_page_of_settings() -> None:
