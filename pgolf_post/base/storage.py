@@ -169,7 +169,7 @@ def _move_where_none_is(building: Path, destination: Path) -> None:
             f"{destination} was written by another process meanwhile; nothing of it was changed",
             hint="give another name",
         ) from error
-    _fsync(destination.parent)
+    flush_to_disk(destination.parent)
 
 
 def _move_into_place(building: Path, destination: Path) -> None:
@@ -186,7 +186,7 @@ def _move_into_place(building: Path, destination: Path) -> None:
                 aside.rename(destination)
             raise
         shutil.rmtree(aside, ignore_errors=True)
-    _fsync(destination.parent)
+    flush_to_disk(destination.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -203,7 +203,7 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder that others may look for: rename it away in one step, then delete its files. Raises OSError."""
     aside = temporary_path(folder)
     folder.rename(aside)
-    _fsync(folder.parent)
+    flush_to_disk(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -214,9 +214,9 @@ def atomic_file(destination: Path) -> Iterator[Path]:
         temporary = building / destination.name
         with _final_paths(temporary, destination):
             yield temporary
-            _fsync(temporary)
+            flush_to_disk(temporary)
             temporary.replace(destination)
-            _fsync(destination.parent)
+            flush_to_disk(destination.parent)
 
 
 def atomic_symlink(link: Path, target: Path) -> None:
@@ -233,11 +233,12 @@ def atomic_symlink(link: Path, target: Path) -> None:
 def _flush_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _fsync(path)
-    _fsync(folder)
+            flush_to_disk(path)
+    flush_to_disk(folder)
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until the disk has a file or a folder's entries. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,11 +7,10 @@ the log after each transaction.
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
-from pgolf_post.base.storage import FREE_SPACE
+from pgolf_post.base.storage import FREE_SPACE, flush_to_disk
 from pgolf_post.errors import PgolfError
 
 
@@ -43,20 +42,13 @@ class LaterSync:
             raise PgolfError(f"{self.path} could not be flushed to the disk: {error}", hint=FREE_SPACE) from error
 
     def _run(self) -> None:
-        while not self._closing:
+        closing = False
+        while not closing:
             self._due.wait()
             self._due.clear()
+            closing = self._closing  # before the flush: what became due during one is flushed once more
             try:
                 if self.path.exists():
-                    flush(self.path)
+                    flush_to_disk(self.path)
             except OSError as error:
                 self._error = error
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk has a file."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

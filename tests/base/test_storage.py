@@ -422,7 +422,7 @@ def test_a_full_disk_is_named_with_what_was_written_and_what_is_free(
     def full(_path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage, "_fsync", full)
+    monkeypatch.setattr(storage, "flush_to_disk", full)
     for write in (lambda: fill_folder(tmp_path / "new" / "result"), lambda: fill_file(tmp_path / "new" / "file")):
         with pytest.raises(
             PgolfError, match=r"could not write .*/new/.*No space left.*after 3,000 bytes; [\d,]+ are"
