@@ -37,8 +37,8 @@ class LaterSync:
         self._raise()
 
     def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
+        if self._error is not None:  # else nothing is set: the thread may be about to
+            error, self._error = self._error, None
             raise PgolfError(f"{self.path} could not be flushed to the disk: {error}", hint=FREE_SPACE) from error
 
     def _run(self) -> None:
