@@ -15,6 +15,7 @@ from pgolf_post.score.bpb import Score
 from pgolf_post.score.commits import CommitLog
 from pgolf_post.score.protocols import Protocol, run_protocol, score_text
 from pgolf_post.score.session import Session
+from pgolf_post.score.ttt.adapters import Adapters
 from pgolf_post.score.ttt.methods import ttt_protocol
 from pgolf_post.score.ttt.settings import TTTProtocol
 from tests.conftest import pico_documents
@@ -135,3 +136,19 @@ def ttt(method: str, *overrides: str, **common: Any) -> TTTProtocol:
         ),
     }[method]
     return ttt_protocol(method, [*small, *overrides], {"tail": "score", **common}, 32)
+
+
+def plain_adapters(bench: Bench) -> Adapters:
+    """Return adapters that add nothing; each of them, made to, is shown to change what the plain forward gives."""
+    adapters = Adapters(bench.module, bench.family, ttt("lora"))
+    adapters.require_zero_is_plain()
+    tokens = torch.arange(2, 66).view(4, 16)
+    plain = bench.module.logits(bench.module.hidden(tokens).flatten(0, 1))
+    with adapters.attached(), torch.no_grad():
+        assert torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain)
+        for name in adapters.b:
+            kept = adapters.b[name].clone()
+            adapters.b[name].normal_()
+            assert not torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain), name
+            adapters.b[name].copy_(kept)
+    return adapters

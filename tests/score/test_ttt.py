@@ -23,7 +23,7 @@ from pgolf_post.score.ttt.documents import batch_by_length, find_documents
 from pgolf_post.score.ttt.lora import LoraPass
 from pgolf_post.score.ttt.methods import PRESETS, ttt_protocol
 from pgolf_post.score.ttt.weights import restored, weights_sha256
-from tests.score.conftest import Bench, record_model, ttt
+from tests.score.conftest import Bench, plain_adapters, record_model, ttt
 
 pytestmark = pytest.mark.slow
 
@@ -136,17 +136,7 @@ def test_every_visit_of_a_looped_layer_has_adapters_of_its_own(bench: Bench) -> 
 
 
 def test_zero_adapters_are_the_plain_forward_bit_for_bit(bench: Bench) -> None:
-    adapters = Adapters(bench.module, bench.family, ttt("lora"))
-    adapters.require_zero_is_plain()
-    tokens = torch.arange(2, 66).view(4, 16)
-    plain = bench.module.logits(bench.module.hidden(tokens).flatten(0, 1))
-    with adapters.attached(), torch.no_grad():
-        assert torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain)
-        for name in adapters.b:
-            kept = adapters.b[name].clone()
-            adapters.b[name].normal_()
-            assert not torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain), name
-            adapters.b[name].copy_(kept)
+    adapters = plain_adapters(bench)
     next(iter(adapters.b.values())).fill_(0.1)
     with pytest.raises(VerificationError, match="adapters that add nothing"):
         adapters.require_zero_is_plain()

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from pgolf_post.score.sliding import SlidingProtocol
-from pgolf_post.score.ttt.adapters import Adapters
 from pgolf_post.score.ttt.documents import find_documents
 from pgolf_post.score.ttt.weights import weights_sha256
-from tests.score.conftest import MANY_PARTS, Bench, record_model, ttt
+from tests.score.conftest import MANY_PARTS, Bench, plain_adapters, record_model, ttt
 
 pytestmark = pytest.mark.slow
 
@@ -60,14 +58,4 @@ def test_learning_acts_and_every_part_comes_back(parts: Bench, method: str) -> N
 
 
 def test_adapters_that_add_nothing_are_the_plain_forward(parts: Bench) -> None:
-    adapters = Adapters(parts.module, parts.family, ttt("lora"))
-    adapters.require_zero_is_plain()
-    tokens = torch.arange(2, 66).view(4, 16)
-    plain = parts.module.logits(parts.module.hidden(tokens).flatten(0, 1))
-    with adapters.attached(), torch.no_grad():
-        assert torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain)
-        for name in adapters.b:
-            kept = adapters.b[name].clone()
-            adapters.b[name].normal_()
-            assert not torch.equal(adapters.logits(adapters.hidden(tokens).flatten(0, 1)), plain), name
-            adapters.b[name].copy_(kept)
+    plain_adapters(parts)
