@@ -75,6 +75,7 @@ def prepare(
 ) -> Fitter:
     """Collect statistics, measure κ, and do everything else that does not depend on the budget. Runs on all ranks.
 
+    What there is time for is decided by rank 0's clock: κ and fine-tuning are shared work, which no rank may leave out.
     Raises SettingsError if the seconds allowed do not even hold the statistics or the text is too short to tune on, and
     what `calibrate` raises.
     """
@@ -86,7 +87,7 @@ def prepare(
     builder = Builder(view, stats, settings)
     kappas: Mapping[str, Kappa] = {}
     seconds = probe_seconds(stats, settings.kappa_tokens, len(builder.matrices))
-    if settings.kappa != "off" and clock.allows("kappa", seconds):
+    if settings.kappa != "off" and ranks.main_says(clock.allows("kappa", seconds)):
         with clock.step("kappa") as step:
             kappas, cached_seconds = cached_kappas(builder, data, settings, fresh, ranks, compiled)
             step.add(cached_seconds)
@@ -114,7 +115,7 @@ def _tune_texts(
     if settings.tune_source == "self":
         own = calibration.model_copy(update={"tokens": settings.tune_tokens, "source": "self"})
         return split_text(calibration_text(view, data, own, seq_len, ranks))
-    if not clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens)):
+    if not ranks.main_says(clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))):
         return None
     return split_text(calibration_text(view, data, calibration, seq_len, ranks))
 

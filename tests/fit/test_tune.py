@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pgolf_post.base.ranks import Ranks
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.calibrate.generate import own_text
 from pgolf_post.calibrate.text import CalibrationSet, draw_training_text
@@ -221,6 +223,20 @@ def test_a_clock_that_is_out_leaves_text_of_its_own_in(view: View, pico_data: Da
     clock = TrainingClock(limit=stats.seconds + 60)
     clock.add("training", 60)
     assert prepare(view, pico_data, CALIBRATION, settings, clock).texts
+
+
+class Second(Ranks):
+    """A rank whose own clock allows what rank 0's does not."""
+
+    def main_says(self, value: Any) -> Any:
+        return False if value is True else value
+
+
+def test_rank_0_says_what_there_is_time_for(view: View, pico_data: DataFolder, fitter: Fitter) -> None:
+    assert fitter.kappas
+    assert fitter.texts
+    second = prepare(view, pico_data, CALIBRATION, SETTINGS, TrainingClock(), ranks=Second(), stats=fitter.stats)
+    assert (second.kappas, second.texts) == ({}, None)
 
 
 # As rank 0 and as a helper: two calls of `tune` on a model with one matrix changed; rank 0 keeps what they came to.
