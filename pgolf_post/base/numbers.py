@@ -23,3 +23,19 @@ class FiniteFloat(click.FloatRange):
 
     def __repr__(self) -> str:
         return f"<FiniteFloat {self._describe_range() or 'x'}>"
+
+
+class Numbers(click.ParamType):
+    """Finite numbers with commas between them: 0.05,0.10."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the numbers. Fails as click's types do, for NaN and infinity too."""
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = (math.nan,)
+        if not all(math.isfinite(number) for number in numbers):
+            self.fail(f"{value!r}: expected numbers with commas between them, for example 0.05,0.10", param, ctx)
+        return numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pgolf_post.average.settings import MAX_ERROR
-from pgolf_post.base.numbers import FiniteFloat
+from pgolf_post.base.numbers import FiniteFloat, Numbers
 from pgolf_post.base.progress import print_json
 from pgolf_post.cli.common import (
     checkpoint_argument,
@@ -25,21 +24,6 @@ from pgolf_post.cli.common import (
 if TYPE_CHECKING:
     from pgolf_post.average.profiles import Length
     from pgolf_post.checkpoint import Checkpoint
-
-
-class Numbers(click.ParamType):
-    """Numbers with commas between them: 0.05,0.10."""
-
-    name = "numbers"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            numbers = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = (math.nan,)
-        if not all(math.isfinite(number) for number in numbers):
-            self.fail(f"{value!r}: expected numbers with commas between them, for example 0.05,0.10", param, ctx)
-        return numbers
 
 
 @click.command("ema-blend")

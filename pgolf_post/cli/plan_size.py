@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pgolf_post.base.numbers import FiniteFloat
+from pgolf_post.base.numbers import FiniteFloat, Numbers
 from pgolf_post.base.progress import print_json, print_table, say
 from pgolf_post.cli.common import json_option, quiet_option, threads_option
 from pgolf_post.fit.settings import FitSettings
@@ -15,14 +15,10 @@ from pgolf_post.fit.settings import FitSettings
 POSITIVE = FiniteFloat(min=0, min_open=True)
 
 
-def _numbers(_context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
-    """Read positive numbers with commas between. Raises BadParameter."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: numbers with commas between") from None
+def _distinct(_context: click.Context, _option: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return numbers that are positive and differ. Raises BadParameter."""
     if min(values) <= 0 or len(set(values)) < len(values):
-        raise click.BadParameter(f"{text!r}: numbers above 0, each once")
+        raise click.BadParameter(f"{','.join(f'{value:g}' for value in values)}: numbers above 0, each once")
     return values
 
 
@@ -41,14 +37,16 @@ def _numbers(_context: click.Context, option: click.Parameter, text: str) -> tup
     "--lengths",
     default="0.025,0.1",
     show_default=True,
-    callback=_numbers,
+    type=Numbers(),
+    callback=_distinct,
     help="Lengths of the short runs, as shares of --seconds.",
 )
 @click.option(
     "--bits",
     default="2,3,4",
     show_default=True,
-    callback=_numbers,
+    type=Numbers(),
+    callback=_distinct,
     help="Bits a weight at which the gap is measured, on the longest run of each size.",
 )
 @click.option("--alpha", type=POSITIVE, help="Hold the exponent of parameters at this value instead of fitting it.")
@@ -71,7 +69,11 @@ def _numbers(_context: click.Context, option: click.Parameter, text: str) -> tup
     type=click.Path(path_type=Path),
     help="Folder that the runs go to.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write the recommended recipe to this TOML file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the recommended recipe to this TOML file.",
+)
 @threads_option
 @quiet_option
 @json_option
@@ -103,6 +105,7 @@ def command(
     there are found again, so the same command goes on after a kill. A ladder that does not tell the law's coefficients
     apart is refused, and the message names them.
     """
+    from pgolf_post.base.storage import atomic_file, require_writable
     from pgolf_post.sizing.choose import HEADER, Laws, ranked, remark
     from pgolf_post.sizing.ladder import LadderSettings, climb, default_sizes, recommended
     from pgolf_post.sizing.law import fit_gap, fit_loss
@@ -112,21 +115,20 @@ def command(
     lengths_seconds = tuple(share * seconds for share in lengths)
     settings = LadderSettings(recipe, chosen, lengths_seconds, bits, eval_tokens, calibration_tokens, fitted)
     _require_room(chosen, lengths, alpha, beta)
+    if out is not None:
+        require_writable(out)
     ladder = climb(settings, root)
     held = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
     laws = Laws(fit_loss(ladder.runs, held), fit_gap(*zip(*ladder.gaps, strict=True)))
     found = ranked(ladder.candidates, laws, budget, seconds)
     print_table(f"{budget:,} bytes after {seconds:g} s", HEADER, [one.cells() for one in found])
-    trained = {run.size: run.parameters for run in ladder.runs}
-    note = remark(found, trained)
+    note = remark(found)
     say(note)
     names = [one.name for one in ladder.candidates]
     text = recommended(settings, chosen[names.index(found[0].candidate.name)], seconds)
     if out is None:
         say(text)
     else:
-        from pgolf_post.base.storage import atomic_file
-
         with atomic_file(out) as building:
             building.write_text(text, encoding="utf-8")
         say(f"recipe of {found[0].candidate.name}: {out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +87,13 @@ def ranked(candidates: Sequence[Candidate], laws: Laws, budget_bytes: int, secon
     return sorted((predict(one, laws, budget_bytes, seconds) for one in candidates), key=lambda found: found.bpb)
 
 
-def remark(found: Sequence[Prediction], trained: Mapping[str, int]) -> str:
+def remark(found: Sequence[Prediction]) -> str:
     """Return what the ranking does not say by itself: a best size at the ladder's end, or a tie."""
     best = found[0]
     if len(found) > 1 and best.half + found[1].half > found[1].bpb - best.bpb:
         return f"{best.candidate.name} and {found[1].candidate.name} lie within their intervals of each other"
-    ends = {min(trained.values()): "smallest", max(trained.values()): "largest"}
+    sizes = [one.candidate.parameters for one in found]
+    ends = {min(sizes): "smallest", max(sizes): "largest"}
     if (end := ends.get(best.candidate.parameters)) is not None:
         return f"{best.candidate.name} is the {end} of the ladder: the best size may lie beyond it"
     return f"{best.candidate.name} is expected to be the best by more than both intervals"

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pgolf_post.artifacts import PackedArtifact
 from pgolf_post.base.progress import say
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import Checkpoint, View
 from pgolf_post.data import DataFolder
-from pgolf_post.errors import MismatchError, SettingsError
+from pgolf_post.errors import MismatchError, OverBudgetError, SettingsError
 from pgolf_post.fit.artifact import fit
-from pgolf_post.fit.prepare import prepare
+from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.score.plain import PlainProtocol
 from pgolf_post.score.stage import score
@@ -142,10 +143,22 @@ def measure_gaps(view: View, data: DataFolder, settings: LadderSettings) -> list
     bytes_per_token = float(data.token_bytes("val", tokens).sum()) / len(tokens)
     found = []
     for bits in settings.bits:
-        artifact = fit(view, data, round(bits * weights / 8), prepared=fitter)
+        artifact = artifact_at(bits, fitter, weights)
         gap = float(artifact.meta["predicted_nats"]) / math.log(2) / bytes_per_token
         found.append((8 * artifact.num_bytes / weights, gap))
     return found
+
+
+def artifact_at(bits: float, fitter: Fitter, weights: int) -> PackedArtifact:
+    """Return the artifact of so many bits for each of a model's weights.
+
+    Raises SettingsError naming the rate if no artifact has as few, or if so many are nothing to solve.
+    """
+    try:
+        return fit(fitter.view, fitter.data, round(bits * weights / 8), prepared=fitter)
+    except (OverBudgetError, SettingsError) as error:
+        other = "higher" if isinstance(error, OverBudgetError) else "lower"
+        raise SettingsError(f"--bits {bits:g}: {error}", hint=f"--bits with a {other} rate in its place") from error
 
 
 def recommended(settings: LadderSettings, changes: Sequence[str], seconds: float) -> str:

@@ -120,12 +120,23 @@ def test_the_command_writes_the_recipe_of_the_best_size(
         (("--size", "model.model_dim=8", "--size", "model.model_dim=16"), 1, "the ladder has 2 sizes"),
         (("--lengths", "0.1"), 1, "no size of the ladder has runs of two lengths"),
         (("--lengths", "0.1,x"), 2, "numbers with commas between"),
-        (("--bits", "3,3"), 2, "numbers above 0, each once"),
+        (("--bits", "3,3"), 2, "3,3: numbers above 0, each once"),
+        (("--bits", "nan,2"), 2, "'nan,2': expected numbers with commas between them"),
+        (("--lengths", "0.1,inf"), 2, "'0.1,inf': expected numbers with commas between them"),
+        (("--out", "pico.toml/best.toml"), 1, "could not write pico.toml/best.toml"),
+        (("--out", "."), 2, "is a directory"),
     ],
 )
 def test_a_ladder_that_can_say_nothing_is_refused_before_it_is_trained(
-    recipe: Path, pgolf: Any, measured: list[LadderSettings], words: tuple[str, ...], code: int, said: str
+    recipe: Path,
+    pgolf: Any,
+    measured: list[LadderSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    code: int,
+    said: str,
 ) -> None:
+    monkeypatch.chdir(recipe.parent)
     answer = pgolf("plan-size", recipe, "--budget", 2_000_000, "--seconds", 3000, *words)
     assert answer.code == code
     assert said in answer.err

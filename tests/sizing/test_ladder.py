@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
-from pgolf_post.sizing.ladder import LadderSettings, climb
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.sizing.ladder import LadderSettings, climb, measure_gaps
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,14 @@ def test_a_size_that_is_no_other_is_refused_before_anything_is_trained(tmp_path:
         climb(LadderSettings(recipe, sizes, (1.0, 2.0), (2.0, 3.0)), tmp_path / "checkpoints")
     assert str(caught.value).startswith(named)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("bits", "other"), [(0.5, "higher"), (64.0, "lower")])
+def test_a_rate_that_no_artifact_has_is_named_as_the_option_that_it_is(
+    tmp_path: Path, view: View, pico_data: DataFolder, bits: float, other: str
+) -> None:
+    fit = FitSettings(kappa="off", trellis_states=0)
+    settings = LadderSettings(tmp_path / "recipe.toml", ((),), (1.0,), (bits,), 64, 64, fit)
+    with pytest.raises(SettingsError, match=rf"^--bits {bits:g}: [\d,]+ bytes") as caught:
+        measure_gaps(view, pico_data, settings)
+    assert caught.value.hint == f"--bits with a {other} rate in its place"

@@ -114,10 +114,10 @@ def test_the_best_size_minimises_loss_and_gap_together() -> None:
 
 
 def test_the_remark_names_a_tie_and_an_end_of_the_ladder() -> None:
-    told, trained = laws(), {f"{size:,}": size for size in SIZES}
+    told = laws()
     small = ranked([candidate(size) for size in SIZES], told, 10**5, 3000.0)
-    assert "is the smallest of the ladder" in remark(small, trained)
+    assert "is the smallest of the ladder" in remark(small)
     wide: list[Any] = [replace(one, half=10.0) for one in small]
-    assert "within their intervals" in remark(wide, trained)
+    assert "within their intervals" in remark(wide)
     assert predict(candidate(SIZES[0]), told, 10**5, 3000.0).facts()["bpb"] == pytest.approx(small[0].bpb)
     assert set(COEFFICIENTS) <= set(told.loss.facts())
