@@ -83,11 +83,9 @@ def test_two_calibrations_at_once_leave_one_result_as_of_one(folder: Path, tmp_p
 def prune_beside(folder: Path, pgolf: Call, words: tuple[str, ...], *choice: str) -> tuple[int, str]:
     """Delete results without pause while a command runs; return how that ended, and what it said."""
     with start(folder, words) as process:
-        pruned = 0
         while process.poll() is None:
             answer = pgolf("cache", "prune", *choice, "--yes", "--root", folder / "checkpoints", "--json")
             assert answer.code == 0, answer.err
-            pruned += len(answer.json["entries"])
         _, err = process.communicate()
     assert "Traceback" not in err, err
     assert process.returncode is not None

@@ -247,12 +247,12 @@ def test_the_settings_hash_is_of_the_settings_alone():
 
 
 @contextmanager
-def locked(path: Path, how: str = "IMMEDIATE") -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a ledger's lock in another process, as a writer that is stopped does."""
     script = f"""
 import sqlite3, sys
 connection = sqlite3.connect({str(path)!r}, isolation_level=None)
-connection.execute("BEGIN {how}")
+connection.execute("BEGIN IMMEDIATE")
 connection.execute("UPDATE rows SET name = 'unfinished'")
 print("locked", flush=True)
 sys.stdin.read()
