@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from pgolf_post.base.storage import PARTIAL_SUFFIX, sha256_file
 from pgolf_post.cache import list_entries
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.data import DataFolder
 from pgolf_post.ledger import Ledger
 from tests import processes
 from tests.cli.conftest import Call
+from tests.cli.test_cli_import import write_model
 
 FINAL = "checkpoints/pico/step_000012-final"
 CALIBRATE = ("calibrate", FINAL, "--tokens", "160", "--fisher")
@@ -125,3 +130,21 @@ def test_two_notes_at_once_are_both_kept(folder: Path) -> None:
     with Ledger.open(folder / "checkpoints") as ledger:
         assert {row.conclusion for row in ledger.rows("note")} == {"conclusion 0", "conclusion 1"}
         assert ledger.find(row_id).conclusion in {"conclusion 0", "conclusion 1"}
+
+
+@pytest.mark.long
+def test_of_two_imports_under_one_name_one_is_kept_whole_and_the_other_refused(
+    folder: Path, pico_data: DataFolder
+) -> None:
+    source = Checkpoint.open(folder / FINAL)
+    flags = write_model(source, folder / "model.pt")
+    words = ("import", "model.pt", "--data", str(pico_data.path), "--metric-tokens", "64", "--name", "one", *flags)
+    answers = run_at_once(folder, words, words)
+    assert sorted(code for code, _, _ in answers) == [0, 1], answers
+    (refused,) = [err for code, _, err in answers if code]
+    assert "already exists" in refused or "written by another process meanwhile" in refused
+    (path,) = [json.loads(out.splitlines()[-1])["checkpoint"] for code, out, _ in answers if code == 0]
+    kept = Checkpoint.open(folder / path).load("raw")
+    assert kept.id == source.view_id("raw")
+    assert all(torch.equal(tensor, source.load("raw").tensors[name]) for name, tensor in kept.tensors.items())
+    assert leftovers(folder) == []
