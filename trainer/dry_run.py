@@ -17,12 +17,13 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.families import on_no_device
 from trainer.architecture import GraphState
+from trainer.building import new_model
 from trainer.config import Recipe
 from trainer.costs import Costs, Wanted, check_bytes, costs_of, show_costs
 from trainer.disk import check_free, disk_need, free_bytes
 from trainer.future_heads import with_heads
 from trainer.init_from import Start, show_start, start_from_checkpoint
-from trainer.loop import Trainer, new_model
+from trainer.loop import Trainer
 from trainer.loss import in_words
 from trainer.measuring import measure_reserve
 from trainer.meta_ttt import require_halves

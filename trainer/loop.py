@@ -25,20 +25,19 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, StoppedEarlyError
 from pgolf_post.provenance import provenance
-from trainer.architecture import GraphState
-from trainer.attention_backends import choose_backend, warning_of
+from trainer.attention_backends import warning_of
 from trainer.background import BackgroundWriter
-from trainer.batches import AheadSampler, Sampler, WindowSampler
+from trainer.batches import AheadSampler, Sampler
+from trainer.building import new_model
 from trainer.config import Recipe
 from trainer.distributed import SINGLE_PROCESS, TrainingRanks
 from trainer.future_heads import future_heads
 from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.init_from import Start, start_from_checkpoint
-from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps, require_usable
+from trainer.kernels import chosen_kernels, require_usable
 from trainer.log import LOG_FILE, StepClock, append_line, step_line
 from trainer.measuring import measure_reserve
 from trainer.meta_ttt import MetaTTT, require_halves
-from trainer.model import GolfGPT
 from trainer.norm_alarm import NormAlarm
 from trainer.objective import Objective
 from trainer.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
@@ -50,7 +49,6 @@ from trainer.saving import save, save_power_ema_if_due, score_saved
 from trainer.schedule import lr_multiplier, weight_decay_multiplier
 from trainer.schedule_clock import ScheduleClock, require_countable
 from trainer.staged_batches import StagedSampler
-from trainer.starts import start_from_text
 from trainer.state import RunState
 from trainer.stopping import StopWatch
 from trainer.telling import step_record, summary
@@ -58,20 +56,6 @@ from trainer.warm_up import say_late_graphs, warm_up
 
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 REPEATED_SIGNAL_SECONDS = 2.0
-
-
-def new_model(recipe: Recipe, data: DataFolder, device: torch.device, autocast: torch.dtype | None) -> GolfGPT:
-    """Return the recipe's model, initialised by its seed, on the device, with its kernels and its attention."""
-    torch.manual_seed(recipe.run.seed)
-    model = GolfGPT(recipe.model_config_in(data), GraphState())
-    model.initialise()
-    start_from_text(model, data)
-    model.to(device, torch.float64 if recipe.run.precision == "fp64" else torch.float32)
-    if chosen_kernels(recipe, device, autocast) in MLP_KERNELS:
-        fuse_mlps(model)
-    isolated, compute_dtype = recipe.model.isolate_documents, autocast or model.tok_emb.weight.dtype
-    model.attention_backend = choose_backend(recipe.run.attention, device, compute_dtype, isolated)
-    return model
 
 
 @contextmanager
@@ -133,8 +117,6 @@ class Trainer:
         self.stopping = False  # whether any rank was asked to, as of the last step
         autocast = training_autocast(recipe.run.precision, ranks.device)
         data = DataFolder.open(recipe.data.dir)
-        sampler = WindowSampler(data, recipe.data.seq_len, recipe.run.seed)
-        self.sampler: Sampler = AheadSampler(sampler) if ranks.device.type == "cuda" else sampler
         self.model = new_model(recipe, data, ranks.device, autocast)
         self.start: Start | None = None  # from another model's weights
         if recipe.init.is_on and not resumed:
@@ -167,8 +149,7 @@ class Trainer:
         }
         self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts, heads)
         self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
-        if recipe.schedule.stages:
-            self.begin_stage()
+        self.begin_stage()
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)
         phase_times.add("load", time.perf_counter() - phase_times.started)
 
@@ -180,8 +161,8 @@ class Trainer:
         """Continue from a checkpoint of the same recipe: weights, moments, averages, data position and clock."""
         restore(self.state, path)
         self.stop_watch = StopWatch(self.recipe.stop, self.state.progress)
-        if self.recipe.schedule.stages:
-            self.begin_stage()
+        self.state.update_stage(self.state.progress)  # a run that was stopped may stand where its next stage begins
+        self.begin_stage()
 
     # ---- running -----------------------------------------------------------------------------------------------
 
@@ -232,7 +213,7 @@ class Trainer:
             while (at := state.progress) < 1.0:
                 # A boundary met by this step is saved before it, with the graph that it will use.
                 state.update_graph(at)
-                if self.recipe.schedule.stages and state.update_stage(at):
+                if state.update_stage(at):
                     self.begin_stage()
                 with phase_times.phase("checkpoint"):
                     if phase := self._phase_due(at):
@@ -355,7 +336,7 @@ class Trainer:
         micro_tokens = micro_batch_tokens(recipe, self.ranks.world_size, stage)
         self.gradients.take_sizes(micro_tokens, stage.batch_tokens)
         sampler = StagedSampler(state.data, state.place, recipe.longest_seq_len, recipe.run.seed)
-        self.sampler = AheadSampler(sampler) if self.ranks.device.type == "cuda" else sampler
+        self.sampler: Sampler = AheadSampler(sampler) if self.ranks.device.type == "cuda" else sampler
         state.clock = StepClock(stage.batch_tokens, state.train_seconds)
 
     def _batch_shape(self) -> tuple[int, int, int, int]:

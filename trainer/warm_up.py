@@ -22,6 +22,7 @@ from trainer.compiled import num_compiled_graphs
 from trainer.future_heads import load_heads, state_of
 from trainer.gradients import GradientAccumulator, micro_batch_tokens
 from trainer.schedule import active_loops_at
+from trainer.stages import stage_at
 from trainer.state import RunState
 
 DEFAULT_WARMUP_STEPS = 2  # of each graph, where the loss is compiled
@@ -72,7 +73,8 @@ def graphs_ahead(state: RunState) -> list[int]:
 
 def shapes_ahead(state: RunState) -> list[tuple[int, int]]:
     """Return windows and tokens of a window of every micro-batch on this rank that is ahead, the next first."""
-    stages = [stage for stage in state.recipe.stages if stage == state.place.stage or stage.at > state.progress]
+    now = stage_at(state.recipe.stages, state.progress)  # which the next step enters, if it is not the place's
+    stages = [stage for stage in state.recipe.stages if stage.at >= now.at]
     shapes, halved = [], state.recipe.meta_ttt is not None
     for stage in stages:
         windows = micro_batch_tokens(state.recipe, state.ranks.world_size, stage) // stage.seq_len

@@ -18,16 +18,19 @@ from pgolf_post.settings import parse_settings
 from pgolf_post.submit.forms import _require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
+from trainer.background import BackgroundWriter
 from trainer.batches import WindowSampler
 from trainer.config import Recipe
 from trainer.costs import Wanted, costs_of
 from trainer.dry_run import answer, dry_run
 from trainer.gradients import micro_batch_tokens
 from trainer.loop import Trainer
+from trainer.saving import save
 from trainer.staged_batches import StagedSampler
 from trainer.stages import Stage, StagePlace, stage_at
 from trainer.step_times import StepTimes
 from trainer.timeline import predict
+from trainer.warm_up import shapes_ahead
 
 STAGES = [{"at": 0.25, "batch_tokens": 128}, {"at": 0.5, "batch_tokens": 96, "seq_len": 32}, {"at": 0.75, "seq_len": 8}]
 TABLES: dict[str, dict[str, object]] = {
@@ -134,6 +137,25 @@ def test_a_stage_that_changes_nothing_changes_no_bit(tmp_path: Path, pico_data: 
     same = Trainer(pico_recipe(pico_data, tmp_path, schedule={"stages": [{"at": 0.5, "batch_tokens": 64}]})).run()
     assert same.view_id("raw") == Checkpoint.open(pico_run / "latest").view_id("raw")
     assert same.meta["tokens_seen"] == 12 * 64
+
+
+def test_a_checkpoint_before_the_first_step_goes_on_in_the_recipes_own_stage(
+    tmp_path: Path, pico_data: DataFolder
+) -> None:
+    there = Trainer(pico_recipe(pico_data, tmp_path / "there", schedule={"stages": STAGES[:1]}))
+    with BackgroundWriter(0) as writer:
+        path = save(there.state, writer, "init")
+    here = Trainer(pico_recipe(pico_data, tmp_path / "here", data={"batch_tokens": 96}))
+    here.resume(path)
+    here.timed_step(0.0)
+    assert here.state.tokens_seen == 96
+
+
+def test_the_warm_up_has_the_stage_that_the_next_step_enters(tmp_path: Path, pico_data: DataFolder) -> None:
+    state = Trainer(pico_recipe(pico_data, tmp_path, **TABLES)).state
+    assert shapes_ahead(state) == [(4, 16), (8, 16), (3, 32), (12, 8)]
+    state.step = 6  # as it stands when it was stopped right before its third stage, or is told of lost seconds
+    assert shapes_ahead(state) == [(3, 32), (12, 8)]
 
 
 @pytest.mark.long  # processes of torchrun
