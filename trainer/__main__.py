@@ -138,7 +138,7 @@ def command(
             )
         if any(override.partition("=")[0].strip() == "init.checkpoint" for override in overrides):
             raise click.UsageError("--init-from and --set init.checkpoint are two ways of saying which; give one")
-        overrides = (*overrides, f"init.checkpoint={json.dumps(str(init_from))}")
+        overrides = (*overrides, f"init.checkpoint={json.dumps(str(init_from), ensure_ascii=False)}")
     if resume and dry_run:
         raise click.UsageError("--dry-run shows a whole run; leave --resume out")
     if spent_seconds and (dry_run or smoke or smoke_passed):

@@ -254,7 +254,7 @@ def test_a_run_records_its_start_and_resumes_without_the_base(pico_data: DataFol
 
 def test_options_that_clash_are_refused_and_a_dry_run_shows_the_table(pico_data: DataFolder, tmp_path: Path) -> None:
     recipe = pico_recipe(pico_data, tmp_path, model={"mlp_mult": 3.0})
-    base = base_of(pico_recipe(pico_data, tmp_path), pico_data, tmp_path)
+    base = base_of(pico_recipe(pico_data, tmp_path), pico_data, tmp_path / "Grüße 🌲")
     path = str(write_recipe(recipe, tmp_path / "recipe.toml"))
 
     def run(*words: str) -> tuple[int, str]:
