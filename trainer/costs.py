@@ -28,7 +28,7 @@ from trainer.family import LOOKUPS, GolfGPTFamily
 from trainer.future_heads import with_heads
 from trainer.layers import mlp_widths, with_attention
 from trainer.model import GolfGPT
-from trainer.optim import names_by_muon
+from trainer.optim import num_moments
 from trainer.preflight import Finding
 from trainer.timeline import Timeline
 from trainer.visits import visit_list
@@ -123,10 +123,8 @@ def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
 
 def run_flops(timeline: Timeline, shapes: Mapping[str, Tensor]) -> float:
     """Return the FLOPs of a whole run, segment by segment."""
-    recipe, clock = timeline.recipe, timeline.clock
-    ends = [*(segment.first_step for segment in clock.segments[1:]), clock.end_step]
-    total = 0.0
-    for segment, end in zip(clock.segments, ends, strict=True):
+    recipe, total = timeline.recipe, 0.0
+    for segment, end in timeline.clock.spans():
         tokens = (end - segment.first_step) * segment.stage.batch_tokens
         total += tokens * token_flops(recipe, shapes, segment.active_loops, segment.stage.seq_len)
         total += tokens * 6.0 * recipe.loss.future_tokens * shapes["tok_emb.weight"].numel()
@@ -183,12 +181,10 @@ def peak_bytes(
     """Return about the memory of a training process at its peak, without libraries."""
     optim, config = recipe.optim, model.config
     trained = with_heads(recipe, model)
-    sizes = {name: tensor.numel() for name, tensor in trained.named_parameters()}
-    total, matrices = sum(sizes.values()), sum(sizes[name] for name in names_by_muon(trained, optim))
+    total = sum(tensor.numel() for tensor in trained.parameters())
     averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
     averages += (recipe.qat is not None) + 2 * (recipe.meta_ttt is not None)  # copies that are put back
-    moments = matrices + 2 * (total - matrices)  # Muon's one, AdamW's two
-    states = total * (2 + averages) + moments  # with weights and gradients
+    states = total * (2 + averages) + num_moments(trained, optim)  # with weights and gradients
     exact = max(FLOAT_BYTES, number)  # of weights, and of logits
     visits = visit_list(config, config.max_active_loops)
     hidden = sum(mlp_widths(config)[layer] for layer in visits)

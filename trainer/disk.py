@@ -12,7 +12,7 @@ from trainer.architecture import GraphState
 from trainer.config import Recipe
 from trainer.future_heads import with_heads
 from trainer.model import GolfGPT
-from trainer.optim import names_by_muon
+from trainer.optim import num_moments
 from trainer.preflight import Finding
 from trainer.timeline import Timeline
 
@@ -39,13 +39,13 @@ def disk_need(timeline: Timeline) -> DiskNeed | None:
     with on_no_device():
         model = GolfGPT(recipe.model_config_in(DataFolder.open(recipe.data.dir)), GraphState())
     trained = with_heads(recipe, model)
-    sizes = {name: parameter.numel() * FLOAT_BYTES for name, parameter in trained.named_parameters()}
-    matrices = sum(sizes[name] for name in names_by_muon(trained, recipe.optim))
-    weights = sum(sizes[name] for name, _ in model.named_parameters())
-    heads, num_tracks = sum(sizes.values()) - weights, len(recipe.optim.power_ema_sigmas)
-    moments = matrices + 2 * (weights + heads - matrices) + heads + num_tracks * weights  # Muon keeps one, AdamW two
+    weights, with_later = (
+        FLOAT_BYTES * sum(parameter.numel() for parameter in module.parameters()) for module in (model, trained)
+    )
+    heads, num_tracks = with_later - weights, len(recipe.optim.power_ema_sigmas)
+    training = FLOAT_BYTES * num_moments(trained, recipe.optim) + heads + num_tracks * weights  # training.safetensors
     return DiskNeed(
-        _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * moments,
+        _num_kept(timeline) * _num_views(recipe) * weights + _num_resumable(timeline) * training,
         num_tracks * (recipe.optim.power_ema_snapshots + timeline.num_checkpoints) * weights,
     )
 

@@ -189,9 +189,11 @@ def step_groups(model: nn.Module, settings: OptimSettings) -> list[StepGroup]:
     return split(kinds, dict(model.named_parameters()), settings.groups) if settings.groups else kinds
 
 
-def names_by_muon(model: nn.Module, settings: OptimSettings) -> list[str]:
-    """Return the names of the parameters that Muon steps, which have one moment; AdamW's have two."""
-    return [name for group in step_groups(model, settings) if group.method == "muon" for name in group.names]
+def num_moments(model: nn.Module, settings: OptimSettings) -> int:
+    """Return how many numbers the optimizer keeps: one for each of a matrix that Muon steps, two for each by AdamW."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    kept = {"muon": 1, "adamw": 2}
+    return sum(kept[group.method] * sizes[name] for group in step_groups(model, settings) for name in group.names)
 
 
 class Optimizer:

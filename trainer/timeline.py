@@ -54,11 +54,14 @@ class RunClock:
         """Return the training seconds when `step` steps are done: the end of a segment is the start of the next."""
         return self.segment(step).second(step)
 
+    def spans(self) -> list[tuple[Segment, int]]:
+        """Return each segment and the step at which it ends."""
+        ends = [*(segment.first_step for segment in self.segments[1:]), self.end_step]
+        return list(zip(self.segments, ends, strict=True))
+
     def tokens(self, step: int) -> int:
         """Return the tokens seen when `step` steps are done."""
-        ends = [*(segment.first_step for segment in self.segments[1:]), self.end_step]
-        counted = zip(self.segments, ends, strict=True)
-        return sum(max(0, min(step, end) - each.first_step) * each.stage.batch_tokens for each, end in counted)
+        return sum(max(0, min(step, end) - each.first_step) * each.stage.batch_tokens for each, end in self.spans())
 
     def progress(self, step: int) -> float:
         """Return the progress when `step` steps are done."""
