@@ -46,7 +46,7 @@ class TensorGroupSettings(Settings):
 class StepGroup:
     """Parameters that step alike, with their peaks, which the schedule multiplies."""
 
-    label: str  # the kind of tensor, and the glob where it is not as the kind has it
+    label: str  # the kind of tensor, and the globs where it is not as the kind has it
     names: tuple[str, ...]
     method: Method
     lr: float
@@ -92,17 +92,21 @@ def split(
     """
     claimed = claim([name for kind in kinds for name in kind.names], groups)
     divided: dict[StepGroup, list[str]] = {}  # what they have in common, the label left as the kind's → names
-    labels: dict[StepGroup, str] = {}
+    globs: dict[StepGroup, dict[str, None]] = {}  # of the groups that made them so, in order
     for kind in kinds:
         for name in kind.names:
-            own, label = replace(kind, names=()), kind.label
+            own = replace(kind, names=())
             if group := claimed.get(name):
                 _require_matrix(name, parameters[name], group)
                 changed = _as_group(own, group)
-                label, own = f"{label} {group.match}" if changed != own else label, changed
-            labels.setdefault(own, label)
+                if changed != own:
+                    globs.setdefault(changed, {})[group.match] = None
+                own = changed
             divided.setdefault(own, []).append(name)
-    return [replace(own, label=labels[own], names=tuple(names)) for own, names in divided.items()]
+    return [
+        replace(own, label=" ".join((own.label, *globs.get(own, ()))), names=tuple(names))
+        for own, names in divided.items()
+    ]
 
 
 def _as_group(own: StepGroup, group: TensorGroupSettings) -> StepGroup:

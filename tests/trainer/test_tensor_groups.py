@@ -83,6 +83,13 @@ def test_a_group_that_changes_nothing_changes_no_bit() -> None:
     assert all(torch.equal(tensor, other[1][-1][name]) for name, tensor in plain[1][-1].items())
 
 
+def test_groups_that_step_alike_are_one_under_both_globs() -> None:
+    optimizer, _ = stepped({"match": "blocks.0.*", "lr_scale": 0.5}, {"match": "blocks.1.*", "lr_scale": 0.5})
+    names = {group.label: group.names for group in optimizer.step_groups}
+    assert names.keys() == {"matrix", "scalar", "embed", "matrix blocks.0.* blocks.1.*", "scalar blocks.0.* blocks.1.*"}
+    assert {name.split(".")[1] for name in names["matrix blocks.0.* blocks.1.*"]} == {"0", "1"}
+
+
 def test_scale_and_decay_are_those_of_the_steps_by_hand() -> None:
     _, seen = stepped({"match": VECTOR, "lr_scale": 0.25, "weight_decay": 0.3}, {"match": MATRIX, "lr_scale": 3.0})
     settings = OptimSettings()
