@@ -200,7 +200,8 @@ def _why_not_widened(own: Tensor, there: Tensor, pair: Pair) -> str | None:
     if unknown := grown - pair.growths():
         old, new = min(unknown)
         return f"no setting widens {old} to {new} with what they hold kept in place"
-    if pair.base.model_dim != pair.config.model_dim and not pair.heads_grow():
+    there_and_here = ((config.model_dim, config.num_heads) for config in (pair.base, pair.config))
+    if len(set(there_and_here)) > 1 and not pair.heads_grow():
         return "heads would change their width, or the key-value head that they read: keep model_dim ÷ num_heads"
     return None
 

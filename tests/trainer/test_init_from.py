@@ -169,7 +169,8 @@ def test_values_follow_the_rules(pico_data: DataFolder, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "narrower": ({"mlp_mult": 1.0}, {}, r"blocks.0.mlp.fc.weight 16×16 from .* 32×16: it would lose rows or columns"),
-    "heads": ({"num_heads": 4}, {}, "widens|heads|lose|another number|no setting"),
+    "heads": ({"num_heads": 4}, {}, "blocks.0.attn.k.weight 4×16 from .* 8×16: it would lose rows or columns"),
+    "narrower heads": ({"num_heads": 4, "num_kv_heads": 2}, {}, "q_gain 4 from .* 2: heads would change their width"),
     "buckets": ({"bigram_buckets": 128}, {}, "bigram.embed.weight 128×16 from bigram.embed.weight 64×16: no setting"),
     "fewer layers": ({"num_layers": 2}, {}, "the base has 3 layers, model.num_layers is 2"),
     "short list": ({}, {"layers": [0, 1]}, "lists 2 layers; model.num_layers is 3"),
