@@ -26,31 +26,26 @@ class Calls:
     handed_on: set[str] = field(default_factory=set)
     all: list[ast.Call] = field(default_factory=list)
     around: dict[int, tuple[ast.FunctionDef, str]] = field(default_factory=dict)  # call → function that it stands in
+    bases: set[str] = field(default_factory=set)  # classes that others are made from
 
     @classmethod
-    def of(cls, nodes: Iterable[ast.AST]) -> Calls:
-        """Collect the calls in definitions."""
-        calls, called = cls(), set[int]()
-        for node in nodes:
+    def of(cls, reached: Mapping[str, Definition]) -> Calls:
+        """Collect the calls of a program, each with the function that it stands in."""
+        calls, spoken = cls(bases=base_names(reached.values())), set[int]()
+        for at, definition in reached.items():
+            node = definition.node
+            for function, name in _functions(at, node):
+                calls.around.update({id(e): (function, name) for e in walk(function) if isinstance(e, ast.Call)})
             for each in walk(node):
-                called.update(id(part) for spoken in _only_said(each) for part in walk(spoken))
+                spoken.update(id(part) for said in _only_said(each) for part in walk(said))
                 if isinstance(each, ast.Call):
                     calls.all.append(each)
-                if isinstance(each, ast.Call) and (name := _name(each.func)):
+                if isinstance(each, ast.Call) and (name := called(each.func)):
                     calls.by_name.setdefault(name, []).append(each)
-                    called.add(id(each.func))
+                    spoken.add(id(each.func))
             for each in walk(node):
-                if id(each) not in called and isinstance(each, (ast.Name, ast.Attribute)) and (name := _name(each)):
+                if id(each) not in spoken and isinstance(each, (ast.Name, ast.Attribute)) and (name := called(each)):
                     calls.handed_on.add(name)
-        return calls
-
-    @classmethod
-    def of_definitions(cls, reached: Mapping[str, Definition]) -> Calls:
-        """Collect the calls of a program, each with the function that it stands in."""
-        calls = cls.of(each.node for each in reached.values())
-        for at, definition in reached.items():
-            for function, name in _functions(at, definition.node):
-                calls.around.update({id(e): (function, name) for e in walk(function) if isinstance(e, ast.Call)})
         return calls
 
 
@@ -92,18 +87,17 @@ def is_made_otherwise(node: ast.ClassDef) -> bool:
     )
 
 
-def _name(node: ast.AST) -> str:
+def called(node: ast.AST) -> str:
+    """Return the address, or ".name" of a method, by which a call knows what it calls; else nothing."""
     if isinstance(node, ast.Name):
         return node.id if is_address(node.id) else ""
     return f".{node.attr}" if isinstance(node, ast.Attribute) else ""
 
 
 def constant_parameters(
-    reached: Mapping[str, Definition],
+    reached: Mapping[str, Definition], calls: Calls
 ) -> list[tuple[Definition, ast.FunctionDef, dict[str, Any]]]:
     """Return functions of a program, each with its parameters that all calls give one constant."""
-    calls = Calls.of(each.node for each in reached.values())
-    bases = {part.id for each in reached.values() for part in _bases(each.node)}
     found = []
     for at, definition in reached.items():
         node = definition.node
@@ -113,32 +107,25 @@ def constant_parameters(
             for method in node.body:
                 if not isinstance(method, ast.FunctionDef) or method.name in LEFT_ALONE:
                     continue
-                if method.name == "__init__" and at not in bases:
+                if method.name == "__init__" and at not in calls.bases:
                     found.append((definition, method, _constants(method, calls, at, 1)))
                 elif not method.name.startswith("__"):
                     found.append((definition, method, _constants(method, calls, f".{method.name}", 1)))
     return [each for each in found if each[2]]
 
 
-def _bases(node: ast.AST) -> list[ast.Name]:
-    bases = node.bases if isinstance(node, ast.ClassDef) else []
-    return [each for base in bases for each in walk(base) if isinstance(each, ast.Name)]
+def base_names(definitions: Iterable[Definition]) -> set[str]:
+    """Return the addresses of all classes that others are made from: their objects may be of those."""
+    bases = [base for each in definitions if isinstance(each.node, ast.ClassDef) for base in each.node.bases]
+    return {each.id for base in bases for each in walk(base) if isinstance(each, ast.Name)}
 
 
 def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -> dict[str, Any]:
     """Return the parameters from number `first` on that all calls give one constant, with it."""
     own = function.args
-    if (
-        own.vararg
-        or own.kwarg
-        or own.posonlyargs
-        or (name in calls.handed_on and first == 0)
-        or not calls.by_name.get(name)
-    ):
-        return {}
-    if name.startswith(".") and (name in calls.handed_on or is_static(function)):
-        return {}
-    if name in calls.handed_on and function.name != "__init__":
+    is_handed_on = name in calls.handed_on and function.name != "__init__"
+    has_others = own.vararg or own.kwarg or own.posonlyargs
+    if has_others or is_handed_on or is_static(function) or not calls.by_name.get(name):
         return {}
     names = [arg.arg for arg in own.args]
     defaults: dict[str, ast.expr] = dict(zip(names[len(names) - len(own.defaults) :], own.defaults, strict=True))
@@ -154,7 +141,7 @@ def _constants(function: ast.FunctionDef, calls: Calls, name: str, first: int) -
 
 
 def closed_functions(
-    reached: Mapping[str, Definition], foreign: frozenset[str]
+    reached: Mapping[str, Definition], calls: Calls, foreign: frozenset[str]
 ) -> Iterable[tuple[str, ast.FunctionDef, int]]:
     """Yield functions whose calls are all known: how they are called, and how many parameters are given by Python."""
     methods: dict[str, list[ast.FunctionDef]] = {}
@@ -165,17 +152,12 @@ def closed_functions(
         for method in node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(method, ast.FunctionDef):
                 methods.setdefault(method.name, []).append(method)
-                if method.name == "__init__" and not is_base(at, reached):
+                if method.name == "__init__" and at not in calls.bases:
                     yield at, method, 1
     for name, same in methods.items():
         is_alone = len(same) == 1 and not same[0].decorator_list and not is_static(same[0])
         if is_alone and name not in foreign and name not in LEFT_ALONE and not name.startswith("__"):
             yield f".{name}", same[0], 1
-
-
-def is_base(at: str, reached: Mapping[str, Definition]) -> bool:
-    """Return whether a class of the program is made from the class at an address."""
-    return any(part.id == at for each in reached.values() for part in _bases(each.node))
 
 
 def is_static(function: ast.FunctionDef) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -71,6 +72,12 @@ class World:
     kinds: Mapping[str, Partly]  # name → what is known of the object that it is
     functions: Mapping[str, Any]  # function that does nothing but return a constant → it
     passing: Mapping[str, int]  # function or ".method" that does nothing but return an argument → which one
+
+
+def settings_class(definition: Definition) -> type[Settings] | None:
+    """Return the class of settings that a definition is; None if it is something else."""
+    real = getattr(importlib.import_module(definition.module), definition.names[0], None)
+    return real if isinstance(real, type) and issubclass(real, Settings) else None
 
 
 def plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 
 from pgolf_post.settings import Settings
 from pgolf_post.submit.alike import Alike
+from pgolf_post.submit.calls import base_names, called
 from pgolf_post.submit.facts import UNKNOWN, ByName, Facts, Instance, Partly, Scope, World, plain, unchanging
 from pgolf_post.submit.sources import Definition, Sources, is_address, parameters, walk
 from pgolf_post.submit.syntax import acts, assignments, has_fields, is_own_attribute, is_stored
@@ -216,15 +217,14 @@ class Evaluator:
             return getattr(*arguments)
         if name in CALLED:
             return CALLED[name](*arguments, **named)
-        called = self._pure(node.func, scope)
-        return UNKNOWN if called is UNKNOWN else plain(called(*arguments, **named))
+        function = self._pure(node.func, scope)
+        return UNKNOWN if function is UNKNOWN else plain(function(*arguments, **named))
 
     def _constant_answer(self, node: ast.Call) -> Any:
         """Return what a function or method always returns, if its arguments do nothing."""
         assert self.world is not None
-        name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        parts = [*node.args, *(key.value for key in node.keywords), *([node.func] if name.startswith(".") else [])]
-        return UNKNOWN if any(acts(each) for each in parts) else self.world.functions.get(name, UNKNOWN)
+        parts = [node.func, *node.args, *(key.value for key in node.keywords)]
+        return UNKNOWN if any(acts(each) for each in parts) else self.world.functions.get(called(node.func), UNKNOWN)
 
     def _pure(self, node: ast.expr, scope: Scope) -> Any:
         """Return a function that may be called: one of a pure package, or a method of a known record of its own."""
@@ -291,13 +291,10 @@ class Evaluator:
         return UNKNOWN
 
     def _base_names(self) -> set[str]:
-        """Return the addresses of all classes that others are made from: their objects may be of those."""
-        if len(self.sources.definitions) == self._bases_of:
-            return self._bases_known
-        nodes = [each.node for each in self.sources.definitions.values()]
-        bases = [base for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases]
-        self._bases_of = len(self.sources.definitions)
-        self._bases_known = {each.id for base in bases for each in walk(base) if isinstance(each, ast.Name)}
+        """Return `base_names` of all that is in sight, as long as nothing comes into sight."""
+        if len(self.sources.definitions) != self._bases_of:
+            self._bases_of = len(self.sources.definitions)
+            self._bases_known = base_names(self.sources.definitions.values())
         return self._bases_known
 
     def learn(self, definition: Definition, function: ast.FunctionDef, constant: Mapping[str, Any]) -> None:

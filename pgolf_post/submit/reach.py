@@ -8,12 +8,12 @@ attributes that nothing names are left out, which may leave more unreached, and 
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterator
 
 from pgolf_post.errors import MismatchError
 from pgolf_post.settings import Settings
-from pgolf_post.submit.calls import constant_parameters
+from pgolf_post.submit.calls import Calls, constant_parameters
+from pgolf_post.submit.facts import settings_class
 from pgolf_post.submit.foreign import foreign_names
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.reduce import Reducer, copied
@@ -87,8 +87,8 @@ class Reach:
 
     def _plain_settings(self, node: ast.ClassDef, definition: Definition) -> None:
         """Make of a class of settings a plain one: it keeps its methods; values are given whole, and were checked."""
-        real = getattr(importlib.import_module(definition.module), definition.names[0], None)
-        if not isinstance(real, type) or not issubclass(real, Settings):
+        real = settings_class(definition)
+        if real is None:
             return
         if real is Settings:
             node.body, node.bases = ast.parse(PLAIN_SETTINGS).body, []
@@ -166,12 +166,11 @@ class Reach:
         for definition in self.reached.values():
             if isinstance(definition.node, ast.ClassDef):
                 self._shake_class(definition.node, self._methods(definition, self.named))
-        learned = constant_parameters(self.reached)
-        for definition, function, constant in learned:
-            self.reducer.evaluator.learn(definition, function, constant)
-        evaluator, foreign = self.reducer.evaluator, foreign_names(self.external)
-        evaluator.learn_world(constant_world(self.reached, evaluator, foreign))
-        trim(self.reached, self.named, foreign)
+        evaluator, calls, foreign = self.reducer.evaluator, Calls.of(self.reached), foreign_names(self.external)
+        for definition, function, constant in constant_parameters(self.reached, calls):
+            evaluator.learn(definition, function, constant)
+        evaluator.learn_world(constant_world(self.reached, calls, evaluator, foreign))
+        trim(self.reached, calls, self.named, foreign)
         for definition in self.reached.values():
             self.reducer.reduce(definition)
 

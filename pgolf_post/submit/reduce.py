@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any
 
 from pgolf_post.settings import Settings
+from pgolf_post.submit.calls import called
 from pgolf_post.submit.facts import MOST_ITEMS, SCALARS, UNKNOWN, Partly, Scope
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, Transformer, address, is_address, walk
@@ -75,13 +76,11 @@ class _Reduction(Transformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Write the argument in place of a call of a function that only returns it."""
         world = self.evaluator.world
-        name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        place = world.passing.get(name) if world is not None and not node.keywords else None
+        place = world.passing.get(called(node.func)) if world is not None and not node.keywords else None
         if place is None or place >= len(node.args) or any(isinstance(each, ast.Starred) for each in node.args):
             return self.generic_visit(node)
-        others = [each for number, each in enumerate(node.args) if number != place]
-        is_quiet = not any(acts(each) for each in [*others, *([node.func] if name.startswith(".") else [])])
-        return self.visit(node.args[place]) if is_quiet else self.generic_visit(node)
+        others = [node.func, *(each for number, each in enumerate(node.args) if number != place)]
+        return self.generic_visit(node) if any(acts(each) for each in others) else self.visit(node.args[place])
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         """Leave out operands that decide nothing, and what comes after one that decides."""

@@ -8,29 +8,27 @@ A method is treated so only if no other class of the program has one of its name
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Callable, Mapping
 
-from pgolf_post.settings import Settings
-from pgolf_post.submit.calls import Calls, closed_functions, is_base, is_made_otherwise, is_open
+from pgolf_post.submit.calls import Calls, closed_functions, is_made_otherwise, is_open
+from pgolf_post.submit.facts import settings_class
 from pgolf_post.submit.sources import Definition, name_of, walk
 from pgolf_post.submit.syntax import acts, has_fields
 
 ARRAYS = ("ndarray", "torch:Tensor", "pgolf_post.calibrate.stats:Tensors")
 
 
-def trim(reached: Mapping[str, Definition], named: set[str], foreign: frozenset[str]) -> None:
+def trim(reached: Mapping[str, Definition], calls: Calls, named: set[str], foreign: frozenset[str]) -> None:
     """Leave out parameters and fields that nothing reads, in place."""
-    calls = Calls.of(each.node for each in reached.values())
-    for at, function, first in closed_functions(reached, foreign):
+    for at, function, first in closed_functions(reached, calls, foreign):
         if at not in calls.handed_on:
             _trim_function(function, calls.by_name.get(at, []), first)
     for at, definition in reached.items():
         node = definition.node
-        is_closed = at not in calls.handed_on and not is_base(at, reached)
+        is_closed = at not in calls.handed_on and at not in calls.bases
         if isinstance(node, ast.ClassDef) and is_closed and has_fields(node) and _is_never_compared(node):
             _trim_fields(node, at, calls, named)
-        if isinstance(node, ast.ClassDef) and _is_settings(definition):
+        if settings_class(definition) is not None:
             for call in calls.by_name.get(at, []):
                 call.keywords = [key for key in call.keywords if key.arg is None or key.arg in named or acts(key.value)]
 
@@ -59,11 +57,6 @@ def _is_never_compared(node: ast.ClassDef) -> bool:
     return any(name in ARRAYS for name in names) and not any(
         name_of(base) == "typing:NamedTuple" for base in node.bases
     )
-
-
-def _is_settings(definition: Definition) -> bool:
-    real = getattr(importlib.import_module(definition.module), definition.names[0], None)
-    return isinstance(real, type) and issubclass(real, Settings)
 
 
 def _trim_fields(node: ast.ClassDef, at: str, calls: Calls, named: set[str]) -> None:

@@ -7,13 +7,12 @@ value, and no library's object has one of that name, so `anything.trellis` is No
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pgolf_post.settings import Settings
-from pgolf_post.submit.calls import Calls, argument, closed_functions, is_base, is_made_otherwise, is_open
-from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World
+from pgolf_post.submit.calls import Calls, argument, closed_functions, is_made_otherwise, is_open
+from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World, settings_class
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, is_address, name_of, walk
 from pgolf_post.submit.syntax import assignments, has_fields, is_own_attribute
@@ -23,24 +22,24 @@ PROPERTIES = ("property", "functools:cached_property")
 REMAKERS = ("_replace", "replace", "dataclasses:replace", "types:SimpleNamespace")
 
 
-def constant_world(reached: Mapping[str, Definition], evaluator: Evaluator, foreign: frozenset[str]) -> World:
+def constant_world(
+    reached: Mapping[str, Definition], calls: Calls, evaluator: Evaluator, foreign: frozenset[str]
+) -> World:
     """Return what is constant in a program."""
-    calls = Calls.of_definitions(reached)
     otherwise = {*foreign, *evaluator.changed, *remade(each.node for each in reached.values())}
     values: dict[str, list[Any]] = {}
     fields: dict[str, dict[str, Any]] = {}
     for at, definition in reached.items():
         if isinstance(definition.node, ast.ClassDef):
-            given = _of_fields(definition.node, at, reached, calls)
+            given = _of_fields(definition.node, at, calls)
             fields[at] = {k: v for k, v in given.items() if v not in (SAME, UNKNOWN) and k not in otherwise - foreign}
             for name, value in _of_class(definition, given, evaluator):
                 values.setdefault(name, []).append(value)
     agreed = {name: _agreed(own) for name, own in values.items() if name not in otherwise}
     attributes = {name: value for name, value in agreed.items() if value is not UNKNOWN and value is not SAME}
-    passing = passing_functions(reached, calls, foreign)
-    return World(
-        attributes, fields, kinds_by_name(reached, evaluator, foreign), constant_functions(reached, foreign), passing
-    )
+    closed = list(closed_functions(reached, calls, foreign))
+    kinds = kinds_by_name(reached, evaluator, foreign)
+    return World(attributes, fields, kinds, constant_functions(closed), passing_functions(closed, calls))
 
 
 def remade(nodes: Iterable[ast.AST]) -> set[str]:
@@ -70,44 +69,48 @@ def remade_settings(definitions: Iterable[Definition], objects: Iterable[Setting
     return names
 
 
-def constant_functions(reached: Mapping[str, Definition], foreign: frozenset[str]) -> dict[str, Any]:
+def constant_functions(closed: Iterable[tuple[str, ast.FunctionDef, int]]) -> dict[str, Any]:
     """Return the functions and methods that do nothing but return a constant, with it."""
-    closed = closed_functions(reached, foreign)
     found = {at: _returned(each) for at, each, _ in closed if not each.decorator_list and each.name != "__init__"}
     return {at: value for at, value in found.items() if value is not UNKNOWN}
 
 
-def passing_functions(reached: Mapping[str, Definition], calls: Calls, foreign: frozenset[str]) -> dict[str, int]:
+def passing_functions(closed: Iterable[tuple[str, ast.FunctionDef, int]], calls: Calls) -> dict[str, int]:
     """Return the functions that do nothing but return an argument, with its place in a call."""
     found = {}
-    for at, function, first in closed_functions(reached, foreign):
-        *before, last = function.body
-        is_all = all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) for each in before)
-        value = last.value if isinstance(last, ast.Return) else None
+    for at, function, first in closed:
+        only = _only_return(function)
+        value = None if only is None else only.value
         names = [each.arg for each in function.args.args][first:]
         is_own = isinstance(value, ast.Name) and value.id in names and not function.decorator_list
-        if is_all and is_own and at not in calls.handed_on and function.name != "__init__":
+        if is_own and at not in calls.handed_on and function.name != "__init__":
             found[at] = names.index(value.id)  # type: ignore[union-attr]
     return found
 
 
 def _returned(node: ast.FunctionDef) -> Any:
     """Return the constant that a function returns; UNKNOWN where it does more."""
+    only = _only_return(node)
+    if only is None:
+        return UNKNOWN
+    if only.value is None:
+        return None
+    return only.value.value if isinstance(only.value, ast.Constant) and only.value.kind is None else UNKNOWN
+
+
+def _only_return(node: ast.FunctionDef) -> ast.Return | None:
+    """Return the statement that is all of a function but its docstring, if it returns."""
     *before, last = node.body
     is_all = all(isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) for each in before)
-    if not is_all or not isinstance(last, ast.Return):
-        return UNKNOWN
-    if last.value is None:
-        return None
-    return last.value.value if isinstance(last.value, ast.Constant) and last.value.kind is None else UNKNOWN
+    return last if is_all and isinstance(last, ast.Return) else None
 
 
 def _of_class(definition: Definition, given: Mapping[str, Any], evaluator: Evaluator) -> Iterator[tuple[str, Any]]:
     """Yield every attribute that objects of a class have, with its value in all of them, or UNKNOWN."""
     node = definition.node
     assert isinstance(node, ast.ClassDef)
-    real = getattr(importlib.import_module(definition.module), definition.names[0], None)
-    if isinstance(real, type) and issubclass(real, Settings):
+    real = settings_class(definition)
+    if real is not None:
         yield from _of_settings(real, evaluator)
     else:
         known = evaluator.attributes(definition)
@@ -131,14 +134,14 @@ def _of_settings(real: type[Settings], evaluator: Evaluator) -> Iterator[tuple[s
             yield name, UNKNOWN
 
 
-def _of_fields(node: ast.ClassDef, at: str, reached: Mapping[str, Definition], calls: Calls) -> dict[str, Any]:
+def _of_fields(node: ast.ClassDef, at: str, calls: Calls) -> dict[str, Any]:
     """Return the fields of a record class, each with the constant that every call of the class gives it.
 
     SAME stands for the attribute of that name of another object.
     """
     fields = [each for each in node.body if isinstance(each, ast.AnnAssign)] if has_fields(node) else []
     makers = calls.by_name.get(at, [])
-    is_open_class = at in calls.handed_on or is_base(at, reached) or is_made_otherwise(node)
+    is_open_class = at in calls.handed_on or at in calls.bases or is_made_otherwise(node)
     found: dict[str, Any] = {}
     for place, each in enumerate(fields):
         assert isinstance(each.target, ast.Name)
