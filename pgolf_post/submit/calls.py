@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pgolf_post.submit.facts import UNKNOWN
-from pgolf_post.submit.sources import Definition, is_address, walk
+from pgolf_post.submit.sources import Definition, bound_names, is_address, walk
 
 LEFT_ALONE = ("forward",)  # called through __call__
+REMAKERS = ("_replace", "replace", "dataclasses:replace", "types:SimpleNamespace")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Calls:
     all: list[ast.Call] = field(default_factory=list)
     around: dict[int, tuple[ast.FunctionDef, str]] = field(default_factory=dict)  # call → function that it stands in
     bases: set[str] = field(default_factory=set)  # classes that others are made from
+    stored: set[str] = field(default_factory=set)  # attributes that a statement gives an object
+    remade: set[str] = field(default_factory=set)  # attributes that a call gives one: `replace(record, name=…)`
 
     @classmethod
     def of(cls, reached: Mapping[str, Definition]) -> Calls:
@@ -37,9 +40,11 @@ class Calls:
             for function, name in _functions(at, node):
                 calls.around.update({id(e): (function, name) for e in walk(function) if isinstance(e, ast.Call)})
             for each in walk(node):
+                calls.stored.update(_stored(each))
                 spoken.update(id(part) for said in _only_said(each) for part in walk(said))
                 if isinstance(each, ast.Call):
                     calls.all.append(each)
+                    calls.remade.update(_remade(each))
                 if isinstance(each, ast.Call) and (name := called(each.func)):
                     calls.by_name.setdefault(name, []).append(each)
                     spoken.add(id(each.func))
@@ -54,6 +59,22 @@ def _functions(at: str, node: ast.AST) -> list[tuple[ast.FunctionDef, str]]:
     if isinstance(node, ast.FunctionDef):
         return [(node, at)]
     return [(each, "") for each in getattr(node, "body", []) if isinstance(each, ast.FunctionDef)]
+
+
+def _stored(node: ast.AST) -> Iterable[str]:
+    """Return the attributes that a node gives an object: an attribute that is set, what a class has but methods."""
+    if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+        return [node.attr]
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    return [name for each in body if not isinstance(each, ast.FunctionDef) for name in bound_names(each)]
+
+
+def _remade(call: ast.Call) -> Iterable[str]:
+    """Return the attributes that a call gives an object: `replace(record, name=…)` and its like."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if function == "setattr" and len(call.args) > 1 and isinstance(call.args[1], ast.Constant):
+        return [str(call.args[1].value)]
+    return [key.arg for key in call.keywords if key.arg] if function in REMAKERS else []
 
 
 def _only_said(node: ast.AST) -> list[ast.expr]:
@@ -155,7 +176,7 @@ def closed_functions(
                 if method.name == "__init__" and at not in calls.bases:
                     yield at, method, 1
     for name, same in methods.items():
-        is_alone = len(same) == 1 and not same[0].decorator_list and not is_static(same[0])
+        is_alone = len(same) == 1 and name not in calls.stored | calls.remade and not same[0].decorator_list
         if is_alone and name not in foreign and name not in LEFT_ALONE and not name.startswith("__"):
             yield f".{name}", same[0], 1
 

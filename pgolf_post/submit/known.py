@@ -269,11 +269,12 @@ class Evaluator:
         for arg in parameters(node):
             known.locals[arg.arg] = constant.get(arg.arg, self._of_annotation(arg.annotation))
         if isinstance(node, ast.FunctionDef):
+            given = {each.arg for each in parameters(node)}  # they have a value before the one that is assigned
             stores = [each.id for each in walk(node) if isinstance(each, ast.Name) and is_stored(each)]
             for name in stores:
                 known.locals[name] = UNKNOWN
             for target, value in assignments([each for each in walk(node) if isinstance(each, ast.stmt)]):
-                if isinstance(target, ast.Name) and stores.count(target.id) == 1:
+                if isinstance(target, ast.Name) and stores.count(target.id) == 1 and target.id not in given:
                     known.locals[target.id] = unchanging(self.value(value, known))
         known.is_complete = True
         return known

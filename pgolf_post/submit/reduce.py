@@ -18,7 +18,7 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import called
 from pgolf_post.submit.facts import MOST_ITEMS, SCALARS, UNKNOWN, Partly, Scope
 from pgolf_post.submit.known import Evaluator
-from pgolf_post.submit.sources import Definition, Transformer, address, is_address, walk
+from pgolf_post.submit.sources import Definition, Transformer, address, is_address, parameters, walk
 from pgolf_post.submit.syntax import acts, assignments
 
 EMPTY = (ast.Pass,)
@@ -201,8 +201,7 @@ class _Reduction(Transformer):
             if isinstance(node, ast.With):
                 return self._with(node)
             node.orelse = self._body(node.orelse) if node.orelse else []
-            is_idle = isinstance(node, ast.For) and not acts(node.iter) and not node.orelse
-            return [] if is_idle and all(isinstance(each, EMPTY) for each in node.body) else [node]
+            return [node]
         visited = self.visit(node)
         return [] if isinstance(visited, EMPTY) else [visited]
 
@@ -324,7 +323,7 @@ def _leaves_by_error(body: list[ast.stmt]) -> bool:
 
 
 def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bool]) -> None:
-    """Leave out assignments to locals that nothing reads, of values that are known or take no call."""
+    """Leave out assignments to locals that nothing reads, of values that are known or take no call; so idle loops."""
     read = {each.id for each in walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
     kept_names = {name for each in walk(node) if isinstance(each, (ast.Global, ast.Nonlocal)) for name in each.names}
 
@@ -332,6 +331,9 @@ def _drop_unused_locals(node: ast.FunctionDef, is_known: Callable[[ast.expr], bo
         targets: list[ast.expr]
         if isinstance(each, ast.AnnAssign):
             targets, value = [each.target], each.value
+        elif isinstance(each, ast.For):
+            is_idle = not each.orelse and all(isinstance(part, EMPTY) for part in each.body)
+            targets, value = [each.target] if is_idle else [], each.iter
         else:
             targets, value = (each.targets, each.value) if isinstance(each, ast.Assign) else ([], None)
         if len(targets) != 1 or value is None or (acts(value) and not is_known(value)):
@@ -353,7 +355,8 @@ def _unset_at_first(node: ast.FunctionDef) -> list[str]:
     pairs = [(t.id, v) for t, v in assignments(node.body) if isinstance(t, ast.Name) and t.id in asked]
     names = [name for name, v in pairs if isinstance(v, ast.Constant) and v.value is None]
     is_shared = any(isinstance(each, (ast.Global, ast.Nonlocal)) for each in walk(node))
-    return [] if is_shared else [name for name in names if len(_values_of(node, name)) > 1]
+    given = {each.arg for each in parameters(node)}  # set before that
+    return [] if is_shared else [name for name in names if len(_values_of(node, name)) > 1 and name not in given]
 
 
 def _values_of(node: ast.FunctionDef, name: str) -> list[ast.expr | None]:

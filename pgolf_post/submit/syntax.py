@@ -74,6 +74,11 @@ def has_fields(node: ast.ClassDef) -> bool:
     return decorated or any(name_of(base) == "typing:NamedTuple" for base in node.bases)
 
 
+def inherits(node: ast.ClassDef) -> bool:
+    """Return whether a class is made from another one than NamedTuple, whose fields would come before its own."""
+    return any(name_of(base) != "typing:NamedTuple" for base in node.bases)
+
+
 def set_elsewhere(definitions: Iterable[Definition]) -> set[str]:
     """Return attributes that are set on another object than self, or by a class and one that it is made from."""
     definitions = list(definitions)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pgolf_post.submit.calls import Calls, closed_functions, is_made_otherwise, is_open
 from pgolf_post.submit.facts import settings_class
 from pgolf_post.submit.sources import Definition, name_of, walk
-from pgolf_post.submit.syntax import acts, has_fields
+from pgolf_post.submit.syntax import acts, has_fields, inherits
 
 ARRAYS = ("ndarray", "torch:Tensor", "pgolf_post.calibrate.stats:Tensors")
 
@@ -26,7 +26,7 @@ def trim(reached: Mapping[str, Definition], calls: Calls, named: set[str], forei
     for at, definition in reached.items():
         node = definition.node
         is_closed = at not in calls.handed_on and at not in calls.bases
-        if isinstance(node, ast.ClassDef) and is_closed and has_fields(node) and _is_never_compared(node):
+        if isinstance(node, ast.ClassDef) and is_closed and has_fields(node) and not inherits(node):
             _trim_fields(node, at, calls, named)
         if settings_class(definition) is not None:
             for call in calls.by_name.get(at, []):
@@ -62,7 +62,8 @@ def _is_never_compared(node: ast.ClassDef) -> bool:
 def _trim_fields(node: ast.ClassDef, at: str, calls: Calls, named: set[str]) -> None:
     """Leave out the fields of a dataclass that nothing reads."""
     makers = calls.by_name.get(at, [])
-    if any(is_open(call) for call in makers) or is_made_otherwise(node) or not makers:
+    is_open_class = any(is_open(call) for call in makers) or is_made_otherwise(node)
+    if is_open_class or not makers or not _is_never_compared(node):
         return
     changed = {key.arg for call in calls.all if _changes(call) for key in call.keywords}
     fields = [each for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]

@@ -15,44 +15,31 @@ from pgolf_post.submit.calls import Calls, argument, closed_functions, is_made_o
 from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World, settings_class
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.sources import Definition, is_address, name_of, walk
-from pgolf_post.submit.syntax import assignments, has_fields, is_own_attribute
+from pgolf_post.submit.syntax import assignments, has_fields, inherits, is_own_attribute
 
 SAME: Any = object()  # the attribute of the same name of another object
 PROPERTIES = ("property", "functools:cached_property")
-REMAKERS = ("_replace", "replace", "dataclasses:replace", "types:SimpleNamespace")
 
 
 def constant_world(
     reached: Mapping[str, Definition], calls: Calls, evaluator: Evaluator, foreign: frozenset[str]
 ) -> World:
     """Return what is constant in a program."""
-    otherwise = {*foreign, *evaluator.changed, *remade(each.node for each in reached.values())}
+    changed = evaluator.changed | calls.remade
     values: dict[str, list[Any]] = {}
     fields: dict[str, dict[str, Any]] = {}
     for at, definition in reached.items():
         if isinstance(definition.node, ast.ClassDef):
             given = _of_fields(definition.node, at, calls)
-            fields[at] = {k: v for k, v in given.items() if v not in (SAME, UNKNOWN) and k not in otherwise - foreign}
+            alone = _of_fields(definition.node, at, calls, follows=False)
+            fields[at] = {k: v for k, v in alone.items() if v is not UNKNOWN and k not in changed}
             for name, value in _of_class(definition, given, evaluator):
                 values.setdefault(name, []).append(value)
-    agreed = {name: _agreed(own) for name, own in values.items() if name not in otherwise}
+    agreed = {name: _agreed(own) for name, own in values.items() if name not in changed | foreign}
     attributes = {name: value for name, value in agreed.items() if value is not UNKNOWN and value is not SAME}
     closed = list(closed_functions(reached, calls, foreign))
     kinds = kinds_by_name(reached, evaluator, foreign)
     return World(attributes, fields, kinds, constant_functions(closed), passing_functions(closed, calls))
-
-
-def remade(nodes: Iterable[ast.AST]) -> set[str]:
-    """Return the names of attributes that a call gives an object: `replace(record, name=…)` and its like."""
-    calls = [each for node in nodes for each in walk(node) if isinstance(each, ast.Call)]
-    names: set[str] = set()
-    for call in calls:
-        function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if function in REMAKERS:
-            names.update(key.arg for key in call.keywords if key.arg)
-        if function == "setattr" and len(call.args) > 1 and isinstance(call.args[1], ast.Constant):
-            names.add(str(call.args[1].value))
-    return names
 
 
 def remade_settings(definitions: Iterable[Definition], objects: Iterable[Settings]) -> set[str]:
@@ -81,7 +68,7 @@ def passing_functions(closed: Iterable[tuple[str, ast.FunctionDef, int]], calls:
     for at, function, first in closed:
         only = _only_return(function)
         value = None if only is None else only.value
-        names = [each.arg for each in function.args.args][first:]
+        names = [each.arg for each in (*function.args.posonlyargs, *function.args.args)][first:]
         is_own = isinstance(value, ast.Name) and value.id in names and not function.decorator_list
         if is_own and at not in calls.handed_on and function.name != "__init__":
             found[at] = names.index(value.id)  # type: ignore[union-attr]
@@ -134,20 +121,22 @@ def _of_settings(real: type[Settings], evaluator: Evaluator) -> Iterator[tuple[s
             yield name, UNKNOWN
 
 
-def _of_fields(node: ast.ClassDef, at: str, calls: Calls) -> dict[str, Any]:
+def _of_fields(node: ast.ClassDef, at: str, calls: Calls, follows: bool = True) -> dict[str, Any]:
     """Return the fields of a record class, each with the constant that every call of the class gives it.
 
-    SAME stands for the attribute of that name of another object.
+    If it `follows`, what is taken from the attribute of that name of another object is left to that object, and SAME
+    stands for a field of which there is nothing else; such constants hold only if all objects agree.
     """
     fields = [each for each in node.body if isinstance(each, ast.AnnAssign)] if has_fields(node) else []
     makers = calls.by_name.get(at, [])
-    is_open_class = at in calls.handed_on or at in calls.bases or is_made_otherwise(node)
+    is_open_class = at in calls.handed_on or at in calls.bases or is_made_otherwise(node) or inherits(node)
     found: dict[str, Any] = {}
     for place, each in enumerate(fields):
         assert isinstance(each.target, ast.Name)
         name = each.target.id
         defaults = {} if each.value is None else {name: each.value}
-        given = [_resolved(call, name, place, defaults, len(fields), name, calls, 3) for call in makers]
+        more = (name, place, defaults, len(fields), name if follows else "", calls, 3)
+        given = [_resolved(call, *more) for call in makers]
         found[name] = UNKNOWN if is_open_class else _agreed(given)
     return found
 
@@ -174,7 +163,7 @@ def _resolved(
     around, at = calls.around.get(id(call), (None, ""))
     if not isinstance(node, ast.Name) or around is None or at in calls.handed_on or not depth:
         return UNKNOWN
-    names = [each.arg for each in around.args.args]
+    names = [each.arg for each in (*around.args.posonlyargs, *around.args.args)]
     if names.count(node.id) != 1 or _is_bound_again(around, node.id):
         return UNKNOWN
     own = around.args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,74 @@ PATH = (
 )
 
 
+OWN = RECORDS + "@dataclass(frozen=True)\nclass Own:\n    values: np.ndarray\n    ndim: int\n"
+CHANGING: dict[str, tuple[str, Any]] = {  # name → (module, what main returns)
+    "a parameter that is set in a branch": (
+        "def f(x):\n    if x is None:\n        x = 3\n    return x\ndef main(): return f(1), f(None)\n",
+        (1, 3),
+    ),
+    "a parameter that is set after it was read": (
+        "def f(x):\n    was = x is None\n    x = None\n    return was, x\ndef main(): return f(1), f(None)\n",
+        ((False, None), (True, None)),
+    ),
+    "a parameter that is None later and never again something else": (
+        (
+            "def f(x):\n    had = x is not None\n    x = None\n    for _ in range(2):\n        if x is not None:\n"
+            "            x = undefined_here\n    return had\ndef main(): return f(1), f(None)\n"
+        ),
+        (True, False),
+    ),
+    "a field that is replaced and that a library's objects have too": (
+        OWN + "def dims(own: Own): return own.ndim + 0 * len(own.values)\n"
+        "def main():\n    own = Own(np.zeros(2), 7)\n    return dims(own), dims(replace(own, ndim=8))\n",
+        (7, 8),
+    ),
+    "a field that one call takes from a library's object": (
+        OWN + "def dims(own: Own): return own.ndim + 0 * len(own.values)\n"
+        "def main():\n    values = np.zeros(2)\n    return dims(Own(values, 3)), dims(Own(values, values.ndim))\n",
+        (3, 1),
+    ),
+    "a field that one call takes from another record": (
+        RECORDS + "@dataclass(frozen=True)\nclass Own:\n    values: np.ndarray\n    deep: int\n"
+        "class Other(NamedTuple):\n    deep: int\n"
+        "def size(own: Own): return own.deep + 0 * len(own.values)\n"
+        "def main():\n    values = np.zeros(2)\n    return size(Own(values, 3)), size(Own(values, Other(5).deep))\n",
+        (3, 5),
+    ),
+    "a field that comes after those of the class that it was made from": (
+        RECORDS + "@dataclass\nclass Base:\n    wide: int\n@dataclass\nclass Own(Base):\n    unread: int\n"
+        "    values: np.ndarray\ndef size(own): return own.wide, len(own.values)\n"
+        "def main():\n    n = len('ab')\n    return size(Own(n, n + 1, np.zeros(n)))\n",
+        (2, 2),
+    ),
+    "a parameter behind a positional one": (
+        "def second(first, /, x): return x\ndef main():\n    n = len('ab')\n    return second(n, n + 1)\n",
+        3,
+    ),
+    "a method whose name an attribute has": (
+        (
+            "class Own:\n    def size(self): return 1\nclass Held:\n    def __init__(self, size): self.size = size\n"
+            "def two(): return 2\ndef main(): return [each.size() for each in (Own(), Held(two))]\n"
+        ),
+        [1, 2],
+    ),
+    "the last item of a loop that does nothing": (
+        "def main():\n    for i in range(3):\n        pass\n    return i\n",
+        2,
+    ),
+}
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return Project(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_only_looks_constant_is_not_folded(name: str, project: Project) -> None:
+    main, expected = CHANGING[name]
+    project.write(main=main)
+    assert run(project.amalgamate()) == expected
 
 
 def test_a_parameter_that_nobody_reads_goes_with_its_arguments(project: Project) -> None:
