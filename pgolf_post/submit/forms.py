@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pgolf_post.calibrate.settings import CalibrationSettings
 from pgolf_post.errors import SettingsError
-from pgolf_post.families import ModelFamily, build_module, get_family
+from pgolf_post.families import build_module, get_family
 from pgolf_post.pack import decode
 from pgolf_post.pack.container import PackSettings
 from pgolf_post.pack.snippet import decoder_module
-from pgolf_post.plan import Plan, TensorPlan, make_plan, parse_plan
-from pgolf_post.quantize.clip import STEPS_BY_RULE
 from pgolf_post.score.protocols import Protocol
 from pgolf_post.score.session import Session
 from pgolf_post.score.ttt.methods import ttt_method
@@ -34,6 +32,7 @@ from pgolf_post.submit.fit_form import (
     require_training_text,
     settle_fit,
 )
+from pgolf_post.submit.plan_form import asked_by_plan, plan_of, settle_plan
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
@@ -165,9 +164,9 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
         settle_fit(sources, choices_of(seed))
     else:
         plan = plan_of(seed)
-        asked |= _asked_by_plan(plan, module, family, bool(seed.stats_settings().get("fisher")))
+        asked |= asked_by_plan(plan, module, family, bool(seed.stats_settings().get("fisher")))
         rules = tuple(plan.rules)
-        _settle_plan(sources, plan)
+        settle_plan(sources, plan)
     values = {**_of_model(module.config), **_by_class(recipe), **_by_class(calibration), **_by_class(asked["packing"])}
     for table in ("run", "data", "optim", "schedule", "checkpoint"):
         values |= _by_class(getattr(known_recipe, table))
@@ -197,38 +196,8 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
         require_makeable(seed)
     if seed.settings.get("sequential") or seed.settings.get("distill"):
         raise SettingsError(f"{seed.artifact}: a sequential or distilled plan is not part of a script")
-    if recipe.loss.is_on:
-        keys = ", ".join(f"loss.{key}" for key in recipe.loss.settings_on())
-        raise SettingsError(
-            f"{keys}: a script that trains minimises plain nats",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
-    if recipe.init.is_on:
-        raise SettingsError(
-            f"init.checkpoint {recipe.init.checkpoint}: a script that trains starts from its own init, and that "
-            "model's weights are no part of it",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
-    if recipe.optim.groups:
-        raise SettingsError(
-            "optim.groups: a script that trains steps all tensors of a kind alike",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
-    if recipe.schedule.stages:
-        raise SettingsError(
-            "schedule.stages: a script that trains has steps and windows of one size",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
-    if recipe.meta_ttt is not None:
-        raise SettingsError(
-            "meta_ttt: a script that trains does not adapt on the way",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
-    if recipe.qat is not None:
-        raise SettingsError(
-            f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way",
-            hint="submit without --recipe: the artifact and code that reads it",
-        )
+    for reason in _reasons_against(recipe):
+        raise SettingsError(reason, hint="submit without --recipe: the artifact and code that reads it")
     for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
         if getattr(recipe.model, key, None) == value:
             raise SettingsError(
@@ -240,10 +209,22 @@ def _require_makeable(seed: Seed, recipe: Any) -> None:
     require_training_text(seed)
 
 
-def plan_of(seed: Seed) -> Plan:
-    """Return the plan that an artifact was quantized by, from its settings."""
-    rules = [{**rule, "name": f"rule{number}", "optional": True} for number, rule in enumerate(seed.settings["rules"])]
-    return parse_plan({"rules": rules, "lqer": seed.settings.get("lqer")}, str(seed.artifact))
+def _reasons_against(recipe: Any) -> Iterator[str]:
+    """Yield what a recipe asks for that no script does."""
+    if recipe.loss.is_on:
+        keys = ", ".join(f"loss.{key}" for key in recipe.loss.settings_on())
+        yield f"{keys}: a script that trains minimises plain nats"
+    if recipe.init.is_on:
+        own = "a script that trains starts from its own init, and that model's weights are no part of it"
+        yield f"init.checkpoint {recipe.init.checkpoint}: {own}"
+    if recipe.optim.groups:
+        yield "optim.groups: a script that trains steps all tensors of a kind alike"
+    if recipe.schedule.stages:
+        yield "schedule.stages: a script that trains has steps and windows of one size"
+    if recipe.meta_ttt is not None:
+        yield "meta_ttt: a script that trains does not adapt on the way"
+    if recipe.qat is not None:
+        yield f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way"
 
 
 def calibration_of(seed: Seed) -> CalibrationSettings:
@@ -251,23 +232,6 @@ def calibration_of(seed: Seed) -> CalibrationSettings:
     kept = seed.stats_settings()
     given = {key: kept[key] for key in CalibrationSettings.model_fields if key in kept}
     return CalibrationSettings(**given)
-
-
-def _asked_by_plan(plan: Plan, module: Any, family: ModelFamily, backward: bool) -> dict[str, Any]:
-    """Return what the program asks for by name where a plan quantizes; statistics may have the backward half too.
-
-    No plan reads that half, but batches are smaller where it is collected, so that sums differ in their last bits.
-    """
-    return {
-        "fits": False,
-        "backward": backward,
-        "lookups": family.lookups(module) if backward else (),
-        "stats_id": "",
-        "folds": family.folds(module) if any(getattr(rule, "awq_alpha", 0) for rule in plan.rules) else {},
-        "rules": list(plan.rules),
-        "entries": _entries(make_plan(dict(module.named_parameters()), family, module, plan), plan),
-        "lqer": plan.lqer,
-    }
 
 
 def _of_rules(rules: Sequence[Settings]) -> dict[str, Partly]:
@@ -298,54 +262,12 @@ def _settle_schedule(sources: Sources, module: Any, settings: Any) -> None:
     sources.replace(address(module.__name__, "lr_multiplier"), source, {"shape": _address_of(row.function)})
 
 
-def _entries(entries: Sequence[TensorPlan], plan: Plan) -> list[tuple[str, str, int, str | None, str | None]]:
-    """Return a plan's entries with the numbers of their rules: name, role, rule, site, depth."""
-    rules = list(plan.rules)
-    return [(each.name, each.role, rules.index(each.rule), each.site, each.depth) for each in entries]
-
-
-def _settle_plan(sources: Sources, plan: Plan) -> None:
-    """Replace what only other plans need, and the evidence that an artifact's meta.json keeps."""
-    rules: Any = plan.rules
-    quantize = "pgolf_post.quantize"
-    if not any(getattr(rule, "prune", "none") != "none" for rule in rules):
-        sources.replace(
-            address(f"{quantize}.rows", "_pruned"), "def _pruned(weight, rule, diagonal):\n    return weight"
-        )
-        sources.replace(address(f"{quantize}.rows", "finish"), FINISH)
-    if not any(getattr(rule, "row_feedback", False) for rule in rules):
-        source = (
-            "def rounding(job, panel, buffers, feedback, fast):\n    return _in_torch(job, panel, buffers, feedback)"
-        )
-        sources.replace(address(f"{quantize}.gptq.columns", "rounding"), source)
-    if not any(getattr(rule, "trellis_states", 0) for rule in rules):
-        for at, parameters in NEEDED_BY_TRELLISES.items():
-            sources.replace(at, f"def {at.partition(':')[2]}({parameters}):\n    raise RuntimeError")
-    functions = {
-        scale: STEPS_BY_RULE[scale].__name__ for scale in {rule.scale for rule in rules if hasattr(rule, "scale")}
-    }
-    chosen = ", ".join(f"{scale!r}: {name}" for scale, name in sorted(functions.items()))
-    sources.replace(address(f"{quantize}.clip", "STEPS_BY_RULE"), f"STEPS_BY_RULE = {{{chosen}}}")
-
-
-NEEDED_BY_TRELLISES = {  # function → its parameters: not called where no rule has a trellis
-    "pgolf_post.quantize.gptq.diagonals:round_diagonals": "job, fast",
-    "pgolf_post.quantize.gptq.viterbi:search": "targets, states, bounds",
-    "pgolf_post.quantize.gptq.trellis:grid_points": "symbols, trellis",
-}
-
-
 def _backend(module: Any, name: str) -> Any:
     """Return the attention kernel that a run used; None for the model's own default."""
     own = module.attention_backend
     return None if name == own.name else vars(importlib.import_module(type(own).__module__))["BACKENDS"][name]
 
 
-FINISH = """
-def finish(item, symbols, hessian, damping):
-    factors = step_factors(item.rule.per, item.unit_steps, item.rule.group_size)
-    return QuantizedTensor(item.entry.name, smallest_dtype(symbols.int().numpy()), factors, item.shape, item.trellis)
-"""
 UPPER_GRAM = """
 def upper_gram(x, dtype=torch.float32):
     return panel_gram(x.to(dtype), PANEL)
