@@ -51,3 +51,9 @@ def run(amalgam: Amalgam) -> Any:
     scope: dict[str, Any] = {"__name__": __name__}  # a module that is there, for dataclasses look theirs up
     exec(compile(amalgam.source, "amalgam", "exec"), scope)
     return scope["main"]()
+
+
+def placeholders(amalgam: Amalgam) -> set[str]:
+    """Definitions that only say what is known when a script is made, and are left in it: they would raise."""
+    raising = {part.name for part in amalgam.parts if "NotImplementedError" in part.source}
+    return raising | {part.name for part in amalgam.parts if part.name in ("known", "known_protocol")}

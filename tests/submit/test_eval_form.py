@@ -24,6 +24,7 @@ from pgolf_post.submit.packed import packed as packed_script
 from pgolf_post.submit.packed import shortened
 from pgolf_post.submit.prove import prove
 from tests.score.conftest import MANY_PARTS, record_model, ttt
+from tests.submit.project import placeholders
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_family.py"
 PROTOCOLS: dict[str, Callable[[], Protocol]] = {
@@ -101,6 +102,7 @@ def test_the_sums_are_our_scorers_to_the_bit(
     protocol = PROTOCOLS[name]()
     amalgam = eval_form(packed.config, protocol)
     assert not {"pgolf_post", "trainer", "pydantic", "click", "safetensors"} & set(amalgam.external)
+    assert placeholders(amalgam) == set()
     answer = run_here(shortened(amalgam.source), packed, monkeypatch, capsys)
     expected = packed.score(protocol)
     assert {key: answer[key] for key in expected} == expected

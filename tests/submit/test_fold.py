@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pgolf_post.submit.amalgamate import Amalgam
 from pgolf_post.submit.facts import Facts, Partly
 from pgolf_post.submit.foreign import foreign_names
 from tests.submit.project import Known, Project, run
@@ -86,6 +87,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return Project(tmp_path, monkeypatch)
 
 
+def source_of(amalgam: Amalgam, answer: Any, gone: tuple[str, ...]) -> str:
+    """The source of a program that gives the answer and has none of these words."""
+    assert run(amalgam) == answer
+    assert [word for word in gone if word in amalgam.source] == []
+    return amalgam.source
+
+
 @pytest.mark.parametrize("name", CHANGING)
 def test_what_only_looks_constant_is_not_folded(name: str, project: Project) -> None:
     main, expected = CHANGING[name]
@@ -101,10 +109,8 @@ def test_a_parameter_that_nobody_reads_goes_with_its_arguments(project: Project)
         "def outer(x, unread_three=3): return deep(x, unread_three)\n"
         "def main():\n    seen = []\n    return outer(1), outer(2, unread_three=7), kept(3, loud(seen)), seen\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == (1, 2, 3, [1])
-    assert not any(word in amalgam.source for word in ("unread_one", "unread_three"))
-    assert "unread_two" in amalgam.source  # working out its argument does something
+    source = source_of(project.amalgamate(), (1, 2, 3, [1]), gone=("unread_one", "unread_three"))
+    assert "unread_two" in source  # working out its argument does something
 
 
 def test_a_method_is_trimmed_only_if_no_other_object_has_one_of_its_name(project: Project) -> None:
@@ -113,10 +119,8 @@ def test_a_method_is_trimmed_only_if_no_other_object_has_one_of_its_name(project
         "def main():\n    seen = []\n    seen.append(3)\n    own = Own()\n"
         "    return own.weigh(0), own.append(0), seen\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == (1, 2, [3])
-    assert "unread_one" not in amalgam.source
-    assert "unread_two" in amalgam.source
+    source = source_of(project.amalgamate(), (1, 2, [3]), gone=("unread_one",))
+    assert "unread_two" in source
 
 
 def test_a_field_that_nobody_reads_goes_and_one_of_a_tuple_stays(project: Project) -> None:
@@ -128,18 +132,14 @@ def test_a_field_that_nobody_reads_goes_and_one_of_a_tuple_stays(project: Projec
         "def main():\n    held = Held(np.arange(3), 'why')\n"
         "    return total(*Pair(1, held.values)), len({Key('a', 1), Key('a', 2)})\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == (4, 2)
-    assert "unread" not in amalgam.source
+    source_of(project.amalgamate(), (4, 2), gone=("unread",))
 
 
 def test_a_field_that_no_record_sets_is_folded_through_all_that_copy_it(project: Project) -> None:
     project.write(
         main=PATH + "def main():\n    path = Path(np.arange(3))\n    return size(copied(path, path.lattice))\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == 3
-    assert not any(word in amalgam.source for word in ("lattice", "crystal"))
+    source_of(project.amalgamate(), 3, gone=("lattice", "crystal"))
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,7 @@ def test_settings_that_all_objects_agree_on_are_known_wherever_one_is_declared(p
         "def main():\n    return widths([Entry(Known())])\n"
     )
     facts = Facts({f"{project.name}.main:Known": Partly({"loud": False})}, objects=(Known(),))
-    amalgam = project.amalgamate(facts)
-    assert run(amalgam) == [4]
-    assert not any(word in amalgam.source for word in ("shout", "loud"))
+    source_of(project.amalgamate(facts), [4], gone=("shout", "loud"))
 
 
 def test_a_context_that_only_talks_goes_once_nothing_reads_it(project: Project) -> None:
@@ -181,9 +179,8 @@ def test_a_context_that_only_talks_goes_once_nothing_reads_it(project: Project) 
         "    for _ in range(2):\n        advance(1)\n    return done\n",
     )
     amalgam = project.amalgamate(silent=("HERE.talk:bar", "advance"))
-    assert run(amalgam) == [0, 1, 2]
-    assert not any(isinstance(each, ast.With) for each in ast.walk(ast.parse(amalgam.source)))
-    assert "range(2)" not in amalgam.source
+    source = source_of(amalgam, [0, 1, 2], gone=("range(2)",))
+    assert not any(isinstance(each, ast.With) for each in ast.walk(ast.parse(source)))
 
 
 def test_a_local_that_would_only_be_set_where_it_is_set_already_is_none(project: Project) -> None:
@@ -193,9 +190,7 @@ def test_a_local_that_would_only_be_set_where_it_is_set_already_is_none(project:
         "        if lanes is not None:\n            lanes = split(lanes)\n"
         "        other = i if other is None else other + i\n    return lanes is None, other\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == (True, 3)
-    assert "split" not in amalgam.source
+    source_of(project.amalgamate(), (True, 3), gone=("split",))
 
 
 def test_a_function_that_only_returns_its_argument_is_its_argument(project: Project) -> None:
@@ -214,9 +209,7 @@ def test_attributes_of_a_class_that_nothing_reads_go(project: Project) -> None:
         "    def run(self, x):\n        return self.fused(x) if self.fused is not None else x * self.width\n"
         "def main():\n    return Layer().run(3)\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == 6
-    assert "fused" not in amalgam.source
+    source_of(project.amalgamate(), 6, gone=("fused",))
 
 
 def test_a_list_of_one_value_is_that_value_wherever_it_is_read(project: Project) -> None:
@@ -227,9 +220,7 @@ def test_a_list_of_one_value_is_that_value_wherever_it_is_read(project: Project)
         "        return [3, 3][layer] if self.controls(layer) is None else seen.pop()\n"
         "def main():\n    return [Model().width(layer, []) for layer in range(2)], [[1, 2][i] for i in range(2)]\n"
     )
-    amalgam = project.amalgamate()
-    assert run(amalgam) == ([3, 3], [1, 2])
-    assert not any(word in amalgam.source for word in ("controls", "unread", "[3, 3]"))
+    source_of(project.amalgamate(), ([3, 3], [1, 2]), gone=("controls", "unread", "[3, 3]"))
 
 
 def test_looking_at_a_librarys_objects_warns_of_nothing() -> None:

@@ -35,6 +35,7 @@ from pgolf_post.submit.packed import packed, shortened
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.swept import sweep
 from tests.conftest import pico_recipe
+from tests.submit.project import placeholders
 from trainer.config import Recipe
 
 MOST_BYTES = 37_000  # of a whole form; 40,000 are aimed at, and the trainer grows
@@ -66,7 +67,9 @@ def test_settings_that_are_off_are_not_in_the_script(
     made = requant(view, calibrate(view, pico_data, CalibrationSettings(tokens=640)), read_plan("record-1855"))
     recipe = pico_recipe(pico_data, tmp_path)
     protocol = make_protocol("sliding", {"max_tokens": 200, "stride": 8}, 16, "test")
-    source = whole_form(Seed.open(made.path), recipe, protocol).source
+    amalgam = whole_form(Seed.open(made.path), recipe, protocol)
+    assert placeholders(amalgam) == set()
+    source = amalgam.source
     tree = ast.parse(source)
     names = identifiers(tree)
     tables = {table: own for table in Recipe.model_fields if (own := getattr(recipe, table)) is not None}
@@ -168,6 +171,7 @@ def test_a_script_fits_to_the_same_bytes(
     protocol = make_protocol("sliding", {"max_tokens": 200, "stride": 8}, 16, "test")
     amalgam = whole_form(Seed.open(made.path), pico_recipe(pico_data, tmp_path), protocol)
     assert not {"pgolf_post", "trainer", "pydantic", "click", "safetensors", "numba"} & set(amalgam.external)
+    assert placeholders(amalgam) == set()
     size = len(packed(amalgam.source).data) if has_minifier() else 0
     assert size <= MOST_BYTES_OF_A_FIT
 
