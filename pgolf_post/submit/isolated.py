@@ -24,7 +24,8 @@ from typing import Any
 from pgolf_post.base.threads import num_threads
 from pgolf_post.errors import PgolfError, VerificationError
 
-PUBLIC = ("torch", "numpy", "brotli", "sentencepiece", "triton")  # packages that a script of ours may import
+PUBLIC = ("torch", "numpy", "brotli", "sentencepiece", "scipy", "numba", "triton")  # that a script of ours may import
+OPTIONAL = ("scipy", "numba", "triton")  # by some scripts only
 REFUSED = ("pgolf_post", "trainer", "benchmarks", "tests")
 KERNELS = (  # variables by which libraries choose how they multiply, and so the last bits of products
     *("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY"),
@@ -128,7 +129,7 @@ def package_folders() -> list[str]:
         if spec is not None and spec.origin:
             where = Path(spec.origin).parent
             folders[str(where.parent if spec.submodule_search_locations else where)] = None
-        elif package != "triton":
+        elif package not in OPTIONAL:
             raise PgolfError(f"{package} is not installed, which the script imports", hint=f"pip install {package}")
     return list(folders)
 
