@@ -51,9 +51,9 @@ def short_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe for a few steps, under a root of its own; architecture, data and optimizer are untouched."""
     steps = min(STEPS, recipe.schedule.steps or STEPS)
     schedule = recipe.schedule.model_copy(
-        update={"steps": steps, "seconds": None, "reserve_seconds": "auto", "hessian_seconds": None}
+        update={"steps": steps, "seconds": None, "clock": "wall", "reserve_seconds": "auto", "hessian_seconds": None}
     )
-    kept = {"metric": "final", "metric_tokens": WINDOWS * recipe.data.seq_len + 1, "every_steps": None}
+    kept = {"metric": "final", "metric_tokens": WINDOWS * recipe.longest_seq_len + 1, "every_steps": None}
     checkpoint = recipe.checkpoint.model_copy(
         update={**kept, "every_seconds": None, "keep_last": None, "fractions": ()}
     )
@@ -84,7 +84,7 @@ class Ladder:
     @property
     def calibration(self) -> CalibrationSettings:
         """Settings of the statistics: a few windows."""
-        return CalibrationSettings(tokens=CALIBRATION_WINDOWS * self.recipe.data.seq_len)
+        return CalibrationSettings(tokens=CALIBRATION_WINDOWS * self.recipe.longest_seq_len)
 
     def rungs(self) -> dict[str, Callable[[], str]]:
         """Return the rungs in order, by name: functions that return what they have to show."""
@@ -148,13 +148,13 @@ class Ladder:
         return f"{search.packed_bytes(model):,} bytes at c = {constant:.3e}"
 
     def score(self) -> str:
-        seq_len = self.recipe.data.seq_len
+        seq_len = self.recipe.longest_seq_len
         protocol = PlainProtocol(seq_len=seq_len, max_tokens=WINDOWS * seq_len + 1)
         return f"{score(self.made['artifact'], self.made['data'], protocol).bpb:.4f} bpb on {WINDOWS} windows"
 
     def draft(self) -> str:
         """Make a draft folder, whose script is run alone; it is removed again."""
-        seq_len, out = self.recipe.data.seq_len, self.made["view"].checkpoint.path.parent / "draft"
+        seq_len, out = self.recipe.longest_seq_len, self.made["view"].checkpoint.path.parent / "draft"
         protocol = PlainProtocol(seq_len=seq_len, max_tokens=DRAFT_WINDOWS * seq_len + 1)
         shutil.rmtree(out, ignore_errors=True)
         order = Order("smoke", protocol, out, draft=True, budget=max(BUDGET_BYTES, 1 << 30), skip_audit=True)

@@ -27,6 +27,13 @@ def test_a_short_recipe_is_the_recipe_but_for_its_length(recipe: Recipe) -> None
     assert short.run.folder == recipe.run.checkpoint_root / "smoke" / "pico"  # where no run is the newest
 
 
+def test_a_cap_in_processor_seconds_and_longer_windows_are_shortened_too(pico_data: DataFolder, tmp_path: Path) -> None:
+    schedule = {"seconds": 600.0, "clock": "processor", "stages": [{"at": 0.5, "seq_len": 32}]}
+    short = smoke.short_recipe(pico_recipe(pico_data, tmp_path, schedule=schedule))
+    assert (short.schedule.seconds, short.schedule.clock) == (None, "wall")
+    assert short.checkpoint.metric_tokens == smoke.WINDOWS * 32 + 1
+
+
 def test_the_hash_ignores_seed_and_name_and_nothing_else(recipe: Recipe) -> None:
     def changed(table: str, **values: object) -> str:
         inner = getattr(recipe, table).model_copy(update=values)
