@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.minigolf.play import Game, Runner, play
+from benchmarks.minigolf.play import Game, play
 from benchmarks.minigolf.rows import HEADER, ROWS_FILE, finish, grouped, read_rows, table_rows
 from benchmarks.minigolf.settings import read_round
-from benchmarks.minigolf.spending import Children
+from benchmarks.minigolf.spending import Children, Runner
 from pgolf_post.base.command_line import run_command
 from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.data import DataFolder
@@ -55,7 +55,7 @@ def play_command(
     folder = DataFolder.open(data)
     game = Game(wanted, recipe, round_file.parent, folder, out, seed, scale, runner)
     row = finish(game, play(game))
-    print_table(game.run_name, HEADER, table_rows({wanted.name: [row]}, None))
+    print_table(game.name, HEADER, table_rows({wanted.name: [row]}, None))
     if as_json:
         print_json(row)
 

@@ -1,7 +1,7 @@
 """Rows of rounds: one JSON line and one row of the ledger each, and the table that compares them.
 
 Rounds of one name are seeds of one thing. They are compared with a baseline by Welch's test, as the challenge does, and
-only where all that is not theirs to choose is equal: the text, the scale, the seconds and the bytes. A round that
+only where all that is not theirs to choose is equal: the documents, the scale, the seconds and the bytes. A round that
 trained for longer than its seconds allow stands in the table and is left out of every comparison.
 """
 
@@ -34,7 +34,7 @@ from pgolf_post.sweep.claims import claim
 
 ROWS_FILE = "rows.jsonl"
 OVERRUN = 1.01  # of the training seconds: a round beyond is compared with nothing
-EQUAL = ("scale", "data_sha256", "train_budget_seconds", "budget_bytes", "tokens")  # for a comparison
+EQUAL = ("scale", "text_sha256", "train_budget_seconds", "eval_budget_seconds", "budget_bytes")  # for a comparison
 HEADER = (
     "round", "seeds", "tokens seen", "bpb unquantized", "bpb", "after protocols", "gap", "expected gap", "bytes",
     "bits/weight", "training s", "scoring s", "against baseline", "p", "verdict",
@@ -44,8 +44,8 @@ HEADER = (
 def row_of(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
     """Return a round's row. The measured gap is paired by document, from the two scores on disk."""
     train, rounded, own, reference = (answers[key] for key in ("train", "round", "score", "reference"))
-    seconds = game.account.by_stage()
-    training, scoring = game.account.spent(*TRAINING), game.account.spent(*game.scoring_stages)
+    seconds = {stage: round(sum(lives), 3) for stage, lives in game.lives.items()}
+    training, scoring = (sum(seconds.get(stage, 0.0) for stage in stages) for stages in (TRAINING, game.scoring_stages))
     made = provenance(torch.device("cpu"))
     protocols = {name: answer["bpb"] for name, answer in answers["protocols"].items()}
     return {
@@ -61,6 +61,8 @@ def row_of(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
         "bpb_protocols": protocols,
         "tokens": own["tokens"],
         "bytes": own["bytes"],
+        "documents": game.text.documents,
+        "text_sha256": game.text.sha256,
         "gap": gap_of(game, train, rounded),
         "expected_gap": answers["expected"],
         **{key: rounded[key] for key in ("artifact_bytes", "code_bytes", "total_bytes", "budget_bytes")},
@@ -68,10 +70,10 @@ def row_of(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
         **({"clip_factor": rounded["clip_factor"]} if "clip_factor" in rounded else {}),
         "symbols_sha256": rounded["symbols_sha256"],
         "processor_seconds": seconds,
-        "lives": {stage: len(lives) for stage, lives in game.account.lives.items()},
+        "lives": {stage: len(lives) for stage, lives in game.lives.items()},
         "training_seconds": round(training, 3),
-        "train_budget_seconds": game.train_seconds,
-        "within_seconds": training <= OVERRUN * game.train_seconds,
+        "train_budget_seconds": game.training.budget_seconds,
+        "within_seconds": training <= OVERRUN * game.training.budget_seconds,
         "scoring_seconds": round(scoring, 3),
         "eval_budget_seconds": game.eval_seconds,
         "data_sha256": game.data.manifest_sha256,
@@ -84,7 +86,7 @@ def row_of(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
 
 def gap_of(game: Game, train: Mapping[str, Any], rounded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what rounding cost in bpb and its 95 % interval over documents, from the scores that are on disk."""
-    protocol = PlainProtocol(seq_len=game.seq_len, max_tokens=game.eval_tokens)
+    protocol = PlainProtocol(seq_len=game.seq_len, max_tokens=game.text.tokens)
     view = Checkpoint.open(Path(train["checkpoint"])).load(game.wanted.rounding.weights)
     pair = score(Path(rounded["artifact"]), game.data, protocol), score(view, game.data, protocol)
     return compare(*pair).by_t.facts()
@@ -119,7 +121,7 @@ def ledger_row(game: Game, row: Mapping[str, Any], artifact: Path) -> Row:
     parents = (artifact.parent.name,)
     total = sum(row["processor_seconds"].values())
     result = {key: value for key, value in row.items() if key not in ("id", "processor_seconds")}
-    named: dict[str, Any] = {"name": f"{game.wanted.name} s{game.seed} x{game.scale:g}", "run": game.run_name}
+    named: dict[str, Any] = {"name": f"{game.wanted.name} s{game.seed} x{game.scale:g}", "run": game.training.name}
     return Row("trial", game.id, parents, **named, settings=game.identity, result=result, seconds=total, phases=phases)
 
 
@@ -220,7 +222,7 @@ def finish(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
     keep(game, row, Path(answers["round"]["artifact"]))
     if not row["within_seconds"]:
         say(
-            f"{game.run_name}: {row['training_seconds']:,.1f} processor seconds of {game.train_seconds:,.1f}; the row "
-            "is kept and compared with nothing: raise rounding.reserve_seconds or rounding.fixed_seconds"
+            f"{game.name}: {row['training_seconds']:,.1f} processor seconds of {game.training.budget_seconds:,.1f}; "
+            "the row is kept and compared with nothing: raise rounding.reserve_seconds or rounding.fixed_seconds"
         )
     return row

@@ -1,7 +1,8 @@
 """A round as a TOML file: what is trained, how it is rounded, by what protocols it is scored, and the budgets.
 
 Budgets are those of a whole round. `--scale 0.1` plays a tenth of it: of the seconds, of every number of tokens that is
-read after training, and of the steps that the recipe counts from its start. The bytes stay what they are.
+read after training, and of the steps that the recipe counts from its start. The bytes stay what they are, and the
+text that is scored is the scale's share of the original bytes, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ class Round(Settings):
     save_seconds: float = Field(
         120.0, gt=0, description="Processor seconds of training between the checkpoints that a killed round resumes."
     )
-    eval_tokens: int | None = Field(None, ge=2, description="Validation tokens that are scored; left out, all.")
     expected_windows: int = Field(
         400, ge=LEAST_WINDOWS, description="Windows on which the expected gap is measured, at scale 1."
     )

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pgolf_post.base.storage import atomic_file, read_json, write_json
 from pgolf_post.errors import PgolfError
@@ -52,9 +53,12 @@ class Account:
         """Return the seconds of some stages, of all their lives."""
         return sum(sum(self.lives.get(stage, ())) for stage in stages)
 
-    def by_stage(self) -> dict[str, float]:
-        """Return the seconds of every stage."""
-        return {stage: round(sum(lives), 3) for stage, lives in self.lives.items()}
+
+class Runner(Protocol):
+    """Runs a stage: a child process, or in tests a call."""
+
+    def run(self, module: str, words: Sequence[str], account: Account, stage: str, limit_seconds: float | None) -> str:
+        """Run `python -m MODULE WORDS`, account for its seconds, return its standard output. Raises PgolfError."""
 
 
 class SpentError(PgolfError):

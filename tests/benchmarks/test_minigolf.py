@@ -21,9 +21,12 @@ from benchmarks.minigolf.__main__ import command
 from benchmarks.minigolf.rows import OVERRUN, ROWS_FILE, grouped, keep_line, read_rows, table_rows, verdict
 from benchmarks.minigolf.settings import Round, read_round, scaled_tokens
 from benchmarks.minigolf.spending import Account, Children, SpentError
+from benchmarks.minigolf.text import scored_text
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.cli import cli
 from pgolf_post.data import DataFolder
+from pgolf_post.data.build import BuildSettings, build
+from pgolf_post.data.documents import Document
 from pgolf_post.errors import MismatchError, OverBudgetError, PgolfError
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.ledger import Ledger
@@ -99,7 +102,7 @@ def test_a_killed_round_goes_on_and_its_row_counts_both_lives(
         patched.setattr(Trainer, "timed_step", killed)
         with pytest.raises(ZeroDivisionError):
             played(path, pico_data, out)
-    (account,) = out.glob("*/round/processor_seconds.json")
+    (account,) = out.glob("*/training/processor_seconds.json")
     first = json.loads(account.read_text())["train"]
     assert len(first) == 1
     assert not (out / "rows.jsonl").exists()
@@ -131,10 +134,20 @@ def test_a_killed_round_goes_on_and_its_row_counts_both_lives(
             spent, abs=2e-3
         )
 
+    # another way of rounding has the same training: the seconds count for both, and are spent once
+    other = tmp_path / "other.toml"
+    other.write_text(path.read_text().replace('"pico"', '"other"', 1).replace("record-1855", "rtn"))
+    shared = played(other, pico_data, out)
+    assert json.loads(account.read_text())["train"] == lives
+    assert shared["processor_seconds"]["train"] == row["processor_seconds"]["train"]
+    assert shared["bpb_unquantized"] == row["bpb_unquantized"]
+    assert shared["symbols_sha256"] != row["symbols_sha256"]
+    assert [one["name"] for one in read_rows(out / ROWS_FILE)] == ["pico", "other"]
+
     # again: every stage is found, nothing is spent, and the row stays one
     again = played(path, pico_data, out)
     assert again == row
-    assert len((out / "rows.jsonl").read_text().splitlines()) == 1
+    assert [one["name"] for one in read_rows(out / ROWS_FILE)] == ["other", "pico"]
 
 
 def task_for(checkpoint: Checkpoint, data: DataFolder, **changes: Any) -> dict[str, Any]:
@@ -208,6 +221,30 @@ def test_scaled_tokens_are_a_share_but_some_windows_at_least() -> None:
     assert scaled_tokens(0, 0.5) == 0
 
 
+def test_the_text_is_the_same_documents_under_every_tokenizer(tmp_path: Path) -> None:
+    documents = [
+        Document(f"d{i}", f"the {i} quick brown fox jumps over {'lazy dogs ' * (3 * i + 1)}") for i in range(30)
+    ]
+    train, val = documents[:20], documents[20:]
+    folders = []
+    for size in (300, 340):
+        folders.append(
+            build(
+                train,
+                tmp_path / str(size),
+                BuildSettings(name="t", vocab_size=size, byte_sidecar=True),
+                val_documents=val,
+            )
+        )
+    (first, second), whole = [[scored_text(folder, share) for folder in folders] for share in (0.3, 1.0)]
+    assert first.sha256 == second.sha256 != whole[0].sha256 == whole[1].sha256
+    assert first.documents == second.documents < whole[0].documents == 10
+    assert first.tokens != second.tokens
+    sizes = [len(document.text.encode()) for document in val]
+    assert sum(sizes[: first.documents - 1]) < 0.3 * sum(sizes) <= sum(sizes[: first.documents])
+    assert whole[0].tokens == len(folders[0].tokens("val"))
+
+
 # ---- seconds ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +299,8 @@ def _runs(pid: int) -> bool:
 def row(name: str, seed: int, bpb: float, **changes: Any) -> dict[str, Any]:
     """A row as a table reads it."""
     gap = {"difference_bpb": 0.001, "low_bpb": 0.0005, "high_bpb": 0.0015}
-    equal = {"scale": 1.0, "data_sha256": "a", "train_budget_seconds": 4800.0, "budget_bytes": 2_000_000, "tokens": 9}
+    budgets = {"train_budget_seconds": 4800.0, "eval_budget_seconds": 4800.0, "budget_bytes": 2_000_000}
+    equal = {"scale": 1.0, "text_sha256": "a", "data_sha256": name, **budgets}
     numbers = {
         "tokens_seen": 100,
         "bpb_unquantized": bpb - 0.001,
@@ -314,7 +352,7 @@ def test_verdicts_are_welchs_and_need_two_seeds() -> None:
 
 
 def test_rows_that_cannot_be_compared_are_refused() -> None:
-    for key, value in (("scale", 0.1), ("data_sha256", "b"), ("train_budget_seconds", 1.0), ("budget_bytes", 1)):
+    for key, value in (("scale", 0.1), ("text_sha256", "b"), ("train_budget_seconds", 1.0), ("budget_bytes", 1)):
         with pytest.raises(MismatchError, match=f"rows differ in {key}"):
             grouped([row("R", 0, 1.9), row("ours", 0, 1.9, **{key: value})])
     with pytest.raises(MismatchError, match="two rows of one seed"):
