@@ -25,9 +25,9 @@ from pgolf_post.calibrate.stats import FISHER_PAYLOAD, PAYLOAD, open_stats, writ
 from pgolf_post.calibrate.sums import Sums
 from pgolf_post.derived import store, verified_meta
 from pgolf_post.settings import read_toml
-from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
 
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 MODELS = {"small_cpu.toml": (1024, 8192), "record_8xh100.toml": (8192, 4096)}  # recipe: (vocabulary, tokens)

@@ -24,9 +24,9 @@ from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.plan import read_plan
 from pgolf_post.presets import DEFAULT_PRESET
 from pgolf_post.settings import read_settings
-from trainer.architecture import GraphState
 from trainer.config import Recipe
-from trainer.model import GolfGPT
+from trainer.model.architecture import GraphState
+from trainer.model.gpt import GolfGPT
 
 REPEATS = 3
 RECIPE = Path(__file__).parents[1] / "trainer" / "recipes" / "small_cpu.toml"

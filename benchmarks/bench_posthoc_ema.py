@@ -19,8 +19,8 @@ from pgolf_post.base.progress import print_table
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data.build import BuildSettings, build
 from tests.conftest import pico_documents, pico_recipe
-from trainer.averages import PowerEMA
-from trainer.loop import Trainer
+from trainer.optim.averages import PowerEMA
+from trainer.run.loop import Trainer
 
 NUM_STEPS = 300
 SIGMAS = (0.03, 0.04, 0.05, 0.075, 0.15, 0.20)

@@ -30,14 +30,14 @@ from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.stdlib_corpus import stdlib_documents, stdlib_source
 from pgolf_post.provenance import accelerator_name
 from pgolf_post.settings import read_settings
-from trainer.activations import activation_of
-from trainer.architecture import ModelConfig
-from trainer.attention_backends import BACKENDS
 from trainer.config import Recipe
-from trainer.layers import activation_names, mlp_widths
-from trainer.loop import Trainer
-from trainer.visits import visit_list
-from trainer.warm_up import warm_up
+from trainer.model.activations import activation_of
+from trainer.model.architecture import ModelConfig
+from trainer.model.attention_backends import BACKENDS
+from trainer.model.layers import activation_names, mlp_widths
+from trainer.model.visits import visit_list
+from trainer.run.loop import Trainer
+from trainer.run.warm_up import warm_up
 
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 WARM_ROUNDS, ROUNDS = 1, 5

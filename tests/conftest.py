@@ -21,7 +21,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.data.build import BuildSettings, build
 from pgolf_post.data.documents import Document
 from trainer.config import Recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 # Started in the background, a test run ignores Ctrl-C and hang-ups; the processes that its tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).parents[1]
 SECONDS = 300.0  # for one process, on a busy machine
 LOADED = (
     *("numba", "torch", "torch._dynamo", "torch.distributed", "scipy.linalg", "scipy.special", "safetensors.torch"),
-    *("trainer.loop", "trainer.family", "pgolf_post.cli", "pgolf_post.calibrate", "pgolf_post.artifacts"),
+    *("trainer.run.loop", "trainer.family", "pgolf_post.cli", "pgolf_post.calibrate", "pgolf_post.artifacts"),
     *("pgolf_post.fit.prepare", "pgolf_post.score.stage", "pgolf_post.score.protocols"),
 )
 

@@ -231,8 +231,8 @@ def test_the_reader_sees_imports_wherever_they_stand(
 
 
 def test_the_trainer_must_not_import_the_command_line() -> None:
-    made = {"trainer.loop": {"pgolf_post.cli.common", "pgolf_post.checkpoint"}}
-    assert upward_imports(made) == [("trainer.loop", "pgolf_post.cli.common")]
+    made = {"trainer.run.loop": {"pgolf_post.cli.common", "pgolf_post.checkpoint"}}
+    assert upward_imports(made) == [("trainer.run.loop", "pgolf_post.cli.common")]
 
 
 def test_a_module_that_the_table_lacks_is_an_error() -> None:

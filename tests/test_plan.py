@@ -17,8 +17,8 @@ from pgolf_post.quantize.rounding import ROUNDING
 from pgolf_post.rules import CLIP_RULES, METHODS, GptqRule, GridRule
 from pgolf_post.settings import canonical_json
 from tests.conftest import PICO_RECIPE
-from trainer.architecture import GraphState, ModelConfig
-from trainer.model import GolfGPT
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
 
 
 def pico_model(**settings: object) -> GolfGPT:

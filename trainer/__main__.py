@@ -17,11 +17,11 @@ from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json, say
 from pgolf_post.base.rank_variables import place_of_process
 from pgolf_post.errors import SettingsError
-from trainer.schedule_clock import ScheduleClock
+from trainer.schedule.clock import ScheduleClock
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
-    from trainer.costs import Wanted
+    from trainer.plan.costs import Wanted
 
 POSITIVE = FiniteFloat(min=0, min_open=True)
 
@@ -169,7 +169,7 @@ def command(
     if dry_run:
         if place_of_process().world_size > 1:
             raise SettingsError("--dry-run is for one process; start it without torchrun")
-        from trainer.costs import BUDGET_BYTES, Wanted
+        from trainer.plan.costs import BUDGET_BYTES, Wanted
 
         wanted = Wanted(plan, code, BUDGET_BYTES if budget is None else budget, dollars_per_hour)
         foresee(recipe, str(recipe_path), step_seconds, looped_step_seconds, wanted, as_json)
@@ -230,9 +230,9 @@ def train(
     """Train a recipe to its end, and record its checkpoints in the ledger; `words` are the command's own arguments."""
     from pgolf_post.checkpoint import Checkpoint, run_checkpoints
     from pgolf_post.ledger.recording import record
-    from trainer.distributed import TrainingRanks
-    from trainer.init_from import show_start
-    from trainer.loop import StoppedRun, Trainer, WorseRun
+    from trainer.run.loop import StoppedRun, Trainer, WorseRun
+    from trainer.start.init_from import show_start
+    from trainer.step.distributed import TrainingRanks
 
     ranks = TrainingRanks.join()
     try:
@@ -296,8 +296,8 @@ def foresee(
     as_json: bool,
 ) -> None:
     """Predict a recipe's timeline and costs, and show them. Raises SettingsError if a check refuses the recipe."""
-    from trainer import dry_run
-    from trainer.step_times import StepTimes
+    from trainer.plan import dry_run
+    from trainer.schedule.step_times import StepTimes
 
     if step_seconds is None:
         times, reserve = dry_run.measure_times(recipe)

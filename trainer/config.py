@@ -11,17 +11,17 @@ from pgolf_post.base.threads import MOST_THREADS
 from pgolf_post.data import DataFolder
 from pgolf_post.score.breakdown.token_text import token_kinds
 from pgolf_post.settings import LARGEST_SEED, Settings
-from trainer.architecture import ArchitectureSettings, ModelConfig
-from trainer.attention_backends import BackendChoice
-from trainer.init_settings import InitSettings
-from trainer.loss import LossSettings
-from trainer.meta_ttt_settings import MetaTTTSettings
-from trainer.optim import OptimSettings
-from trainer.qat_settings import QatSettings
-from trainer.schedule import ScheduleSettings
-from trainer.stages import Stage, require_divisible, stages_of
-from trainer.stopping import StopSettings
-from trainer.token_kinds import reads_token_kinds
+from trainer.model.architecture import ArchitectureSettings, ModelConfig
+from trainer.model.attention_backends import BackendChoice
+from trainer.model.token_kinds import reads_token_kinds
+from trainer.optim.optimizer import OptimSettings
+from trainer.run.stopping import StopSettings
+from trainer.schedule.functions import ScheduleSettings
+from trainer.schedule.stages import Stage, require_divisible, stages_of
+from trainer.start.init_settings import InitSettings
+from trainer.step.loss import LossSettings
+from trainer.step.meta_ttt_settings import MetaTTTSettings
+from trainer.step.qat_settings import QatSettings
 
 PhaseName = Literal["init", "momentum_warmup_done", "loops_on", "all_loops_on", "warmdown_start", "final"]
 TrainingPrecision = Literal["auto", "bf16", "fp32", "fp64"]

@@ -13,13 +13,13 @@ from torch import nn
 from pgolf_post.families import Fold, Lookup, Site
 from pgolf_post.settings import parse_settings
 from pgolf_post.watching import Watcher
-from trainer.activations import activation_of
-from trainer.architecture import GraphState, ModelConfig
-from trainer.attention import Attention
-from trainer.block import MLP
-from trainer.layers import activation_names, mlp_widths, with_attention
-from trainer.model import GolfGPT
-from trainer.visits import visit_list
+from trainer.model.activations import activation_of
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.attention import Attention
+from trainer.model.block import MLP
+from trainer.model.gpt import GolfGPT
+from trainer.model.layers import activation_names, mlp_widths, with_attention
+from trainer.model.visits import visit_list
 from trainer.watching import watched
 
 ROLES = (  # first match wins

@@ -42,14 +42,11 @@ from pgolf_post.rules import GridRule, KeepRule
 from pgolf_post.settings import read_settings
 from pgolf_post.submit.evaluate import ARTIFACT, built, read_shards, run
 from pgolf_post.submit.fitting import fisher, fitted
-from trainer.averages import EMA, RunningMean
-from trainer.batches import WindowSampler
 from trainer.config import Recipe
-from trainer.distributed import TrainingRanks
-from trainer.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
-from trainer.model import GolfGPT
-from trainer.optim import Optimizer
-from trainer.schedule import (
+from trainer.model.gpt import GolfGPT
+from trainer.optim.averages import EMA, RunningMean
+from trainer.optim.optimizer import Optimizer
+from trainer.schedule.functions import (
     active_loops_at,
     cyclic_momentum,
     lr_multiplier,
@@ -57,6 +54,9 @@ from trainer.schedule import (
     progress,
     weight_decay_multiplier,
 )
+from trainer.step.batches import WindowSampler
+from trainer.step.distributed import TrainingRanks
+from trainer.step.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 
 
 def recipe_of(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -35,8 +35,8 @@ from pgolf_post.score.stage import score
 from pgolf_post.settings import canonical_json
 from pgolf_post.submit.stage import Order, submit
 from trainer.config import Recipe
-from trainer.loop import Trainer
-from trainer.stopping import StopSettings
+from trainer.run.loop import Trainer
+from trainer.run.stopping import StopSettings
 
 STEPS = 30
 WINDOWS = 64  # that are scored

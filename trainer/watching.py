@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pgolf_post.watching import Branch, Watcher
-from trainer.attention_backends import SDPA, sdpa_attend
-from trainer.block import MLP, Block
-from trainer.model import GolfGPT
-from trainer.visits import visit_list
+from trainer.model.attention_backends import SDPA, sdpa_attend
+from trainer.model.block import MLP, Block
+from trainer.model.gpt import GolfGPT
+from trainer.model.visits import visit_list
 
 Hook = Callable[..., None]
 

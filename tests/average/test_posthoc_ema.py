@@ -19,8 +19,8 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import DamagedFileError, MismatchError, NotFoundError, NumericsError, SettingsError
 from pgolf_post.score.metric import verify_metric
 from tests.conftest import pico_recipe
-from trainer.averages import PowerEMA
-from trainer.loop import Trainer
+from trainer.optim.averages import PowerEMA
+from trainer.run.loop import Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -37,8 +37,8 @@ from pgolf_post.sweep.trainer_process import as_toml
 from tests.conftest import PICO_RECIPE
 from trainer.__main__ import command as train_command
 from trainer.config import Recipe
-from trainer.loop import Trainer
-from trainer.schedule_clock import processor_seconds
+from trainer.run.loop import Trainer
+from trainer.schedule.clock import processor_seconds
 
 ROUNDS = Path(__file__).resolve().parents[2] / "benchmarks" / "minigolf" / "rounds"
 COMMANDS: dict[str, click.Command] = {

@@ -12,7 +12,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from tests import processes
 from tests.conftest import pico_recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from pgolf_post.sweep.training import recipe_tree
 from tests.conftest import pico_recipe, write_recipe
 from tests.sizing.test_law import SIZES, ladder_of
 from trainer.config import Recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 FIT = FitSettings(kappa="off", trellis_states=0)
 

@@ -272,7 +272,7 @@ def test_a_dry_run_refuses_a_run_that_needs_more_disk_space_than_is_free(
     assert enough.code == 0, enough.err
     need = sum(enough.json["disk_bytes"].values())
     for free, code in ((need, 0), (need - 1, 2)):
-        monkeypatch.setattr("trainer.dry_run.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("trainer.plan.dry_run.free_bytes", lambda _, free=free: free)
         answer = train(recipe, "--dry-run", "--step-seconds", "0.1")
         assert answer.code == code, answer.err
     assert "run.checkpoint_root" in answer.err

@@ -27,8 +27,8 @@ from tests.cli.conftest import Call, caller
 from tests.conftest import pico_documents, pico_recipe, write_recipe
 from tests.importers.test_repack import int8_artifact, saved
 from tests.small_disk import files_of_at_most
-from trainer.log import LOG_FILE
-from trainer.loop import Trainer
+from trainer.run.log import LOG_FILE
+from trainer.run.loop import Trainer
 
 CKPT = "checkpoints/latest"
 FEW = ("--calibration-tokens", "512")

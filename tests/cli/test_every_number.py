@@ -25,7 +25,7 @@ from pgolf_post.data import DataFolder
 from tests.cli.conftest import Call, caller
 from tests.cli.test_cli_import import write_model
 from tests.conftest import pico_documents, pico_recipe, write_recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 CODES = range(6)  # of the command line; anything else, or an exception, is unforeseen
 NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "", "1,5;", "½", "5 6", "0x10", "--")

@@ -93,7 +93,7 @@ def test_every_documented_module_is_on_one_page_of_the_api() -> None:
     site = load_site_pages()
     listed = [name for modules in site.api_pages().values() for name in modules]  # type: ignore[attr-defined]
     assert len(listed) == len(set(listed))
-    assert {"pgolf_post.checkpoint", "pgolf_post.pack.coder.rans", "trainer.muon"} <= set(listed)
+    assert {"pgolf_post.checkpoint", "pgolf_post.pack.coder.rans", "trainer.optim.muon"} <= set(listed)
 
 
 def test_help_texts_keep_their_examples_as_code() -> None:

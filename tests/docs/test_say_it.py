@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import trainer.dry_run
+import trainer.plan.dry_run
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import apply_override, parse_settings, read_toml
-from trainer.architecture import ModelConfig
 from trainer.config import Recipe
-from trainer.dry_run import dry_run, require_no_refusal
-from trainer.step_times import StepTimes
+from trainer.model.architecture import ModelConfig
+from trainer.plan.dry_run import dry_run, require_no_refusal
+from trainer.schedule.step_times import StepTimes
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "howto" / "say_it.md"
@@ -97,7 +97,7 @@ def refusal(base: str, settings: list[tuple[str, str]]) -> str:
 
 @pytest.mark.parametrize("experiment", [name for name in rows() if settings_of(name)])
 def test_a_dry_run_accepts_a_line(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.dry_run, "free_bytes", lambda _: 10**13)  # this machine's disk decides nothing
+    monkeypatch.setattr(trainer.plan.dry_run, "free_bytes", lambda _: 10**13)  # this machine's disk decides nothing
     settings = [(key, value) for key, value in settings_of(experiment) if "…" not in value]
     refusals: dict[str, str] = {}
     for base in BASES:
@@ -108,13 +108,13 @@ def test_a_dry_run_accepts_a_line(experiment: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_line_that_cannot_act_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.dry_run, "free_bytes", lambda _: 10**13)
+    monkeypatch.setattr(trainer.plan.dry_run, "free_bytes", lambda _: 10**13)
     for key, value in (("model.no_such_key", "1"), ("model.mlp_mult", "[4, 4]"), ("schedule.loops_at", "1.0")):
         assert refusal("record_8xh100", [(key, value)]), key
 
 
 def test_every_setting_of_a_part_stands_on_the_page_of_settings() -> None:
-    from trainer.parts import settings_of_parts
+    from trainer.model.parts import settings_of_parts
 
     page = (ROOT / "docs" / "model_settings.md").read_text("utf-8")
     assert {key for key in settings_of_parts(ModelConfig) if f"`{key}`" not in page} == set()

@@ -12,9 +12,9 @@ from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.fit.probe import Probe, probe_text
 from pgolf_post.fit.shared_calls import SharedCalls
-from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
 
 SHAPES: dict[str, dict[str, Any]] = {
     "loops": {"loop_start": 1, "loop_end": 2, "num_loops": 2},

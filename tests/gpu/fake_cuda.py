@@ -129,8 +129,8 @@ def ttt_peak(precision: str) -> float:
 
 def record_model() -> Any:
     """Return the record model, its loops on, with fake weights that do not learn."""
-    from trainer.architecture import GraphState
-    from trainer.model import GolfGPT
+    from trainer.model.architecture import GraphState
+    from trainer.model.gpt import GolfGPT
 
     with making_fake_tensors():
         return GolfGPT(record_config(), GraphState(active_loops=2)).requires_grad_(False)

@@ -281,16 +281,16 @@ def step_facts(loops: int, backend: str, overrides: list[str], inductor: Inducto
     """Count a whole step of the record recipe on one of eight GPUs: forward, backward, optimizer, averages."""
     import torch
 
-    from trainer import compiled
-    from trainer.architecture import GraphState
-    from trainer.attention_backends import BACKENDS, Reach
-    from trainer.averages import Averages
-    from trainer.compiled_updates import updates_for
-    from trainer.distributed import SINGLE_PROCESS
-    from trainer.gradients import GradientAccumulator
     from trainer.kernels import MLP_KERNELS, chosen_kernels, fuse_mlps
-    from trainer.model import GolfGPT
-    from trainer.optim import Optimizer
+    from trainer.model.architecture import GraphState
+    from trainer.model.attention_backends import BACKENDS, Reach
+    from trainer.model.gpt import GolfGPT
+    from trainer.optim.averages import Averages
+    from trainer.optim.compiled_updates import updates_for
+    from trainer.optim.optimizer import Optimizer
+    from trainer.step import compiled
+    from trainer.step.distributed import SINGLE_PROCESS
+    from trainer.step.gradients import GradientAccumulator
 
     recipe = record_recipe(overrides)
     inductor.graphs, inductor.of_step = 0, Count()
@@ -351,7 +351,7 @@ def reach_of(backend: str, shape: tuple[int, int]) -> Any:
         return torch.zeros(documents + 1, dtype=torch.int32), torch.zeros(documents + 1, dtype=torch.int32)
     if backend == "sdpa":
         return torch.zeros(batch, 1, seq_len, seq_len, dtype=torch.bfloat16)
-    from trainer.attention_backends import BACKENDS
+    from trainer.model.attention_backends import BACKENDS
 
     tokens = torch.zeros(shape, dtype=torch.int64)
     return BACKENDS[backend].reach(tokens, tokens, tokens.device)  # type: ignore[index]
@@ -373,7 +373,7 @@ def main() -> None:
     import torch._inductor.config
 
     from tests.trainer.test_attention import fa3_stand_in
-    from trainer.attention_backends import fa3_installed
+    from trainer.model.attention_backends import fa3_installed
 
     pretend_h100()
     torch._inductor.config.fx_graph_cache = False  # type: ignore[assignment]

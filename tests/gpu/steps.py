@@ -39,9 +39,9 @@ from pgolf_post.base.progress import say
 from pgolf_post.base.ranks import ALONE
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from trainer.attention_backends import BACKENDS, Reach
-from trainer.muon import COEFFICIENTS, orthogonalize
-from trainer.warm_up import warm_up
+from trainer.model.attention_backends import BACKENDS, Reach
+from trainer.optim.muon import COEFFICIENTS, orthogonalize
+from trainer.run.warm_up import warm_up
 
 REPOSITORY = Path(__file__).parents[2]
 FORWARD_LIMIT, BACKWARD_LIMIT = 0.02, 0.04  # relative errors of bfloat16 kernels against float64

@@ -21,7 +21,7 @@ from tests.cli.test_cli_import import write_model
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
 from tests.gpu.test_pretended_run import by_function
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
 from tests.trainer.test_distributed import torchrun
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 pytestmark = pytest.mark.slow
 
 # Where a training step may wait for the GPU: once, for the loss; the norm is there by then.
-WAITS_OF_A_STEP = {"item @ trainer/distributed.py:sum_floats", "item @ trainer/loop.py:timed_step"}
+WAITS_OF_A_STEP = {"item @ trainer/step/distributed.py:sum_floats", "item @ trainer/run/loop.py:timed_step"}
 
 
 def by_function(places: list[str]) -> set[str]:
@@ -40,8 +40,8 @@ def test_a_training_step_mixes_no_devices_and_waits_once(pico_data: DataFolder, 
         saved = run.run()
     assert not seen.violations
     assert not seen.hazards
-    assert by_function(seen.places(seen.syncs, "trainer/loop.py:timed_step")) == WAITS_OF_A_STEP
-    assert len(seen.places(seen.syncs, "trainer/loop.py:timed_step")) == 2 * 4
+    assert by_function(seen.places(seen.syncs, "trainer/run/loop.py:timed_step")) == WAITS_OF_A_STEP
+    assert len(seen.places(seen.syncs, "trainer/run/loop.py:timed_step")) == 2 * 4
     assert saved.meta["step"] == 4
 
 
@@ -63,8 +63,8 @@ from pgolf_post.base.ranks import end_process
 from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
 from tests.gpu import pretend
-from trainer.distributed import TrainingRanks
-from trainer.loop import Trainer
+from trainer.step.distributed import TrainingRanks
+from trainer.run.loop import Trainer
 
 data, root = Path(sys.argv[1]), Path(sys.argv[2])
 with pretend.cuda() as seen:

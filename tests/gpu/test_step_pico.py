@@ -18,11 +18,11 @@ from torch import Tensor
 from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
 from tests.gpu.step_count import Count, Inductor
-from trainer import compiled
-from trainer.compiled_updates import CompiledUpdates
-from trainer.loop import Trainer
-from trainer.muon import Scheme
-from trainer.warm_up import synthetic_batch
+from trainer.optim.compiled_updates import CompiledUpdates
+from trainer.optim.muon import Scheme
+from trainer.run.loop import Trainer
+from trainer.run.warm_up import synthetic_batch
+from trainer.step import compiled
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.rows import entropy_bits, keep_tensor, quantize_entries
 from pgolf_post.rules import KeepRule
 from tests.conftest import pico_recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from pgolf_post.quantize import sequential
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.quantize.sequential import blocks_in_order
 from tests.conftest import pico_recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 COARSE = ("*.bits=3", "matrices.clip=3", "embedding.clip=3")
 

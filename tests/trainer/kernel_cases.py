@@ -207,8 +207,8 @@ def training_case(device: str, data: Path, root: Path) -> dict[str, Any]:
     """Pico runs with and without kernels: losses, what meta says, how often the kernels were asked."""
     from pgolf_post.data import DataFolder
     from tests.conftest import pico_recipe
-    from trainer import loop
     from trainer.kernels import loss, mlp
+    from trainer.run import loop
 
     calls = {"loss": 0, "mlp": 0}
 

@@ -10,9 +10,9 @@ import torch
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
 from tests.trainer.test_model import pico_model
-from trainer.activations import ACTIVATIONS, activation_of
-from trainer.architecture import ArchitectureSettings, GraphState, ModelConfig
-from trainer.model import GolfGPT
+from trainer.model.activations import ACTIVATIONS, activation_of
+from trainer.model.architecture import ArchitectureSettings, GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
 
 NAMES = f"unknown activation 'nonsense'; choose one of {', '.join(ACTIVATIONS)}"
 SETTINGS = ArchitectureSettings(leaky_slope=0.3)

@@ -25,10 +25,10 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_model import BANKED, TOLERANCE, load_fixture, pico_model
-from trainer import attention_backends
-from trainer import varlen as trainer_varlen
-from trainer.attention import apply_rotary, rotary_angles, rotate_whole, whole_angles
-from trainer.attention_backends import (
+from trainer.model import attention_backends
+from trainer.model import varlen as trainer_varlen
+from trainer.model.attention import apply_rotary, rotary_angles, rotate_whole, whole_angles
+from trainer.model.attention_backends import (
     BACKENDS,
     SDPA,
     BackendName,
@@ -37,7 +37,7 @@ from trainer.attention_backends import (
     document_boundaries,
     warning_of,
 )
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 CPU = torch.device("cpu")
 DOCUMENT = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]])

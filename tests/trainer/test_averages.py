@@ -20,9 +20,9 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError
 from tests.conftest import pico_recipe
-from trainer.averages import PowerEMA, decay_acts_from, snapshots_due, warmup_decay
-from trainer.loop import Trainer
-from trainer.optim import OptimSettings
+from trainer.optim.averages import PowerEMA, decay_acts_from, snapshots_due, warmup_decay
+from trainer.optim.optimizer import OptimSettings
+from trainer.run.loop import Trainer
 
 TRACKS: dict[str, dict[str, Any]] = {
     "optim": {"power_ema_sigmas": (0.05, 0.1), "power_ema_snapshots": 4},

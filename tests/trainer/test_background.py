@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pgolf_post.errors import PgolfError
-from trainer.background import BackgroundWriter, WriterJob
+from trainer.run.background import BackgroundWriter, WriterJob
 
 
 def failing() -> None:
@@ -104,7 +104,7 @@ def test_a_second_interrupt_leaves_what_was_not_begun(
         begun.wait()
         raise KeyboardInterrupt  # Ctrl-C while the first is being written
 
-    monkeypatch.setattr("trainer.background.wait", interrupted)
+    monkeypatch.setattr("trainer.run.background.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fail_with(KeyboardInterrupt(), writer, slow, lambda: done.append("second"), lambda: done.append("third"))
     gate.set()

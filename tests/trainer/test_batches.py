@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pgolf_post.base.copying import page_locked
 from pgolf_post.data import DataFolder
-from trainer import batches
-from trainer.batches import AheadSampler, WindowSampler
+from trainer.step import batches
+from trainer.step.batches import AheadSampler, WindowSampler
 
 
 @pytest.fixture

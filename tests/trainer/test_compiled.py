@@ -15,12 +15,12 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_attention import fa3_on_cpu, give_varlen_cpu_kernels  # noqa: F401
 from tests.trainer.test_model import pico_model
-from trainer import compiled
-from trainer.architecture import GraphState
-from trainer.attention_backends import BACKENDS, BackendName
-from trainer.compiled import compiled_loss, compiles, num_compiled_graphs, training_loss
-from trainer.loop import Trainer
-from trainer.warm_up import graphs_ahead, rehearse, state_restored, synthetic_batch, warm_up
+from trainer.model.architecture import GraphState
+from trainer.model.attention_backends import BACKENDS, BackendName
+from trainer.run.loop import Trainer
+from trainer.run.warm_up import graphs_ahead, rehearse, state_restored, synthetic_batch, warm_up
+from trainer.step import compiled
+from trainer.step.compiled import compiled_loss, compiles, num_compiled_graphs, training_loss
 
 pytestmark = pytest.mark.slow
 

@@ -18,14 +18,14 @@ from pgolf_post.pack.container import pack
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.model import quantize_view
 from tests.conftest import pico_recipe
-from trainer.architecture import GraphState
 from trainer.config import Recipe
-from trainer.costs import FIT, Wanted, check_bytes, costs_of, token_flops
-from trainer.dry_run import dry_run, require_no_refusal
-from trainer.model import GolfGPT
-from trainer.step_times import StepTimes
-from trainer.timeline import predict
-from trainer.visits import visit_list
+from trainer.model.architecture import GraphState
+from trainer.model.gpt import GolfGPT
+from trainer.model.visits import visit_list
+from trainer.plan.costs import FIT, Wanted, check_bytes, costs_of, token_flops
+from trainer.plan.dry_run import dry_run, require_no_refusal
+from trainer.plan.timeline import predict
+from trainer.schedule.step_times import StepTimes
 
 
 @pytest.fixture

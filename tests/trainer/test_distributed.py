@@ -19,10 +19,10 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests import processes
 from tests.conftest import pico_recipe, write_recipe
-from trainer.batches import WindowSampler
 from trainer.config import Recipe
-from trainer.gradients import micro_batch_tokens
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
+from trainer.step.batches import WindowSampler
+from trainer.step.gradients import micro_batch_tokens
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -149,8 +149,8 @@ RANKS_SCRIPT = """
 import torch
 from torch import nn
 from pgolf_post.base.ranks import end_process
-from trainer.distributed import TrainingRanks
-from trainer.optim import Optimizer, OptimSettings
+from trainer.step.distributed import TrainingRanks
+from trainer.optim.optimizer import Optimizer, OptimSettings
 
 ranks = TrainingRanks.join()
 rows = torch.arange(35.0, dtype=torch.float64).view(7, 5)

@@ -16,18 +16,18 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
-from trainer import compiled
-from trainer.compiled import num_compiled_graphs
 from trainer.config import Recipe
-from trainer.costs import Wanted, costs_of
-from trainer.disk import disk_need
-from trainer.dry_run import dry_run
-from trainer.future_heads import FutureHeads, WithHeads
-from trainer.loop import Trainer
-from trainer.loss import LossSettings
-from trainer.optim import assign_groups
-from trainer.step_times import StepTimes
-from trainer.timeline import predict
+from trainer.optim.optimizer import assign_groups
+from trainer.plan.costs import Wanted, costs_of
+from trainer.plan.disk import disk_need
+from trainer.plan.dry_run import dry_run
+from trainer.plan.timeline import predict
+from trainer.run.loop import Trainer
+from trainer.schedule.step_times import StepTimes
+from trainer.step import compiled
+from trainer.step.compiled import num_compiled_graphs
+from trainer.step.future_heads import FutureHeads, WithHeads
+from trainer.step.loss import LossSettings
 
 LATER: dict[str, Any] = {"future_tokens": 2, "future_weight": 0.5}
 BRIEF: dict[str, Any] = {"phases": ("final",), "fractions": (), "metric_tokens": 40}

@@ -18,13 +18,13 @@ from pgolf_post.errors import MismatchError, NotFoundError, SettingsError
 from tests import processes
 from tests.conftest import pico_recipe, write_recipe
 from trainer.__main__ import command
-from trainer.architecture import GraphState, ModelConfig
 from trainer.config import Recipe
-from trainer.dry_run import start_of
-from trainer.init_from import Start, merged
-from trainer.init_layers import origins, skip_rows
-from trainer.loop import Trainer
-from trainer.model import GolfGPT
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
+from trainer.plan.dry_run import start_of
+from trainer.run.loop import Trainer
+from trainer.start.init_from import Start, merged
+from trainer.start.init_layers import origins, skip_rows
 
 EPSILON = 2e-5  # of logits up to 30, in float32
 NO_LOOPS = {"num_loops": 0, "loop_start": 0, "loop_end": 0}
@@ -111,7 +111,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def test_a_function_that_moves_is_measured_and_said(
     case: str, pico_data: DataFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainer.init_from import show_start
+    from trainer.start.init_from import show_start
 
     there, here, init = CHANGED[case]
     start, base = started(pico_data, tmp_path, there, here, **init)

@@ -19,7 +19,7 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
 from tests.trainer.kernel_cases import compile_offline
 from trainer import kernels
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed; the test extra has it on Linux"
@@ -164,7 +164,7 @@ def test_auto_takes_the_fused_mlp_where_it_is_known_to_compile_and_to_apply(
 def test_each_kernel_has_a_switch_of_its_own(
     choice: str, mlp: bool, loss: bool, pico_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.loop.require_usable", lambda *_: None)  # there is no GPU to use them on
+    monkeypatch.setattr("trainer.run.loop.require_usable", lambda *_: None)  # there is no GPU to use them on
     run = Trainer(pico_recipe(pico_data, tmp_path, run={"kernels": choice}))
     assert [block.mlp.fused is not None for block in run.model.blocks] == [mlp] * 3
     assert (run.gradients.loss_function is kernels.fused_loss) == loss

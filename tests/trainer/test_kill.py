@@ -18,7 +18,7 @@ from pgolf_post.errors import PgolfError
 from tests import processes
 from tests.conftest import pico_recipe, write_recipe
 from trainer.config import Recipe
-from trainer.loop import Trainer
+from trainer.run.loop import Trainer
 
 NUM_STEPS = 40
 

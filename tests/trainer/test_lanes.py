@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.lanes import lanes_with_skip, visit_routed, visit_separate, visit_sequential
+from trainer.model.lanes import lanes_with_skip, visit_routed, visit_separate, visit_sequential
 
 X0 = torch.tensor(100.0)
 KEEP, POST = torch.tensor([0.5, 0.25]), torch.tensor([[1.0, 10.0], [2.0, 20.0]])

@@ -13,9 +13,9 @@ from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, NotFoundError, NumericsError, PgolfError
 from tests.conftest import pico_recipe
-from trainer.batches import WindowSampler
-from trainer.log import StepClock
-from trainer.loop import Trainer
+from trainer.run.log import StepClock
+from trainer.run.loop import Trainer
+from trainer.step.batches import WindowSampler
 
 pytestmark = pytest.mark.slow
 

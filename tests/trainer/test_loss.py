@@ -19,14 +19,15 @@ from pgolf_post.errors import SettingsError
 from pgolf_post.score.breakdown.token_text import CLASSES, TokenText
 from tests.conftest import pico_recipe
 from tests.trainer.test_model import pico_model
-from trainer import compiled, kernels
-from trainer.compiled import compiled_loss, num_compiled_graphs, training_loss
-from trainer.dry_run import answer, dry_run
-from trainer.loop import Trainer
-from trainer.loss import LossSettings, TokenClass, objective, share_of
-from trainer.objective import Objective, TokenWeights, head_similarity
-from trainer.step_times import StepTimes
-from trainer.warm_up import synthetic_batch
+from trainer import kernels
+from trainer.plan.dry_run import answer, dry_run
+from trainer.run.loop import Trainer
+from trainer.run.warm_up import synthetic_batch
+from trainer.schedule.step_times import StepTimes
+from trainer.step import compiled
+from trainer.step.compiled import compiled_loss, num_compiled_graphs, training_loss
+from trainer.step.loss import LossSettings, TokenClass, objective, share_of
+from trainer.step.objective import Objective, TokenWeights, head_similarity
 
 ALL: dict[str, Any] = {
     "label_smoothing": 0.1, "z_loss": 1e-3, "ignore_ids": [1],
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def numpy_objective(settings: Mapping[str, float], c: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
-    """The formula of trainer/loss.py, a position at a time."""
+    """The formula of trainer/step/loss.py, a position at a time."""
     total = 0.0
     for row, target in zip(c, y, strict=True):
         logsumexp = np.log(np.exp(row - row.max()).sum()) + row.max()
@@ -149,7 +150,7 @@ def test_what_model_or_vocabulary_lack_is_refused(
 
 def test_a_class_without_tokens_is_refused(pico_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     only_words = SimpleNamespace(token_class=np.zeros(320, dtype=np.int64))
-    monkeypatch.setattr("trainer.objective.TokenText.from_tokenizer", lambda _: only_words)
+    monkeypatch.setattr("trainer.step.objective.TokenText.from_tokenizer", lambda _: only_words)
     with pytest.raises(SettingsError, match=r'"digits".* = 2 acts on no token: pico has "word start"'):
         TokenWeights(LossSettings(class_weights={"digits": 2.0}), pico_data, CPU)
 

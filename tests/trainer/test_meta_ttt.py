@@ -19,15 +19,15 @@ from pgolf_post.settings import parse_settings
 from pgolf_post.submit.forms import _require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
-from trainer import compiled
-from trainer.compiled import num_compiled_graphs, training_loss
 from trainer.config import Recipe
-from trainer.costs import Wanted, costs_of
-from trainer.dry_run import dry_run
-from trainer.loop import Trainer
-from trainer.model import GolfGPT
-from trainer.step_times import StepTimes
-from trainer.timeline import predict
+from trainer.model.gpt import GolfGPT
+from trainer.plan.costs import Wanted, costs_of
+from trainer.plan.dry_run import dry_run
+from trainer.plan.timeline import predict
+from trainer.run.loop import Trainer
+from trainer.schedule.step_times import StepTimes
+from trainer.step import compiled
+from trainer.step.compiled import num_compiled_graphs, training_loss
 
 BRIEF: dict[str, Any] = {"phases": ("final",), "fractions": (), "metric_tokens": 40}
 ADAPTING = {"every": 3, "inner_lr": 0.05, "inner_steps": 2}

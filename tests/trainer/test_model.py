@@ -18,10 +18,10 @@ from pgolf_post.importers import FORMATS, recognise
 from pgolf_post.importers.foreign_config import infer_model
 from pgolf_post.importers.script_words import split_log
 from pgolf_post.settings import parse_settings
-from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT, document_pieces
-from trainer.visits import visit_list
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT, document_pieces
+from trainer.model.visits import visit_list
 
 PARITY = Path(__file__).parent.parent / "parity"
 FLAT = ("baseline", "flat_loops_gptj", "flat_untied_plain", "flat_embed_proj")

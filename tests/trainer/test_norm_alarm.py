@@ -15,8 +15,8 @@ from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.settings import parse_settings
 from tests.conftest import pico_recipe
 from trainer.config import RunSettings
-from trainer.loop import Trainer, WorseRun
-from trainer.norm_alarm import NormAlarm
+from trainer.run.loop import Trainer, WorseRun
+from trainer.run.norm_alarm import NormAlarm
 
 
 def alarm(**settings: Any) -> NormAlarm:

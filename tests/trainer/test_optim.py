@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
 from tests.trainer.test_model import pico_model
-from trainer.averages import EMA, RunningMean
-from trainer.compiled import num_compiled_graphs
-from trainer.compiled_updates import CompiledUpdates, iterations, updates_for
 from trainer.config import CompileChoice
-from trainer.distributed import TrainingRanks, Transfer
-from trainer.muon import (
+from trainer.optim.averages import EMA, RunningMean
+from trainer.optim.compiled_updates import CompiledUpdates, iterations, updates_for
+from trainer.optim.muon import (
     COEFFICIENTS,
     Coefficients,
     NewtonSchulz,
@@ -28,7 +26,9 @@ from trainer.muon import (
     narrow_iterations,
     orthogonalize,
 )
-from trainer.optim import Optimizer, OptimSettings, assign_groups
+from trainer.optim.optimizer import Optimizer, OptimSettings, assign_groups
+from trainer.step.compiled import num_compiled_graphs
+from trainer.step.distributed import TrainingRanks, Transfer
 
 CHOICES: tuple[CompileChoice, ...] = ("auto", True, False)
 SETTINGS = OptimSettings(momentum_warmup_steps=0)
@@ -65,7 +65,7 @@ def test_newton_schulz_in_bfloat16_is_near_that_in_float32(
 
 
 def test_compiled_updates_are_one_graph_whatever_the_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.compiled.COMPILER", "aot_eager")
+    monkeypatch.setattr("trainer.step.compiled.COMPILER", "aot_eager")
     updates, before = CompiledUpdates(), num_compiled_graphs()
     generator = torch.Generator().manual_seed(3)
     momenta, expected = torch.zeros(2, 6, 16), torch.zeros(2, 6, 16)

@@ -17,12 +17,12 @@ from pgolf_post.plan import make_plan, read_plan
 from pgolf_post.settings import parse_settings
 from tests.trainer import oracle
 from tests.trainer.test_model import BANKED, FLAT, load_fixture
-from trainer.activations import ACTIVATIONS
-from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
-from trainer.ngrams import ngram_hash, product_hash
-from trainer.visits import num_skips, split_visits, visit_list
+from trainer.model.activations import ACTIVATIONS
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
+from trainer.model.ngrams import ngram_hash, product_hash
+from trainer.model.visits import num_skips, split_visits, visit_list
 
 PICO: dict[str, Any] = {
     "vocab_size": 23,

@@ -16,13 +16,13 @@ from pgolf_post.plan import make_plan, read_plan
 from pgolf_post.score.breakdown.token_text import CLASSES, token_kinds
 from pgolf_post.settings import parse_settings
 from tests.trainer.test_oracle import KINDS, LOOP, PART_CASES, PICO, draw_tokens, pico_config, random_model
-from trainer.architecture import GraphState, ModelConfig
 from trainer.family import GolfGPTFamily
-from trainer.model import GolfGPT
-from trainer.ngrams import HEADS, class_hash, ngram_hash, token_classes
-from trainer.optim import assign_groups
-from trainer.parts import settings_of_parts
-from trainer.starts import affinity, first_tokens, start_from_text, unigram_bias
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
+from trainer.model.ngrams import HEADS, class_hash, ngram_hash, token_classes
+from trainer.model.parts import settings_of_parts
+from trainer.optim.optimizer import assign_groups
+from trainer.start.from_text import affinity, first_tokens, start_from_text, unigram_bias
 
 ALL_PARTS: dict[str, Any] = {
     **LOOP,

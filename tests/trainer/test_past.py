@@ -9,7 +9,7 @@ import torch
 
 from pgolf_post.errors import MismatchError
 from tests.trainer.test_oracle import CASES, draw_tokens, random_model
-from trainer.architecture import GraphState
+from trainer.model.architecture import GraphState
 
 
 @pytest.mark.parametrize("steps", [(1,) * 9, (4, 1, 3, 1), (9,)])

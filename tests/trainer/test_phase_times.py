@@ -14,9 +14,9 @@ from pgolf_post.checkpoint import Checkpoint, list_checkpoints
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import PgolfError
 from tests.conftest import pico_recipe
-from trainer import phase_times as ledger_file
-from trainer.loop import Trainer
-from trainer.phase_times import (
+from trainer.run import phase_times as ledger_file
+from trainer.run.loop import Trainer
+from trainer.run.phase_times import (
     MEANING,
     PHASE_TIMES_FILE,
     READS_TRAINING_DATA,

@@ -19,11 +19,11 @@ from pgolf_post.settings import parse_settings
 from pgolf_post.submit.forms import _settle_schedule
 from pgolf_post.submit.sources import Sources
 from tests.conftest import pico_recipe
-from trainer import schedule
-from trainer.loop import Trainer
-from trainer.schedule import ScheduleSettings, lr_multiplier, weight_decay_multiplier
-from trainer.step_times import StepTimes
-from trainer.timeline import predict
+from trainer.plan.timeline import predict
+from trainer.run.loop import Trainer
+from trainer.schedule import functions as schedule
+from trainer.schedule.functions import ScheduleSettings, lr_multiplier, weight_decay_multiplier
+from trainer.schedule.step_times import StepTimes
 
 # a rise, a warm restart at 0.5 to half the peak, and a fall to nothing
 RESTART = ((0.0, 0.0), (0.1, 1.0), (0.5, 0.2), (0.5, 0.5), (0.9, 0.0))
@@ -91,9 +91,9 @@ def test_a_script_follows_the_points() -> None:
     sources = Sources(["pgolf_post", "trainer"], {})
     settings = parsed(points=RESTART)
     _settle_schedule(sources, schedule, settings)
-    node = sources.definition("trainer.schedule:lr_multiplier").node
+    node = sources.definition("trainer.schedule.functions:lr_multiplier").node
     assert isinstance(node, ast.FunctionDef)
-    assert ast.unparse(node.body[0]) == f"return trainer.points:multiplier_along({RESTART!r}, at)"
+    assert ast.unparse(node.body[0]) == f"return trainer.schedule.points:multiplier_along({RESTART!r}, at)"
 
 
 @pytest.mark.slow

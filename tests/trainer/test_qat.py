@@ -23,15 +23,15 @@ from pgolf_post.submit.forms import _require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
-from trainer import compiled
-from trainer.architecture import GraphState, ModelConfig
-from trainer.compiled import num_compiled_graphs
-from trainer.dry_run import dry_run
-from trainer.loop import Trainer
-from trainer.model import GolfGPT
-from trainer.qat import WeightRounding, left_out, steps_of
-from trainer.qat_settings import QatSettings
-from trainer.step_times import StepTimes
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
+from trainer.plan.dry_run import dry_run
+from trainer.run.loop import Trainer
+from trainer.schedule.step_times import StepTimes
+from trainer.step import compiled
+from trainer.step.compiled import num_compiled_graphs
+from trainer.step.qat import WeightRounding, left_out, steps_of
+from trainer.step.qat_settings import QatSettings
 
 TOKENS = torch.arange(24).view(2, 12)
 TRELLIS = """

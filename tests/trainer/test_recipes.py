@@ -9,13 +9,13 @@ import torch
 
 import trainer
 from pgolf_post.settings import read_settings
-from trainer.architecture import GraphState
 from trainer.config import YOUNGER, Recipe
-from trainer.model import GolfGPT
-from trainer.optim import Optimizer
-from trainer.preflight import preflight
-from trainer.step_times import StepTimes
-from trainer.timeline import group_peaks, predict
+from trainer.model.architecture import GraphState
+from trainer.model.gpt import GolfGPT
+from trainer.optim.optimizer import Optimizer
+from trainer.plan.preflight import preflight
+from trainer.plan.timeline import group_peaks, predict
+from trainer.schedule.step_times import StepTimes
 
 RECIPES = Path(trainer.__file__).parent / "recipes"
 

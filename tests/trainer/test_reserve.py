@@ -14,10 +14,10 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
-from trainer.loop import Trainer
-from trainer.measuring import measure_reserve
-from trainer.reserve import Reserve, make_reserve, resumed_reserve
-from trainer.schedule import ScheduleSettings
+from trainer.run.loop import Trainer
+from trainer.run.measuring import measure_reserve
+from trainer.run.reserve import Reserve, make_reserve, resumed_reserve
+from trainer.schedule.functions import ScheduleSettings
 
 CAPPED: dict[str, Any] = {"steps": 6, "seconds": 1e6, "hessian_seconds": "auto", "hessian_tokens": 4096}
 seconds = st.floats(0, 100)

@@ -13,9 +13,9 @@ from pgolf_post.checkpoint import Checkpoint, list_checkpoints, point_latest
 from pgolf_post.data import DataFolder
 from tests.conftest import pico_recipe
 from trainer.config import CheckpointSettings
-from trainer.loop import Trainer
-from trainer.phases import Periodic
-from trainer.retention import apply_retention
+from trainer.run.loop import Trainer
+from trainer.run.phases import Periodic
+from trainer.run.retention import apply_retention
 
 pytestmark = pytest.mark.slow
 

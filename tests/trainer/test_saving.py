@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.saving
+import trainer.run.saving
 from pgolf_post.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError, PgolfError
 from pgolf_post.score.metric import verify_metric
 from tests.conftest import pico_recipe
-from trainer.loop import Trainer
-from trainer.state import RunState
+from trainer.run.loop import Trainer
+from trainer.run.state import RunState
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_a_folder_holds_its_own_moment_however_late_it_is_written(
     settings = {**EVERY_STEP, "max_in_flight": max_in_flight}
     trainer_, seen = Trainer(pico_recipe(pico_data, tmp_path, checkpoint=settings)), {}
     gate = threading.Event()
-    take = trainer.saving.prepare_checkpoint
+    take = trainer.run.saving.prepare_checkpoint
 
     def noted(running: RunState, *rest: Any) -> Any:
         seen[running.step] = running.model.tok_emb.weight.detach().clone()
@@ -49,8 +49,8 @@ def test_a_folder_holds_its_own_moment_however_late_it_is_written(
         gate.wait()  # with room for all, nothing is written before training is over
         return save_checkpoint(*arguments)
 
-    monkeypatch.setattr(trainer.saving, "prepare_checkpoint", noted)
-    monkeypatch.setattr(trainer.saving, "save_checkpoint", late)
+    monkeypatch.setattr(trainer.run.saving, "prepare_checkpoint", noted)
+    monkeypatch.setattr(trainer.run.saving, "save_checkpoint", late)
     trainer_.run()
     found = list_checkpoints(tmp_path)
     assert [c.meta["step"] for c in found] == sorted(seen)
@@ -88,13 +88,13 @@ def test_views_are_scored_when_the_recipe_says(
     before_the_end: int,
     after: int,
 ) -> None:
-    counts, score_saved = [], trainer.saving.score_saved
+    counts, score_saved = [], trainer.run.saving.score_saved
 
     def counted(running: RunState) -> None:
         counts.append(sum(metrics_of(tmp_path)))
         score_saved(running)
 
-    monkeypatch.setattr("trainer.loop.score_saved", counted)
+    monkeypatch.setattr("trainer.run.loop.score_saved", counted)
     final = Trainer(pico_recipe(pico_data, tmp_path, checkpoint={"metric": metric})).run()
     assert counts == ([before_the_end] if metric == "end" else [])
     assert sum(metrics_of(tmp_path)) == after
@@ -123,7 +123,7 @@ def test_a_write_that_fails_ends_the_run_and_leaves_what_was_saved(
             raise PgolfError(f"could not write {path}: no space left")
         return save_checkpoint(path, *rest)
 
-    monkeypatch.setattr(trainer.saving, "save_checkpoint", full_disk)
+    monkeypatch.setattr(trainer.run.saving, "save_checkpoint", full_disk)
     running = Trainer(pico_recipe(pico_data, tmp_path, schedule={"steps": 4000, "warmdown": 0.999}))
     with pytest.raises(PgolfError, match=r"could not write .*warmdown_start: no space left"):
         running.run()
@@ -147,7 +147,7 @@ def test_a_failing_run_keeps_the_checkpoints_it_had_handed_over(tmp_path: Path, 
 def test_copies_for_the_writer_share_no_memory_with_the_model() -> None:
     base = torch.arange(12.0).view(3, 4)
     tensors = {"whole": base, "transposed": base.T, "number": torch.tensor(3.0), "empty": torch.zeros(0, 2)}
-    copies = trainer.saving.host_copies(tensors)
+    copies = trainer.run.saving.host_copies(tensors)
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     base.zero_()
     for name, copy in copies.items():

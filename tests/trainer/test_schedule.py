@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
 from trainer.config import CheckpointSettings, DataSettings, Recipe
-from trainer.lr_schedules import SCHEDULES, TIDAL_WARMUP, schedule_of
-from trainer.optim import OptimSettings
-from trainer.phases import PhaseTracker, fraction_name
-from trainer.schedule import (
+from trainer.optim.optimizer import OptimSettings
+from trainer.run.phases import PhaseTracker, fraction_name
+from trainer.schedule.functions import (
     ScheduleSettings,
     active_loops_at,
     cyclic_momentum,
@@ -25,6 +24,7 @@ from trainer.schedule import (
     warmup_end,
     weight_decay_multiplier,
 )
+from trainer.schedule.lr_schedules import SCHEDULES, TIDAL_WARMUP, schedule_of
 
 unit = st.floats(0, 1)
 

@@ -16,9 +16,9 @@ from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe, write_recipe
 from trainer.__main__ import command
 from trainer.config import Recipe
-from trainer.log import LOG_FILE
-from trainer.loop import Trainer
-from trainer.schedule_clock import ScheduleClock, processor_seconds, require_countable
+from trainer.run.log import LOG_FILE
+from trainer.run.loop import Trainer
+from trainer.schedule.clock import ScheduleClock, processor_seconds, require_countable
 
 CAP = 0.4
 CAPPED: dict[str, Any] = {"steps": 10**6, "seconds": CAP, "clock": "processor", "reserve_seconds": 0.0}

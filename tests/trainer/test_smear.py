@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.smear import channel_smear, narrow_smear
+from trainer.model.smear import channel_smear, narrow_smear
 
 X = torch.tensor([[[1.0, 2.0], [3.0, -4.0], [5.0, 8.0]]], dtype=torch.float64)
 TOKENS = torch.tensor([[7, 1, 9]])  # a document begins in the middle

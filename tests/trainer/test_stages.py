@@ -18,19 +18,19 @@ from pgolf_post.settings import parse_settings
 from pgolf_post.submit.forms import _require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
-from trainer.background import BackgroundWriter
-from trainer.batches import WindowSampler
 from trainer.config import Recipe
-from trainer.costs import Wanted, costs_of
-from trainer.dry_run import answer, dry_run
-from trainer.gradients import micro_batch_tokens
-from trainer.loop import Trainer
-from trainer.saving import save
-from trainer.staged_batches import StagedSampler
-from trainer.stages import Stage, StagePlace, stage_at
-from trainer.step_times import StepTimes
-from trainer.timeline import predict
-from trainer.warm_up import shapes_ahead
+from trainer.plan.costs import Wanted, costs_of
+from trainer.plan.dry_run import answer, dry_run
+from trainer.plan.timeline import predict
+from trainer.run.background import BackgroundWriter
+from trainer.run.loop import Trainer
+from trainer.run.saving import save
+from trainer.run.warm_up import shapes_ahead
+from trainer.schedule.stages import Stage, StagePlace, stage_at
+from trainer.schedule.step_times import StepTimes
+from trainer.step.batches import WindowSampler
+from trainer.step.gradients import micro_batch_tokens
+from trainer.step.staged_batches import StagedSampler
 
 STAGES = [{"at": 0.25, "batch_tokens": 128}, {"at": 0.5, "batch_tokens": 96, "seq_len": 32}, {"at": 0.75, "seq_len": 8}]
 TABLES: dict[str, dict[str, object]] = {

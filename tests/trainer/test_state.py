@@ -14,13 +14,13 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError
 from tests.conftest import pico_recipe
-from trainer.background import BackgroundWriter
-from trainer.future_heads import state_of
-from trainer.loop import Trainer
-from trainer.reserve import Reserve
-from trainer.resuming import require_same_steps
-from trainer.saving import save
-from trainer.state import RunState
+from trainer.run.background import BackgroundWriter
+from trainer.run.loop import Trainer
+from trainer.run.reserve import Reserve
+from trainer.run.resuming import require_same_steps
+from trainer.run.saving import save
+from trainer.run.state import RunState
+from trainer.step.future_heads import state_of
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "model": {"num_loops": 2},

@@ -14,11 +14,11 @@ from pgolf_post.errors import MismatchError, NotFoundError, StoppedEarlyError
 from pgolf_post.ledger.disk import run_row
 from tests.conftest import pico_recipe
 from trainer.config import Recipe
-from trainer.loop import Trainer
-from trainer.preflight import check_stop
-from trainer.step_times import StepTimes
-from trainer.stopping import StopSettings, StopWatch
-from trainer.timeline import Timeline, predict
+from trainer.plan.preflight import check_stop
+from trainer.plan.timeline import Timeline, predict
+from trainer.run.loop import Trainer
+from trainer.run.stopping import StopSettings, StopWatch
+from trainer.schedule.step_times import StepTimes
 
 pytestmark = pytest.mark.slow
 

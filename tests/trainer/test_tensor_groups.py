@@ -18,11 +18,11 @@ from pgolf_post.submit.forms import _require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
-from trainer.dry_run import dry_run
-from trainer.loop import Trainer
-from trainer.muon import Scheme, muon_updates
-from trainer.optim import Optimizer, OptimSettings
-from trainer.step_times import StepTimes
+from trainer.optim.muon import Scheme, muon_updates
+from trainer.optim.optimizer import Optimizer, OptimSettings
+from trainer.plan.dry_run import dry_run
+from trainer.run.loop import Trainer
+from trainer.schedule.step_times import StepTimes
 
 MATRIX, VECTOR = "blocks.0.mlp.fc.weight", "blocks.0.attn_scale"
 FROZEN = [

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import PICO_RECIPE
 from trainer.config import Recipe
-from trainer.phases import PhaseTracker
-from trainer.preflight import preflight, scoring_seconds
-from trainer.schedule import active_loops_at, progress
-from trainer.step_times import StepTimes, num_visits
-from trainer.timeline import Timeline, count_steps, predict
+from trainer.plan.preflight import preflight, scoring_seconds
+from trainer.plan.timeline import Timeline, count_steps, predict
+from trainer.run.phases import PhaseTracker
+from trainer.schedule.functions import active_loops_at, progress
+from trainer.schedule.step_times import StepTimes, num_visits
 
 
 def recipe_with(**tables: dict[str, Any]) -> Recipe:

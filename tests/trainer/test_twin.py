@@ -13,10 +13,10 @@ from torch import Tensor
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
-from trainer.compiled import training_loss
-from trainer.loop import Trainer
-from trainer.twin import narrow_stream
-from trainer.warm_up import synthetic_batch
+from trainer.run.loop import Trainer
+from trainer.run.warm_up import synthetic_batch
+from trainer.step.compiled import training_loss
+from trainer.step.twin import narrow_stream
 
 WHOLE: dict[str, Any] = {
     "num_layers": 5, "loop_end": 2, "lanes_start": 3, "smear_gate": True, "attn_gate": "sparse", "carry": "learnable",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.architecture import GraphState, ModelConfig
-from trainer.model import GolfGPT
-from trainer.visits import visit_list
+from trainer.model.architecture import GraphState, ModelConfig
+from trainer.model.gpt import GolfGPT
+from trainer.model.visits import visit_list
 from trainer.watching import watched
 
 SMALL: dict[str, Any] = {

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from pgolf_post.errors import SettingsError
-from trainer.activations import ACTIVATIONS, activation_of
-from trainer.architecture import ArchitectureSettings
-from trainer.attention_backends import Reach
-from trainer.block import MLP
 from trainer.config import Kernels, Recipe
-from trainer.layers import activation_names
-from trainer.model import GolfGPT
+from trainer.model.activations import ACTIVATIONS, activation_of
+from trainer.model.architecture import ArchitectureSettings
+from trainer.model.attention_backends import Reach
+from trainer.model.block import MLP
+from trainer.model.gpt import GolfGPT
+from trainer.model.layers import activation_names
 from trainer.tables import read_keys
 
 LOSS_KERNELS: tuple[Kernels, ...] = ("triton", "triton_loss")

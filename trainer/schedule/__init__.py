@@ -1,0 +1,1 @@
+"""Learning rates, loops, stages and clocks as functions of a run's progress."""
