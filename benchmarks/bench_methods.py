@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pgolf_post.artifacts import quantize_by_plan
+from pgolf_post.base.markdown import markdown_table
 from pgolf_post.base.progress import say
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.calibrate.stage import calibration_text
@@ -153,9 +154,7 @@ def multiplied(multiplier: float) -> Callable[..., Tensor]:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout as the documentation has it."""
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |", flush=True)
-    print(flush=True)
+    print(*markdown_table(header, rows), "", sep="\n", flush=True)
 
 
 def table(bench: Bench, title: str, trials: Sequence[Trial], target: int | None = None) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pgolf_post.base.markdown import markdown_cell, markdown_table
 from pgolf_post.ledger.query import MISSING, value_of
 from pgolf_post.ledger.schema import Row
 
@@ -51,13 +52,12 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """A table of the main columns that any row has; pipes and line breaks inside a cell are escaped."""
     told = [{key: value_of(row, key) for key in MAIN_COLUMNS} for row in rows]
     columns = [key for key in MAIN_COLUMNS if any(cells[key] not in (MISSING, None, "") for cells in told)]
-    lines = [columns, ["---"] * len(columns), *([_markdown_cell(cells[key]) for key in columns] for cells in told)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if columns else ""
+    lines = markdown_table(columns, [[markdown_cell(_text(cells[key])) for key in columns] for cells in told])
+    return "".join(f"{line}\n" for line in lines) if columns else ""
 
 
-def _markdown_cell(value: object) -> str:
-    text = "" if value is MISSING or value is None else str(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+def _text(value: object) -> str:
+    return "" if value is MISSING or value is None else str(value)
 
 
 FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {"csv": to_csv, "jsonl": to_jsonl, "md": to_markdown}

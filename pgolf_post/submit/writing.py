@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pgolf_post.base.markdown import markdown_table
 from pgolf_post.errors import PgolfError
 from pgolf_post.ledger import phases as clock
 from pgolf_post.pack.report.size import SizeReport
@@ -222,8 +223,3 @@ def sample_deviation(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]

@@ -13,7 +13,7 @@ from pgolf_post.pack.report.size import FileBytes, SizeReport
 from pgolf_post.score.audit.findings import Finding
 from pgolf_post.submit import refusals
 from pgolf_post.submit.refusals import REASONS, Refusal, require_none
-from pgolf_post.submit.writing import markdown_table, sample_deviation
+from pgolf_post.submit.writing import sample_deviation
 
 
 @dataclass
@@ -145,4 +145,3 @@ def test_exit_codes_and_hints() -> None:
 def test_numbers_in_the_files() -> None:
     assert sample_deviation([1.0]) is None
     assert sample_deviation([1.0, 3.0]) == pytest.approx(2**0.5)
-    assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
