@@ -1,4 +1,4 @@
-"""The whole form of an artifact of `fit`: what its program is told, and what an artifact must be to have one.
+"""The whole form of an artifact of `fit`: what its program is told.
 
 The search itself is part of the script (fitting.py). What the artifact's config.json and meta.json say of its making
 decides which of its steps are.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pgolf_post.errors import SettingsError
 from pgolf_post.families import ModelFamily
 from pgolf_post.fit.regularize import pairs_of
 from pgolf_post.fit.settings import FitSettings
@@ -16,7 +15,6 @@ from pgolf_post.quantize.gptq.trellis import DIAGONALS
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
 
-HINT = "make the whole form from an artifact without it, or the eval form: leave --recipe out"
 ROUND_ALONG_DIAGONALS = """
 def gptq_jobs(jobs, advance):
     symbols = list(map_items(lambda job: torch.from_numpy(round_diagonals(job, True)), jobs))
@@ -42,35 +40,6 @@ LOAD_MODULE = """
 def load_module(config, tensors, source, copy):
     return built({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, "cpu")
 """
-
-
-def is_fitted(seed: Seed) -> bool:
-    """Return whether an artifact was made by `fit`."""
-    return seed.settings.get("plan") == "fit"
-
-
-def require_training_text(seed: Seed) -> None:
-    """Raise SettingsError for statistics of other text than a script reads."""
-    source = seed.stats_settings().get("source", "train")
-    if source != "train":
-        raise SettingsError(
-            f"{seed.artifact}: its statistics are of text of source {source!r}, and a script reads training text",
-            hint=HINT,
-        )
-
-
-def require_makeable(seed: Seed) -> None:
-    """Raise SettingsError for a step of the fit that a script does not have."""
-    steps = {
-        "tune": "blocks fine-tuned between roundings (--tune-tokens)",
-        "distill": "floats tuned by distillation (--distill)",
-        "jitter_seed": "rows moved at random by a sweep",
-    }
-    for key, step in steps.items():
-        if seed.settings.get(key):
-            raise SettingsError(f"{seed.artifact} has {step}, which is not part of a script", hint=HINT)
-    if set(seed.manifest["lineage"]) != {"checkpoint_id", "stats_id"}:
-        raise SettingsError(f"{seed.artifact}: its statistics are of other weights (--allow-stale)", hint=HINT)
 
 
 def choices_of(seed: Seed) -> list[FitSettings]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,11 +27,9 @@ from pgolf_post.submit.facts import ByName, Facts, Partly
 from pgolf_post.submit.fit_form import (
     asked_by_fit,
     choices_of,
-    is_fitted,
-    require_makeable,
-    require_training_text,
     settle_fit,
 )
+from pgolf_post.submit.makeable import is_fitted, require_makeable
 from pgolf_post.submit.plan_form import asked_by_plan, plan_of, settle_plan
 from pgolf_post.submit.seeds import Seed
 from pgolf_post.submit.sources import Sources, address
@@ -124,7 +122,7 @@ def whole_form(seed: Seed, recipe: Settings, protocol: Protocol) -> Amalgam:
     package = type(module).__module__.partition(".")[0]
     program = importlib.import_module(f"{package}.handed_in")
     known_recipe: Any = recipe
-    _require_makeable(seed, known_recipe)
+    require_makeable(seed, known_recipe)
     family, sources = get_family(config["family"]), _sources(module)
     calibration = calibration_of(seed)
     schedule = importlib.import_module(type(known_recipe.schedule).__module__)
@@ -189,42 +187,6 @@ def read_recipe(config: Mapping[str, Any], path: Path, overrides: Sequence[str] 
     package = type(settled_module(config)).__module__.partition(".")[0]
     recipe: Settings = importlib.import_module(f"{package}.handed_in").recipe_of(path, overrides)
     return recipe
-
-
-def _require_makeable(seed: Seed, recipe: Any) -> None:
-    if is_fitted(seed):
-        require_makeable(seed)
-    if seed.settings.get("sequential") or seed.settings.get("distill"):
-        raise SettingsError(f"{seed.artifact}: a sequential or distilled plan is not part of a script")
-    for reason in _reasons_against(recipe):
-        raise SettingsError(reason, hint="submit without --recipe: the artifact and code that reads it")
-    for key, value in (("qk_init", "cooccurrence"), ("output_bias", "unigram")):
-        if getattr(recipe.model, key, None) == value:
-            raise SettingsError(
-                f'model.{key} = "{value}" starts from the training text, which is not part of a script',
-                hint="make the eval form: leave --recipe out",
-            )
-    if recipe.run.kernels not in ("auto", "eager"):
-        raise SettingsError("run.kernels: fused kernels are not part of a script", hint="--set run.kernels=eager")
-    require_training_text(seed)
-
-
-def _reasons_against(recipe: Any) -> Iterator[str]:
-    """Yield what a recipe asks for that no script does."""
-    if recipe.loss.is_on:
-        keys = ", ".join(f"loss.{key}" for key in recipe.loss.settings_on())
-        yield f"{keys}: a script that trains minimises plain nats"
-    if recipe.init.is_on:
-        own = "a script that trains starts from its own init, and that model's weights are no part of it"
-        yield f"init.checkpoint {recipe.init.checkpoint}: {own}"
-    if recipe.optim.groups:
-        yield "optim.groups: a script that trains steps all tensors of a kind alike"
-    if recipe.schedule.stages:
-        yield "schedule.stages: a script that trains has steps and windows of one size"
-    if recipe.meta_ttt is not None:
-        yield "meta_ttt: a script that trains does not adapt on the way"
-    if recipe.qat is not None:
-        yield f"qat.plan {recipe.qat.plan}: a script that trains does not round weights on the way"
 
 
 def calibration_of(seed: Seed) -> CalibrationSettings:

@@ -16,7 +16,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
-from pgolf_post.submit.forms import _require_makeable
+from pgolf_post.submit.makeable import require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from trainer.config import Recipe
@@ -155,4 +155,4 @@ def test_what_cannot_act_is_refused_and_costs_are_counted(pico_data: DataFolder,
     assert ours.flops == pytest.approx(plain.flops * (2 / 3 + 1.5 / 3))  # two passes over one half, one over the other
     seed: Any = SimpleNamespace(settings={"plan": "rtn", "rules": []}, artifact="x")
     with pytest.raises(SettingsError, match="meta_ttt: a script that trains does not adapt on the way"):
-        _require_makeable(seed, recipes[1])
+        require_makeable(seed, recipes[1])

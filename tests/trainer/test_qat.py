@@ -19,7 +19,7 @@ from pgolf_post.errors import NotFoundError, PgolfError, SettingsError
 from pgolf_post.plan import read_plan
 from pgolf_post.quantize.model import quantize_view
 from pgolf_post.settings import parse_settings
-from pgolf_post.submit.forms import _require_makeable
+from pgolf_post.submit.makeable import require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
@@ -247,7 +247,7 @@ def test_a_script_that_trains_refuses_it(pico_data: DataFolder, tmp_path: Path) 
     recipe = pico_recipe(pico_data, tmp_path, qat={"at": 0.5, "plan": "rtn"})
     seed: Any = SimpleNamespace(settings={"plan": "rtn", "rules": []}, artifact="x")
     with pytest.raises(SettingsError, match=r"qat.plan rtn: a script that trains does not round weights on the way"):
-        _require_makeable(seed, recipe)
+        require_makeable(seed, recipe)
 
 
 def test_it_acts_in_a_bfloat16_twin_beside_adapting_and_later_heads(pico_data: DataFolder, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pgolf_post.curves.reading import read_log
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import MismatchError, SettingsError
 from pgolf_post.settings import parse_settings
-from pgolf_post.submit.forms import _require_makeable
+from pgolf_post.submit.makeable import require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from trainer.config import Recipe
@@ -232,4 +232,4 @@ def test_a_script_that_trains_refuses_stages(pico_data: DataFolder, tmp_path: Pa
     recipe = pico_recipe(pico_data, tmp_path, schedule={"stages": STAGES})
     seed: Any = SimpleNamespace(settings={"plan": "rtn", "rules": []}, artifact="x")
     with pytest.raises(SettingsError, match=r"schedule.stages: a script that trains has steps and windows of one size"):
-        _require_makeable(seed, recipe)
+        require_makeable(seed, recipe)

@@ -14,7 +14,7 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
-from pgolf_post.submit.forms import _require_makeable
+from pgolf_post.submit.makeable import require_makeable
 from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
@@ -225,4 +225,4 @@ def test_a_script_that_trains_refuses_groups(pico_data: DataFolder, tmp_path: Pa
     recipe = pico_recipe(pico_data, tmp_path, optim={"groups": FROZEN})
     seed: Any = SimpleNamespace(settings={"plan": "sdclip-1394", "rules": []}, artifact="x")
     with pytest.raises(SettingsError, match=r"optim\.groups: a script that trains steps all tensors of a kind alike"):
-        _require_makeable(seed, recipe)
+        require_makeable(seed, recipe)
