@@ -82,6 +82,55 @@ CHANGING: dict[str, tuple[str, Any]] = {  # name → (module, what main returns)
 }
 
 
+GOING: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # name → (module, what main returns, words that go)
+    "a field that nobody reads goes, and one of a tuple stays": (
+        RECORDS + "@dataclass\nclass Held:\n    values: np.ndarray\n    unread: str\n"
+        "class Pair(NamedTuple):\n    left: int\n    right: np.ndarray\n"
+        "@dataclass(frozen=True)\nclass Key:\n    name: str\n    place: int\n"
+        "def total(left, right): return left + int(right.sum())\n"
+        "def main():\n    held = Held(np.arange(3), 'why')\n"
+        "    return total(*Pair(1, held.values)), len({Key('a', 1), Key('a', 2)})\n",
+        (4, 2),
+        ("unread",),
+    ),
+    "a field that no record sets is folded through all that copy it": (
+        PATH + "def main():\n    path = Path(np.arange(3))\n    return size(copied(path, path.lattice))\n",
+        3,
+        ("lattice", "crystal"),
+    ),
+    "a local that would only be set where it is set already is none": (
+        (
+            "def split(pair): return undefined_here\n"
+            "def main():\n    lanes = None\n    other = None\n    for i in range(3):\n"
+            "        if lanes is not None:\n            lanes = split(lanes)\n"
+            "        other = i if other is None else other + i\n    return lanes is None, other\n"
+        ),
+        (True, 3),
+        ("split",),
+    ),
+    "attributes of a class that nothing reads go": (
+        (
+            "class Layer:\n    fused = None\n    width = 2\n"
+            "    def run(self, x):\n        return self.fused(x) if self.fused is not None else x * self.width\n"
+            "def main():\n    return Layer().run(3)\n"
+        ),
+        6,
+        ("fused",),
+    ),
+    "a list of one value is that value wherever it is read": (
+        (
+            "class Known: pass\n"
+            "class Model:\n    def controls(self, place): return None\n"
+            "    def width(self, layer, seen):\n        unread: int = layer\n"
+            "        return [3, 3][layer] if self.controls(layer) is None else seen.pop()\n"
+            "def main():\n    return [Model().width(layer, []) for layer in range(2)], [[1, 2][i] for i in range(2)]\n"
+        ),
+        ([3, 3], [1, 2]),
+        ("controls", "unread", "[3, 3]"),
+    ),
+}
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return Project(tmp_path, monkeypatch)
@@ -99,6 +148,13 @@ def test_what_only_looks_constant_is_not_folded(name: str, project: Project) -> 
     main, expected = CHANGING[name]
     project.write(main=main)
     assert run(project.amalgamate()) == expected
+
+
+@pytest.mark.parametrize("name", GOING)
+def test_what_is_constant_or_unread_goes(name: str, project: Project) -> None:
+    main, answer, gone = GOING[name]
+    project.write(main=main)
+    source_of(project.amalgamate(), answer, gone)
 
 
 def test_a_parameter_that_nobody_reads_goes_with_its_arguments(project: Project) -> None:
@@ -121,25 +177,6 @@ def test_a_method_is_trimmed_only_if_no_other_object_has_one_of_its_name(project
     )
     source = source_of(project.amalgamate(), (1, 2, [3]), gone=("unread_one",))
     assert "unread_two" in source
-
-
-def test_a_field_that_nobody_reads_goes_and_one_of_a_tuple_stays(project: Project) -> None:
-    project.write(
-        main=RECORDS + "@dataclass\nclass Held:\n    values: np.ndarray\n    unread: str\n"
-        "class Pair(NamedTuple):\n    left: int\n    right: np.ndarray\n"
-        "@dataclass(frozen=True)\nclass Key:\n    name: str\n    place: int\n"
-        "def total(left, right): return left + int(right.sum())\n"
-        "def main():\n    held = Held(np.arange(3), 'why')\n"
-        "    return total(*Pair(1, held.values)), len({Key('a', 1), Key('a', 2)})\n"
-    )
-    source_of(project.amalgamate(), (4, 2), gone=("unread",))
-
-
-def test_a_field_that_no_record_sets_is_folded_through_all_that_copy_it(project: Project) -> None:
-    project.write(
-        main=PATH + "def main():\n    path = Path(np.arange(3))\n    return size(copied(path, path.lattice))\n"
-    )
-    source_of(project.amalgamate(), 3, gone=("lattice", "crystal"))
 
 
 @pytest.mark.parametrize(
@@ -183,16 +220,6 @@ def test_a_context_that_only_talks_goes_once_nothing_reads_it(project: Project) 
     assert not any(isinstance(each, ast.With) for each in ast.walk(ast.parse(source)))
 
 
-def test_a_local_that_would_only_be_set_where_it_is_set_already_is_none(project: Project) -> None:
-    project.write(
-        main="def split(pair): return undefined_here\n"
-        "def main():\n    lanes = None\n    other = None\n    for i in range(3):\n"
-        "        if lanes is not None:\n            lanes = split(lanes)\n"
-        "        other = i if other is None else other + i\n    return lanes is None, other\n"
-    )
-    source_of(project.amalgamate(), (True, 3), gone=("split",))
-
-
 def test_a_function_that_only_returns_its_argument_is_its_argument(project: Project) -> None:
     project.write(
         main="class Carry:\n    def carried(self, layer, x): return x\n"
@@ -201,26 +228,6 @@ def test_a_function_that_only_returns_its_argument_is_its_argument(project: Proj
         "    return carry.carried(0, loud(seen)), carry.carried(loud(seen), 2), seen\n"
     )
     assert run(project.amalgamate()) == (5, 2, [1, 1])
-
-
-def test_attributes_of_a_class_that_nothing_reads_go(project: Project) -> None:
-    project.write(
-        main="class Layer:\n    fused = None\n    width = 2\n"
-        "    def run(self, x):\n        return self.fused(x) if self.fused is not None else x * self.width\n"
-        "def main():\n    return Layer().run(3)\n"
-    )
-    source_of(project.amalgamate(), 6, gone=("fused",))
-
-
-def test_a_list_of_one_value_is_that_value_wherever_it_is_read(project: Project) -> None:
-    project.write(
-        main="class Known: pass\n"
-        "class Model:\n    def controls(self, place): return None\n"
-        "    def width(self, layer, seen):\n        unread: int = layer\n"
-        "        return [3, 3][layer] if self.controls(layer) is None else seen.pop()\n"
-        "def main():\n    return [Model().width(layer, []) for layer in range(2)], [[1, 2][i] for i in range(2)]\n"
-    )
-    source_of(project.amalgamate(), ([3, 3], [1, 2]), gone=("controls", "unread", "[3, 3]"))
 
 
 def test_looking_at_a_librarys_objects_warns_of_nothing() -> None:
