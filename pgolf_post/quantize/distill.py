@@ -39,6 +39,8 @@ from pgolf_post.quantize.tensor import QuantizedModel, widen
 
 STAGE_VERSION = 1
 BETAS = (0.9, 0.99)
+LOWER_RATE = "pgolf-post requant --set distill.learning_rate=…, a lower one; or leave --distill out"
+VERIFY = "pgolf-post checkpoint verify   (does the unquantized model score as it was saved?)"
 READING_TOKENS = {"cpu": 0, "cuda": 32768}  # of a batch where nothing learns, if the settings' own are fewer
 
 
@@ -48,6 +50,12 @@ class Losses:
 
     kl: float  # KL(reference ‖ quantized), nats
     nats: float  # of the text's own next tokens
+
+    def require_finite(self, when: str, hint: str) -> Losses:
+        """Return these losses. Raises NumericsError if they are not finite."""
+        if not (math.isfinite(self.kl) and math.isfinite(self.nats)):
+            raise NumericsError(f"the held-out loss {when} is not finite", hint=hint)
+        return self
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,12 @@ def distill(
     with progress_bar("the reference's hidden states", sum(map(len, windows)), "windows") as advance:
         tune_text, held_out = (work.with_reference(part, advance) for part in windows)
     # Tune, round as stored, and compare on held-out text.
-    first = work.losses(held_out)
+    first = work.losses(held_out).require_finite("before distillation", VERIFY)
     with progress_bar("distilling", settings.steps, "steps") as advance:
         work.tune(tune_text, advance)
     tuned = work.stored()
     work.load(tuned)
-    last = work.losses(held_out)
+    last = work.losses(held_out).require_finite("after distillation", LOWER_RATE)
     kept = last.kl < first.kl and last.nats < first.nats
     worse = " and ".join(name for name in ("kl", "nats") if getattr(last, name) >= getattr(first, name))
     reason = "" if kept else f"held-out {worse} did not fall: the values are as they were"
@@ -218,13 +226,11 @@ class _Work:
 
     @torch.no_grad()
     def losses(self, held_out: ReferenceText) -> Losses:
-        """Return the quantized model's losses, summed in float64. Raises NumericsError if they are not finite."""
+        """Return the quantized model's losses, summed in float64."""
         sums = np.zeros(2)
         size = self._batch_windows(held_out.tokens.size(1), READING_TOKENS[self.device.type])
         for batch in torch.arange(len(held_out)).split(size):
             sums += [float(loss) * len(batch) for loss in self._loss(held_out, batch)]
-        if not np.isfinite(sums).all():
-            raise NumericsError("the held-out loss is not finite", hint="--set distill.learning_rate=…, a lower one")
         return Losses(*(sums / len(held_out)).tolist())
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -252,7 +258,7 @@ def to_stored(name: str, values: Tensor, like: np.ndarray) -> np.ndarray:
         largest = float(values.abs().max())
         raise NumericsError(
             f"{name}: distillation brought it to {largest:.4g}, which {str(kind).removeprefix('torch.')} cannot hold",
-            hint="--set distill.learning_rate=…, a lower one",
+            hint=LOWER_RATE,
         )
     array: np.ndarray = (rounded.view(torch.uint16) if kind is torch.bfloat16 else rounded).contiguous().numpy()
     return array

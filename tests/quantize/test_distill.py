@@ -125,6 +125,15 @@ def test_bfloat16_stays_bfloat16_and_overflow_names_the_tensor(view: View, stats
         to_stored("q_gain", torch.tensor([7e4]), np.zeros(1, np.float16))
 
 
+def test_a_rate_is_blamed_for_a_loss_only_after_steps_at_that_rate(
+    view: View, model: QuantizedModel, text: CalibrationSet
+) -> None:
+    broken = {name: np.full_like(array, np.nan) for name, array in model.passthrough.items()}
+    with pytest.raises(NumericsError, match="held-out loss before distillation is not finite") as caught:
+        distill(dataclasses.replace(model, passthrough=broken), view, text, SETTINGS)
+    assert "learning_rate" not in str(caught.value.hint)
+
+
 def test_validation_text_is_refused(view: View, stats: Stats, pico_data: DataFolder) -> None:
     plan = read_plan("sdclip-1394", ["distill.tokens=640"])
     with pytest.raises(SettingsError, match="validation text is refused"):

@@ -176,8 +176,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_intact(
     with torch.no_grad():
         trainer.model.blocks[0].mlp.proj.weight.fill_(float("nan"))
     trainer.state.phases.pending.pop("init")
-    with pytest.raises(NumericsError, match="training loss is nan at step 0"):
+    with pytest.raises(NumericsError, match="training loss is nan at step 0") as caught:
         trainer.run()
+    assert ("run.precision" in str(caught.value.hint)) == (trainer.state.autocast is not None)
 
 
 def test_gradient_accumulation_is_the_same_step(tmp_path: Path, pico_data: DataFolder) -> None:

@@ -16,7 +16,7 @@ from pgolf_post.settings import parse_settings
 from tests.conftest import pico_recipe
 from trainer.config import RunSettings
 from trainer.run.loop import Trainer, WorseRun
-from trainer.run.norm_alarm import NormAlarm
+from trainer.run.norm_alarm import NormAlarm, hint_of_divergence
 
 
 def alarm(**settings: Any) -> NormAlarm:
@@ -44,6 +44,12 @@ def test_a_norm_that_is_no_number_is_above_every_limit() -> None:
     for norm in (float("nan"), float("inf")):
         with pytest.raises(NumericsError, match=f"gradient norm is {norm} at step 0"):
             heard(alarm(grad_norm_limit=1e30), [norm])
+
+
+def test_a_higher_precision_is_advised_where_there_is_one() -> None:
+    assert "run.precision=fp32" in hint_of_divergence(torch.bfloat16)
+    assert "precision" not in hint_of_divergence(None)
+    assert "optim.matrix_lr" in hint_of_divergence(None)
 
 
 def test_a_stop_without_a_limit_is_refused() -> None:

@@ -31,7 +31,7 @@ from trainer.model.attention_backends import warning_of
 from trainer.run.background import BackgroundWriter
 from trainer.run.log import LOG_FILE, StepClock, append_line, step_line
 from trainer.run.measuring import measure_reserve
-from trainer.run.norm_alarm import NormAlarm
+from trainer.run.norm_alarm import NormAlarm, hint_of_divergence
 from trainer.run.phase_times import PHASE_TIMES_FILE, PhaseTimes, show_phase_times, write_phase_times
 from trainer.run.phases import INTERRUPTED, PERIODIC, STOPPED_EARLY
 from trainer.run.resuming import restore
@@ -127,7 +127,7 @@ class Trainer:
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
         self.meta_ttt = MetaTTT(recipe.meta_ttt, self.gradients) if recipe.meta_ttt else None
         self.rounding = WeightRounding(self.model, recipe.qat, recipe.run.seed) if recipe.qat else None
-        self.norm_alarm = NormAlarm(recipe.run)
+        self.norm_alarm = NormAlarm(recipe.run, autocast)
         self.too_steep: dict[str, Any] | None = None  # facts of a gradient norm that ends the run
         self.minimised = math.nan  # the objective of the last step, where that is not its nats
         shape, isolated = (micro_tokens // recipe.data.seq_len, recipe.data.seq_len), recipe.model.isolate_documents
@@ -311,7 +311,7 @@ class Trainer:
             raise NumericsError(
                 f"training loss is {self.minimised if math.isfinite(loss) else loss} at step {state.step}; "
                 f"earlier checkpoints in {state.run_dir} are intact",
-                hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
+                hint=hint_of_divergence(state.autocast),
             )
         state.step += 1
         if above:

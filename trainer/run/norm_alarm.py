@@ -17,10 +17,17 @@ from pgolf_post.errors import NumericsError
 from trainer.config import RunSettings
 
 
+def hint_of_divergence(autocast: torch.dtype | None) -> str:
+    """Return what to change of a run that diverged; its precision only where it computes in less than float32."""
+    precision = ", or raise precision with --set run.precision=fp32"
+    return f"lower optim.matrix_lr or optim.embed_lr{precision if autocast else ''}"
+
+
 class NormAlarm:
     """The limit of a run, and whether the step before was above it."""
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, autocast: torch.dtype | None = None) -> None:
+        self.autocast = autocast
         self.limit, self.stops = settings.grad_norm_limit, settings.grad_norm_stop
         self.was_above = False
 
@@ -40,7 +47,7 @@ class NormAlarm:
         if not math.isfinite(norm):
             raise NumericsError(
                 f"gradient norm is {norm} at step {step:,}; earlier checkpoints of the run are intact",
-                hint="lower optim.matrix_lr or optim.embed_lr, or raise precision with --set run.precision=fp32",
+                hint=hint_of_divergence(self.autocast),
             )
         shown = f"{norm:.4g}" if norm > float(self.limit or 0) else "of another rank"
         reason = f"gradient norm {shown} at step {step:,} is above run.grad_norm_limit {self.limit:g}"
