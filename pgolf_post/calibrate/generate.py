@@ -9,9 +9,9 @@ number of processes writes the same text. Batches are saved as they are written:
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from pgolf_post.families import load_module
 SELFTEXT = Stage("selftext", 1, "tokens.safetensors")
 WINDOWS_AT_ONCE = 32
 SAVE_SECONDS = 20.0  # between two saves of what was written
+SAVED = "[!.]*.safetensors"  # names of saved batches, without those that are being written
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ class WrittenBatches:
     def resume(self) -> dict[int, Tensor]:
         """Return the batches that were written before; those of a file not of use, said aloud, are written again."""
         written: dict[int, Tensor] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob(SAVED)):
             try:
                 facts, batches = read_partial(path)
                 if facts.get("windows_at_once") != WINDOWS_AT_ONCE:
@@ -125,8 +126,11 @@ class WrittenBatches:
             self.unsaved, self.saved_at = {}, time.perf_counter()
 
     def remove(self) -> None:
-        """Delete all files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all files, and the folder unless another process is saving its batches of the same text there."""
+        for path in self.folder.glob(SAVED):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or another process removed it
+            self.folder.rmdir()
 
 
 def _write_share(
