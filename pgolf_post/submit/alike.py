@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from pgolf_post.submit.facts import SCALARS, UNKNOWN
-from pgolf_post.submit.sources import Definition, walk
+from pgolf_post.submit.sources import Definition
 from pgolf_post.submit.syntax import assignments, is_own_attribute
+from pgolf_post.submit.trees import walk
 
 
 class Alike:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pgolf_post.submit.facts import UNKNOWN
-from pgolf_post.submit.sources import Definition, bound_names, is_address, walk
+from pgolf_post.submit.sources import Definition, is_address
+from pgolf_post.submit.trees import bound_names, walk
 
 LEFT_ALONE = ("forward",)  # called through __call__
 REMAKERS = ("_replace", "replace", "dataclasses:replace", "types:SimpleNamespace")

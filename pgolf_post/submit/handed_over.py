@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pgolf_post.errors import MismatchError
 from pgolf_post.submit.facts import Facts
 from pgolf_post.submit.reduce import is_known_object
-from pgolf_post.submit.sources import Definition, walk
+from pgolf_post.submit.sources import Definition
+from pgolf_post.submit.trees import walk
 
 
 def check_known(reached: Mapping[str, Definition], facts: Facts) -> None:

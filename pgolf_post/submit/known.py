@@ -23,8 +23,9 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit.alike import Alike
 from pgolf_post.submit.calls import base_names, called
 from pgolf_post.submit.facts import UNKNOWN, ByName, Facts, Instance, Partly, Scope, World, plain, unchanging
-from pgolf_post.submit.sources import Definition, Sources, is_address, parameters, walk
+from pgolf_post.submit.sources import Definition, Sources, is_address
 from pgolf_post.submit.syntax import acts, assignments, has_fields, is_own_attribute, is_stored
+from pgolf_post.submit.trees import parameters, walk
 
 CONSTANT_PARAMETERS = "constant_parameters"  # attribute of a function's node: parameter → value of every call
 

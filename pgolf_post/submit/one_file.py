@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from pgolf_post.submit.reach import Reach, names_read
 from pgolf_post.submit.reduce import copied
-from pgolf_post.submit.sources import Definition, Transformer, is_address, parameters, walk
+from pgolf_post.submit.sources import Definition, is_address
+from pgolf_post.submit.trees import Transformer, parameters, walk
 
 HEADER = "from __future__ import annotations\n"
 

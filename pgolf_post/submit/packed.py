@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 
 from pgolf_post.pack.script import PackedScript, pack_source
-from pgolf_post.submit.sources import walk
+from pgolf_post.submit.trees import walk
 
 KEPT = ("main",)  # all other globals may have short names: nobody imports the script
 

@@ -17,8 +17,9 @@ from pgolf_post.submit.facts import settings_class
 from pgolf_post.submit.foreign import foreign_names
 from pgolf_post.submit.known import Evaluator
 from pgolf_post.submit.reduce import Reducer, copied
-from pgolf_post.submit.sources import Definition, Sources, children, is_address, name_of, walk
+from pgolf_post.submit.sources import Definition, Sources, is_address
 from pgolf_post.submit.syntax import acts, assignments, has_fields
+from pgolf_post.submit.trees import children, name_of, walk
 from pgolf_post.submit.trim import trim
 from pgolf_post.submit.world import constant_world
 

@@ -8,21 +8,19 @@ an assertion, so that a rule that is broken still stops the program: `if wrong: 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import functools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import called
-from pgolf_post.submit.facts import MOST_ITEMS, SCALARS, UNKNOWN, Partly, Scope
+from pgolf_post.submit.facts import UNKNOWN, Partly, Scope
 from pgolf_post.submit.known import Evaluator
-from pgolf_post.submit.sources import Definition, Transformer, address, is_address, parameters, walk
+from pgolf_post.submit.literals import literal
+from pgolf_post.submit.sources import Definition, is_address
 from pgolf_post.submit.syntax import acts, assignments
+from pgolf_post.submit.trees import Transformer, copied_tree, parameters, walk
 
 EMPTY = (ast.Pass,)
-SHARED = (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)  # by all trees: Python makes one of each
 KNOWN_OBJECT = "known"  # mark of a None that stands for a known object
 
 
@@ -126,7 +124,7 @@ class _Reduction(Transformer):
         node.args.kw_defaults = [each and self.visit(each) for each in node.args.kw_defaults]
         outer = self.scope
         for name in _unset_at_first(node):
-            trial = _copied(node)
+            trial = copied_tree(node)
             self._reduce_body(trial, outer, {name: None}, keep_unread=True)
             if all(isinstance(each, ast.Constant) and each.value is None for each in _values_of(trial, name)):
                 node.body = trial.body
@@ -250,59 +248,6 @@ class _Reduction(Transformer):
         return [node]
 
 
-def literal(value: Any, records: bool = False) -> ast.expr | None:
-    """Return a value as source: scalars, tuples, lists, dicts, functions of modules, partials of them; else None.
-
-    With `records`, also dataclasses and settings, as calls of their classes.
-    """
-    if isinstance(value, SCALARS):
-        is_special = isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
-        return None if is_special else _constant(value)
-    if isinstance(value, (tuple, list)) and len(value) <= MOST_ITEMS:
-        items = [literal(item, records) for item in value]
-        if any(item is None for item in items):
-            return None
-        kind = ast.Tuple if isinstance(value, tuple) else ast.List
-        return kind([item for item in items if item is not None], ast.Load())
-    if type(value) is dict and len(value) <= MOST_ITEMS:
-        keys, values = [literal(key) for key in value], [literal(item, records) for item in value.values()]
-        return None if None in keys or None in values else ast.Dict(keys, values)  # type: ignore[arg-type]
-    if isinstance(value, FunctionType) and value.__qualname__.isidentifier():
-        return ast.Name(address(value.__module__, value.__qualname__), ast.Load())
-    if isinstance(value, functools.partial) and not value.args:
-        function = literal(value.func)
-        named = {key: literal(item) for key, item in value.keywords.items()}
-        if function is None or None in named.values():
-            return None
-        if not named:
-            return function
-        keywords = [ast.keyword(key, item) for key, item in named.items() if item is not None]
-        return ast.Call(ast.Name(address("functools", "partial"), ast.Load()), [function], keywords)
-    return _record(value) if records else None
-
-
-def _record(value: Any) -> ast.expr | None:
-    """Return a dataclass or settings object as a call of its class."""
-    if isinstance(value, Settings):
-        named = {name: getattr(value, name) for name in type(value).model_fields}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        return None
-    written = {name: literal(item, records=True) for name, item in named.items()}
-    if None in written.values():
-        return None
-    keywords = [ast.keyword(name, item) for name, item in written.items() if item is not None]
-    return ast.Call(ast.Name(address(type(value).__module__, type(value).__qualname__), ast.Load()), [], keywords)
-
-
-def _constant(value: Any) -> ast.expr:
-    """Return a constant; negative numbers as Python's grammar has them."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
-    return ast.Constant(value)
-
-
 def _is_read(node: ast.expr) -> bool:
     return isinstance(getattr(node, "ctx", ast.Load()), ast.Load) and not isinstance(node, (ast.Starred, ast.Slice))
 
@@ -369,16 +314,4 @@ def _values_of(node: ast.FunctionDef, name: str) -> list[ast.expr | None]:
 
 def copied(definition: Definition) -> Definition:
     """Return a definition whose tree can be changed."""
-    return Definition(definition.module, definition.names, definition.order, _copied(definition.node))
-
-
-def _copied(part: Any) -> Any:
-    """Return a copy of a tree down to its constants: a tenth of the time of `copy.deepcopy`."""
-    if isinstance(part, list):
-        return [_copied(each) for each in part]
-    if not isinstance(part, ast.AST) or isinstance(part, SHARED):
-        return part
-    new, own = type(part)(), vars(part)
-    vars(new).update({name: value for name, value in own.items() if not isinstance(value, (ast.AST, list))})
-    vars(new).update({name: _copied(own[name]) for name in part._fields if name in own})
-    return new
+    return Definition(definition.module, definition.names, definition.order, copied_tree(definition.node))

@@ -12,16 +12,20 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from pgolf_post.errors import MismatchError
+from pgolf_post.submit.trees import (
+    Function,
+    Transformer,
+    bound_names,
+    parameters,
+    walk,
+)
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 BUILTINS = frozenset(dir(builtins)) | {"__file__", "__name__"}
 
 
@@ -157,53 +161,6 @@ def _source_path(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def children(node: ast.AST) -> list[ast.AST]:
-    """Return what `ast.iter_child_nodes` yields, in its order and a third of its time."""
-    found: list[ast.AST] = []
-    own = node.__dict__
-    for name in node._fields:
-        value = own.get(name)
-        if isinstance(value, ast.AST):
-            found.append(value)
-        elif isinstance(value, list):
-            found += [each for each in value if isinstance(each, ast.AST)]
-    return found
-
-
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what `ast.walk` yields, in its order."""
-    todo = [node]
-    for each in todo:  # which grows
-        todo += children(each)
-        yield each
-
-
-class Transformer(ast.NodeTransformer):
-    """An `ast.NodeTransformer` that goes through fields as fast as `children` does."""
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        own = node.__dict__
-        for name in node._fields:
-            value = own.get(name)
-            if isinstance(value, list):
-                new: list[Any] = []
-                for each in value:
-                    if not isinstance(each, ast.AST):
-                        new.append(each)
-                    elif isinstance(visited := self.visit(each), ast.AST):
-                        new.append(visited)
-                    elif visited is not None:
-                        new += visited
-                value[:] = new
-            elif isinstance(value, ast.AST):
-                visited = self.visit(value)
-                if visited is None:
-                    delattr(node, name)
-                else:
-                    setattr(node, name, visited)
-        return node
-
-
 def _statements(body: list[ast.stmt]) -> Iterable[ast.stmt]:
     """Yield top-level statements, those under `if TYPE_CHECKING` included."""
     for node in body:
@@ -211,45 +168,6 @@ def _statements(body: list[ast.stmt]) -> Iterable[ast.stmt]:
             yield from _statements(node.body)
         else:
             yield node
-
-
-def bound_names(node: ast.AST) -> list[str]:
-    """Return the names that a statement binds where it stands, in order; not those bound inside functions of it."""
-    names: dict[str, None] = {}
-
-    def visit(part: ast.AST) -> None:
-        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names[part.name] = None
-        elif isinstance(part, (ast.Lambda, *COMPREHENSIONS)):
-            return
-        elif isinstance(part, ast.Name) and isinstance(part.ctx, (ast.Store, ast.Del)):
-            names[part.id] = None
-        elif isinstance(part, (ast.Import, ast.ImportFrom)):
-            names.update({alias.asname or alias.name.partition(".")[0]: None for alias in part.names})
-        elif isinstance(part, ast.ExceptHandler) and part.name:
-            names[part.name] = None
-            for child in children(part):
-                visit(child)
-        else:
-            for child in children(part):
-                visit(child)
-
-    visit(node)
-    return list(names)
-
-
-def name_of(node: ast.expr) -> str:
-    """Return the address of a base or decorator, without its arguments."""
-    while isinstance(node, (ast.Call, ast.Subscript)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def parameters(node: Function) -> list[ast.arg]:
-    """Return all parameters of a function."""
-    own = node.args
-    some = [*own.posonlyargs, *own.args, *own.kwonlyargs]
-    return some + [each for each in (own.vararg, own.kwarg) if each is not None]
 
 
 class _Resolver(Transformer):

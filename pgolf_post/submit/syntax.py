@@ -6,7 +6,8 @@ import ast
 from collections.abc import Iterable
 from typing import Any
 
-from pgolf_post.submit.sources import Definition, is_address, name_of, walk
+from pgolf_post.submit.sources import Definition, is_address
+from pgolf_post.submit.trees import name_of, walk
 
 NEEDS_FIELDS = ("dataclasses:dataclass",)
 

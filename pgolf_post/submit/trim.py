@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 
 from pgolf_post.submit.calls import Calls, closed_functions, is_made_otherwise, is_open
 from pgolf_post.submit.facts import settings_class
-from pgolf_post.submit.sources import Definition, name_of, walk
+from pgolf_post.submit.sources import Definition
 from pgolf_post.submit.syntax import acts, has_fields, inherits
+from pgolf_post.submit.trees import name_of, walk
 
 ARRAYS = ("ndarray", "torch:Tensor", "pgolf_post.calibrate.stats:Tensors")
 

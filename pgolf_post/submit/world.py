@@ -14,8 +14,9 @@ from pgolf_post.settings import Settings
 from pgolf_post.submit.calls import Calls, argument, closed_functions, is_made_otherwise, is_open
 from pgolf_post.submit.facts import SCALARS, UNKNOWN, Partly, World, settings_class
 from pgolf_post.submit.known import Evaluator
-from pgolf_post.submit.sources import Definition, is_address, name_of, walk
+from pgolf_post.submit.sources import Definition, is_address
 from pgolf_post.submit.syntax import assignments, has_fields, inherits, is_own_attribute
+from pgolf_post.submit.trees import name_of, walk
 
 SAME: Any = object()  # the attribute of the same name of another object
 PROPERTIES = ("property", "functools:cached_property")
