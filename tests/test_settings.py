@@ -18,7 +18,7 @@ from pgolf_post.errors import NotFoundError, SettingsError
 from pgolf_post.rules import GptqRule
 from pgolf_post.settings import Settings, apply_override, canonical_json, parse_settings, read_settings
 from trainer.config import DataSettings, Recipe
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 
 
 class Inner(Settings):

@@ -14,7 +14,7 @@ from pgolf_post.settings import LARGEST_SEED, Settings
 from trainer.model.architecture import ArchitectureSettings, ModelConfig
 from trainer.model.attention_backends import BackendChoice
 from trainer.model.token_kinds import reads_token_kinds
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 from trainer.run.stopping import StopSettings
 from trainer.schedule.functions import ScheduleSettings
 from trainer.schedule.stages import Stage, require_divisible, stages_of

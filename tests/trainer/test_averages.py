@@ -21,7 +21,7 @@ from pgolf_post.data import DataFolder
 from pgolf_post.errors import NotFoundError
 from tests.conftest import pico_recipe
 from trainer.optim.averages import PowerEMA, decay_acts_from, snapshots_due, warmup_decay
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 from trainer.run.loop import Trainer
 
 TRACKS: dict[str, dict[str, Any]] = {

@@ -150,7 +150,8 @@ import torch
 from torch import nn
 from pgolf_post.base.ranks import end_process
 from trainer.step.distributed import TrainingRanks
-from trainer.optim.optimizer import Optimizer, OptimSettings
+from trainer.optim.optimizer import Optimizer
+from trainer.optim.settings import OptimSettings
 
 ranks = TrainingRanks.join()
 rows = torch.arange(35.0, dtype=torch.float64).view(7, 5)

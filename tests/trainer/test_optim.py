@@ -26,7 +26,8 @@ from trainer.optim.muon import (
     narrow_iterations,
     orthogonalize,
 )
-from trainer.optim.optimizer import Optimizer, OptimSettings, assign_groups
+from trainer.optim.optimizer import Optimizer, assign_groups
+from trainer.optim.settings import OptimSettings
 from trainer.step.compiled import num_compiled_graphs
 from trainer.step.distributed import TrainingRanks, Transfer
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pgolf_post.errors import SettingsError
 from pgolf_post.settings import parse_settings
 from trainer.config import CheckpointSettings, DataSettings, Recipe
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 from trainer.run.phases import PhaseTracker, fraction_name
 from trainer.schedule.functions import (
     ScheduleSettings,

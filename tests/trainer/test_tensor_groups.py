@@ -19,7 +19,8 @@ from tests.conftest import pico_recipe
 from tests.trainer.test_distributed import farthest, recipe_file, recipe_of, train
 from tests.trainer.test_model import pico_model
 from trainer.optim.muon import Scheme, muon_updates
-from trainer.optim.optimizer import Optimizer, OptimSettings
+from trainer.optim.optimizer import Optimizer
+from trainer.optim.settings import OptimSettings
 from trainer.plan.dry_run import dry_run
 from trainer.run.loop import Trainer
 from trainer.schedule.step_times import StepTimes

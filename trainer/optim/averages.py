@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgolf_post.average.profiles import gamma_of, power_beta
 from pgolf_post.checkpoint import ViewName
 from pgolf_post.errors import NotFoundError
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 
 
 def _wide_copy(parameter: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from trainer.config import Recipe
 from trainer.model.architecture import ArchitectureSettings
-from trainer.optim.optimizer import OptimSettings
+from trainer.optim.settings import OptimSettings
 from trainer.optim.tensor_groups import freeze_moments
 from trainer.run.phases import PhaseTracker, Reached, boundaries
 from trainer.run.reserve import Reserve, estimate_reserve
