@@ -17,23 +17,23 @@ from pgolf_post.base.command_line import run_command
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     # stage: name: (module in pgolf_post.cli, one-line help), in pipeline order
     "Start": {
-        "demo": ("demo", "The whole pipeline on this machine, ending in four quantizers at one byte count."),
+        "demo": ("demo", "Run the whole pipeline on this machine, ending in four quantizers at one byte count."),
         "data": ("data", "Build, download, adopt or check a data folder (tokenizer + token shards)."),
-        "doctor": ("doctor", "Is this machine fit for a run? Software, GPUs, disk, data, speed; exit 4 on a failure."),
+        "doctor": ("doctor", "Check a machine before a run: software, GPUs, disk, data, speed; exit 4 on a failure."),
         "show": ("show", "Explain a path: what it is, where it came from, what can be done next."),
         "completion": ("completion", "Print the script that completes commands and options in bash, zsh or fish."),
     },
     "Checkpoints": {
-        "import": ("importer", "A foreign checkpoint file (flat, banked, int8, int6) → a native folder."),
-        "export": ("exporter", "A checkpoint → a public script's state dict."),
+        "import": ("importer", "Convert a foreign checkpoint file (flat, banked, int8, int6) to a native folder."),
+        "export": ("exporter", "Convert a checkpoint to a public script's state dict."),
         "checkpoint": ("checkpoint", "Verify or list checkpoints."),
     },
     "Look inside": {
         "diagnose": (
             "diagnose",
-            "Weights, activations, learned scalars in numbers; what is known as bad is marked.",
+            "Measure weights, activations and learned scalars; mark what is known as bad.",
         ),
-        "curves": ("curves", "Training curves laid over each other, from any log, with the noise of the difference."),
+        "curves": ("curves", "Lay training curves of any log over each other, with the noise of their difference."),
     },
     "Average": {
         "swa-blend": ("swa_blend", "Average a run's warm-down checkpoints into a new checkpoint."),
@@ -43,29 +43,35 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "calibrate": ("calibrate", "Collect the Hessians of every quantizable matrix; cached."),
         "prune": ("prune", "Zero the weights that matter least; bytes and bpb before and after."),
         "requant": ("requant", "Quantize, pack, size and (with --eval) score a checkpoint."),
-        "fit": ("fit", "The lowest loss at a given number of bytes: solves for every step size."),
-        "attribute": ("attribute", "Which tensors lose the most by being quantized: bpb and bytes of each group."),
-        "repack": ("repack", "A public script's compressed artifact → ours, the same weights in fewer bytes."),
+        "fit": ("fit", "Find the lowest loss at a given number of bytes by solving for every step size."),
+        "attribute": ("attribute", "Show which tensors lose the most by being quantized: bpb and bytes of each group."),
+        "repack": ("repack", "Convert a public script's compressed artifact to ours: the same weights in fewer bytes."),
     },
     "Bytes": {
-        "compress": ("compress", "The symbols of an artifact under every codec, side by side."),
-        "pack-code": ("pack_code", "A script → the self-extracting file that the convention counts."),
-        "export-decoder": ("export_decoder", "The decoder as a snippet for your own single-file script."),
+        "compress": ("compress", "Compress the symbols of an artifact by every codec, side by side."),
+        "pack-code": ("pack_code", "Compress a script to the self-extracting file that the convention counts."),
+        "export-decoder": ("export_decoder", "Write the decoder as a snippet for your own single-file script."),
         "size": ("size", "Count artifact + code bytes against the budget; exit 3 when over."),
     },
     "Score": {
-        "eval": ("evaluate", "Bits per byte of a checkpoint or an artifact: plain, sliding, test-time training."),
-        "compare": ("compare", "The difference between two scores, with its interval; the challenge's record rule."),
-        "audit": ("audit", "The challenge's rules as tests: causality, normalisation, score-once, bytes; exit 4."),
+        "eval": ("evaluate", "Score a checkpoint or an artifact in bits per byte: plain, sliding, test-time training."),
+        "compare": ("compare", "Subtract two scores, with an interval; apply the challenge's record rule."),
+        "audit": (
+            "audit",
+            "Test the challenge's rules: causality, normalisation, score-once, bytes; exit 4.",
+        ),
     },
     "Hand in": {
-        "submit": ("submit", "A record folder whose script runs by itself, made and proved; checks of anyone's."),
+        "submit": ("submit", "Make and prove a record folder whose script runs by itself; check anyone's."),
     },
     "Experiments and results": {
-        "plan-size": ("plan_size", "Which size of a recipe gives the lowest bpb in given bytes after given seconds."),
-        "sweep": ("sweep", "A question as a file: plan, run, rank and watch its trials; resumes after anything."),
-        "ledger": ("ledger", "What was done here: one table, its lineage, the best, notes; older logs."),
-        "report": ("report", "Runs, artifacts and sweeps as one HTML page: figures with tables, offline, live."),
+        "plan-size": (
+            "plan_size",
+            "Predict the size of a recipe with the lowest bpb in given bytes after given seconds.",
+        ),
+        "sweep": ("sweep", "Plan, run, rank and watch the trials of a question in one file; resume after anything."),
+        "ledger": ("ledger", "Show what was done here: trials, lineage, the best, notes; take over older logs."),
+        "report": ("report", "Show runs, artifacts and sweeps as one HTML page that needs no network, or live."),
         "cache": ("cache", "List, verify or prune derived results: sizes, ages, what made them."),
     },
 }

@@ -59,6 +59,15 @@ def test_help_imports_nothing_heavy_and_lists_every_command(tmp_path: Path) -> N
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_of_a_command_is_a_sentence_that_begins_with_its_verb(name: str) -> None:
+    line = COMMANDS[name][1]
+    assert line.split()[0] not in ("A", "The", "What", "Which", "Is", "How", "Runs,", "Bits", "Weights,", "Training")
+    assert line[0].isupper()
+    assert line.endswith(".")
+    assert "→" not in line
+
+
 HELP_SCRIPT = """
 import sys
 import pgolf_post.cli
