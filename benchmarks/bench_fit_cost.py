@@ -82,8 +82,8 @@ def steps(parts: Sequence[str] = ()) -> None:
         "diagonals: 8 states, one side": (Trellis(8, DIAGONALS), False),
         "diagonals: 64 states, one side": (Trellis(64, DIAGONALS), False),
         "diagonals: 8 states, both sides": (Trellis(8, DIAGONALS), True),
-        "diagonals: 64 states, both sides (the default)": (Trellis(64, DIAGONALS), True),
-        "diagonals: 256 states, both sides": (Trellis(256, DIAGONALS), True),
+        "diagonals: 64 states, both sides": (Trellis(64, DIAGONALS), True),
+        "diagonals: 256 states, both sides (the default)": (Trellis(256, DIAGONALS), True),
     }
     chosen = {name: trial for name, trial in trials.items() if not parts or any(part in name for part in parts)}
     if not chosen:

@@ -27,7 +27,7 @@ class FitSettings(PrecisionIdentity):
     weighted: float = Field(
         0.5, ge=0, le=1, description="Share of the Fisher-weighted Hessian; the rest is the plain one."
     )
-    trellis_states: int = Field(64, description="States of the trellis: 4, 8, 16 … 256; 0 rounds to a scalar grid.")
+    trellis_states: int = Field(256, description="States of the trellis: 4, 8, 16 … 256; 0 rounds to a scalar grid.")
     lane_rows: int = Field(
         0, ge=0, description="Rows after which a trellis restarts; 0 runs it along anti-diagonals, which is faster."
     )

@@ -33,7 +33,7 @@ NEAR = 0.015  # of the aim: closer than this only packing can tell
 ROUGHLY = 0.005  # of the aim, where predictions alone compare
 MOST_BUILDS = 16
 NUDGE = 2**0.125  # of c, for the slope of bits
-FEW_STATES = {True: 64, False: 8}  # by whether the trellis runs along diagonals: there 64 take no longer than 8
+FEW_STATES = 8  # of a trellis down the columns; along diagonals 256 take hardly longer than 8
 MOST_ROUGH = 4
 MOST_MIXES = 3
 LARGEST_STEP = 2.0  # octaves of c between builds
@@ -201,7 +201,8 @@ class Search:
     @property
     def _few_states(self) -> int:
         settings = self.builder.settings
-        return min(settings.trellis_states, FEW_STATES[settings.lane_rows == DIAGONALS])
+        states = settings.trellis_states
+        return states if settings.lane_rows == DIAGONALS else min(states, FEW_STATES)
 
     def _near(self, builds: Sequence[Build], aim: float) -> bool:
         """Whether few states have come near enough for all of them to go on, or too often not."""

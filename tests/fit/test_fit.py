@@ -186,7 +186,7 @@ def test_either_trellis_fills_the_budget_and_decodes(view: View, pico_data: Data
         assert np.array_equal(decoded.tensors[name], tensor.dequantize()), name
 
 
-@pytest.mark.parametrize(("lane_rows", "few"), [(512, 8), (0, 64)])  # along diagonals 64 take no longer than 8
+@pytest.mark.parametrize(("lane_rows", "few"), [(512, 8), (0, 256)])  # along diagonals all look
 def test_few_states_look_for_c_and_all_of_them_build_once_or_twice(fitter: Fitter, lane_rows: int, few: int) -> None:
     settings = SETTINGS.model_copy(update={"trellis_states": 64 if lane_rows else 256, "lane_rows": lane_rows})
     search = Search(Builder(fitter.view, fitter.stats, settings), fitter.kappa)
@@ -195,7 +195,7 @@ def test_few_states_look_for_c_and_all_of_them_build_once_or_twice(fitter: Fitte
     every = settings.trellis_states
     assert last == every
     assert set(others) <= {few, every}
-    assert others.count(every) <= 1
+    assert others.count(every) <= (1 if few < every else 2)
     assert {tensor.trellis.states for tensor in solution.model.quantized.values() if tensor.trellis} == {every}
 
 

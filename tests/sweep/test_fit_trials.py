@@ -25,7 +25,7 @@ from tests.sweep.conftest import Lab, by_name, spec_text
 
 BUDGET = 8000
 FIT = f'method = "fit"\nfit = {{budget = {BUDGET}, kappa_tokens = 256}}\n'
-STATES = f'question = "states?"\nnoise_repeats = 1\n{FIT}[grid]\nfit.trellis_states = [64, 8, 0]\n'
+STATES = f'question = "states?"\nnoise_repeats = 1\n{FIT}[grid]\nfit.trellis_states = [256, 8, 0]\n'
 MIXED = 'question = "plan or fit?"\nnoise_repeats = 0\nbaselines = []\n[[trials]]\nname = "fit"\n' + FIT
 
 
@@ -58,10 +58,10 @@ def test_what_cannot_act_is_refused(text: str, says: str, tmp_path: Path) -> Non
 
 
 def test_dotted_keys_are_fit_settings_everywhere(tmp_path: Path) -> None:
-    text = "method = 'fit'\nfit.budget = 2_000_000\n[grid]\nfit.trellis_states = [8, 64]\n[each]\nfit.kappa = ['off']\n"
+    text = "method = 'fit'\nfit.budget = 2_000_000\n[grid]\nfit.trellis_states = [8, 256]\n[each]\nfit.kappa = ['off']\n"
     trials = trials_of(text + "[[trials]]\nname = 'small'\nfit.budget = 1_000_000\nfit.floats = 'fp16'", tmp_path)
     named = {trial.name: trial.settings for trial in trials}
-    assert trials[0].name == "control (fit.trellis_states = 64)"  # its default: that point is the control itself
+    assert trials[0].name == "control (fit.trellis_states = 256)"  # its default: that point is the control itself
     assert named["fit.trellis_states = 8"].fit is not None
     assert named["fit.trellis_states = 8"].fit.budget == 2_000_000
     assert named["fit.trellis_states = 8"].fit.settings() == FitSettings(trellis_states=8)
@@ -84,7 +84,7 @@ def test_a_fit_is_a_trial_like_any_other(lab: Lab, pico_data: DataFolder, monkey
     """It fills its budget, is the artifact of `fit` itself, has a verdict and noise, and is found the second time."""
     state = lab.run(spec_text(STATES))
     rows = by_name(state)
-    control, scalar = rows["control (fit.trellis_states = 64)"], rows["fit.trellis_states = 0"]
+    control, scalar = rows["control (fit.trellis_states = 256)"], rows["fit.trellis_states = 0"]
     for row in (control, scalar, rows["fit.trellis_states = 8"], rows["noise 1"]):
         assert "error" not in row.result, row.result
         assert BUDGET - WINDOW_BYTES <= row.result["artifact_bytes"] <= BUDGET
