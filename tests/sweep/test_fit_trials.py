@@ -58,7 +58,7 @@ def test_what_cannot_act_is_refused(text: str, says: str, tmp_path: Path) -> Non
 
 
 def test_dotted_keys_are_fit_settings_everywhere(tmp_path: Path) -> None:
-    text = "method = 'fit'\nfit.budget = 2_000_000\n[grid]\nfit.trellis_states = [8, 256]\n[each]\nfit.kappa = ['off']\n"
+    text = "method = 'fit'\nfit.budget = 2000000\n[grid]\nfit.trellis_states = [8, 256]\n[each]\nfit.kappa = ['off']\n"
     trials = trials_of(text + "[[trials]]\nname = 'small'\nfit.budget = 1_000_000\nfit.floats = 'fp16'", tmp_path)
     named = {trial.name: trial.settings for trial in trials}
     assert trials[0].name == "control (fit.trellis_states = 256)"  # its default: that point is the control itself
