@@ -35,6 +35,7 @@ YOUNGER = {  # table → keys that recipes which were hashed did not have: left 
     "optim": ("newton_schulz_steps", "groups"),
     "schedule": ("clock", "stages"),
     "loss": ("focal_gamma_ramp", "future_tokens", "future_weight"),
+    "qat": ("bits", "rate", "every"),
 }
 
 

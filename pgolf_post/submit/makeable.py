@@ -29,6 +29,10 @@ def _started(key: str, value: str) -> Callable[[Any], str]:
     return lambda recipe: f'model.{key} = "{value}"' if getattr(recipe.model, key, None) == value else ""
 
 
+def _qat(settings: Any) -> str:
+    return f"qat.plan {settings.plan}" if settings.plan else f"qat.mode {settings.mode}"
+
+
 FROM_TEXT = " starts from the training text, which is not part of a script"
 
 LACKING = (
@@ -53,7 +57,7 @@ LACKING = (
         ": a script that trains does not adapt on the way",
     ),
     Lacking(
-        lambda recipe: f"qat.plan {recipe.qat.plan}" if recipe.qat is not None else "",
+        lambda recipe: _qat(recipe.qat) if recipe.qat is not None else "",
         ": a script that trains does not round weights on the way",
     ),
     Lacking(_started("qk_init", "cooccurrence"), FROM_TEXT, EVAL_FORM),

@@ -208,7 +208,7 @@ def test_two_processes_are_one_process(mode: str, pico_data: DataFolder, tmp_pat
     [
         ({"at": 1.0}, "at = 1.0: .*less than 1"),
         ({"at": -0.1}, "at = -0.1: .*greater than or equal to 0"),
-        ({"mode": "ste"}, "mode = 'ste': .*'round' or 'noise'"),
+        ({"mode": "ste"}, "mode = 'ste': .*'round', 'noise', 'fit' or 'rate'"),
         ({"plan": "sdclip-1395"}, "no plan named 'sdclip-1395'; presets: .*sdclip-1394"),
         (
             {"plan": "TRELLIS"},

@@ -31,6 +31,7 @@ from trainer.model.visits import visit_list
 from trainer.optim.optimizer import num_moments
 from trainer.plan.preflight import Finding
 from trainer.plan.timeline import Timeline
+from trainer.step.expecting_fit import num_curvature
 from trainer.step.future_heads import with_heads
 
 FIT = "fit"  # stands for a plan: the artifact fills the budget
@@ -185,6 +186,8 @@ def peak_bytes(
     averages = bool(optim.ema_decay) + (optim.swa_start is not None) + len(optim.power_ema_sigmas)
     averages += (recipe.qat is not None) + 2 * (recipe.meta_ttt is not None)  # copies that are put back
     states = total * (2 + averages) + num_moments(trained, optim)  # with weights and gradients
+    if recipe.qat and recipe.qat.plan is None:
+        states += total + num_curvature(model)  # noise, moments
     exact = max(FLOAT_BYTES, number)  # of weights, and of logits
     visits = visit_list(config, config.max_active_loops)
     hidden = sum(mlp_widths(config)[layer] for layer in visits)

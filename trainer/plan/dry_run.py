@@ -35,8 +35,7 @@ from trainer.step.future_heads import with_heads
 from trainer.step.loss import in_words
 from trainer.step.meta_ttt import require_halves
 from trainer.step.objective import Objective
-from trainer.step.qat import WeightRounding
-from trainer.step.qat import in_words as in_qat
+from trainer.step.qat import rounding_of
 
 
 def measure_times(recipe: Recipe) -> tuple[StepTimes, Reserve | None]:
@@ -147,8 +146,8 @@ def check_model(recipe: Recipe) -> list[str]:
     sizes = {name: parameter.numel() for name, parameter in trained.named_parameters()}
     for group in step_groups(trained, recipe.optim) if recipe.optim.groups else ():
         lines.append(f"optim.groups: {in_groups(group, sum(sizes[name] for name in group.names))}")
-    if recipe.qat:
-        lines.append(f"qat: {in_qat(WeightRounding(model, recipe.qat, recipe.run.seed))}")
+    if rounding := rounding_of(recipe, model):
+        lines.append(f"qat: {rounding.in_words()}")
     return lines
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +51,7 @@ from trainer.step.future_heads import future_heads
 from trainer.step.gradients import GradientAccumulator, micro_batch_tokens, training_autocast
 from trainer.step.meta_ttt import MetaTTT, require_halves
 from trainer.step.objective import Objective
-from trainer.step.qat import WeightRounding, facts_of
+from trainer.step.qat import facts_of, rounding_of
 from trainer.step.staged_batches import StagedSampler
 
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
@@ -126,7 +126,7 @@ class Trainer:
             objective = Objective(recipe.loss, recipe.model.num_heads, data, ranks.device, heads)
         self.gradients = GradientAccumulator(recipe, self.model, ranks, autocast, micro_tokens, objective)
         self.meta_ttt = MetaTTT(recipe.meta_ttt, self.gradients) if recipe.meta_ttt else None
-        self.rounding = WeightRounding(self.model, recipe.qat, recipe.run.seed) if recipe.qat else None
+        self.rounding = rounding_of(recipe, self.model, ranks)
         self.norm_alarm = NormAlarm(recipe.run, autocast)
         self.too_steep: dict[str, Any] | None = None  # facts of a gradient norm that ends the run
         self.minimised = math.nan  # the objective of the last step, where that is not its nats
@@ -147,7 +147,7 @@ class Trainer:
             else str(self.model.tok_emb.weight.dtype).replace("torch.float", "fp"),
             **({"init": self.start.facts()} if self.start else {}),
         }
-        self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts, heads)
+        self.state = RunState.begin(recipe, ranks, data, self.model, autocast, phase_times, facts, heads, self.rounding)
         self.state.schedule_clock = replace(clock or ScheduleClock(), name=recipe.schedule.clock)
         self.begin_stage()
         self.writer = BackgroundWriter(recipe.checkpoint.max_in_flight)
@@ -293,8 +293,7 @@ class Trainer:
         schedule, momentum = self.recipe.schedule, self.recipe.optim.momentum_for(state.step)
         if self.gradients.objective is not None:
             self.gradients.objective.move_to(at)
-        with self.rounding.during(state.step, at) if self.rounding else nullcontext():
-            loss_share = self._gradients_for(state.step)(self.sampler.step_batches(state.step, *self._batch_shape()))
+        loss_share, rate_share = self._backward(at)
         if self.recipe.optim.groups:
             state.optimizer.freeze(at)
         norm = state.optimizer.step(lr_multiplier(schedule, at), momentum, weight_decay_multiplier(schedule, at))
@@ -302,6 +301,8 @@ class Trainer:
 
         # All of the step is queued: reading its numbers is the one wait for the device.
         minimised = self.gradients.objective_share
+        if rate_share is not None:
+            minimised = rate_share + (loss_share if minimised is None else minimised)
         shares = () if minimised is None else (minimised,)
         above = self.norm_alarm.above(norm)
         loss, num_asked, *sums = self.ranks.sum_floats(loss_share, float(bool(self.asked)), *shares, *above)
@@ -326,6 +327,18 @@ class Trainer:
         state.clock.tick(state.train_seconds)
         return loss, float(norm)
 
+    def _backward(self, at: float) -> tuple[Tensor, Tensor | None]:
+        """Make the gradients of a step. Return this rank's shares of its mean nats, and of its rate where bits cost."""
+        step, (windows, windows_per_batch, *_) = self.state.step, self._batch_shape()
+        batches: Iterable[tuple[Tensor, Tensor]] = self.sampler.step_batches(step, *self._batch_shape())
+        if self.rounding is None:
+            return self._gradients_for(step)(batches), None
+        changed = self.gradients.twin.take_weights if self.gradients.twin else None
+        with self.rounding.during(step, at):
+            seen = self.rounding.batches(batches, step, windows // windows_per_batch, changed)
+            loss_share = self._gradients_for(step)(seen)
+        return loss_share, self.rounding.after_backward(step, at, self.state.place.stage.batch_tokens)
+
     def _gradients_for(self, step: int) -> Callable[[Iterable[tuple[Tensor, Tensor]]], Tensor]:
         """Return what makes the gradients of a step of its micro-batches."""
         return self.meta_ttt.accumulate if self.meta_ttt and self.meta_ttt.is_due(step) else self.gradients.accumulate
@@ -349,10 +362,15 @@ class Trainer:
 
     def _log(self, loss: float, norm: float, at: float) -> None:
         """Append a JSON line for this step, and every log_every steps tell the terminal."""
-        record = step_record(self.state, loss, self.minimised if self.gradients.objective else None, norm, at)
+        record = step_record(self.state, loss, self.minimised if self._minimises_more else None, norm, at)
         append_line(self.state.run_dir / LOG_FILE, record)
         if self.state.step % self.recipe.run.log_every == 0:
             say(step_line(record, at))
+
+    @property
+    def _minimises_more(self) -> bool:
+        """Whether steps minimise anything but plain nats."""
+        return self.gradients.objective is not None or bool(self.recipe.qat and self.recipe.qat.rate)
 
     def _close_phase_times(self) -> None:
         """Show where the time went and leave it in the run's folder."""

@@ -40,6 +40,8 @@ def restore(state: RunState, path: Path) -> None:
     if state.averages.power_ema:
         state.averages.power_ema.load_state(training, str(checkpoint.path))
     load_heads(state.heads, training)
+    if state.rounding:
+        state.rounding.load_state(training)
     # The graph, then position and clock.
     state.model.set_graph(GraphState(**checkpoint.config["graph"]))
     state.take_up(checkpoint)

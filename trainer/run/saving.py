@@ -61,8 +61,10 @@ def meta_of(state: RunState, phase: str) -> dict[str, Any]:
 
 def _qat_of(state: RunState) -> dict[str, Any]:
     """Return what is known of rounding on the way, and whether the next step is rounded; nothing where it is off."""
-    settings = state.recipe.qat
-    return {"qat": {**state.provenance["qat"], "acts": state.progress >= settings.at}} if settings else {}
+    rounding = state.rounding
+    if rounding is None:
+        return {}
+    return {"qat": {**state.provenance["qat"], **rounding.now(), "acts": rounding.acts(state.progress)}}
 
 
 def measure_view(state: RunState, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -132,7 +134,8 @@ def training_state(state: RunState) -> dict[str, Tensor] | None:
     if not state.recipe.checkpoint.optimizer_state:
         return None
     moments, power_ema = state.optimizer.state(), state.averages.power_ema
-    return {**moments, **(power_ema.state() if power_ema else {}), **state_of(state.heads)}
+    curvature = state.rounding.state() if state.rounding else {}
+    return {**moments, **(power_ema.state() if power_ema else {}), **state_of(state.heads), **curvature}
 
 
 def prepare_checkpoint(

@@ -31,6 +31,7 @@ from trainer.schedule.functions import active_loops_at, progress
 from trainer.schedule.stages import StagePlace, stage_at
 from trainer.step.distributed import TrainingRanks
 from trainer.step.future_heads import FutureHeads, WithHeads
+from trainer.step.qat import Rounding
 
 
 @dataclass
@@ -52,6 +53,7 @@ class RunState:
     provenance: dict[str, Any]  # facts for meta.json; the warm-up adds its own
     place: StagePlace  # the stage, and where it began
     heads: FutureHeads | None = None  # of later tokens, which the model does not have
+    rounding: Rounding | None = None  # that steps see, and its moments
     waits: Waits = field(default_factory=Waits)
     step: int = 0  # optimizer steps done
     train_seconds: float = 0.0  # spent of schedule.seconds, as its clock counts them
@@ -72,6 +74,7 @@ class RunState:
         phase_times: PhaseTimes,
         provenance: dict[str, Any],
         heads: FutureHeads | None = None,
+        rounding: Rounding | None = None,
     ) -> RunState:
         """Return the state before the first step of a new run."""
         trained = WithHeads(model, heads) if heads else model
@@ -90,6 +93,7 @@ class RunState:
             provenance=provenance,
             place=StagePlace(recipe.stages[0]),
             heads=heads,
+            rounding=rounding,
         )
 
     @property

@@ -5,6 +5,7 @@ the plan's grid makes of them, and are put back before the optimizer steps; so g
 weights, handed straight through (Bengio et al. 2013, arXiv:1308.3432). Steps Δ come from the weights of the moment, by
 the code that `requant` uses. With `mode = "noise"` the weights get uniform noise within ± Δ/2 instead (Fan et al. 2020,
 arXiv:2004.07320, in the sense of Baskin et al. 2018, arXiv:1804.10969), drawn by seed and step, the same on every rank.
+What `fit` will do follows no plan's grid: modes "fit" and "rate" are `trainer.step.expecting_fit`.
 
 The exchange happens outside the loss, in place, once a step: a compiled graph reads its weights as inputs, so it can
 not have kept others, and nothing is compiled again. It costs a rounding of all weights a step and one copy of them.
@@ -12,7 +13,7 @@ not have kept others, and nothing is compiled again. It costs a rounding of all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -29,10 +30,14 @@ from pgolf_post.quantize.rows import as_matrix
 from pgolf_post.quantize.rtn import round_to_nearest
 from pgolf_post.rules import GridRule, KeepRule
 from pgolf_post.settings import canonical_json
+from trainer.config import Recipe
 from trainer.family import GolfGPTFamily
 from trainer.model.gpt import GolfGPT
+from trainer.step.distributed import SINGLE_PROCESS, TrainingRanks
+from trainer.step.expecting_fit import FitExpectation, require_whole_gradients
 from trainer.step.qat_settings import QatSettings
 
+Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and targets, each (windows, seq_len)
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,13 +46,14 @@ class WeightRounding:
 
     def __init__(self, model: GolfGPT, settings: QatSettings, seed: int) -> None:
         """Plan every tensor. Raises NotFoundError or SettingsError for a plan that is unknown, or has no such grid."""
+        assert settings.plan is not None
         plan = read_plan(settings.plan)
         _require_scalar_grids(plan)
         self.settings, self.seed = settings, seed
         self.parameters = dict(model.named_parameters())
         self.entries = _entries(model, plan)
         self.facts = {
-            **settings.model_dump(mode="json"),
+            **settings.model_dump(mode="json", include={"at", "plan", "mode"}),
             "plan_sha256": sha256(canonical_json(plan.identity())).hexdigest(),
             "left_out": left_out(plan),
         }
@@ -83,6 +89,53 @@ class WeightRounding:
                     generators[weight.device] = torch.Generator(weight.device).manual_seed(int(seeds[0] >> 1))
                 noisy[entry.name] = with_noise(entry, weight, generators[weight.device])
         return noisy
+
+    def batches(self, batches: Batches, *_: Any) -> Batches:
+        """Return the micro-batches of a step as they are: all of them see the same weights."""
+        return batches
+
+    def after_backward(self, *_: Any) -> None:
+        """Leave the gradients as they are."""
+
+    def acts(self, at: float) -> bool:
+        """Return whether a step from this progress sees other weights."""
+        return at >= self.settings.at
+
+    def now(self) -> dict[str, Any]:
+        """Return for meta.json what changes on the way: nothing."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs: nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` returned."""
+
+    def in_words(self) -> str:
+        """Return in one line what the steps see."""
+        settings, names = self.settings, self.facts["left_out"]
+        count = sum(isinstance(entry.rule, GridRule) for entry in self.entries)
+        seen = "rounded to the grid" if settings.mode == "round" else "with noise of one step"
+        without = f", without its {', '.join(names)}" if names else ""
+        return f"from progress {settings.at:g} on {count} tensors are {seen} of plan {settings.plan}{without}"
+
+
+Rounding = WeightRounding | FitExpectation
+
+
+def rounding_of(recipe: Recipe, model: GolfGPT, ranks: TrainingRanks = SINGLE_PROCESS) -> Rounding | None:
+    """Return what a recipe's steps see of later rounding; None where that is off.
+
+    Raises NotFoundError or SettingsError for a plan that is unknown or has no such grid, and for what cannot act.
+    """
+    settings = recipe.qat
+    if settings is None:
+        return None
+    if settings.plan is not None:
+        return WeightRounding(model, settings, recipe.run.seed)
+    require_whole_gradients(recipe.meta_ttt is not None)
+    return FitExpectation(model, settings, recipe.run.seed, ranks)
 
 
 def _entries(model: GolfGPT, plan: Plan) -> list[TensorPlan]:
@@ -139,15 +192,6 @@ def _require_scalar_grids(plan: Plan) -> None:
                 )
 
 
-def in_words(rounding: WeightRounding) -> str:
-    """Return in one line what the steps see."""
-    settings, names = rounding.settings, rounding.facts["left_out"]
-    count = sum(isinstance(entry.rule, GridRule) for entry in rounding.entries)
-    seen = "rounded to the grid" if settings.mode == "round" else "with noise of one step"
-    without = f", without its {', '.join(names)}" if names else ""
-    return f"from progress {settings.at:g} on {count} tensors are {seen} of plan {settings.plan}{without}"
-
-
-def facts_of(rounding: WeightRounding | None) -> dict[str, Any]:
+def facts_of(rounding: Rounding | None) -> dict[str, Any]:
     """Return what meta.json says of it; nothing where it is off."""
     return {} if rounding is None else {"qat": rounding.facts}
