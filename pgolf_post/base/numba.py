@@ -1,4 +1,4 @@
-"""Compiled inner loops, and the choice between them and plain ones: the same symbols in a hundredth of the time.
+"""Compiled inner loops, and the choice between them and plain ones: the same symbols, up to a thousand times as fast.
 
 numba compiles a loop when it is first called and keeps the machine code on disk, so that the next process loads it in
 no time: beside the source where that folder can be written, else in the user's cache folder, else not at all. A full
@@ -28,7 +28,8 @@ def has_numba() -> bool:
     try:
         import numba  # noqa: F401
     except Exception as error:  # a damaged install can fail in any way
-        say(f"numba cannot be loaded ({error}): plain loops run instead, 100 times slower; next: {REINSTALL}")
+        cost = "plain loops run instead, up to a thousand times slower"
+        say(f"numba cannot be loaded ({error}): {cost}; next: {REINSTALL}")
         return False
     return True
 

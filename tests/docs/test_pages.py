@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+import pgolf_post
 from pgolf_post.cli import cli
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,14 @@ def test_every_documented_module_is_on_one_page_of_the_api() -> None:
     listed = [name for modules in site.api_pages().values() for name in modules]  # type: ignore[attr-defined]
     assert len(listed) == len(set(listed))
     assert {"pgolf_post.checkpoint", "pgolf_post.pack.coder.rans", "trainer.optim.muon"} <= set(listed)
+
+
+def test_the_index_of_the_api_has_a_row_for_every_page_and_every_function() -> None:
+    index, pages = (DOCS / "api" / "index.md").read_text("utf-8"), load_site_pages().api_pages()  # type: ignore[attr-defined]
+    assert [page for page in pages if f"]({page}.md)" not in index] == []
+    functions = [name for name in pgolf_post.__all__ if name.islower()]
+    assert len(functions) > 15
+    assert [name for name in functions if f"| `pg.{name}(" not in index and f", `pg.{name}(" not in index] == []
 
 
 def test_help_texts_keep_their_examples_as_code() -> None:

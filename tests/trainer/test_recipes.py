@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import trainer
+from pgolf_post.families import on_no_device
 from pgolf_post.settings import read_settings
 from trainer.config import YOUNGER, Recipe
 from trainer.model.architecture import GraphState
@@ -40,7 +40,7 @@ def test_every_shipped_recipe_is_listed_here() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_builds_a_model_of_the_size_it_says(name: str) -> None:
     recipe, (vocab_size, expected, _) = shipped(name), SHIPPED[name]
-    with torch.device("meta"):
+    with on_no_device():
         model = GolfGPT(recipe.model_config_for(vocab_size), GraphState(active_loops=recipe.model.max_active_loops))
         optimizer = Optimizer(model, recipe.optim)
     parameters = sum(parameter.numel() for parameter in model.parameters())

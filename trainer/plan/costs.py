@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.data import DataFolder
+from pgolf_post.families import on_no_device
 from pgolf_post.fit.forecast import Forecast, bits_left, fitted_bytes, forecast
 from pgolf_post.pack.report.size import BUDGET_BYTES, count_code
 from pgolf_post.plan import read_plan
@@ -91,7 +92,7 @@ def costs_of(timeline: Timeline, wanted: Wanted) -> Costs | None:
     recipe = timeline.recipe
     if not recipe.data.dir.is_dir():
         return None
-    with torch.device("meta"):
+    with on_no_device():
         config = recipe.model_config_in(DataFolder.open(recipe.data.dir))
         model = GolfGPT(config, GraphState(active_loops=recipe.model.max_active_loops))
     family = GolfGPTFamily()
