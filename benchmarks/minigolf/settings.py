@@ -1,8 +1,8 @@
 """A round as a TOML file: what is trained, how it is rounded, by what protocols it is scored, and the budgets.
 
 Budgets are those of a whole round. `--scale 0.1` plays a tenth of it: of the seconds, of every number of tokens that is
-read after training, and of the steps that the recipe counts from its start. The bytes stay what they are, and the
-text that is scored is the scale's share of the original bytes, whatever the tokenizer.
+read after training, and of the steps that the recipe counts (Muon's momentum warm-up, the horizon of the EMA). The
+bytes stay what they are; the text that is scored is the share of the original bytes, whatever the tokenizer.
 """
 
 from __future__ import annotations

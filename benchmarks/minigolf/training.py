@@ -76,11 +76,19 @@ class Training:
             "metric": "final",
             "metric_tokens": METRIC_WINDOWS * int(data.get("seq_len", WINDOW_TOKENS)) + 1,
         }
-        if steps := tree.get("optim", {}).get("momentum_warmup_steps"):
-            tree["optim"]["momentum_warmup_steps"] = max(1, round(steps * self.scale))
+        tree["optim"] = {**tree.get("optim", {}), **self._of_as_large_a_share(tree.get("optim", {}))}
         for table, key in (("run", "name"), ("run", "checkpoint_root"), ("data", "dir")):
             tree[table].pop(key, None)
         return tree
+
+    def _of_as_large_a_share(self, optim: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what counts steps, so that it keeps its share of a run of fewer steps."""
+        own: dict[str, Any] = {}
+        if steps := optim.get("momentum_warmup_steps"):
+            own["momentum_warmup_steps"] = max(1, round(steps * self.scale))
+        if decay := optim.get("ema_decay"):
+            own["ema_decay"] = round(float(decay) ** (1 / self.scale), 6)
+        return own
 
     @cached_property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from benchmarks.minigolf.rows import OVERRUN, ROWS_FILE, grouped, keep_line, rea
 from benchmarks.minigolf.settings import Round, read_round, scaled_tokens
 from benchmarks.minigolf.spending import Account, Children, SpentError
 from benchmarks.minigolf.text import scored_text
+from benchmarks.minigolf.training import Training
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.cli import cli
 from pgolf_post.data import DataFolder
@@ -196,6 +197,16 @@ def test_every_round_of_ours_can_be_trained(pico_data: DataFolder) -> None:
         whole = {**recipe, "data": {**recipe["data"], "dir": str(pico_data.path)}, "checkpoint": {}}
         parse_settings(Recipe, {**whole, "schedule": {**recipe["schedule"], "seconds": 1.0}}, path.name)
         assert wanted.rounding.reserve_seconds + wanted.rounding.fixed_seconds < wanted.budget.train_seconds
+
+
+def test_what_counts_steps_keeps_its_share_of_a_shorter_run(tmp_path: Path, pico_data: DataFolder) -> None:
+    path = write_round(tmp_path)
+    wanted, recipe = read_round(path)
+    recipe["optim"] = {**recipe["optim"], "momentum_warmup_steps": 40, "ema_decay": 0.99}
+    whole, half = (Training(wanted, recipe, pico_data, tmp_path, 1, s, Calls()).settings["optim"] for s in (1.0, 0.5))
+    assert (whole["momentum_warmup_steps"], half["momentum_warmup_steps"]) == (40, 20)
+    assert whole["ema_decay"] == 0.99
+    assert half["ema_decay"] == pytest.approx(0.99**2, abs=1e-6)
 
 
 def test_settings_that_cannot_act_are_refused() -> None:
