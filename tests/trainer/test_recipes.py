@@ -12,6 +12,7 @@ from pgolf_post.settings import read_settings
 from trainer.config import YOUNGER, Recipe
 from trainer.model.architecture import GraphState
 from trainer.model.gpt import GolfGPT
+from trainer.model.token_kinds import reads_token_kinds
 from trainer.optim.optimizer import Optimizer
 from trainer.plan.preflight import preflight
 from trainer.plan.timeline import group_peaks, predict
@@ -22,6 +23,7 @@ RECIPES = Path(trainer.__file__).parent / "recipes"
 # name: (vocabulary, parameters, (seconds of a step, and of one with all loops) on the machine that it is for)
 SHIPPED: dict[str, tuple[int, int, tuple[float, float]]] = {
     "baseline_sp1024": (1024, 17_059_912, (0.0447, 0.0447)),
+    "best_8xh100": (8192, 37_838_024, (0.0974, 0.1414)),
     "record_8xh100": (8192, 35_945_671, (0.0964, 0.140)),
     "single_gpu": (8192, 35_945_671, (0.771, 1.123)),
     "small_cpu": (1024, 4_600_000, (1.2, 1.8)),
@@ -40,8 +42,10 @@ def test_every_shipped_recipe_is_listed_here() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_builds_a_model_of_the_size_it_says(name: str) -> None:
     recipe, (vocab_size, expected, _) = shipped(name), SHIPPED[name]
+    kinds = "9" * vocab_size if reads_token_kinds(recipe.model) else None
+    graph = GraphState(active_loops=recipe.model.max_active_loops)
     with on_no_device():
-        model = GolfGPT(recipe.model_config_for(vocab_size), GraphState(active_loops=recipe.model.max_active_loops))
+        model = GolfGPT(recipe.model_config_for(vocab_size, kinds), graph)
         optimizer = Optimizer(model, recipe.optim)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == pytest.approx(expected, rel=0.0 if expected % 1000 else 0.1)
