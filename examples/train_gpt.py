@@ -47,7 +47,8 @@ def build(first, *units):
             digest.update(f'{name}\x00{array.shape}\x00'.encode() + array.astype('<i2').tobytes())
             tensors[name] = dequantize(array, *more)
         else:
-            tensors[name] = (array.astype('<u4') << 16).view('<f4') if array.dtype == '<u2' else array.astype('<f4')
+            wide = (array.astype('<u4') << 16).view('<f4') if array.dtype == '<u2' else array
+            tensors[name] = np.array(wide, '<f4')
     assert digest.hexdigest() == manifest['symbols_sha256']
     for name in [n[:-4] for n in packed if n.endswith('.lqA')]:
         left, right = (tensors.pop(name + '.lqA'), tensors.pop(name + '.lqB'))

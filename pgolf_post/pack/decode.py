@@ -1,4 +1,4 @@
-"""Decode artifacts with numpy and brotli only."""
+"""Decoder of numpy and brotli only."""
 
 import hashlib
 import json
@@ -64,7 +64,8 @@ def build(first, *units):
             digest.update(f"{name}\0{array.shape}\0".encode() + array.astype("<i2").tobytes())
             tensors[name] = dequantize(array, *more)
         else:
-            tensors[name] = (array.astype("<u4") << 16).view("<f4") if array.dtype == "<u2" else array.astype("<f4")
+            wide = (array.astype("<u4") << 16).view("<f4") if array.dtype == "<u2" else array
+            tensors[name] = np.array(wide, "<f4")
     need(digest.hexdigest() == manifest["symbols_sha256"], "wrong sha256")
     for name in [n[:-4] for n in packed if n.endswith(".lqA")]:
         left, right = tensors.pop(name + ".lqA"), tensors.pop(name + ".lqB")

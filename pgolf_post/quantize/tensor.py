@@ -121,7 +121,7 @@ class QuantizedModel:
 def widen(array: np.ndarray) -> np.ndarray:  # float16, or uint16 bits of bfloat16 → float32
     """Return a passed-through tensor's values."""
     if array.dtype == np.uint16:
-        return (array.astype("<u4") << 16).view("<f4")
+        return np.array(array.astype("<u4") << 16).view("<f4")  # of one number, too, which a shift unwraps
     return array.astype(np.float32)
 
 

@@ -147,6 +147,7 @@ def assert_same(artifact: DecodedArtifact, model: QuantizedModel) -> None:
 def assert_arrays_equal(found: Any, expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
+        assert isinstance(found[name], np.ndarray), name  # not a number, which a tensor cannot be made of
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
