@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pgolf_post.average.search import Search
+from pgolf_post.average.snapshots import list_snapshots
 from pgolf_post.base.progress import print_table, say
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.errors import PgolfError
@@ -65,8 +66,17 @@ def show_lengths(final: Checkpoint, averages: Sequence[tuple[str, Checkpoint]]) 
     print_table(f"averages of {final.path.parent} at step {averages[0][1].meta['step']:,}", header, rows)
     references = {name: view["metric"]["bpb"] for name, view in final.meta["views"].items() if view["metric"]}
     say(f"{final.path.name}: " + ", ".join(f"{name} {bpb:.5f}" for name, bpb in references.items()))
+    snapshots = list_snapshots(final.path.parent)
+    total = sum(snapshot.path.stat().st_size for snapshot in snapshots)
+    say(f"{len(snapshots)} snapshots of the run, {total:,} bytes{held_up(final)}")
     best = min((average for _, average in averages), key=_bpb)
     say(f"next: pgolf-post requant {best.path}")
+
+
+def held_up(final: Checkpoint) -> str:
+    """Return how long saving held the run up, where its checkpoint says so."""
+    phases = final.meta.get("ledger", {}).get("phases", {})
+    return f"; saving held the run up for {phases['checkpoint']['seconds']:.1f} s" if "checkpoint" in phases else ""
 
 
 def _bpb(average: Checkpoint) -> float:

@@ -6,6 +6,9 @@ as the paired interval of its difference to the leader, documents as clusters, e
 the tolerance. The search stops when the leader is alone, or the sample used up. The level is divided among all the
 intervals that can be looked at (Bonferroni), so that the chance of ever dropping a better candidate is what it says.
 
+What a candidate is scored by can be exchanged: by default its loss, or what its loss is expected to be after rounding
+(`pgolf_post.fit.after_fit`).
+
 The winner's bpb on the sample is an optimistic number: it won on that sample. With a handful of candidates and paired
 differences the optimism is far below the interval, and choosing on validation text is what every ablation of the
 leaderboard does; `--search-data` chooses on another text.
@@ -13,14 +16,15 @@ leaderboard does; `--search-data` chooses on another text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from pgolf_post.average.linear import DEFAULT_SELECTION, Part, linear_blend, require_trained, swa_parts
+from pgolf_post.average.linear import DEFAULT_SELECTION, Blend, Part, linear_blend, require_trained, swa_parts
 from pgolf_post.average.members import select_members
 from pgolf_post.average.settings import SearchSettings, Selection
 from pgolf_post.base.progress import progress_bar, say
@@ -46,6 +50,7 @@ class Candidate:
     parts: Sequence[Part]
     score: Score | None = None
     dropped: int | None = None  # the round after which it was
+    seconds: float = 0.0  # that blending and scoring took in all rounds
 
     @property
     def scored(self) -> Score:
@@ -107,7 +112,7 @@ def _name(ema_share: float, other: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """Windows of a text in the order in which they are drawn, in rounds."""
 
     tokens: np.ndarray  # (n,) uint16
@@ -116,7 +121,8 @@ class _Sample:
     rounds: list[np.ndarray]  # each (windows,) int64, indices of spans, ascending
 
     @classmethod
-    def draw(cls, data: DataFolder, seq_len: int, settings: SearchSettings) -> _Sample:
+    def draw(cls, data: DataFolder, seq_len: int, settings: SearchSettings) -> Sample:
+        """Draw a sample of a data folder's validation split. Raises MismatchError if that is shorter than a window."""
         tokens = data.tokens("val")
         spans = protocol_windows(tokens, PlainProtocol(seq_len=seq_len))
         count = min(len(spans), max(1, settings.max_tokens // seq_len))
@@ -125,10 +131,14 @@ class _Sample:
         rounds = [np.sort(order[start:stop]) for start, stop in pairwise(bounds)]
         return cls(tokens, data.token_bytes("val", tokens), spans, rounds)
 
-    def score(self, candidate: Candidate, chosen: np.ndarray, allow_different: Sequence[str]) -> Score:
-        blend = linear_blend(candidate.parts, allow_different)
-        module = load_module(blend.reference.config, blend.tensors, candidate.name).to(ALONE.device)
-        return score_windows(module, self.tokens, self.token_bytes, self.spans, chosen, candidate.name)
+
+ScoreBlend = Callable[[str, Blend, Sample, np.ndarray], Score]  # name, blend, sample, windows → their sums
+
+
+def score_loss(name: str, blend: Blend, sample: Sample, chosen: np.ndarray) -> Score:
+    """Return the loss of a blend on some of a sample's windows."""
+    module = load_module(blend.reference.config, blend.tensors, name).to(ALONE.device)
+    return score_windows(module, sample.tokens, sample.token_bytes, sample.spans, chosen, name)
 
 
 def search_blends(
@@ -137,17 +147,21 @@ def search_blends(
     data: DataFolder,
     settings: SearchSettings,
     allow_different: Sequence[str] = (),
+    score: ScoreBlend = score_loss,
 ) -> Search:
     """Score candidates round by round until one is left or the sample is used up; the first is the control."""
     require_tokenizer(final.config, data, str(final.path))
-    sample = _Sample.draw(data, train_seq_len(final.config), settings)
+    sample = Sample.draw(data, train_seq_len(final.config), settings)
     level = 1 - (1 - settings.level) / (len(sample.rounds) * max(1, len(candidates) - 1))
     search = Search(candidates, candidates[0], candidates[0], settings, level, sum(map(len, sample.rounds)))
     for number, chosen in enumerate(sample.rounds, 1):
         alive = [candidate for candidate in candidates if candidate.dropped is None]
         with progress_bar(f"round {number} on {len(chosen)} windows", len(alive), "blends") as advance:
             for candidate in alive:
-                _add(candidate, sample.score(candidate, chosen, allow_different))
+                started = time.perf_counter()
+                blend = linear_blend(candidate.parts, allow_different)
+                _add(candidate, score(candidate.name, blend, sample, chosen))
+                candidate.seconds += time.perf_counter() - started
                 advance(note=candidate.name)
         search.winner = _drop(alive, level, settings.tolerance, number)
         search.alive.append(sum(candidate.dropped is None for candidate in candidates))

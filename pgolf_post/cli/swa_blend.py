@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pgolf_post.average.settings import SearchSettings, Selection, SwaSettings
+from pgolf_post.average.settings import SearchSettings, SwaSettings
 from pgolf_post.base.numbers import FiniteFloat
 from pgolf_post.base.progress import print_json
+from pgolf_post.cli.averaging import SEARCH_FLAGS, after_fit_options, refuse_idle_tokens, search_among
 from pgolf_post.cli.common import (
     checkpoint_argument,
     data_option,
@@ -31,13 +32,6 @@ from pgolf_post.settings import apply_override
 if TYPE_CHECKING:
     from pgolf_post.average.linear import Part
     from pgolf_post.checkpoint import Checkpoint
-
-SEARCH_FLAGS = {
-    "max_tokens": "--search-tokens",
-    "tolerance": "--search-tolerance",
-    "level": "--search-level",
-    "seed": "--search-seed",
-}
 
 Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was there already, JSON facts
 
@@ -76,6 +70,7 @@ Made = tuple["Checkpoint", bool, dict[str, Any]]  # the blend, whether it was th
 @click.option(
     "--search-data", type=click.Path(path_type=Path), help="Choose on the validation split of this data folder instead."
 )
+@after_fit_options
 @data_option
 @dollars_option
 @threads_option
@@ -88,6 +83,8 @@ def command(
     overrides: tuple[str, ...],
     search: bool,
     search_data: Path | None,
+    after_fit: int | None,
+    calibration_tokens: int | None,
     allow_different: tuple[str, ...],
     data_dir: Path | None,
     dollars_per_hour: float | None,
@@ -105,19 +102,25 @@ def command(
     pgolf-post swa-blend --last 1 --ema-share 0.5              raw and EMA, half and half
     pgolf-post swa-blend --part A:ema=0.5 --part B:ema=1/2     any two checkpoints
     pgolf-post swa-blend --search                              which of them is best?
+    pgolf-post swa-blend --search --after-fit 16000000         which is best once it is rounded to these bytes?
     pgolf-post swa-blend --method power-ema --set sigma=0.1    any average of the table
 
     --search compares EMA shares 100, 75, 50, 25, 0 % and the last n members on the same windows, drops candidates whose
     paired interval (documents as clusters) excludes that they are better, and stops when one is left. It chooses on
     validation text, as every ablation of the leaderboard does; to keep that text out of the choice, hold training
     shards out, adopt them as another folder's validation split, and name it with --search-data.
+
+    With --after-fit each candidate is rounded as `fit` does it (with 8 states, without κ), and scored by its own loss
+    plus the divergence that its artifact leaves: the loss expected of the artifact. The seconds and bytes that this
+    took are printed. Statistics and artifacts are kept, so an interrupted search goes on where it stopped.
     """
     from pgolf_post.average.report import show_blend
     from pgolf_post.ledger.recording import record
 
     started = time.perf_counter()
     searching = {key: options.pop(key) for key in SEARCH_FLAGS}
-    _refuse_idle(options, named, search, {**searching, "data": search_data}, checkpoint)
+    refuse_idle_tokens(after_fit, calibration_tokens)
+    _refuse_idle(options, named, search, {**searching, "data": search_data, "after_fit": after_fit}, checkpoint)
     _refuse_beside_method(method, overrides, [named, search, allow_different, *options.values()])
     chosen = {key: _numbers(options[key], kind, key) for key, kind in (("steps", int), ("shares", float))}
     swa = given_settings(SwaSettings, {**options, **chosen, "allow_different": allow_different}, "swa-blend")
@@ -127,7 +130,8 @@ def command(
         blended, cached, facts = _blend_named(named, data_dir, allow_different)
     elif search:
         settings = given_settings(SearchSettings, searching, "swa-blend --search")
-        blended, cached, facts = _search(checkpoint, swa.selection, settings, search_data, data_dir, allow_different)
+        after = (after_fit, calibration_tokens)
+        blended, cached, facts = _search(checkpoint, swa, settings, search_data, data_dir, after)
     else:
         blended, cached, facts = _blend_run(checkpoint, swa, data_dir)
     show_blend(blended)
@@ -150,7 +154,8 @@ def _refuse_idle(
         raise SettingsError(f"--part names all that is blended; leave out {', '.join(others)}")
     if search and options["ema_share"] is not None:
         raise SettingsError("--search tries EMA shares itself; leave out --ema-share")
-    idle = [SEARCH_FLAGS.get(key, "--search-data") for key, value in searching.items() if value is not None]
+    flags = {**SEARCH_FLAGS, "data": "--search-data", "after_fit": "--after-fit"}
+    idle = [flags[key] for key, value in searching.items() if value is not None]
     if idle and not search:
         raise SettingsError(f"{', '.join(idle)} does nothing without --search")
 
@@ -219,23 +224,21 @@ def parse_part(text: str) -> Part:
 
 def _search(
     path: Path | None,
-    selection: Selection,
+    swa: SwaSettings,
     settings: SearchSettings,
     search_data: Path | None,
     data_dir: Path | None,
-    allow: tuple[str, ...],
+    after: tuple[int | None, int | None],  # bytes to round to, tokens of statistics
 ) -> Made:
     from pgolf_post.average.linear import linear_blend, save_blend
-    from pgolf_post.average.report import show_search
-    from pgolf_post.average.search import family, search_blends
+    from pgolf_post.average.search import family
     from pgolf_post.data import DataFolder
 
-    final = find_checkpoint(path)
+    final, allow = find_checkpoint(path), swa.allow_different
     data = find_data(final, data_dir)
     text = DataFolder.open(search_data) if search_data else data
-    finished = search_blends(final, family(final, selection), text, settings, allow)
-    show_search(finished)
-    winner, facts = finished.winner, {**finished.facts(), "data_manifest_sha256": text.manifest_sha256}
+    search, facts = search_among(final, family(final, swa.selection), text, data, settings, *after, allow)
+    winner = search.winner
     blend = linear_blend(winner.parts, allow)
     blended, cached = save_blend(blend, "swa", data, {"ema_share": winner.ema_share, "search": facts})
     return blended, cached, {"ema_share": winner.ema_share, "search": facts}

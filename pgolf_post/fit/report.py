@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pgolf_post.artifacts import PackedArtifact
+from pgolf_post.average.report import held_up
+from pgolf_post.average.search import Search
 from pgolf_post.base.progress import print_table, say
+from pgolf_post.checkpoint import Checkpoint
+from pgolf_post.fit.after_fit import AfterFit
 from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.prepare import Fitter, tune_seconds
 from pgolf_post.pack.report.size import SizeReport
@@ -17,6 +21,9 @@ BUDGETS_HEADER = (
 )  # fmt: skip
 ZEROS_HEADER = ("stored as zeros", "role", "weights", "why", "predicted nats")
 EXPLAINED_HEADER = ("tensor", "role", "weights", "bits/weight", "share of bits", "predicted nats", "nats per 100 KB")
+AFTER_FIT_HEADER = (
+    "average", "bpb before", "gap", "bpb expected", "artifact", "statistics s", "fit s", "scoring s", "bytes on disk",
+)  # fmt: skip
 
 
 def facts_of(artifact: PackedArtifact, report: SizeReport, score: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -119,3 +126,20 @@ def show_explained(fitter: Fitter, artifact: PackedArtifact) -> None:
             for row in table
         ]
         print_table(f"Where the bytes went, {title}", EXPLAINED_HEADER, cells)
+
+
+def show_after_fit(final: Checkpoint, search: Search, after: AfterFit) -> None:
+    """Print what rounding costs each average of a search, the best first, and what finding out has cost."""
+    ordered = sorted(search.candidates, key=lambda candidate: candidate.scored.bpb)
+    rows = []
+    for candidate in ordered:
+        one = after.averages[candidate.name]
+        bpb = f"{one.before_bpb:.5f}", f"{one.gap_bpb:+.5f}", f"{candidate.scored.bpb:.5f}"
+        seconds = (f"{value:.1f}" for value in one.seconds.values())
+        rows.append((candidate.name, *bpb, f"{one.artifact.num_bytes:,}", *seconds, f"{one.disk_bytes:,}"))
+    print_table(f"after fit to {after.budget:,} bytes, each on the windows it was scored on", AFTER_FIT_HEADER, rows)
+    parts = {part.path: part.path.stat().st_size for candidate in ordered for part in candidate.parts}
+    say(f"the averages are made of {len(parts)} files of weights, {sum(parts.values()):,} bytes{held_up(final)}")
+    spent, kept = sum(c.seconds for c in ordered), sum(one.disk_bytes for one in after.averages.values())
+    say(f"{spent:.1f} s for the search now; {kept:,} bytes of statistics and artifacts are kept")
+    say("those of averages that are no checkpoint go with: pgolf-post cache prune --orphans")

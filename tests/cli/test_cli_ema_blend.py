@@ -51,6 +51,19 @@ def test_each_length_is_a_checkpoint_and_a_row(tracks: Any) -> None:
     assert [row["checkpoint_id"] for row in again.json["averages"]] == [row["checkpoint_id"] for row in averages]
 
 
+def test_lengths_are_compared_after_fit_with_the_runs_own_weights(tracks: Any) -> None:
+    few = ("--after-fit", 6000, "--search-tokens", 160, "--calibration-tokens", 256)
+    answer = tracks("ema-blend", "--sigma", "0.075", *few, "--json")
+    assert answer.code == 0, answer.err
+    search = answer.json["search"]
+    assert [row["name"] for row in search["candidates"]] == ["EMA", "sigma 0.075"]
+    assert search["after_fit"]["averages"]["sigma 0.075"]["gap_bpb"] > 0
+    kept = Checkpoint.open(Path(answer.json["averages"][0]["checkpoint"])).path / "derived" / "artifact"
+    assert len(list(kept.iterdir())) == 1
+    assert "snapshots of the run" in answer.err
+    assert "saving held the run up" in answer.err
+
+
 def test_an_average_by_name_is_that_of_its_own_command(tracks: Any) -> None:
     answer = tracks("swa-blend", "--method", "power-ema", "--set", "sigma=0.075", "--json")
     assert answer.code == 0, answer.err
