@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -32,6 +33,14 @@ def _distinct(_context: click.Context, _option: click.Parameter, values: tuple[f
     multiple=True,
     metavar="'KEY=VALUE …'",
     help="Changes of the recipe that make one size, with spaces between; repeatable.  [default: four widths]",
+)
+@click.option(
+    "--try",
+    "tried",
+    multiple=True,
+    metavar="'KEY=VALUE …'",
+    help="Changes of the recipe that cost bytes but are no size, tried at every size beside the recipe as it is: "
+    "n-gram tables (model.bigram_buckets=4096), another vocabulary (data.dir=FOLDER); repeatable.",
 )
 @click.option(
     "--lengths",
@@ -82,6 +91,7 @@ def command(
     budget: int,
     seconds: float,
     sizes: tuple[str, ...],
+    tried: tuple[str, ...],
     lengths: tuple[float, ...],
     bits: tuple[float, ...],
     alpha: float | None,
@@ -99,11 +109,15 @@ def command(
     pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800
     pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800 \\
       --size "model.model_dim=256 model.num_layers=6" --size "model.model_dim=320 model.num_layers=5" …
+    pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800 \\
+      --try model.bigram_buckets=4096 --try "model.bigram_buckets=16384 model.bigram_dim=64"
+    pgolf-post plan-size RECIPE.toml --budget 2000000 --seconds 4800 --try data.dir=data/sp2048
 
     A ladder of short runs is trained (four sizes at two lengths), and a law loss(parameters, tokens) + gap(bits a
-    weight) is fitted to it. The table has every size's expectation with its 95 % interval, best first. Runs that are
-    there are found again, so the same command goes on after a kill. A ladder that does not tell the law's coefficients
-    apart is refused, and the message names them.
+    weight) is fitted to it. What --try names shifts the loss by a constant of its own. Other vocabularies score the
+    same text, per byte. The table has every size's expectation with its 95 % interval, best first. Every recipe is read
+    before the first is trained. Runs that are there are found again, so the same command goes on after a kill. A ladder
+    that does not tell the law's coefficients apart is refused, and the message names them.
     """
     from pgolf_post.base.storage import atomic_file, require_writable
     from pgolf_post.sizing.choose import HEADER, Laws, ranked, remark
@@ -113,8 +127,9 @@ def command(
     chosen = tuple(tuple(size.split()) for size in sizes) or default_sizes(recipe)
     fitted = FitSettings(kappa_tokens=kappa_tokens)
     lengths_seconds = tuple(share * seconds for share in lengths)
-    settings = LadderSettings(recipe, chosen, lengths_seconds, bits, eval_tokens, calibration_tokens, fitted)
-    _require_room(chosen, lengths, alpha, beta)
+    variants = tuple(tuple(changes.split()) for changes in tried)
+    settings = LadderSettings(recipe, chosen, lengths_seconds, bits, eval_tokens, calibration_tokens, fitted, variants)
+    _require_room(chosen, len(variants), lengths, alpha, beta)
     if out is not None:
         require_writable(out)
     ladder = climb(settings, root)
@@ -125,7 +140,8 @@ def command(
     note = remark(found)
     say(note)
     names = [one.name for one in ladder.candidates]
-    text = recommended(settings, chosen[names.index(found[0].candidate.name)], seconds)
+    changes = list(settings.trees.values())[names.index(found[0].candidate.name)]
+    text = recommended(settings, changes, seconds)
     if out is None:
         say(text)
     else:
@@ -139,10 +155,11 @@ def command(
 
 
 def _require_room(
-    sizes: Sequence[Sequence[str]], lengths: Sequence[float], alpha: float | None, beta: float | None
+    sizes: Sequence[Sequence[str]], tried: int, lengths: Sequence[float], alpha: float | None, beta: float | None
 ) -> None:
     """Raise MismatchError for a ladder that no law can be fitted to, before anything is trained."""
     from pgolf_post.sizing.law import COEFFICIENTS, Observation, require_ladder
 
-    runs = [Observation(str(i), i + 1, j + 1, 1.0, 1.0) for i in range(len(sizes)) for j in range(len(lengths))]
-    require_ladder(runs, len(COEFFICIENTS) - (alpha is not None) - (beta is not None))
+    of_size = [Observation("", 0, j + 1, 1.0, 1.0) for j in range(len(lengths))] * (1 + tried)
+    runs = [replace(run, parameters=i + 1) for i in range(len(sizes)) for run in of_size]
+    require_ladder(runs, len(COEFFICIENTS) + tried - (alpha is not None) - (beta is not None))

@@ -22,10 +22,13 @@ class Candidate:
     """A size that could be trained."""
 
     name: str
-    parameters: int
+    parameters: int  # of its size, without what its variant adds
     weights: int  # that rounding stores as symbols
     seconds_per_token: float
     start_seconds: float = 0.0  # of the run, before and beside its tokens
+    variant: str | None = None  # of the recipe; None: the ladder's first
+    token_bytes: float = 1.0  # mean text of a training token, where vocabularies differ
+    all_parameters: int | None = None  # with what the variant adds
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Prediction:
     def cells(self) -> tuple[str, ...]:
         """Return the prediction as a row under HEADER."""
         one = self.candidate
-        numbers = f"{one.parameters:,}", f"{1e6 * one.seconds_per_token:,.2f}", f"{self.tokens:,.0f}"
+        numbers = (
+            f"{one.all_parameters or one.parameters:,}",
+            f"{1e6 * one.seconds_per_token:,.2f}",
+            f"{self.tokens:,.0f}",
+        )
         bpb = f"{self.loss:.5f}", f"{self.gap:+.5f}", f"{self.bpb:.5f}", f"{self.half:.5f}"
         return one.name, *numbers, f"{self.bits_per_weight:.3f}", *bpb
 
@@ -75,9 +82,10 @@ def predict(candidate: Candidate, laws: Laws, budget_bytes: int, seconds: float,
         raise MismatchError(f"{candidate.name}: a run starts for {candidate.start_seconds:.3g} s, of {seconds:g} s")
     bits = 8 * budget_bytes / candidate.weights
     gap = laws.gap(bits)
-    variance = laws.loss.variance(candidate.parameters, tokens) + gap**2 * laws.gap.log_variance(bits)
+    place = candidate.parameters, tokens * candidate.token_bytes, candidate.variant
+    variance = laws.loss.variance(*place) + gap**2 * laws.gap.log_variance(bits)
     half = float(stdtrit(laws.loss.degrees, (1 + level) / 2)) * math.sqrt(variance)
-    return Prediction(candidate, tokens, bits, laws.loss(candidate.parameters, tokens), gap, half)
+    return Prediction(candidate, tokens, bits, laws.loss(*place), gap, half)
 
 
 def ranked(candidates: Sequence[Candidate], laws: Laws, budget_bytes: int, seconds: float) -> list[Prediction]:

@@ -3,6 +3,10 @@
     loss(N, D) = E + A·(N/N₀)^-α + B·(D/D₀)^-β      N parameters, D training tokens (Hoffmann et al. 2022, 2203.15556)
     ln gap(b)  = c - γ·b                            b bits a weight, in bpb; γ = ln 4 for a scalar grid at high rate
 
+A variant of the recipe (another vocabulary, a table of n-grams) is neither more parameters nor more text in the sense
+of this law: it shifts the loss by a constant of its own at all sizes and lengths, and N stays that of its size in the
+recipe as it is. Text is counted in bytes where vocabularies differ.
+
 N₀ and D₀ are the ladder's geometric means, so that A and B are in bpb and say what size and text are worth there. A law
 is fitted by least squares with a covariance from the residuals. A ladder that cannot tell its coefficients apart is
 refused by the name of what is missing: an interval that rests on a singular matrix is worse than none.
@@ -33,10 +37,17 @@ class Observation:
     """One run of the ladder."""
 
     size: str
-    parameters: int
+    parameters: int  # of its size, without what its variant adds
     tokens: int
     seconds: float  # of training
     bpb: float
+    variant: str = ""  # of the recipe
+    token_bytes: float = 1.0  # mean text of a training token, where it differs between runs
+
+    @property
+    def text(self) -> float:
+        """Training text, in bytes where vocabularies differ, else in tokens."""
+        return self.tokens * self.token_bytes
 
 
 @dataclass(frozen=True)
@@ -51,38 +62,44 @@ class Estimate:
 class LossLaw:
     """A fitted loss law."""
 
-    coefficients: Mapping[str, float]
-    covariance: np.ndarray  # (5, 5) of COEFFICIENTS; 0 for those that were held
+    coefficients: Mapping[str, float]  # COEFFICIENTS, then a shift for each variant but the first
+    covariance: np.ndarray  # of all coefficients in this order; 0 for those that were held
     degrees: int  # of freedom of the residuals
     parameters_0: float
     tokens_0: float
+    variants: tuple[str, ...] = ("",)
 
-    def __call__(self, parameters: float, tokens: float) -> float:
-        """Return the bpb at a size and a number of training tokens."""
-        return float(_loss(self._vector, parameters / self.parameters_0, tokens / self.tokens_0))
+    def __call__(self, parameters: float, text: float, variant: str | None = None) -> float:
+        """Return the bpb at a size and an amount of training text, by default of the first variant."""
+        n, d, shifts = self._place(parameters, text, variant)
+        return float(_loss(self._vector, n, d, shifts))
 
     @property
-    def _vector(self) -> np.ndarray:  # (5,)
-        return np.array([self.coefficients[name] for name in COEFFICIENTS])
+    def _vector(self) -> np.ndarray:  # (5 + shifts,)
+        return np.array(list(self.coefficients.values()))
+
+    def _place(self, parameters: float, text: float, variant: str | None) -> tuple[float, float, np.ndarray]:
+        shifts = _indicators([self.variants[0] if variant is None else variant], self.variants)[0]
+        return parameters / self.parameters_0, text / self.tokens_0, shifts
 
     def standard_error(self, name: str) -> float:
         """Return the standard error of a coefficient."""
-        place = COEFFICIENTS.index(name)
+        place = list(self.coefficients).index(name)
         return math.sqrt(max(0.0, float(self.covariance[place, place])))
 
-    def variance(self, parameters: float, tokens: float) -> float:
+    def variance(self, parameters: float, text: float, variant: str | None = None) -> float:
         """Return the variance of a prediction, by the delta method."""
-        gradient = _gradient(self._vector, parameters / self.parameters_0, tokens / self.tokens_0)
+        gradient = _gradient(self._vector, *self._place(parameters, text, variant))
         return max(0.0, float(gradient @ self.covariance @ gradient))
 
-    def predict(self, parameters: float, tokens: float, level: float = 0.95) -> Estimate:
-        """Return the bpb at a size and a number of tokens, with its interval."""
-        half = float(stdtrit(self.degrees, (1 + level) / 2)) * math.sqrt(self.variance(parameters, tokens))
-        return Estimate(self(parameters, tokens), half)
+    def predict(self, parameters: float, text: float, level: float = 0.95) -> Estimate:
+        """Return the bpb at a size and an amount of text, with its interval."""
+        half = float(stdtrit(self.degrees, (1 + level) / 2)) * math.sqrt(self.variance(parameters, text))
+        return Estimate(self(parameters, text), half)
 
     def facts(self) -> dict[str, Any]:
         """Return the law as JSON."""
-        errors = {f"{name}_se": self.standard_error(name) for name in COEFFICIENTS}
+        errors = {f"{name}_se": self.standard_error(name) for name in self.coefficients}
         scales = {"parameters_0": self.parameters_0, "tokens_0": self.tokens_0, "degrees": self.degrees}
         return {**dict(self.coefficients), **errors, **scales}
 
@@ -93,22 +110,46 @@ def fit_loss(ladder: Sequence[Observation], held: Mapping[str, float] | None = N
     Raises MismatchError for a ladder that has too few sizes, lengths or runs, or that cannot tell coefficients apart.
     """
     held = dict(held or {})
-    require_ladder(ladder, len(COEFFICIENTS) - len(held))
-    sizes, tokens, losses = (
-        np.array([getattr(run, key) for run in ladder], float) for key in ("parameters", "tokens", "bpb")
+    variants = tuple(dict.fromkeys(run.variant for run in ladder))
+    names = (*COEFFICIENTS, *(f"shift of {variant}" for variant in variants[1:]))
+    require_ladder(ladder, len(names) - len(held))
+    sizes, text, losses = (
+        np.array([getattr(run, key) for run in ladder], float) for key in ("parameters", "text", "bpb")
     )
-    scales = math.exp(float(np.log(sizes).mean())), math.exp(float(np.log(tokens).mean()))
-    n, d = sizes / scales[0], tokens / scales[1]
-    free = [place for place, name in enumerate(COEFFICIENTS) if name not in held]
-    best = min((_descend(n, d, losses, held, free, start) for start in STARTS), key=lambda found: found.cost)
-    vector = _completed(best.x, held, free)
-    jacobian = np.array([_gradient(vector, *at) for at in zip(n, d, strict=True)])[:, free]
-    _require_distinct(jacobian, vector, free)
+    scales = math.exp(float(np.log(sizes).mean())), math.exp(float(np.log(text).mean()))
+    places = Places(sizes / scales[0], text / scales[1], _indicators([run.variant for run in ladder], variants))
+    free = [place for place, name in enumerate(names) if name not in held]
+    start = np.array([held.get(name, 0.0) for name in names])
+    best = min((_descend(places, losses, start, free, exponents) for exponents in STARTS), key=lambda found: found.cost)
+    vector = _completed(best.x, start, free)
+    jacobian = places.gradients(vector)[:, free]
+    _require_distinct(jacobian, vector, names, free)
     degrees = len(ladder) - len(free)
-    variance = float(np.square(losses - _loss(vector, n, d)).sum()) / degrees
-    covariance = np.zeros((len(COEFFICIENTS),) * 2)
+    variance = float(np.square(losses - places.losses(vector)).sum()) / degrees
+    covariance = np.zeros((len(names),) * 2)
     covariance[np.ix_(free, free)] = variance * np.linalg.inv(jacobian.T @ jacobian)
-    return LossLaw(dict(zip(COEFFICIENTS, map(float, vector), strict=True)), covariance, degrees, *scales)
+    return LossLaw(dict(zip(names, map(float, vector), strict=True)), covariance, degrees, *scales, variants)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a ladder's runs lie."""
+
+    n: np.ndarray  # (runs,) parameters ÷ N₀
+    d: np.ndarray  # (runs,) text ÷ D₀
+    shifts: np.ndarray  # (runs, shifts) 1 where a run is of the variant
+
+    def losses(self, vector: np.ndarray) -> np.ndarray:  # (runs,)
+        """Return the law's losses."""
+        return np.asarray(_loss(vector, self.n, self.d, self.shifts))
+
+    def gradients(self, vector: np.ndarray) -> np.ndarray:  # (runs, 5 + shifts)
+        """Return the law's Jacobian by its coefficients."""
+        return np.array([_gradient(vector, *at) for at in zip(self.n, self.d, self.shifts, strict=True)])
+
+
+def _indicators(variants: Sequence[str], known: Sequence[str]) -> np.ndarray:  # (runs, len(known) - 1)
+    return np.array([[float(one == other) for other in known[1:]] for one in variants]).reshape(len(variants), -1)
 
 
 def require_ladder(ladder: Sequence[Observation], coefficients: int) -> None:
@@ -118,7 +159,7 @@ def require_ladder(ladder: Sequence[Observation], coefficients: int) -> None:
         raise MismatchError(
             f"the ladder has {len(sizes)} sizes; a law of E, A and alpha needs three", hint="add --size KEY=VALUE"
         )
-    lengths = {size: {run.tokens for run in ladder if run.parameters == size} for size in sizes}
+    lengths = {size: {run.text for run in ladder if run.parameters == size} for size in sizes}
     if max(map(len, lengths.values())) < 2:
         raise MismatchError(
             "no size of the ladder has runs of two lengths; B and beta are told by text alone", hint="two --lengths"
@@ -130,9 +171,9 @@ def require_ladder(ladder: Sequence[Observation], coefficients: int) -> None:
         )
 
 
-def _require_distinct(jacobian: np.ndarray, vector: np.ndarray, free: Sequence[int]) -> None:
+def _require_distinct(jacobian: np.ndarray, vector: np.ndarray, every: Sequence[str], free: Sequence[int]) -> None:
     """Raise MismatchError naming the coefficients that a ladder cannot tell apart, or exponents that are none."""
-    names = [COEFFICIENTS[place] for place in free]
+    names = [every[place] for place in free]
     for name, value in zip(names, vector[free], strict=True):
         if name in EXPONENTS and not LEAST_EXPONENT * 1.01 < value < MOST_EXPONENT * 0.99:
             what = "parameters" if name == "alpha" else "tokens"
@@ -151,46 +192,46 @@ def _require_distinct(jacobian: np.ndarray, vector: np.ndarray, free: Sequence[i
 
 
 def _descend(
-    n: np.ndarray,  # (runs,) parameters ÷ N₀
-    d: np.ndarray,  # (runs,) tokens ÷ D₀
+    places: Places,
     losses: np.ndarray,  # (runs,) bpb
-    held: Mapping[str, float],
+    held: np.ndarray,  # (5 + shifts,) of which those that are not free count
     free: Sequence[int],
     exponents: tuple[float, float],
 ) -> Any:
     """Return scipy's solution from one start. Coefficients stay positive, exponents within their bounds."""
-    spread = max(float(np.ptp(losses)), 1e-6)
-    start = np.array([max(float(losses.min()) - spread, spread), spread, exponents[0], spread, exponents[1]])
-    low = np.array([0.0, 1e-9, LEAST_EXPONENT, 1e-9, LEAST_EXPONENT])
-    high = np.array([np.inf, np.inf, MOST_EXPONENT, np.inf, MOST_EXPONENT])
+    spread, more = max(float(np.ptp(losses)), 1e-6), len(held) - len(COEFFICIENTS)
+    first = [max(float(losses.min()) - spread, spread), spread, exponents[0], spread, exponents[1]]
+    start = np.array([*first, *[0.0] * more])
+    low = np.array([0.0, 1e-9, LEAST_EXPONENT, 1e-9, LEAST_EXPONENT, *[-np.inf] * more])
+    high = np.array([np.inf, np.inf, MOST_EXPONENT, np.inf, MOST_EXPONENT, *[np.inf] * more])
 
     def residual(x: np.ndarray) -> np.ndarray:
-        return np.asarray(_loss(_completed(x, held, free), n, d) - losses)
+        return places.losses(_completed(x, held, free)) - losses
 
     def slope(x: np.ndarray) -> np.ndarray:
-        vector = _completed(x, held, free)
-        return np.array([_gradient(vector, *at) for at in zip(n, d, strict=True)])[:, free]
+        return places.gradients(_completed(x, held, free))[:, free]
 
     bounds, exact = (low[free], high[free]), {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15}
     return least_squares(residual, start[free], slope, bounds=bounds, x_scale="jac", max_nfev=5000, **exact)
 
 
-def _completed(x: np.ndarray, held: Mapping[str, float], free: Sequence[int]) -> np.ndarray:  # (5,)
+def _completed(x: np.ndarray, held: np.ndarray, free: Sequence[int]) -> np.ndarray:  # (5 + shifts,)
     """Return all coefficients from the free ones."""
-    vector = np.array([held.get(name, 0.0) for name in COEFFICIENTS])
+    vector = held.copy()
     vector[list(free)] = x
     return vector
 
 
-def _loss(vector: np.ndarray, n: Any, d: Any) -> Any:
-    least, size, alpha, text, beta = vector
-    return least + size * n**-alpha + text * d**-beta
+def _loss(vector: np.ndarray, n: Any, d: Any, shifts: np.ndarray) -> Any:
+    least, size, alpha, text, beta = vector[: len(COEFFICIENTS)]
+    return least + size * n**-alpha + text * d**-beta + shifts @ vector[len(COEFFICIENTS) :]
 
 
-def _gradient(vector: np.ndarray, n: float, d: float) -> np.ndarray:  # (5,)
-    _, size, alpha, text, beta = vector
+def _gradient(vector: np.ndarray, n: float, d: float, shifts: np.ndarray) -> np.ndarray:  # (5 + shifts,)
+    _, size, alpha, text, beta = vector[: len(COEFFICIENTS)]
     by_size, by_text = n**-alpha, d**-beta
-    return np.array([1.0, by_size, -size * math.log(n) * by_size, by_text, -text * math.log(d) * by_text])
+    own = [1.0, by_size, -size * math.log(n) * by_size, by_text, -text * math.log(d) * by_text]
+    return np.array([*own, *shifts])
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------

@@ -77,6 +77,40 @@ def test_sizes_and_tokens_that_move_together_are_not_told_apart() -> None:
         fit_loss(together, {"alpha": 0.3, "beta": 0.3})
 
 
+def with_variant(shift: float, noise: float = 0.0) -> list[Observation]:
+    """The ladder, and the same runs of a variant that loses so much more."""
+    plain = [replace(run, variant="plain") for run in ladder_of(noise, 5)]
+    return plain + [
+        replace(run, variant="table", bpb=again.bpb + shift)
+        for run, again in zip(plain, ladder_of(noise, 6), strict=True)
+    ]
+
+
+def test_a_variant_shifts_the_loss_by_a_constant_of_its_own() -> None:
+    law = fit_loss(with_variant(-0.05))
+    assert law.coefficients["shift of table"] == pytest.approx(-0.05, abs=1e-6)
+    assert {name: round(law.coefficients[name], 4) for name in TRUE} == TRUE
+    assert law(3e6, 1e6, "table") == pytest.approx(law(3e6, 1e6, "plain") - 0.05, abs=1e-6)
+    assert law(3e6, 1e6) == law(3e6, 1e6, "plain")
+    noisy = fit_loss(with_variant(-0.05, 0.002), {"alpha": 0.35, "beta": 0.3})
+    assert noisy.standard_error("shift of table") > 0
+    assert noisy.variance(4e6, 1e6, "table") != noisy.variance(4e6, 1e6, "plain")
+
+
+def test_a_variant_wins_where_its_gain_is_worth_its_bytes() -> None:
+    told = Laws(fit_loss(with_variant(-0.05)), laws().gap)
+    plain = replace(candidate(SIZES[1]), variant="plain")
+    table = replace(plain, name="table", variant="table", weights=2 * plain.weights)
+    best = {b: ranked([plain, table], told, b, 3000.0)[0].candidate.name for b in (10**6, 10**7)}
+    assert best == {10**6: plain.name, 10**7: "table"}
+
+
+def test_text_counts_in_bytes_where_vocabularies_differ() -> None:
+    """Half the tokens of twice the bytes are the same text: the law is the same one."""
+    halved = [replace(run, tokens=run.tokens // 2, token_bytes=2.0) for run in ladder_of()]
+    assert fit_loss(halved)(3e6, 1e6) == pytest.approx(fit_loss(ladder_of())(3e6, 1e6), abs=1e-5)
+
+
 def test_the_gap_is_a_line_of_logarithms() -> None:
     bits = [2.0, 3.0, 4.0]
     gap = fit_gap(bits, [0.5 * math.exp(-1.7 * each) for each in bits])
