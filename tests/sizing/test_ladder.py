@@ -64,7 +64,7 @@ def test_every_size_is_trained_as_it_is_and_in_each_variant(tmp_path: Path) -> N
     ("change", "words"),
     [
         ("model.no_such=1", r'^size 1, --size "model.no_such=1": .*no_such'),
-        ("model.num_heads=5", r'^size 1, --size "model.num_heads=5": .*5'),
+        pytest.param("model.num_heads=5", r'^size 1, --size "model.num_heads=5": .*5', marks=pytest.mark.long),
     ],
 )
 def test_a_recipe_that_the_trainer_refuses_is_refused_with_its_reason(

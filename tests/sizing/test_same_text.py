@@ -16,7 +16,7 @@ from tests.conftest import pico_documents
 @pytest.fixture(scope="module")
 def other_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     """The pico documents with fewer pieces."""
-    settings = BuildSettings(name="small", vocab_size=290, val_fraction=0.2)
+    settings = BuildSettings(name="small", vocab_size=300, val_fraction=0.2)
     return build(pico_documents(), tmp_path_factory.mktemp("small") / "data", settings)
 
 
@@ -46,6 +46,6 @@ def test_the_whole_split_and_one_vocabulary_need_no_counting(
 
 def test_folders_of_other_documents_are_refused(pico_data: DataFolder, tmp_path: Path) -> None:
     documents = list(pico_documents())[:50]
-    fewer = build(iter(documents), tmp_path / "fewer", BuildSettings(name="fewer", vocab_size=290, val_fraction=0.2))
+    fewer = build(iter(documents), tmp_path / "fewer", BuildSettings(name="fewer", vocab_size=300, val_fraction=0.2))
     with pytest.raises(MismatchError, match="bits per byte of different texts do not compare"):
         same_text([pico_data, fewer], 200)
