@@ -133,7 +133,7 @@ def fit_loss(ladder: Sequence[Observation], held: Mapping[str, float] | None = N
 
 @dataclass(frozen=True)
 class Places:
-    """Where a ladder's runs lie."""
+    """Positions of a ladder's runs: size, text and variant."""
 
     n: np.ndarray  # (runs,) parameters ÷ N₀
     d: np.ndarray  # (runs,) text ÷ D₀

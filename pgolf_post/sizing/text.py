@@ -18,7 +18,7 @@ from pgolf_post.errors import MismatchError
 
 @dataclass(frozen=True)
 class Text:
-    """What one data folder reads."""
+    """Reading of one data folder."""
 
     eval_tokens: int | None  # of the validation split; None: all
     token_bytes: float  # mean text of a training token; 1 where one vocabulary is all there is
@@ -26,7 +26,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the data folders of a ladder read."""
+    """Reading of all data folders of a ladder."""
 
     by_folder: Mapping[str, Text]  # path → text
 
