@@ -15,7 +15,7 @@ from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.prepare import Fitter, tune_seconds
 from pgolf_post.pack.report.size import SizeReport
 
-SUGGESTED_TOKENS = 1 << 20
+SUGGESTED_TOKENS, SUGGESTED_CALIBRATION_TOKENS = 1 << 20, 1 << 18
 BUDGETS_HEADER = (
     "budget", "artifact", "code", "headroom", "bits/weight", "c", "predicted nats", "bpb", "seconds", "builds",
 )  # fmt: skip
@@ -63,8 +63,15 @@ def show_training(fitter: Fitter, seconds: Mapping[str, float]) -> None:
     """Print the seconds on training data by step, what more of them would buy, and κ."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     say(f"{_total(seconds):.1f} s on training data ({parts or 'nothing'}): the challenge counts them as training")
+    stats = fitter.stats
+    if stats.num_tokens < SUGGESTED_CALIBRATION_TOKENS:
+        more = stats.seconds * (SUGGESTED_CALIBRATION_TOKENS / stats.num_tokens - 1)
+        say(
+            f"--calibration-tokens {SUGGESTED_CALIBRATION_TOKENS}: a lower loss at the same bytes, for about "
+            f"{more:,.0f} s more"
+        )
     if not fitter.settings.tune_tokens:
-        more = tune_seconds(fitter.stats, SUGGESTED_TOKENS)
+        more = tune_seconds(stats, SUGGESTED_TOKENS)
         say(f"--tune-tokens {SUGGESTED_TOKENS}: a lower loss at the same bytes, for about {more:,.0f} s more")
     if fitter.kappas:
         header = (fitter.settings.kappa, "predicted nats", "divergence", "± 2 s.e.", "κ used")

@@ -21,6 +21,7 @@ from pgolf_post.fit.explain import by_role, explain
 from pgolf_post.fit.limits import fixed_bytes, require_less_than_fp16
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.regularize import PAIRS, regularized
+from pgolf_post.fit.report import show_training
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.solve import WINDOW_BYTES, Search
 from pgolf_post.fit.target_gap import limit_for_gap, require_gap
@@ -300,3 +301,12 @@ def test_a_kappa_text_of_one_window_is_refused_since_it_has_no_error(pico_run: P
     view = Checkpoint.open(pico_run / "latest").load()
     with pytest.raises(SettingsError, match="one window of"):
         prepare(view, pico_data, CALIBRATION, FitSettings(kappa_tokens=view.train_seq_len))
+
+
+def test_it_says_what_more_calibration_text_costs(fitter: Fitter, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds in proportion to tokens; nothing is said where there are as many already."""
+    few = replace(fitter, stats=replace(fitter.stats, num_tokens=65536, seconds=20.0))
+    show_training(few, {})
+    assert "--calibration-tokens 262144: a lower loss at the same bytes, for about 60 s more" in capsys.readouterr().err
+    show_training(replace(fitter, stats=replace(fitter.stats, num_tokens=262144)), {})
+    assert "--calibration-tokens" not in capsys.readouterr().err
