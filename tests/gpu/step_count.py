@@ -5,7 +5,8 @@ Tensors are fake ones on CUDA (`tests.gpu.fake_cuda`), of their full size; the r
 graph for an H100, and stops before it writes code. Counted are
 
 * bytes: what the generated kernels (elementwise and reductions) read and write, by Inductor's own account of each;
-* launches: kernels of the graphs, and those of eager operations around them, `_foreach_` by its chunks;
+* launches: kernels of the graphs, the sums and copies that come with them, and those of eager operations around them,
+  `_foreach_` by its chunks;
 * graphs: whole compilations of the loss, and later ones, which are of Muon's updates; a break would be an error;
 * GiB: the most that storages hold at once, operation by operation as if nothing were fused: an upper bound.
 
@@ -207,16 +208,41 @@ class Inductor:
 
 def count_kernels(nodes: list[Any], counts: Count) -> None:
     """Add a lowered graph's kernels and bytes: what is fused is one node."""
+    done_by_sums = {name for node in nodes if is_mixed(node) for name in final_sums(node)[1]}
     for node in nodes:
         kind = type(node).__name__
         if node.is_extern():
             counts.launches["library"] += type(node.node).__name__ != "MultiOutput"
+            if adds_a_matrix(node.node):
+                counts.launches["copy"] += 1
         elif "Nop" not in kind:
             origins = {origin.name for part in node.get_nodes() if part.node for origin in part.node.get_origins()}
             size = node.get_read_write_buffers_sizes() / 1e9
-            counts.launches["generated"] += 2 if "MixOrder" in kind else 1  # those end with a sum of partial sums
+            counts.launches["generated"] += any(part.get_name() not in done_by_sums for part in node.get_nodes())
+            if is_mixed(node):
+                counts.launches["sum"] += final_sums(node)[0]
             counts.gigabytes += size
             counts.heaviest.append((round(size, 3), f"{kind}: {' '.join(sorted(origins))}"[:160]))
+
+
+def is_mixed(node: Any) -> bool:
+    """Return whether a node is a kernel that reduces rows, and columns into partial sums."""
+    return type(node).__name__ == "FusedMixOrderReductions"
+
+
+def final_sums(node: Any) -> tuple[int, set[str]]:
+    """Return how many eager sums end a mixed kernel, one for each sum of columns, and the names of the nodes that they
+    stand for, which are not launched (torch/_inductor/codegen/simd.py, _codegen_mix_order_reduction)."""
+    of_columns = [part for part in node.node2.get_nodes() if part.is_reduction()]
+    if not of_columns[0].node._split_size:
+        return len(of_columns), set()
+    return len(of_columns), {part.get_outputs()[0].users[0].node.get_name() for part in of_columns}
+
+
+def adds_a_matrix(node: Any) -> bool:
+    """Return whether a library call is a product plus a matrix, which is copied to the output before it."""
+    name = str(getattr(node, "python_kernel_name", ""))
+    return name.endswith("addmm") and len(node.inputs[0].get_size()) == 2
 
 
 # ---- eager operations ------------------------------------------------------------------------------------------------

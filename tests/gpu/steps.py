@@ -103,12 +103,16 @@ def attention(given: argparse.Namespace) -> None:
             if reason := backend.unavailable(device, dtype, True):
                 tell(attention=name, isolated=isolated, unavailable=reason)
                 continue
-            inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in given_qkv]
+            # Heads beside positions, as pieces of one tensor: so a step in bfloat16 has them.
+            whole = torch.cat([x.to(device, dtype).transpose(1, 2) for x in given_qkv], dim=2).requires_grad_()
+            pieces = whole.split((heads, kv_heads, kv_heads), dim=2)
             tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
-            found = Reach(backend, backend.reach(tokens, ids, device)).attend(*inputs)
+            found = Reach(backend, backend.reach(tokens, ids, device)).attend(*(x.transpose(1, 2) for x in pieces))
             (found.float() * weights).sum().backward()
-            pairs = zip(inputs, exact, strict=True)
-            errors = [relative(ours.grad, theirs.grad) for ours, theirs in pairs]  # type: ignore[arg-type]
+            assert whole.grad is not None
+            gradients = whole.grad.split((heads, kv_heads, kv_heads), dim=2)
+            pairs = zip(gradients, exact, strict=True)
+            errors = [relative(ours.transpose(1, 2), theirs.grad) for ours, theirs in pairs]  # type: ignore[arg-type]
             tell(attention=name, isolated=isolated, forward=relative(found, expected), q_k_v_gradients=errors)
             if relative(found, expected) > FORWARD_LIMIT or max(errors) > BACKWARD_LIMIT:
                 wrong.append(f"{name}, {'isolated' if isolated else 'packed'}")

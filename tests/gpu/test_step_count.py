@@ -38,11 +38,8 @@ def test_each_attention_is_part_of_the_one_graph(guard: Path, backend: str, case
 @pytest.mark.parametrize(
     ("case", "generated", "library", "launches", "gigabytes", "peak_gib"),
     [
-        ("small;varlen", 144, 133, 327, 3.156, 1.97),
-        ("record;varlen", 315, 252, 625, 75.083, 35.60),
-        ("record;varlen;run.stream=fp32", 572, 318, 944, 102.257, 38.01),
-        ("record;varlen;run.kernels=eager", 337, 252, 647, 97.128, 37.66),
-        ("loops;varlen", 436, 354, 848, 109.587, 47.78),
+        ("record;varlen", 197, 252, 546, 62.082, 31.21),
+        ("loops;varlen", 252, 354, 750, 89.515, 40.90),
     ],
 )
 def test_a_step_is_one_graph_with_its_known_kernels_bytes_and_memory(

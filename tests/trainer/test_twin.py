@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import SettingsError
 from tests.conftest import pico_recipe
+from trainer.model.attention import Attention
+from trainer.model.block import Block
+from trainer.model.gpt import GolfGPT
 from trainer.run.loop import Trainer
 from trainer.run.warm_up import synthetic_batch
 from trainer.step.compiled import training_loss
-from trainer.step.twin import narrow_stream
+from trainer.step.twin import Folded, narrow_stream
 
 WHOLE: dict[str, Any] = {
     "num_layers": 5, "loop_end": 2, "lanes_start": 3, "smear_gate": True, "attn_gate": "sparse", "carry": "learnable",
@@ -87,9 +91,74 @@ def test_the_twin_projects_by_one_product_and_every_term_of_the_loss_reaches_it(
         change[stream] = found[1] - found[0]
     assert run.gradients.twin is not None
     names = {name for name, _ in run.gradients.twin.module.blocks[0].attn.named_parameters()}
-    assert names == {"qkv", "proj.weight", "q_gain", "gate"}
+    assert names == {"qkv", "proj.weight", "qk_gain", "gate"}
     # rounded weights alone make 5 % of it
     assert float((change["bf16"] - change["fp32"]).norm()) < 0.1 * float(change["fp32"].norm())
+
+
+def few_kernels_of(model: GolfGPT) -> GolfGPT:
+    """Return a copy that computes as a twin does, and rounds nothing; its scaled weights are leaves of their own."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if isinstance(module, Attention):
+            module.stack_projections()
+    for own, block in zip(model.blocks, other.blocks, strict=True):
+        assert isinstance(block, Block)
+        for scale, weight in block.fold_scales().items():
+            with torch.no_grad():
+                block.get_parameter(weight).mul_(own.get_parameter(scale)[:, None])
+    other.few_kernels = True
+    return other
+
+
+@pytest.mark.parametrize("more", [{}, {"skip_norm": "before", "sandwich_norm": "attention"}, {"xsa_alpha": 0.3}])
+def test_forms_of_few_kernels_are_the_same_function(
+    pico_data: DataFolder, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """In float64, without rounding; gradients too, of what both forms hold as it is."""
+    run = trainer(pico_data, tmp_path, "fp32", model={**WHOLE, "xsa_last_n": 5, "skip_gates": True, **more})
+    disturb(run)
+    run.state.set_active_loops(1)
+    model = run.model.double()
+    other = few_kernels_of(model)
+    inputs, targets = synthetic_batch(320, 2, 16, torch.Generator().manual_seed(1))
+    losses = [training_loss(one, inputs, targets, one.reach(inputs)) for one in (model, other)]
+    assert float(losses[1]) == pytest.approx(float(losses[0]), abs=1e-12)
+    for loss in losses:
+        loss.backward()
+    held = dict(other.named_parameters())
+    wide = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in (
+        "skip_gates",
+        "skip_weights",
+        "parallel_post_lambdas",
+        "parallel_resid_lambdas",
+        "blocks.4.mlp.fc.weight",
+    ):
+        torch.testing.assert_close(held[name].grad, wide[name], rtol=1e-9, atol=1e-14)
+    gains, own = held["blocks.1.attn.qk_gain"].grad, wide["blocks.1.attn.q_gain"]
+    assert gains is not None
+    assert own is not None
+    torch.testing.assert_close(gains[: len(own)], own, rtol=1e-9, atol=1e-14)
+
+
+def test_gains_in_a_matrix_get_their_gradient_from_its_own() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights, scales = (
+        [nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(3)] for shape in ((4, 6), (4,))
+    )
+    exact = [scale[:, None] * weight for scale, weight in zip(scales, weights, strict=True)]
+    sums = [torch.randn(4, 6, generator=generator) for _ in range(3)]
+    exact[0].mul(sums[0]).sum().backward()
+    exact[2].mul(sums[2]).sum().backward()
+    group = Folded(weights, scales, [nn.Parameter(torch.zeros(4, 6)) for _ in range(3)])
+    for found, expected in zip(group.scaled(torch.stack(scales).detach().unsqueeze(-1)), exact, strict=True):
+        assert torch.equal(found, expected)
+    group.holders[0].grad, group.holders[2].grad = sums[0], sums[2]  # the second has none
+    given = group.gradients()
+    assert [id(parameter) for parameter, _ in given] == [id(one) for k in (0, 2) for one in (weights[k], scales[k])]
+    for parameter, gradient in given:
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_values_with_an_input_of_their_own_keep_their_projections(pico_data: DataFolder, tmp_path: Path) -> None:

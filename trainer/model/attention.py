@@ -19,8 +19,10 @@ from trainer.model.architecture import ModelConfig
 from trainer.model.attention_backends import Reach
 from trainer.model.controls import Controls
 from trainer.model.layers import has_xsa, query_gains, rotations
-from trainer.model.norms import rms_norm
+from trainer.model.norms import at_least_float32, rms_norm, scaled_norm
 from trainer.model.past import Past
+
+NORMALIZE_EPS = 1e-12  # of F.normalize
 
 
 def rotary_angles(
@@ -84,13 +86,25 @@ def rotate_whole(
 def remove_own_value(
     y: Tensor,  # (batch, heads, seq_len, head_dim)
     v: Tensor,  # (batch, kv_heads, seq_len, head_dim)
-    heads_dim: int = 1,  # 2 where heads stand beside positions, in both
 ) -> Tensor:
     """Return y - (y·v̂)v̂ (XSA), with v̂ the unit value vector of the same position and key-value group."""
-    groups = v.size(heads_dim)
-    grouped = y.unflatten(heads_dim, (groups, y.size(heads_dim) // groups))
-    direction = F.normalize(v, dim=-1).unsqueeze(heads_dim + 1)
+    grouped = y.unflatten(1, (v.size(1), -1))
+    direction = F.normalize(v, dim=-1).unsqueeze(2)
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).view_as(y)
+
+
+def remove_own_value_at_once(
+    y: Tensor,  # (batch, seq_len, heads, head_dim)
+    v: Tensor,  # (batch, seq_len, kv_heads, head_dim)
+) -> Tensor:
+    """Return `remove_own_value` of heads beside positions as y - (y·v / v·v) v, which a compiler makes one kernel.
+
+    Both sums are over a head of y, v repeated for each: no unit vector is written and read again.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1)).to(at_least_float32(y.dtype))
+    own = v.unsqueeze(3).expand(grouped.shape).to(grouped.dtype)
+    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(NORMALIZE_EPS**2)
+    return (grouped - share * own).to(y.dtype).view_as(y)
 
 
 class Context:
@@ -109,12 +123,24 @@ class Context:
         self.value_embeddings = value_embeddings
         self.earlier_value: Tensor | None = None  # (batch, kv_heads, seq_len, head_dim), of the first or the last visit
         self.past, self.x0 = past, x0
+        self.spread_out: dict[str, Tensor] = {}
+
+    def spread(self, name: str, parameter: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return a parameter expanded over positions: for one name, one tensor in the whole pass.
+
+        Visits that share it add their gradients up, position by position, and one sum over positions ends them all.
+        """
+        if name not in self.spread_out:
+            self.spread_out[name] = parameter.expand(*shape)
+        return self.spread_out[name]
 
 
 class Attention(nn.Module):
     """Grouped-query causal attention. Weights are (out, in); `q_gain` scales each head's query."""
 
-    qkv: nn.Parameter | None  # the weights of q, k and v as one, where `stack_projections` was called
+    # Where `stack_projections` was called: the weights of q, k and v as one, gains of queries and ones for keys.
+    qkv: nn.Parameter | None
+    qk_gain: nn.Parameter | None  # none either where places have gains of their own
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -129,6 +155,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
         self.register_parameter("qkv", None)
+        self.register_parameter("qk_gain", None)
         self.q_gain = nn.Parameter(torch.tensor(query_gains(config)[layer]))
         if config.xsa_alpha is not None and self.use_xsa:
             self.xsa_alpha = nn.Parameter(torch.tensor(config.xsa_alpha).logit())
@@ -151,12 +178,25 @@ class Attention(nn.Module):
         heads = x.unflatten(-1, (num_heads, self.head_dim))
         return heads.transpose(1, 2) if self.heads_dim == 1 else heads
 
-    def _turned(self, x: Tensor, num_heads: int, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Return queries or keys of a product (batch, seq_len, width): heads, normalised and rotated."""
-        heads = rms_norm(self._heads(x, num_heads))
+    def _turned(
+        self,
+        pieces: Sequence[Tensor],  # products of q and of k, each (batch, seq_len, width); or one of both
+        gain: Tensor,  # (num_heads,), of queries; where all pieces are one, perhaps followed by ones
+        place: int,  # whose gain it is
+        context: Context,
+    ) -> tuple[Tensor, Tensor]:  # (batch, heads, seq_len, head_dim), of queries and of keys; see heads_dim
+        """Return queries and keys: heads, normalised, rotated, and queries times their gains."""
+        numbers, angles = (self.num_heads, self.num_kv_heads), context.angles[self.layer]
         if self.heads_dim == 1:
-            return apply_rotary(heads, *angles)
-        return rotate_whole(heads, *angles, rotations(self.config)[self.layer][0])
+            heads = [rms_norm(self._heads(flat, number)) for flat, number in zip(pieces, numbers, strict=True)]
+            q, k = (apply_rotary(one, *angles) for one in heads)
+            return q * gain.to(q.dtype).view(-1, 1, 1), k
+        (both,) = pieces
+        split = self._heads(both, sum(numbers))
+        gains = F.pad(gain, (0, sum(numbers) - len(gain)), value=1.0).unsqueeze(-1)
+        normed = scaled_norm(split, context.spread(f"gains {place}", gains, (*split.shape[:-1], 1)))
+        q, k = rotate_whole(normed, *angles, rotations(self.config)[self.layer][0]).split(numbers, dim=2)
+        return q, k
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend, whatever the dimension of heads."""
@@ -178,35 +218,41 @@ class Attention(nn.Module):
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
         return (gates.transpose(1, 2) if self.heads_dim == 1 else gates).unsqueeze(-1)
 
-    def stack_projections(self) -> list[Tensor]:  # (model_dim, model_dim), twice (kv_dim, model_dim)
-        """Make one product of q, k and v: their weights become rows of a new parameter, and are returned.
+    def stack_projections(self) -> list[tuple[nn.Parameter, slice]]:
+        """Make one product of q, k and v; return the parameter and the rows where each, then gains of queries, now are.
 
-        Sums of a product may come in another order then. Nothing happens where values have an input of their own, or
-        a weight does not learn.
+        Sums of a product may come in another order then. Nothing happens where values have an input of their own, or a
+        weight does not learn; gains stay where every place has its own.
         """
         projections = [self.q, self.k, self.v]
         if self.reads_x0 or not all(projection.weight.requires_grad for projection in projections):
             return []
         self.qkv = nn.Parameter(torch.cat([projection.weight.detach() for projection in projections]))
+        held, begin = [], 0
         for projection in projections:
+            held.append((self.qkv, slice(begin, begin := begin + projection.out_features)))
             del projection.weight  # it would get no gradient
-        return list(self.qkv.detach().split([projection.out_features for projection in projections]))
+        if self.q_gain.requires_grad and not self.config.visit_controls:
+            self.qk_gain = nn.Parameter(F.pad(self.q_gain.detach(), (0, self.num_kv_heads), value=1.0))
+            held.append((self.qk_gain, slice(self.num_heads)))
+            del self.q_gain
+        return held
 
     def query_weight(self) -> Tensor:  # (model_dim, model_dim), differentiable
         """Return the weight of the query projection."""
         return self.q.weight if self.qkv is None else self.qkv[: self.q.out_features]
 
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:  # each (batch, seq_len, width)
-        """Return the products of q, k and v; those of v may read the embedding too."""
+    def _project(self, x: Tensor, context: Context) -> tuple[list[Tensor], Tensor]:  # each (batch, seq_len, width)
+        """Return the products of q and k, as one where they are stacked, and that of v, which may read x0 too."""
         if self.qkv is not None:
-            widths = [projection.out_features for projection in (self.q, self.k, self.v)]
-            query, key, value = F.linear(x, self.qkv).split(widths, dim=-1)
-            return query, key, value
+            width = self.v.out_features
+            both, value = F.linear(x, self.qkv).split((len(self.qkv) - width, width), dim=-1)
+            return [both], value
         read = x
         if self.reads_x0:
             assert context.x0 is not None
             read = x + self.x0_share.to(x.dtype) * rms_norm(context.x0).to(x.dtype)
-        return self.q(x), self.k(x), self.v(read)
+        return [self.q(x), self.k(x)], self.v(read)
 
     def _values(
         self,
@@ -231,9 +277,12 @@ class Attention(nn.Module):
             context.earlier_value = v
         return v
 
-    def _remove_share(self, y: Tensor, v: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim)
-        """Return y with the layer's learned share of its own value removed."""
-        return torch.lerp(y, remove_own_value(y, v, self.heads_dim), torch.sigmoid(self.xsa_alpha).to(y.dtype))
+    def _without_own_value(self, y: Tensor, v: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim)
+        """Return y with its own value removed, or the layer's learned share of it."""
+        rest = remove_own_value(y, v) if self.heads_dim == 1 else remove_own_value_at_once(y, v)
+        if self.config.xsa_alpha is None:
+            return rest
+        return torch.lerp(y, rest, torch.sigmoid(self.xsa_alpha).to(y.dtype))
 
     def forward(
         self,
@@ -242,23 +291,17 @@ class Attention(nn.Module):
         controls: Controls | None = None,  # of a place that has its own; else the layer's
     ) -> Tensor:  # (batch, seq_len, model_dim)
         gain, use_xsa, place = (
-            (self.q_gain, self.use_xsa, self.layer)
+            (self.q_gain if self.qk_gain is None else self.qk_gain, self.use_xsa, self.layer)
             if controls is None
             else (controls.q_gain, controls.use_xsa, controls.place)
         )
-        query, key, value = self._project(x, context)
-        angles = context.angles[self.layer]
-        q, k = self._turned(query, self.num_heads, angles), self._turned(key, self.num_kv_heads, angles)
+        pieces, value = self._project(x, context)
+        q, k = self._turned(pieces, gain, place, context)
         v = self._values(value, context, place)
-        q = q * gain.to(q.dtype).view(-1, *[1] * (3 - self.heads_dim))
         keys, values = (k, v) if context.past is None else context.past.extend(k, v)
         y = self._attend(q, keys, values, context)
         if use_xsa:
-            y = (
-                self._remove_share(y, v)
-                if self.config.xsa_alpha is not None
-                else remove_own_value(y, v, self.heads_dim)
-            )
+            y = self._without_own_value(y, v)
         if self.config.attn_gate != "none":
-            y = y * self._gate(x, query)
+            y = y * self._gate(x, pieces[0][..., : self.q.out_features])
         return self.proj((y.transpose(1, 2) if self.heads_dim == 1 else y).flatten(-2))

@@ -174,7 +174,9 @@ def document_boundaries(tokens: Tensor, document: Tensor | None, device: torch.d
 
 
 def _ragged(x: Tensor) -> Tensor:  # (batch, heads, seq_len, head_dim) → (batch · seq_len, heads, head_dim)
-    return x.transpose(1, 2).flatten(0, 1).contiguous()
+    """Lay windows end to end; flash kernels take any strides but the last dimension's, which must be 1."""
+    ragged = x.transpose(1, 2).flatten(0, 1)
+    return ragged if ragged.stride(-1) == 1 else ragged.contiguous()
 
 
 def _half_on_cuda(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> Unavailable | None:

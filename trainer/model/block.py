@@ -14,6 +14,11 @@ from trainer.model.layers import bound_activations, mlp_widths, with_attention
 from trainer.model.norms import rms_norm
 
 
+def times(scale: Tensor | None, x: Tensor) -> Tensor:
+    """Return scale · x; x where its scale is in a matrix already (`Block.fold_scales`)."""
+    return x if scale is None else scale * x
+
+
 class MLP(nn.Module):
     """proj(act(fc x)), or with a gated activation proj(act(gate x) · fc x)."""
 
@@ -78,11 +83,29 @@ class Block(nn.Module):
         normed = rms_norm(x) * own.norm_scale
         attended = x
         if self.has_attention:
-            attended = x + self.attn_adds(own.attn_scale * self.attention_output(normed, context, controls))
+            attended = x + self.attn_adds(times(own.attn_scale, self.attention_output(normed, context, controls)))
         if not self.has_mlp:
             return attended
         mlp_input = normed if self.parallel else rms_norm(attended) * own.norm_scale
-        return attended + self.mlp_adds(own.mlp_scale * self.mlp_output(mlp_input, mlp))
+        return attended + self.mlp_adds(times(own.mlp_scale, self.mlp_output(mlp_input, mlp)))
+
+    def fold_scales(self) -> dict[str, str]:
+        """Stop multiplying by gains of what a matrix gives; return the names gain → matrix, which must hold it now.
+
+        Gains stay where a norm comes between, where every place has its own, where several MLPs share one, and where
+        not all of this learns.
+        """
+        config, folded = self.config, {}
+        if self.has_attention and config.sandwich_norm == "none":
+            folded["attn_scale"] = "attn.proj.weight"
+        if self.has_mlp and config.sandwich_norm != "both" and not config.untied_loop_mlps:
+            folded["mlp_scale"] = "mlp.proj.weight"
+        learn = all(self.get_parameter(name).requires_grad for names in folded.items() for name in names)
+        if config.visit_controls or not learn:
+            return {}
+        for name in folded:
+            setattr(self, name, None)
+        return folded
 
     def attention_output(self, normed: Tensor, context: Context, controls: Controls | None) -> Tensor:
         """Return what attention makes of its input, normalised where the model has a sandwich norm."""
@@ -114,7 +137,7 @@ class BlockVisit:
         if not self.block.has_attention:
             return torch.zeros_like(x)
         attended = self.block.attention_output(rms_norm(x) * self.own.norm_scale, context, self.controls)
-        update: Tensor = self.block.attn_adds(self.own.attn_scale * attended)
+        update: Tensor = self.block.attn_adds(times(self.own.attn_scale, attended))
         return update
 
     def mlp_update(self, x: Tensor, mlp: nn.Module | None) -> Tensor:  # (batch, seq_len, model_dim) → the same
@@ -122,5 +145,5 @@ class BlockVisit:
         if not self.block.has_mlp:
             return torch.zeros_like(x)
         output = self.block.mlp_output(rms_norm(x) * self.own.norm_scale, mlp)
-        update: Tensor = self.block.mlp_adds(self.own.mlp_scale * output)
+        update: Tensor = self.block.mlp_adds(times(self.own.mlp_scale, output))
         return update

@@ -26,7 +26,7 @@ from trainer.model.head import HeadResidual
 from trainer.model.lanes import START, Lanes, lanes_with_skip, visit_routed, visit_separate, visit_sequential
 from trainer.model.layers import has_xsa, mlp_widths, rotations
 from trainer.model.ngrams import NgramEmbedding, TrigramEmbedding
-from trainer.model.norms import rms_norm
+from trainer.model.norms import at_least_float32, rms_norm
 from trainer.model.passes import Passes, has_passes
 from trainer.model.past import LOOK_BACK, Past
 from trainer.model.recurrence import Recurrence, carry_coefficients
@@ -49,11 +49,6 @@ ZERO_INIT = re.compile(
 )
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of positions and logits: float32 for narrower types, float64 for itself."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def document_pieces(
     tokens: Tensor,  # (batch, seq_len)
     cut: int | None,  # tokens in a piece at most; None = whole documents
@@ -70,6 +65,7 @@ def document_pieces(
 class GolfGPT(nn.Module):
     """The model. `graph.active_loops` may be changed between calls; weights never depend on it."""
 
+    few_kernels = False  # compute in forms of which a compiler makes fewer kernels; they round otherwise
     angles: list[tuple[Tensor, Tensor]] | None = None  # of each layer, for windows of their length: made beforehand
 
     def __init__(self, config: ModelConfig, graph: GraphState) -> None:
@@ -191,11 +187,14 @@ class GolfGPT(nn.Module):
 
     def _skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
         """Add a U-Net skip with a row of the weights, gated where the model has gates."""
-        weighted = self.skip_weights[row] * (rms_norm(skip) if self.config.skip_norm == "before" else skip)
-        if self.config.skip_gates:
-            x = torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+        skip = rms_norm(skip) if self.config.skip_norm == "before" else skip
+        if not self.config.skip_gates:
+            x = x + self.skip_weights[row] * skip
+        elif self.few_kernels:  # two factors a channel, whose gradients are two sums
+            gate = torch.sigmoid(self.skip_gates[row].to(at_least_float32(x.dtype)))
+            x = gate.to(x.dtype) * x + (self.skip_weights[row] * (1 - gate)).to(x.dtype) * skip
         else:
-            x = x + weighted
+            x = torch.lerp(self.skip_weights[row] * skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
         return rms_norm(x) if self.config.skip_norm == "after" else x
 
     def _skip_lanes(self, lanes: Lanes, skip: Tensor | None, row: int | None, has_just_split: bool) -> Lanes:
@@ -283,10 +282,22 @@ class GolfGPT(nn.Module):
             left = visit_separate(visited, lanes, x0, context, mlp)
         else:
             visit = visit_routed if self.config.lane_kind == "routed" else visit_sequential
-            keep, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-            left = visit(visited, lanes, x0, context, mlp, keep, post)
+            keep, post = self._lane_shares(x0, context)
+            left = visit(visited, lanes, x0, context, mlp, keep[layer], post[layer])
         watched: Lanes = block.stream_out(left)
         return watched
+
+    def _lane_shares(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Return what lanes keep, (num_layers, 2), and what they are given, (num_layers, 2, 2).
+
+        In forms for a compiler both are spread over positions, (…, batch, seq_len, 1).
+        """
+        keep, post = self.parallel_resid_lambdas, self.parallel_post_lambdas
+        if not self.few_kernels:
+            return keep, post
+        both = {"keep": keep[..., None, None, None], "post": post[..., None, None, None]}
+        first, second = (context.spread(name, one, (*one.shape[:-3], *x.shape[:-1], 1)) for name, one in both.items())
+        return first, second
 
     def _merge(self, lanes: Lanes) -> Tensor:
         if self.config.lane_kind == "separate":

@@ -44,8 +44,8 @@ def visit_routed(
     x0: Tensor,
     context: Context,
     mlp: nn.Module | None,
-    keep: Tensor,  # (2,): what each lane keeps of itself
-    post: Tensor,  # (2, 2): of attention and MLP, to the first and the second lane
+    keep: Tensor,  # (2,): what each lane keeps of itself; perhaps spread over positions, (2, batch, seq_len, 1)
+    post: Tensor,  # (2, 2), or spread: of attention and MLP, to the first and the second lane
 ) -> Lanes:
     """Visit a block with both lanes as the visit before left them."""
     attention = block.attention_update(block.mixed(lanes[0], x0), context)

@@ -102,16 +102,17 @@ class GradientAccumulator:
         """Run backward over this rank's micro-batches of a step. Return their share of the step's mean nats."""
         if self.objective is not None:
             return self._accumulate_objective(batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total: Tensor | None = None
         if self.twin:
             self.twin.take_weights()
         for inputs, targets in batches:
-            loss = self.loss(inputs, targets) * self.share
-            loss.backward()
+            loss = self.loss(inputs, targets)
+            loss.backward(torch.full_like(loss, self.share))
             if self.twin:
                 self.twin.give_gradients()
-            total += loss.detach()  # read once, after the optimizer's step: reading waits for the device
-        return total
+            nats = loss.detach() * self.share  # read once, after the optimizer's step: reading waits for the device
+            total = nats.double() if total is None else total + nats
+        return torch.zeros((), dtype=torch.float64, device=self.device) if total is None else total
 
     def _accumulate_objective(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:  # () float64
         """Do what `accumulate` does by an objective; its own share is `objective_share`."""

@@ -6,12 +6,16 @@ another. The public record scripts (openai/parameter-golf) hold the model itself
 trained, the gradients of a step and the optimizer's state stay float32: before each step the twin takes the weights,
 all in a few kernels, and after each backward it gives its gradients back the same way. What rounds is what rounds in
 the scripts: the stream, and the gains that are applied to it. Logits and the loss are float32 all the same.
+
+The twin also computes in forms that launch fewer kernels (`docs/results/gpu.md` counts them): one product for q, k and
+v, and one kernel to norm and turn q and k. A gain right after a matrix, as of attention and of the MLP, is a factor of
+the matrix's rows before both are rounded: its gradient is then a sum over a row of weights, not over all positions.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from pgolf_post.errors import SettingsError
 from trainer.config import Stream
 from trainer.model.attention import Attention
+from trainer.model.block import Block
 from trainer.model.gpt import GolfGPT
 
 
@@ -49,8 +54,41 @@ class Pair:
         return gradient if gradient is None or self.rows is None else gradient[self.rows]
 
 
+@dataclass
+class Folded:
+    """Matrices of one shape that hold gains of their rows in the twin, as few tensors of all of them."""
+
+    weights: list[nn.Parameter]  # the model's, each (rows, columns)
+    scales: list[nn.Parameter]  # the model's, each (rows,)
+    holders: list[nn.Parameter]  # the twin's scaled weights
+
+    def scaled(
+        self,
+        stacked_scales: Tensor,  # (matrices, rows, 1)
+    ) -> list[Tensor]:  # each (rows, columns) float32
+        """Return the weights times their scales, and keep both as they are now."""
+        self.stacked_weights = torch.stack([weight.detach() for weight in self.weights])
+        self.stacked_scales = stacked_scales
+        return list((self.stacked_weights * stacked_scales).unbind())
+
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return float32 gradients of weights and scales: of W' = s·W, dW = s·dW' and ds the sums of rows of W·dW'."""
+        present = [index for index, holder in enumerate(self.holders) if holder.grad is not None]
+        if not present:
+            return []
+        every = len(present) == len(self.holders)
+        weights, scales = (x if every else x[present] for x in (self.stacked_weights, self.stacked_scales))
+        given = torch.stack([gradient for holder in self.holders if (gradient := holder.grad) is not None])
+        of_weights, of_scales = (scales * given).unbind(), (weights * given).sum(-1).unbind()
+        return [
+            pair
+            for place, *both in zip(present, of_weights, of_scales, strict=True)
+            for pair in zip((self.weights[place], self.scales[place]), both, strict=True)
+        ]
+
+
 class Twin:
-    """The twin, and what passes between it and the model. Its projections to q, k and v are one product a layer."""
+    """The twin, and what passes between it and the model."""
 
     def __init__(
         self,
@@ -66,18 +104,34 @@ class Twin:
         for attention, narrow in zip(model.modules(), self.module.modules(), strict=True):
             if isinstance(attention, Attention) and isinstance(narrow, Attention):
                 self._stack_projections(attention, narrow, pairs)
+        self.folded = self._fold_scales(pairs)
+        self.module.few_kernels = True
         self.module.fix_angles(seq_len, model.skip_weights.device, torch.bfloat16)
         self.pairs = list(pairs.values())
-        self.holders = list({id(pair.holder): pair.holder for pair in self.pairs}.values())
+        holders = [pair.holder for pair in self.pairs] + [own for group in self.folded for own in group.holders]
+        self.holders = list({id(holder): holder for holder in holders}.values())
 
     def _stack_projections(self, wide: Attention, narrow: Attention, pairs: dict[int, Pair]) -> None:
         """Have the twin compute q, k and v by one parameter, and say which rows of it are whose."""
-        begin = 0
-        for projection, rows in zip((wide.q, wide.k, wide.v), narrow.stack_projections(), strict=False):
-            assert narrow.qkv is not None
-            place = slice(begin, begin := begin + len(rows))
-            pair = pairs[id(projection.weight)]
-            pairs[id(projection.weight)] = replace(pair, narrow=rows, holder=narrow.qkv, rows=place)
+        own = ("q.weight", "k.weight", "v.weight", "q_gain")
+        for name, (holder, rows) in zip(own, narrow.stack_projections(), strict=False):
+            parameter = wide.get_parameter(name)
+            pairs[id(parameter)] = Pair(parameter, holder.detach()[rows], holder, rows)
+
+    def _fold_scales(self, pairs: dict[int, Pair]) -> list[Folded]:
+        """Have the twin's matrices hold the gains that follow them; take both from the pairs."""
+        groups: dict[torch.Size, Folded] = {}
+        for wide, narrow in zip(self.model.blocks, self.module.blocks, strict=True):
+            assert isinstance(wide, Block)
+            assert isinstance(narrow, Block)
+            for names in narrow.fold_scales().items():
+                scale, weight = (wide.get_parameter(name) for name in names)
+                group = groups.setdefault(weight.shape, Folded([], [], []))
+                group.weights.append(weight)
+                group.scales.append(scale)
+                group.holders.append(narrow.get_parameter(names[1]))
+                del pairs[id(weight)], pairs[id(scale)]
+        return list(groups.values())
 
     @torch.no_grad()
     def take_weights(self) -> None:
@@ -85,20 +139,26 @@ class Twin:
         self.module.set_graph(self.model.graph)
         self.module.attention_backend = self.model.attention_backend
         narrow, wide = [pair.narrow for pair in self.pairs], [pair.wide.detach() for pair in self.pairs]
+        if self.folded:
+            scales = torch.stack([scale.detach() for group in self.folded for scale in group.scales]).unsqueeze(-1)
+            for group, own in zip(self.folded, scales.split([len(group.scales) for group in self.folded]), strict=True):
+                narrow += [holder.detach() for holder in group.holders]
+                wide += group.scaled(own)
         torch._foreach_copy_(narrow, wide)
 
     @torch.no_grad()
     def give_gradients(self) -> None:
         """Add the twin's gradients to the model's, in float32, and clear them; what has none is left alone."""
         given = [(pair.wide, own) for pair in self.pairs if (own := pair.gradient()) is not None]
-        if not given:
-            return
         widened = [torch.empty_like(wide) for wide, _ in given]
-        torch._foreach_copy_(widened, [gradient for _, gradient in given])
-        before = [(wide.grad, own) for (wide, _), own in zip(given, widened, strict=True) if wide.grad is not None]
+        if given:
+            torch._foreach_copy_(widened, [gradient for _, gradient in given])
+        found = list(zip([wide for wide, _ in given], widened, strict=True))
+        found += [pair for group in self.folded for pair in group.gradients()]
+        before = [(wide.grad, own) for wide, own in found if wide.grad is not None]
         if before:
             torch._foreach_add_([sums for sums, _ in before], [own for _, own in before])
-        for (wide, _), own in zip(given, widened, strict=True):
+        for wide, own in found:
             if wide.grad is None:
                 wide.grad = own
         for holder in self.holders:
