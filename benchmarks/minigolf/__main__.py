@@ -11,9 +11,9 @@ from benchmarks.minigolf.rows import HEADER, ROWS_FILE, finish, grouped, read_ro
 from benchmarks.minigolf.settings import read_round
 from benchmarks.minigolf.spending import Children, Runner
 from pgolf_post.base.command_line import run_command
+from pgolf_post.base.markdown import markdown_table
 from pgolf_post.base.progress import print_json, print_table
 from pgolf_post.data import DataFolder
-from pgolf_post.submit.writing import markdown_table
 
 OUT = Path("minigolf")
 
