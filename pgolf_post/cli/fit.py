@@ -61,6 +61,7 @@ FIT_FLAGS = {
     "kappa": "--kappa",
     "kappa_tokens": "--kappa-tokens",
     "tune_tokens": "--tune-tokens",
+    "tune_optimizer": "--tune-optimizer",
     "tune_precision": "--tune-precision",
     "tune_source": "--tune-source",
     "distill": "--distill",

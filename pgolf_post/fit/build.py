@@ -20,6 +20,7 @@ from pgolf_post.base.progress import progress_bar
 from pgolf_post.calibrate import Stats
 from pgolf_post.checkpoint import View
 from pgolf_post.fit.idle import as_zeros, zeros_loss, zeros_reason
+from pgolf_post.fit.precondition import Roots, roots_of
 from pgolf_post.fit.sensitivity import Sensitivity, sensitivities
 from pgolf_post.fit.settings import FitSettings
 from pgolf_post.fit.steps import RelativeSteps, relative_steps
@@ -90,6 +91,16 @@ class Builder:
     def num_weights(self) -> int:
         """Number of weights in all matrices that are rounded; those that are zeros in every build are not counted."""
         return sum(matrix.num_weights for matrix in self.matrices.values())
+
+    @cached_property
+    def roots(self) -> dict[str, Roots]:
+        """What fine-tuning is preconditioned by, of every matrix that is rounded."""
+        with progress_bar("factorizing sensitivities", len(self.matrices), "matrices") as advance:
+            roots = {}
+            for name, matrix in self.matrices.items():
+                roots[name] = roots_of(matrix.sensitivity)
+                advance()
+        return roots
 
     @property
     def identity(self) -> dict[str, list[str]]:

@@ -52,9 +52,13 @@ class Fitter:
     def identity(self) -> dict[str, Any]:
         """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
         settings = self.settings.model_dump(mode="json", exclude=TUNING_FIELDS)
-        rounded = {} if self.settings.tune_precision == "fp32" else {"precision": self.settings.tune_precision}
+        choices = {
+            "precision": (self.settings.tune_precision, "fp32"),
+            "optimizer": (self.settings.tune_optimizer, "adam"),
+        }
+        chosen = {name: value for name, (value, before) in choices.items() if value != before}
         tuning = (
-            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **rounded}
+            {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **chosen}
             if self.texts
             else {}
         )

@@ -106,9 +106,10 @@ def fine_tuned(
 
 def _tuned_model(builder: Builder, text: CalibrationSet, tokens_between: int, ranks: Ranks) -> TunedModel:
     view, precision = builder.view, builder.settings.tune_precision
+    roots = builder.roots if builder.settings.tune_optimizer == "preconditioned" else None
     if ranks.world_size > 1:
-        return SharedTuning(view, text, tokens_between, precision, ranks)
-    return TunedModel(view, text, tokens_between, precision)
+        return SharedTuning(view, text, tokens_between, precision, ranks, roots)
+    return TunedModel(view, text, tokens_between, precision, roots=roots)
 
 
 def _finished(

@@ -10,7 +10,7 @@ from pgolf_post.quantize.gptq.trellis import DIAGONALS, POLYNOMIALS
 from pgolf_post.settings import LARGEST_SEED, Precision, PrecisionIdentity
 
 # An id names what they lead to, not their values.
-TUNING_FIELDS = {"distill", "tune_tokens", "tune_precision", "tune_source"}
+TUNING_FIELDS = {"distill", "tune_tokens", "tune_precision", "tune_source", "tune_optimizer"}
 
 
 class FitSettings(PrecisionIdentity):
@@ -50,6 +50,10 @@ class FitSettings(PrecisionIdentity):
         "train",
         description="Text to fine-tune on: the calibration text, or as much as --tune-tokens that the model writes.",
     )
+    tune_optimizer: Literal["adam", "preconditioned"] = Field(
+        "adam",
+        description="Steps of fine-tuning: Adam's, or small ones along gradients preconditioned by the sensitivities.",
+    )
     tune_precision: Precision = Field(
         "fp32",
         description="Type of the products in fine-tuning; bf16 is faster on a GPU. κ is always measured in fp32.",
@@ -75,7 +79,8 @@ class FitSettings(PrecisionIdentity):
     def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what results are older than, where it is as it was before there was a choice."""
         values = PrecisionIdentity._identity(self, own_values)
-        return {key: value for key, value in values.items() if (key, value) != ("tune_source", "train")}
+        before = {"tune_source": "train", "tune_optimizer": "adam"}
+        return {key: value for key, value in values.items() if before.get(key) != value}
 
     @field_validator("trellis_states")
     @classmethod

@@ -9,7 +9,7 @@ rounding will do to them, so steps, sensitivities and κ stay as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from pgolf_post.checkpoint import View
 from pgolf_post.errors import NumericsError, SettingsError
 from pgolf_post.families import load_module, swap_weights
 from pgolf_post.fit.build import Builder
+from pgolf_post.fit.precondition import RATE_RATIO, STEP_TOKENS, PreconditionedMomentum, Roots, empty_roots
 from pgolf_post.quantize.tensor import QuantizedTensor
 from pgolf_post.settings import Precision
 
@@ -68,12 +69,14 @@ class TunedModel:
         tokens_between: int,
         precision: Precision = "fp32",
         ranks: Ranks = ALONE,  # whose gradients are added up
+        roots: Mapping[str, Roots] | None = None,  # of every matrix, to precondition by; None: Adam
     ) -> None:
         self.view, self.ranks, self.device = view, ranks, ranks.device
+        self.roots = None if roots is None else {name: one.to(self.device) for name, one in roots.items()}
         self.autocast = autocast_dtype(precision, self.device)
         self.tokens = torch.from_numpy(text.tokens)  # (windows, seq_len) int64
         seq_len = self.tokens.shape[1]
-        batch_tokens = max(BATCH_TOKENS, tokens_between // MOST_STEPS)
+        batch_tokens = max(BATCH_TOKENS if roots is None else STEP_TOKENS, tokens_between // MOST_STEPS)
         self.batch = min(len(self.tokens), max(1, batch_tokens // seq_len))  # windows
         self.steps = max(1, tokens_between // (self.batch * seq_len))
         self.micro = max(1, MICRO_TOKENS[self.device.type] // seq_len)
@@ -113,12 +116,24 @@ class TunedModel:
                 parameter.zero_()
             self.ranks.sum_(parameter)
 
+    def share_roots(self, names: Iterable[str]) -> None:
+        """Give every rank the roots that rank 0 has of these matrices, if any; the others' are replaced."""
+        if self.roots is None:
+            return
+        for name in names:
+            own = self.roots[name] if self.ranks.is_main else empty_roots(self.parameters[name])
+            for side in (own.outputs, own.inputs):
+                self.ranks.sum_(side)
+            self.roots[name] = own
+
     def tune(self, rates: Mapping[str, float], label: str) -> None:
         """Tune these matrices, each at its own rate. Raises NumericsError if the loss is not finite."""
         # Only these matrices learn: a group each, one cosine for all.
         chosen = [self.parameters[name].requires_grad_(True) for name in rates]
-        groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(chosen, rates.values(), strict=True)]
-        optimizer = self.optimizer(groups)
+        groups = [{"params": [self.parameters[name]], "lr": rate} for name, rate in rates.items()]
+        optimizer: torch.optim.Optimizer = self.optimizer(groups)
+        if self.roots is not None:
+            optimizer = PreconditionedMomentum(_preconditioned(rates, self.parameters, self.roots))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
         )
@@ -175,6 +190,17 @@ class TunedModel:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.ranks.sum_(parameter.grad)
         self.ranks.sum_(total)
+
+
+def _preconditioned(
+    rates: Mapping[str, float],  # Adam's
+    parameters: Mapping[str, Tensor],
+    roots: Mapping[str, Roots],
+) -> list[dict[str, Any]]:
+    """Return groups of one matrix each, for steps along its roots, longer than Adam's."""
+    return [
+        {"params": [parameters[name]], "lr": RATE_RATIO * rate, "roots": roots[name]} for name, rate in rates.items()
+    ]
 
 
 def _finite(kl: Tensor) -> float:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pgolf_post.base.ranks import Ranks
 from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
+from pgolf_post.fit.precondition import Roots
 from pgolf_post.fit.tune import TunedModel
 from pgolf_post.settings import Precision
 
@@ -26,30 +27,39 @@ class Call:
     taken: int  # batches before it
     rates: Mapping[str, float]
     label: str
+    preconditioned: bool = False
 
 
 class SharedTuning(TunedModel):
     """A model that is tuned by all ranks. Its methods run on rank 0; `help_tune` runs on the others."""
 
     def __init__(
-        self, view: View, text: CalibrationSet, tokens_between: int, precision: Precision, ranks: Ranks
+        self,
+        view: View,
+        text: CalibrationSet,
+        tokens_between: int,
+        precision: Precision,
+        ranks: Ranks,
+        roots: Mapping[str, Roots] | None = None,
     ) -> None:
-        super().__init__(view, text, tokens_between, precision, ranks)
+        super().__init__(view, text, tokens_between, precision, ranks, roots)
         self.tokens_between = tokens_between
 
     def tune(self, rates: Mapping[str, float], label: str) -> None:
         """Tune as TunedModel does, with the help of all other ranks."""
-        _tell(self.ranks, Call(self.tokens_between, self.taken, rates, label))
+        _tell(self.ranks, Call(self.tokens_between, self.taken, rates, label, self.roots is not None))
         self.share_weights()
+        self.share_roots(rates)
         super().tune(rates, label)
 
 
 def help_tune(view: View, text: CalibrationSet, precision: Precision, ranks: Ranks) -> None:
     """Take part in every call of `tune` on rank 0 until `end_help`. Raises what rank 0 raises."""
     while (call := _told(ranks)) is not None:
-        tuned = TunedModel(view, text, call.tokens_between, precision, ranks)
+        tuned = TunedModel(view, text, call.tokens_between, precision, ranks, {} if call.preconditioned else None)
         tuned.pass_over(call.taken)
         tuned.share_weights()
+        tuned.share_roots(call.rates)
         tuned.tune(call.rates, call.label)
 
 

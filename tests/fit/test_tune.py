@@ -252,17 +252,21 @@ from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
 from pgolf_post.families import swap_weights
 from pgolf_post.fit import tune
+from pgolf_post.fit.precondition import roots_of
+from pgolf_post.fit.sensitivity import Sensitivity
 from pgolf_post.fit.tune_ranks import SharedTuning, end_help, help_tune
 
-tune.BATCH_TOKENS = 48  # three windows: one rank of two reads more than the other
+tune.BATCH_TOKENS = tune.STEP_TOKENS = 48  # three windows: one rank of two reads more than the other
 checkpoint, data, out = map(Path, sys.argv[1:4])
 view, ranks = Checkpoint.open(checkpoint).load(), Ranks.join()
 try:
     text = draw_training_text(DataFolder.open(data), CalibrationSettings(tokens=4096), 16)
     if ranks.is_main:
-        tuned = SharedTuning(view, text, 960, "fp32", ranks)
-        swap_weights(tuned.module, {"blocks.0.mlp.fc.weight": 1.3 * view.tensors["blocks.0.mlp.fc.weight"]})
         rates = {"blocks.1.mlp.fc.weight": 1e-4, "blocks.2.attn.q.weight": 3e-4}
+        sides = {name: [torch.linspace(1, 2, n).double() for n in view.tensors[name].shape] for name in rates}
+        roots = {name: roots_of(Sensitivity(torch.diag(columns), rows)) for name, (rows, columns) in sides.items()}
+        tuned = SharedTuning(view, text, 960, "fp32", ranks, roots if sys.argv[4] == "preconditioned" else None)
+        swap_weights(tuned.module, {"blocks.0.mlp.fc.weight": 1.3 * view.tensors["blocks.0.mlp.fc.weight"]})
         tuned.tune(rates, "1")
         tuned.tune(dict(list(rates.items())[:1]), "2")
         save_file(tuned.weights(list(rates)), out / f"{ranks.world_size}.safetensors")
@@ -274,11 +278,12 @@ finally:
 """
 
 
-def test_two_ranks_tune_as_one_does(view: View, pico_data: DataFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("preconditioned", marks=pytest.mark.long)])
+def test_two_ranks_tune_as_one_does(view: View, pico_data: DataFolder, tmp_path: Path, optimizer: str) -> None:
     script = tmp_path / "tuning.py"
     script.write_text(TUNING)
     for number in (1, 2):
-        words = (str(script), str(view.checkpoint.path), str(pico_data.path), str(tmp_path))
+        words = (str(script), str(view.checkpoint.path), str(pico_data.path), str(tmp_path), optimizer)
         done = processes.run_ranks(number, *words)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"{number}.safetensors") for number in (1, 2))

@@ -1,0 +1,153 @@
+"""Preconditioned fine-tuning: its roots, its steps, and that a fit with it is a fit like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf_post.calibrate import CalibrationSettings
+from pgolf_post.calibrate.text import draw_training_text
+from pgolf_post.checkpoint import View
+from pgolf_post.data import DataFolder
+from pgolf_post.families import train_seq_len
+from pgolf_post.fit import precondition
+from pgolf_post.fit.artifact import fit_key
+from pgolf_post.fit.build import constants_of
+from pgolf_post.fit.limits import fixed_bytes
+from pgolf_post.fit.precondition import PreconditionedMomentum, Roots, empty_roots, roots_of
+from pgolf_post.fit.prepare import Fitter, prepare
+from pgolf_post.fit.probe import Probe
+from pgolf_post.fit.replay import fine_tuned, groups_in_order
+from pgolf_post.fit.sensitivity import Sensitivity
+from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.solve import WINDOW_BYTES, Search
+from pgolf_post.fit.training_clock import TrainingClock
+from pgolf_post.fit.tune import TunedModel, learning_rates
+from pgolf_post.fit.tune_partial import TunePartial
+
+CALIBRATION = CalibrationSettings(tokens=4096)
+SETTINGS = FitSettings(kappa="off", trellis_states=4, tune_tokens=8192, tune_optimizer="preconditioned")
+COARSE = 0.01  # c
+
+
+@pytest.fixture
+def fitter(view: View, pico_data: DataFolder) -> Fitter:
+    return prepare(view, pico_data, CALIBRATION, SETTINGS)
+
+
+@pytest.fixture
+def limit(fitter: Fitter) -> int:
+    return fixed_bytes(fitter.builder) + fitter.builder.num_weights * 2 // 8 + WINDOW_BYTES // 2
+
+
+def moments(size: int, seed: int) -> torch.Tensor:  # (size, size) float64, positive definite
+    values = torch.randn(size, 3 * size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values @ values.T / size
+
+
+def test_roots_whiten_both_sides() -> None:
+    inputs, outputs = moments(6, 0), moments(4, 1)
+    roots = roots_of(Sensitivity(inputs, outputs.diagonal().clone(), outputs))
+    for root, matrix in ((roots.inputs, inputs), (roots.outputs, outputs)):
+        white = root.double() @ (matrix / matrix.diagonal().mean()) @ root.double()
+        torch.testing.assert_close(white, torch.eye(len(matrix), dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_rows_that_are_not_coupled_are_weighted_alone() -> None:
+    rows = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
+    roots = roots_of(Sensitivity(moments(2, 0), rows))
+    torch.testing.assert_close(roots.outputs, torch.diag(torch.tensor([2.0, 1.0, 0.5])))
+
+
+def test_a_direction_is_the_product_of_all_three() -> None:
+    roots = Roots(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.diag(torch.tensor([1.0, 5.0, 7.0])))
+    gradient = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    expected = torch.tensor([[2.0, 5.0, 35.0], [1.0, 15.0, 35.0]])
+    torch.testing.assert_close(roots.applied(gradient), expected)
+    torch.testing.assert_close(roots.applied(gradient.view(2, 3, 1)), expected.view(2, 3, 1))
+
+
+def optimized(gradients: list[torch.Tensor], rate: float) -> torch.Tensor:
+    """Return where some gradients lead from zero."""
+    weight = torch.zeros_like(gradients[0]).requires_grad_()
+    roots = Roots(torch.eye(len(weight)), torch.eye(weight.shape[1]))
+    optimizer = PreconditionedMomentum([{"params": [weight], "lr": rate, "roots": roots}])
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    return weight.detach()
+
+
+def test_a_rate_is_the_root_mean_square_of_a_step() -> None:
+    gradient = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+    moved = optimized([gradient], 0.01)
+    torch.testing.assert_close(moved, -0.01 * gradient / gradient.square().mean().sqrt())
+    torch.testing.assert_close(optimized([gradient] * 5, 0.01), 5 * moved)
+
+
+def test_steps_do_not_depend_on_the_scale_of_gradients() -> None:
+    gradients = [torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    moved = optimized(gradients, 0.01)
+    torch.testing.assert_close(optimized([1e-9 * gradient for gradient in gradients], 0.01), moved)
+    torch.testing.assert_close(optimized([0 * gradients[0]], 0.01), torch.zeros(3, 4))
+
+
+def test_it_lowers_the_divergence_on_its_text(fitter: Fitter, view: View, pico_data: DataFolder) -> None:
+    text, builder = draw_training_text(pico_data, CALIBRATION, train_seq_len(view.config)), fitter.builder
+    tuned, probe = TunedModel(view, text, 16384, roots=builder.roots), Probe(view, text)
+    first, *others = groups_in_order(view, list(builder.matrices))
+    tuned.load(builder.quantize(constants_of(first, COARSE, {})), first)
+    rest = [name for names in others for name in names]
+    before, weights = probe.divergence(tuned.weights(list(builder.matrices))).mean, tuned.weights(rest)
+    tuned.tune(learning_rates(builder, constants_of(rest, COARSE, {})), "1")
+    assert probe.divergence(tuned.weights(list(builder.matrices))).mean < 0.95 * before
+    assert all(not torch.equal(tuned.parameters[name], weights[name]) for name in rest)
+
+
+def test_its_batches_are_small(view: View, pico_data: DataFolder) -> None:
+    text = draw_training_text(pico_data, CALIBRATION, train_seq_len(view.config))
+    adam, own = TunedModel(view, text, 4096), TunedModel(view, text, 4096, roots={})
+    assert (adam.steps, own.steps) == (2, 8)
+    assert own.batch * text.tokens.shape[1] == precondition.STEP_TOKENS
+
+
+def test_adam_is_what_it_was(view: View, pico_data: DataFolder, fitter: Fitter, limit: int) -> None:
+    adam = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_optimizer": "adam"}))
+    assert "tune_optimizer" not in FitSettings().model_dump(mode="json")
+    assert set(adam.identity["tune"]) == {"tokens", "text_sha256"}
+    assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned"}
+    assert fit_key(adam, limit, "rans").folder != fit_key(fitter, limit, "rans").folder
+
+
+def test_an_interrupted_one_ends_alike(
+    fitter: Fitter, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fitter.texts
+    search, own = Search(fitter.builder, fitter.kappa), TunedModel.tune
+    solution = search.solve(limit)
+
+    def tuned(name: str) -> str:
+        partial, clock = TunePartial(tmp_path / name), TrainingClock()
+        model = fine_tuned(fitter.builder, search, solution, limit, fitter.texts[0], 8192, clock, partial)  # type: ignore[index]
+        assert model is not None
+        return model.model.symbols_sha256()
+
+    whole, calls = tuned("whole"), list[str]()
+
+    def interrupted(model: TunedModel, rates: dict[str, float], label: str) -> None:
+        calls.append(label)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        own(model, rates, label)
+
+    monkeypatch.setattr(TunedModel, "tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned("interrupted")
+    assert tuned("interrupted") == whole != solution.model.symbols_sha256()
+
+
+def test_empty_roots_have_the_shapes_of_a_parameter() -> None:
+    roots = empty_roots(torch.zeros(3, 4, 5))
+    assert (roots.outputs.shape, roots.inputs.shape) == ((3, 3), (20, 20))
