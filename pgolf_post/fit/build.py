@@ -94,7 +94,7 @@ class Builder:
 
     @cached_property
     def roots(self) -> dict[str, Roots]:
-        """What fine-tuning is preconditioned by, of every matrix that is rounded."""
+        """Return every rounded matrix's roots, by which fine-tuning may be preconditioned."""
         with progress_bar("factorizing sensitivities", len(self.matrices), "matrices") as advance:
             roots = {}
             for name, matrix in self.matrices.items():
