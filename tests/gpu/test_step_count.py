@@ -40,6 +40,9 @@ def test_each_attention_is_part_of_the_one_graph(guard: Path, backend: str, case
     [
         ("record;varlen", 197, 252, 546, 62.082, 31.21),
         ("loops;varlen", 252, 354, 750, 89.515, 40.90),
+        ("small;varlen", 115, 133, 315, 2.724, 1.86),
+        ("record;varlen;run.stream=fp32", 521, 318, 925, 102.157, 38.01),
+        ("record;varlen;run.kernels=eager", 219, 252, 568, 84.228, 33.28),
     ],
 )
 def test_a_step_is_one_graph_with_its_known_kernels_bytes_and_memory(
