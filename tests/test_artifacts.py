@@ -60,7 +60,7 @@ def test_an_artifact_by_a_plan_keeps_its_id(
     ("settings", "artifact_id", "kappa_id"),
     [
         (
-            {},
+            {"trellis_states": 64},
             "6c0e1a108d3c0a623bd179cef816de62494f083cc4e2a98c47fed3b1592d8497",
             "3fdc4da60895aaaf80a16a54b9a77f479ce0a0ceacec724d990a6028bc2b0761",
         ),
@@ -69,7 +69,11 @@ def test_an_artifact_by_a_plan_keeps_its_id(
             "8e84c219e3510c80dbe034b166b5d929b9fd26d1eea7f1d1eda0eccf126a262d",
             None,
         ),
-        ({"tune_tokens": 5}, "d88e90f1cf8bedc9e92144fe43a3ab44c1b4d8656bc24d1cd1f11d1f4d888ba2", None),
+        (
+            {"trellis_states": 64, "tune_tokens": 5},
+            "d88e90f1cf8bedc9e92144fe43a3ab44c1b4d8656bc24d1cd1f11d1f4d888ba2",
+            None,
+        ),
     ],
 )
 def test_a_fitted_artifact_and_kappa_by_tensor_keep_their_ids(

@@ -107,7 +107,7 @@ def test_a_state_comes_back_from_its_checkpoint_whole(tmp_path: Path, pico_data:
 
 def test_a_new_field_of_the_state_is_thought_of_here() -> None:
     fixed = {"recipe", "ranks", "data", "autocast"}
-    tensors = {"model", "optimizer", "averages", "heads"}
+    tensors = {"model", "optimizer", "averages", "heads", "rounding"}
     numbers = {"step", "train_seconds", "snapshot_step", "place", "reserve"}
     numbers |= {"phases", "periodic", "waits", "phase_times"}
     of_the_process = {"clock", "schedule_clock", "earlier_wall_seconds", "provenance", "parent"}
