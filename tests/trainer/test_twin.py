@@ -155,8 +155,8 @@ def test_gains_in_a_matrix_get_their_gradient_from_its_own() -> None:
     for found, expected in zip(group.scaled(torch.stack(scales).detach().unsqueeze(-1)), exact, strict=True):
         assert torch.equal(found, expected)
     group.holders[0].grad, group.holders[2].grad = sums[0], sums[2]  # the second has none
-    given = group.gradients()
-    assert [id(parameter) for parameter, _ in given] == [id(one) for k in (0, 2) for one in (weights[k], scales[k])]
+    given = list(group.gradients())
+    assert [id(parameter) for parameter, _ in given] == [id(one) for own in (weights, scales) for one in own[::2]]
     for parameter, gradient in given:
         torch.testing.assert_close(gradient, parameter.grad)
 

@@ -172,11 +172,11 @@ class Attention(nn.Module):
     @property
     def heads_dim(self) -> int:
         """Dimension of heads, as this attention holds them: beside positions only where projections are stacked."""
-        return 1 if self.qkv is None else 2
+        return 1 + (self.qkv is not None)
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:  # (batch, heads, seq_len, head_dim); see heads_dim
-        heads = x.unflatten(-1, (num_heads, self.head_dim))
-        return heads.transpose(1, 2) if self.heads_dim == 1 else heads
+        # Of dimensions 1 and 2 the other is that of positions: exchanging it with 1 does nothing where it is 1 already.
+        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 3 - self.heads_dim)
 
     def _turned(
         self,
@@ -191,18 +191,14 @@ class Attention(nn.Module):
             heads = [rms_norm(self._heads(flat, number)) for flat, number in zip(pieces, numbers, strict=True)]
             q, k = (apply_rotary(one, *angles) for one in heads)
             return q * gain.to(q.dtype).view(-1, 1, 1), k
-        (both,) = pieces
-        split = self._heads(both, sum(numbers))
+        split = self._heads(pieces[0], sum(numbers))
         gains = F.pad(gain, (0, sum(numbers) - len(gain)), value=1.0).unsqueeze(-1)
         normed = scaled_norm(split, context.spread(f"gains {place}", gains, (*split.shape[:-1], 1)))
-        q, k = rotate_whole(normed, *angles, rotations(self.config)[self.layer][0]).split(numbers, dim=2)
-        return q, k
+        return rotate_whole(normed, *angles, rotations(self.config)[self.layer][0]).split(numbers, dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend, whatever the dimension of heads."""
-        if self.heads_dim == 1:
-            return context.reach.attend(q, k, v)
-        return context.reach.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return context.reach.attend(*(x.transpose(1, self.heads_dim) for x in (q, k, v))).transpose(1, self.heads_dim)
 
     def _gate_name(self) -> str:
         """Return the gate parameter's name; double-sigmoid gates, which mean something else, have their own."""
@@ -216,25 +212,25 @@ class Attention(nn.Module):
         if kind == "sparse":
             logits = self.config.attn_gate_scale * logits
         gates = torch.sigmoid(logits) * (2.0 if kind == "double_sigmoid" else 1.0)
-        return (gates.transpose(1, 2) if self.heads_dim == 1 else gates).unsqueeze(-1)
+        return gates.transpose(1, 3 - self.heads_dim).unsqueeze(-1)
 
-    def stack_projections(self) -> list[tuple[nn.Parameter, slice]]:
-        """Make one product of q, k and v; return the parameter and the rows where each, then gains of queries, now are.
+    def stack_projections(self) -> dict[str, tuple[nn.Parameter, slice]]:
+        """Make one product of q, k and v; return the parameter and its rows that each weight, and q's gain, now is.
 
         Sums of a product may come in another order then. Nothing happens where values have an input of their own, or a
         weight does not learn; gains stay where every place has its own.
         """
-        projections = [self.q, self.k, self.v]
-        if self.reads_x0 or not all(projection.weight.requires_grad for projection in projections):
-            return []
-        self.qkv = nn.Parameter(torch.cat([projection.weight.detach() for projection in projections]))
-        held, begin = [], 0
-        for projection in projections:
-            held.append((self.qkv, slice(begin, begin := begin + projection.out_features)))
-            del projection.weight  # it would get no gradient
+        weights = {name: self.get_parameter(name) for name in ("q.weight", "k.weight", "v.weight")}
+        if self.reads_x0 or not all(weight.requires_grad for weight in weights.values()):
+            return {}
+        self.qkv = nn.Parameter(torch.cat([weight.detach() for weight in weights.values()]))
+        held, begin = {}, 0
+        for name, weight in weights.items():
+            held[name] = self.qkv, slice(begin, begin := begin + len(weight))
+            del self.get_submodule(name[0]).weight  # it would get no gradient
         if self.q_gain.requires_grad and not self.config.visit_controls:
             self.qk_gain = nn.Parameter(F.pad(self.q_gain.detach(), (0, self.num_kv_heads), value=1.0))
-            held.append((self.qk_gain, slice(self.num_heads)))
+            held["q_gain"] = self.qk_gain, slice(self.num_heads)
             del self.q_gain
         return held
 
@@ -304,4 +300,4 @@ class Attention(nn.Module):
             y = self._without_own_value(y, v)
         if self.config.attn_gate != "none":
             y = y * self._gate(x, pieces[0][..., : self.q.out_features])
-        return self.proj((y.transpose(1, 2) if self.heads_dim == 1 else y).flatten(-2))
+        return self.proj(y.transpose(1, 3 - self.heads_dim).flatten(-2))

@@ -15,14 +15,15 @@ the matrix's rows before both are rounded: its gradient is then a sum over a row
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from pgolf_post.errors import SettingsError
 from trainer.config import Stream
-from trainer.model.attention import Attention
 from trainer.model.block import Block
 from trainer.model.gpt import GolfGPT
 
@@ -44,14 +45,13 @@ class Pair:
     """A parameter, and where the twin has it."""
 
     wide: nn.Parameter
-    narrow: Tensor  # the twin's parameter, or its rows
     holder: nn.Parameter  # the twin's parameter
-    rows: slice | None = None  # of the holder, where it is not the whole of it
+    rows: slice | EllipsisType = ...  # of the holder; all
 
     def gradient(self) -> Tensor | None:
         """Return the twin's gradient of this parameter."""
         gradient = self.holder.grad
-        return gradient if gradient is None or self.rows is None else gradient[self.rows]
+        return None if gradient is None else gradient[self.rows]
 
 
 @dataclass
@@ -71,20 +71,16 @@ class Folded:
         self.stacked_scales = stacked_scales
         return list((self.stacked_weights * stacked_scales).unbind())
 
-    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return float32 gradients of weights and scales: of W' = s·W, dW = s·dW' and ds the sums of rows of W·dW'."""
-        present = [index for index, holder in enumerate(self.holders) if holder.grad is not None]
-        if not present:
-            return []
-        every = len(present) == len(self.holders)
-        weights, scales = (x if every else x[present] for x in (self.stacked_weights, self.stacked_scales))
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield float32 gradients of weights and scales: of W' = s·W, dW = s·dW' and ds the sums of rows of W·dW'."""
+        places = [place for place, holder in enumerate(self.holders) if holder.grad is not None]
+        if not places:
+            return
+        stacked = self.stacked_weights, self.stacked_scales
+        weights, scales = (x[places] if len(places) < len(x) else x for x in stacked)
         given = torch.stack([gradient for holder in self.holders if (gradient := holder.grad) is not None])
-        of_weights, of_scales = (scales * given).unbind(), (weights * given).sum(-1).unbind()
-        return [
-            pair
-            for place, *both in zip(present, of_weights, of_scales, strict=True)
-            for pair in zip((self.weights[place], self.scales[place]), both, strict=True)
-        ]
+        yield from zip((self.weights[place] for place in places), scales * given, strict=True)
+        yield from zip((self.scales[place] for place in places), (weights * given).sum(-1), strict=True)
 
 
 class Twin:
@@ -99,31 +95,25 @@ class Twin:
         pairs: dict[int, Pair] = {}
         for wide in model.parameters():
             own = nn.Parameter(wide.detach().to(torch.bfloat16), wide.requires_grad)
-            pairs[id(wide)] = Pair(wide, own, own)
+            pairs[id(wide)] = Pair(wide, own)
         self.module = copy.deepcopy(model, {key: pair.holder for key, pair in pairs.items()})
-        for attention, narrow in zip(model.modules(), self.module.modules(), strict=True):
-            if isinstance(attention, Attention) and isinstance(narrow, Attention):
-                self._stack_projections(attention, narrow, pairs)
-        self.folded = self._fold_scales(pairs)
+        self.folded = self._merge(pairs)
         self.module.few_kernels = True
         self.module.fix_angles(seq_len, model.skip_weights.device, torch.bfloat16)
         self.pairs = list(pairs.values())
-        holders = [pair.holder for pair in self.pairs] + [own for group in self.folded for own in group.holders]
-        self.holders = list({id(holder): holder for holder in holders}.values())
 
-    def _stack_projections(self, wide: Attention, narrow: Attention, pairs: dict[int, Pair]) -> None:
-        """Have the twin compute q, k and v by one parameter, and say which rows of it are whose."""
-        own = ("q.weight", "k.weight", "v.weight", "q_gain")
-        for name, (holder, rows) in zip(own, narrow.stack_projections(), strict=False):
-            parameter = wide.get_parameter(name)
-            pairs[id(parameter)] = Pair(parameter, holder.detach()[rows], holder, rows)
+    def _merge(self, pairs: dict[int, Pair]) -> list[Folded]:
+        """Have the twin compute q, k and v by one parameter, and its matrices hold the gains that follow them.
 
-    def _fold_scales(self, pairs: dict[int, Pair]) -> list[Folded]:
-        """Have the twin's matrices hold the gains that follow them; take both from the pairs."""
+        Say where the first now are, take the others from the pairs, and return them.
+        """
         groups: dict[torch.Size, Folded] = {}
         for wide, narrow in zip(self.model.blocks, self.module.blocks, strict=True):
             assert isinstance(wide, Block)
             assert isinstance(narrow, Block)
+            for name, place in (narrow.attn.stack_projections() if narrow.has_attention else {}).items():
+                parameter = wide.attn.get_parameter(name)
+                pairs[id(parameter)] = Pair(parameter, *place)
             for names in narrow.fold_scales().items():
                 scale, weight = (wide.get_parameter(name) for name in names)
                 group = groups.setdefault(weight.shape, Folded([], [], []))
@@ -138,7 +128,8 @@ class Twin:
         """Round the model's weights to the twin, and take its graph and its attention."""
         self.module.set_graph(self.model.graph)
         self.module.attention_backend = self.model.attention_backend
-        narrow, wide = [pair.narrow for pair in self.pairs], [pair.wide.detach() for pair in self.pairs]
+        narrow = [pair.holder.detach()[pair.rows] for pair in self.pairs]
+        wide = [pair.wide.detach() for pair in self.pairs]
         if self.folded:
             scales = torch.stack([scale.detach() for group in self.folded for scale in group.scales]).unsqueeze(-1)
             for group, own in zip(self.folded, scales.split([len(group.scales) for group in self.folded]), strict=True):
@@ -161,5 +152,4 @@ class Twin:
         for wide, own in found:
             if wide.grad is None:
                 wide.grad = own
-        for holder in self.holders:
-            holder.grad = None
+        self.module.zero_grad()
