@@ -138,17 +138,12 @@ class Game:
         """Measure the expected gap on some windows."""
         windows = max(LEAST_WINDOWS, round(self.wanted.expected_windows * self.scale))
         made = {"checkpoint": trained["checkpoint"], "artifact": rounded["artifact"]}
-        text = {"eval_tokens": self.text.tokens, "windows": windows, "seq_len": self.seq_len}
+        text = {"eval_tokens": self.text.tokens, "windows": windows, "seq_len": WINDOW_TOKENS}
         return self.work("expected", "expected", {**made, **text, "weights": self.wanted.rounding.weights})
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of a scored window."""
-        return WINDOW_TOKENS
 
     def score(self, stage: str, path: str, limit: float | None, how: ProtocolSettings | None = None) -> dict[str, Any]:
         """Score a checkpoint or an artifact by plain windows or a protocol."""
-        words = ["eval", path, "--data", str(self.data.path), "--seq-len", str(self.seq_len), "--json"]
+        words = ["eval", path, "--data", str(self.data.path), "--seq-len", str(WINDOW_TOKENS), "--json"]
         words += ["--threads", str(self.wanted.threads), *(how.words if how else [])]
         words += ["--max-tokens", str(self.text.tokens)]
         if stage == "reference":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.minigolf.play import TRAINING, Game
+from benchmarks.minigolf.settings import WINDOW_TOKENS
 from pgolf_post.base.progress import say
 from pgolf_post.base.storage import atomic_file
 from pgolf_post.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def row_of(game: Game, answers: Mapping[str, Any]) -> dict[str, Any]:
 
 def gap_of(game: Game, train: Mapping[str, Any], rounded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what rounding cost in bpb and its 95 % interval over documents, from the scores that are on disk."""
-    protocol = PlainProtocol(seq_len=game.seq_len, max_tokens=game.text.tokens)
+    protocol = PlainProtocol(seq_len=WINDOW_TOKENS, max_tokens=game.text.tokens)
     view = Checkpoint.open(Path(train["checkpoint"])).load(game.wanted.rounding.weights)
     pair = score(Path(rounded["artifact"]), game.data, protocol), score(view, game.data, protocol)
     return compare(*pair).by_t.facts()
