@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from pgolf_post.artifacts import PackedArtifact
 from pgolf_post.average.linear import Blend
 from pgolf_post.average.search import Sample
 from pgolf_post.base.ranks import ALONE
+from pgolf_post.cache import entry_at
 from pgolf_post.calibrate import CalibrationSettings, calibrate
 from pgolf_post.calibrate.stage import STATS
 from pgolf_post.checkpoint import View, view_id
@@ -111,7 +111,7 @@ class AfterFit:
         artifact = fit(view, self.data, self.budget, prepared=fitter).forgotten()
         seconds = {"statistics": stats.seconds, "fit": preparing + float(artifact.meta["seconds"]), "scoring": 0.0}
         folders = (view.checkpoint.derived(STATS.name, stats.id), artifact.folder)
-        return RoundedAverage(artifact, seconds, sum(map(folder_bytes, folders)))
+        return RoundedAverage(artifact, seconds, sum(entry_at(folder).num_bytes for folder in folders))
 
     def facts(self) -> dict[str, Any]:
         """Return budget, settings and candidates as JSON."""
@@ -126,11 +126,6 @@ def view_of(blend: Blend) -> View:
     if len(blend.parts) == 1:
         return last.checkpoint.load(last.view)
     return View(last.checkpoint, "raw", view_id(blend.tensors, blend.reference.config), blend.tensors)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _bpb(scores: Sequence[Score]) -> float:
