@@ -33,7 +33,7 @@ ARTIFACT = "artifact.pgolf"
 
 
 def known_protocol() -> Protocol:
-    """Return the protocol, which is known when the program is made."""
+    """Return the protocol; replaced when the program is made, which knows it."""
     raise NotImplementedError
 
 

@@ -10,8 +10,10 @@ import pytest
 from pgolf_post.calibrate import CalibrationSettings
 from pgolf_post.checkpoint import Checkpoint
 from pgolf_post.data import DataFolder
-from pgolf_post.fit.prepare import prepare
+from pgolf_post.fit.limits import fixed_bytes
+from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.settings import FitSettings
+from pgolf_post.fit.solve import WINDOW_BYTES
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,9 @@ def pico_run(tmp_path: Path, prepared_run: Path) -> Path:
     root = tmp_path / "checkpoints"
     shutil.copytree(prepared_run, root, symlinks=True)
     return root
+
+
+@pytest.fixture
+def limit(fitter: Fitter) -> int:
+    """Bytes at which a module's own `fitter` has two bits for each weight."""
+    return fixed_bytes(fitter.builder) + fitter.builder.num_weights * 2 // 8 + WINDOW_BYTES // 2

@@ -15,14 +15,13 @@ from pgolf_post.families import train_seq_len
 from pgolf_post.fit import precondition
 from pgolf_post.fit.artifact import fit_key
 from pgolf_post.fit.build import constants_of
-from pgolf_post.fit.limits import fixed_bytes
 from pgolf_post.fit.precondition import PreconditionedMomentum, Roots, empty_roots, roots_of
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.replay import fine_tuned, groups_in_order
 from pgolf_post.fit.sensitivity import Sensitivity
 from pgolf_post.fit.settings import FitSettings
-from pgolf_post.fit.solve import WINDOW_BYTES, Search
+from pgolf_post.fit.solve import Search
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import TunePartial
@@ -35,11 +34,6 @@ COARSE = 0.01  # c
 @pytest.fixture
 def fitter(view: View, pico_data: DataFolder) -> Fitter:
     return prepare(view, pico_data, CALIBRATION, SETTINGS)
-
-
-@pytest.fixture
-def limit(fitter: Fitter) -> int:
-    return fixed_bytes(fitter.builder) + fitter.builder.num_weights * 2 // 8 + WINDOW_BYTES // 2
 
 
 def moments(size: int, seed: int) -> torch.Tensor:  # (size, size) float64, positive definite

@@ -23,7 +23,6 @@ from pgolf_post.families import get_family, train_seq_len
 from pgolf_post.fit import tune
 from pgolf_post.fit.artifact import fit_artifact
 from pgolf_post.fit.build import constants_of
-from pgolf_post.fit.limits import fixed_bytes
 from pgolf_post.fit.prepare import Fitter, prepare
 from pgolf_post.fit.probe import Probe
 from pgolf_post.fit.replay import groups_in_order
@@ -42,11 +41,6 @@ COARSE = 0.01  # c
 @pytest.fixture
 def fitter(view: View, pico_data: DataFolder) -> Fitter:
     return prepare(view, pico_data, CALIBRATION, SETTINGS)
-
-
-@pytest.fixture
-def limit(fitter: Fitter) -> int:
-    return fixed_bytes(fitter.builder) + fitter.builder.num_weights * 2 // 8 + WINDOW_BYTES // 2
 
 
 @pytest.fixture
