@@ -27,6 +27,7 @@ from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"  # being written; `KERNEL-lock` or `KERNEL-none`, a random part and the final name follow
 ABANDONED_SECONDS = 24 * 3600.0
+MAKE_ATTEMPTS = 100  # to make a folder while others remove the empty ones above it
 LOCKED, UNLOCKED = "lock", "none"
 NAME = re.compile(r"\.tmp-(?:(?P<kernel>[0-9a-f]{8})-(?P<kind>lock|none)|[0-9]+)-[0-9a-f]+-")  # or an older process id
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -49,7 +50,10 @@ def temporary_path(destination: Path, kind: str = LOCKED) -> Path:
 
 @contextmanager
 def owned_folder(destination: Path) -> Iterator[Path]:
-    """Yield a new temporary folder beside a destination, owned while the block lasts, then removed if still there."""
+    """Yield a new temporary folder beside a destination, owned while the block lasts, then removed if still there.
+
+    Folders above it that are missing are made.
+    """
     building, descriptor = _make_owned(destination)
     try:
         yield building
@@ -62,7 +66,7 @@ def _make_owned(destination: Path) -> tuple[Path, int]:
     """Make and lock a folder; under another name if a stranger took it for abandoned before it was locked."""
     while True:
         building = temporary_path(destination)
-        building.mkdir()
+        _make_with_parents(building)
         try:
             descriptor = os.open(building, os.O_RDONLY)
         except FileNotFoundError:
@@ -82,6 +86,19 @@ def _make_owned(destination: Path) -> tuple[Path, int]:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _make_with_parents(folder: Path) -> None:
+    """Make a new folder and those above it, again where another process removes an empty one of them in between."""
+    for attempt in range(1, MAKE_ATTEMPTS + 1):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except (FileNotFoundError, FileExistsError):  # a file may stand in the way, or /proc refuse all folders
+            if attempt == MAKE_ATTEMPTS:
+                raise
+        else:
+            return
 
 
 def is_abandoned(path: Path) -> bool:

@@ -84,7 +84,6 @@ def require_writable(destination: Path) -> None:
 @contextmanager
 def _building(destination: Path) -> Iterator[Path]:
     """Yield an owned folder beside a destination, where abandoned ones are removed first."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(destination.parent)
     with owned_folder(destination) as building:
         yield building

@@ -119,6 +119,37 @@ def test_a_folder_that_another_has_written_meanwhile_stays(tmp_path: Path) -> No
     assert not temporaries_in(tmp_path)
 
 
+@pytest.mark.parametrize("call", ["os.mkdir of the temporary folder", "os.mkdir of a parent"])
+def test_a_parent_that_another_process_removes_while_it_is_empty_is_made_again(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = [tmp_path / "stats" / "id", tmp_path / "stats"]
+    inner = call == "os.mkdir of a parent"
+    make, removed = os.mkdir, []
+
+    def remove_then_make(path: Path, *more: int) -> None:
+        if not removed and (
+            Path(path) == parents[0] and parents[1].exists() if inner else TEMPORARY_PREFIX in str(path)
+        ):
+            for parent in parents[1:] if inner else parents:
+                parent.rmdir()
+                removed.append(parent)
+        make(path, *more)
+
+    monkeypatch.setattr(os, "mkdir", remove_then_make)
+    with atomic_file(parents[0] / "file") as path:
+        path.write_text("new")
+    assert removed
+    assert (parents[0] / "file").read_text() == "new"
+
+
+def test_a_file_in_the_place_of_a_parent_is_an_error_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "stats").write_text("mine")
+    with pytest.raises(PgolfError, match="could not write"), atomic_file(tmp_path / "stats" / "file"):
+        pass
+    assert (tmp_path / "stats").read_text() == "mine"
+
+
 def test_replacing_a_folder_leaves_nothing_of_the_old_one(old_folder: Path) -> None:
     (old_folder / "only-in-old").touch()
     with atomic_folder(old_folder, replace=True) as building:
