@@ -45,6 +45,11 @@ def draw_training_text(data: DataFolder, settings: CalibrationSettings, seq_len:
     return draw_windows(data, settings.tokens, settings.seed, seq_len)
 
 
+def training_tokens(data: DataFolder, seq_len: int) -> int:
+    """Return how many tokens of the training split lie in whole windows: the most that can be drawn."""
+    return sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
+
+
 def draw_windows(data: DataFolder, tokens: int, seed: int, seq_len: int) -> CalibrationSet:
     """Draw distinct windows of the training split: as many whole ones as `tokens` make, at least one.
 

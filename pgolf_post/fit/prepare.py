@@ -13,7 +13,7 @@ from typing import Any
 from pgolf_post.base.ranks import ALONE, Ranks
 from pgolf_post.calibrate import CalibrationSettings, Stats, calibrate
 from pgolf_post.calibrate.stage import calibration_text
-from pgolf_post.calibrate.text import CalibrationSet
+from pgolf_post.calibrate.text import CalibrationSet, training_tokens
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.fit.build import Builder
@@ -111,7 +111,8 @@ def _tune_texts(
 ) -> tuple[CalibrationSet, CalibrationSet] | None:
     """Return the text to fine-tune on and the text held out; None if nothing is to be tuned, or not in time.
 
-    Text that the model writes is no training data, so no clock limits it.
+    Training text is read once where the split has enough of it, and never less than is calibrated on. Text that the
+    model writes is no training data, so no clock limits it.
     """
     if not settings.tune_tokens:
         return None
@@ -121,6 +122,9 @@ def _tune_texts(
         return split_text(calibration_text(view, data, own, seq_len, ranks))
     if not ranks.main_says(clock.allows(STEP_NAME, tune_seconds(stats, settings.tune_tokens))):
         return None
+    if calibration.source == "train":
+        tokens = min(max(calibration.tokens, settings.tune_tokens), training_tokens(data, seq_len))
+        calibration = calibration.model_copy(update={"tokens": tokens})
     return split_text(calibration_text(view, data, calibration, seq_len, ranks))
 
 

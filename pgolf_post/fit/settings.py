@@ -48,11 +48,11 @@ class FitSettings(PrecisionIdentity):
     )
     tune_source: Literal["train", "self"] = Field(
         "train",
-        description="Text to fine-tune on: the calibration text, or as much as --tune-tokens that the model writes.",
+        description="Text to fine-tune on, as much as --tune-tokens: from the training split, or written by the model.",
     )
     tune_optimizer: Literal["adam", "preconditioned"] = Field(
-        "adam",
-        description="Steps of fine-tuning: Adam's, or small ones along gradients preconditioned by the sensitivities.",
+        "preconditioned",
+        description="Steps of fine-tuning: small ones along gradients preconditioned by the sensitivities, or Adam's.",
     )
     tune_precision: Precision = Field(
         "fp32",
@@ -77,10 +77,10 @@ class FitSettings(PrecisionIdentity):
 
     @model_serializer(mode="wrap")
     def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what results are older than, where it is as it was before there was a choice."""
+        """Leave out what results are older than, where it is as it was before there was a choice or does nothing."""
         values = PrecisionIdentity._identity(self, own_values)
-        before = {"tune_source": "train", "tune_optimizer": "adam"}
-        return {key: value for key, value in values.items() if before.get(key) != value}
+        idle = {"tune_source": "train", "tune_optimizer": "adam" if self.tune_tokens else self.tune_optimizer}
+        return {key: value for key, value in values.items() if idle.get(key) != value}
 
     @field_validator("trellis_states")
     @classmethod

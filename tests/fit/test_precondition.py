@@ -27,7 +27,7 @@ from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import TunePartial
 
 CALIBRATION = CalibrationSettings(tokens=4096)
-SETTINGS = FitSettings(kappa="off", trellis_states=4, tune_tokens=8192, tune_optimizer="preconditioned")
+SETTINGS = FitSettings(kappa="off", trellis_states=4, tune_tokens=8192)
 COARSE = 0.01  # c
 
 
@@ -107,9 +107,14 @@ def test_its_batches_are_small(view: View, pico_data: DataFolder) -> None:
     assert own.batch * text.tokens.shape[1] == precondition.STEP_TOKENS
 
 
+def test_it_is_the_default_and_no_id_names_it_where_nothing_is_tuned() -> None:
+    assert FitSettings(tune_tokens=1).model_dump(mode="json")["tune_optimizer"] == "preconditioned"
+    assert "tune_optimizer" not in FitSettings(tune_tokens=1, tune_optimizer="adam").model_dump(mode="json")
+    assert FitSettings().model_dump() == FitSettings(tune_optimizer="adam").model_dump()
+
+
 def test_adam_is_what_it_was(view: View, pico_data: DataFolder, fitter: Fitter, limit: int) -> None:
     adam = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_optimizer": "adam"}))
-    assert "tune_optimizer" not in FitSettings().model_dump(mode="json")
     assert set(adam.identity["tune"]) == {"tokens", "text_sha256"}
     assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned"}
     assert fit_key(adam, limit, "rans").folder != fit_key(fitter, limit, "rans").folder

@@ -34,7 +34,7 @@ from pgolf_post.fit.tune_partial import Done, TunePartial
 from tests import processes
 
 CALIBRATION = CalibrationSettings(tokens=4096)
-SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192)
+SETTINGS = FitSettings(kappa_tokens=256, trellis_states=4, tune_tokens=8192, tune_optimizer="adam")
 COARSE = 0.01  # c
 
 
@@ -126,6 +126,18 @@ def test_every_window_is_read_once_an_epoch(view: View, text: CalibrationSet) ->
     for _ in range(2):
         seen = np.concatenate([next(tuned.batches) for _ in range(per_epoch)]).tolist()
         assert len(set(seen)) == len(seen) == 4 * per_epoch
+
+
+@pytest.mark.parametrize(("asked", "read"), [(1024, 4096), (8192, 8192), (10**9, None)])
+def test_training_text_is_read_once_where_there_is_enough(
+    asked: int, read: int | None, view: View, pico_data: DataFolder, fitter: Fitter
+) -> None:
+    settings = SETTINGS.model_copy(update={"tune_tokens": asked})
+    texts = prepare(view, pico_data, CALIBRATION, settings, stats=fitter.stats).texts
+    assert texts is not None
+    windows = [window.tobytes() for text in texts for window in text.tokens]
+    all_of_it = sum(len(shard) // texts[0].tokens.shape[1] for _, shard in pico_data.shards("train"))
+    assert len(windows) == (all_of_it if read is None else read // texts[0].tokens.shape[1])
 
 
 def test_what_judges_is_not_tuned_on(text: CalibrationSet) -> None:
