@@ -174,11 +174,13 @@ class Builder:
         steps = scale_of(self._factors(name, constant), *self.matrices[name].weight.shape)
         return float(np.sqrt(np.mean(np.square(steps, dtype=np.float64)) / 12))
 
-    def model(self, quantized: Mapping[str, QuantizedTensor]) -> QuantizedModel:
-        """Return a whole model: these matrices, and the floats that are kept."""
+    def model(
+        self, quantized: Mapping[str, QuantizedTensor], floats: Mapping[str, np.ndarray] = MappingProxyType({})
+    ) -> QuantizedModel:
+        """Return a whole model of these matrices and the floats that are kept; `floats` replace some of the view's."""
         lineage = {"checkpoint_id": self.view.id[:12], **self.stats.lineage()}
         ordered = {name: quantized[name] for name in self.matrices}
-        return QuantizedModel(self.view.config, lineage, {**ordered, **self.zeros}, self.passthrough)
+        return QuantizedModel(self.view.config, lineage, {**ordered, **self.zeros}, {**self.passthrough, **floats})
 
     def _factors(self, name: str, constant: float) -> tuple[ScaleFactor, ...]:
         finer, matrix = UNION_GRID if self.settings.trellis_states else 1.0, self.matrices[name]

@@ -56,7 +56,9 @@ class Fitter:
             "precision": (self.settings.tune_precision, "fp32"),
             "optimizer": (self.settings.tune_optimizer, "adam"),
         }
-        chosen = {name: value for name, (value, before) in choices.items() if value != before}
+        chosen: dict[str, Any] = {name: value for name, (value, before) in choices.items() if value != before}
+        if self.settings.tune_optimizer != "adam":
+            chosen["floats"] = "tuned"  # as they were not at first
         tuning = (
             {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **chosen}
             if self.texts

@@ -2,7 +2,8 @@
 
 GPTQ feeds the error of a column into later columns of its matrix, and from both sides into later rows. Here it goes
 into later matrices: blocks are rounded in the order of the forward pass, and between two of them everything that is
-still float is tuned (tune.py). (QuIP#, arXiv 2402.04396, tunes the rest of a block like this, against the block's own
+still float is tuned (tune.py). Gains, mixes and gates are never rounded; once all blocks are, they are tuned alone.
+(QuIP#, arXiv 2402.04396, tunes the rest of a block like this, against the block's own
 output.) Parameters outside the blocks (embedding, head, projections) are rounded with the first. No byte is spent: the
 same steps round other weights.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from pgolf_post.base.progress import say
@@ -32,6 +34,7 @@ from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import Done, TunePartial
 from pgolf_post.fit.tune_ranks import SharedTuning
 from pgolf_post.pack.container import pack
+from pgolf_post.quantize.distill import to_stored
 from pgolf_post.quantize.sequential import blocks_in_order
 from pgolf_post.quantize.tensor import QuantizedTensor
 
@@ -67,7 +70,9 @@ def fine_tuned(
     Raises NumericsError if predictions are not finite.
     """
     groups = groups_in_order(builder.view, list(builder.matrices))
-    tuned = _tuned_model(builder, text, tokens // max(1, len(groups) - 1), ranks)
+    floats = _tuned_floats(builder)
+    stages = len(groups) if floats else len(groups) - 1
+    tuned = _tuned_model(builder, text, tokens // max(1, stages), ranks)
     tuned.load(builder.zeros, list(builder.zeros))
     unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 
@@ -93,15 +98,49 @@ def fine_tuned(
 
         # Tune them, unless that was done before.
         if number < before.blocks:
-            tuned.skip({name: before.weights[name] for name in rest})
+            tuned.skip({name: before.weights[name] for name in (*rest, *floats)})
             continue
         with clock.step(STEP_NAME) as step:
             step.add(spent_seconds)
             rates = learning_rates(builder, constants_of(rest, constant, search.kappa))
-            tuned.tune(rates, f"{number + 1} of {len(groups)}")
+            tuned.tune(rates, f"{number + 1} of {len(groups)}", floats)
         spent_seconds = clock.seconds[STEP_NAME]
-        partial.save(Done(number + 1, spent_seconds, {**targets, **tuned.weights(rest)}))
-    return _finished(builder, search, solution, rounded, tuned.weights(groups[-1]), constant, limit)
+        partial.save(Done(number + 1, spent_seconds, {**targets, **tuned.weights([*rest, *floats])}))
+
+    # The last block fills the budget. Then the floats make up for it.
+    kept = _stored(builder, tuned.weights(floats))
+    finished = _finished(builder, search, solution, rounded, tuned.weights(groups[-1]), kept, constant, limit)
+    if finished is None or not floats:
+        return finished
+    tuned.load(finished.model.quantized, groups[-1])
+    with clock.step(STEP_NAME) as step:
+        step.add(spent_seconds)
+        tuned.tune({}, f"{len(groups)} of {len(groups)}", floats)
+    return _with_floats(builder, search, finished, _stored(builder, tuned.weights(floats)), limit)
+
+
+def _tuned_floats(builder: Builder) -> list[str]:
+    """Return the parameters that stay float and are tuned: Adam alone, as it was before, tunes none."""
+    if builder.settings.tune_optimizer == "adam":
+        return []
+    return [name for name, _ in builder.view.module.named_parameters() if name in builder.passthrough]
+
+
+def _stored(builder: Builder, floats: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return floats as the artifact stores them. Raises NumericsError if it cannot."""
+    return {name: to_stored(name, values, builder.passthrough[name]) for name, values in floats.items()}
+
+
+def _with_floats(
+    builder: Builder, search: Search, solution: Solution, floats: Mapping[str, np.ndarray], limit: int
+) -> Solution:
+    """Return the solution with other floats, or as it is, said aloud, if that does not fit."""
+    model = builder.model(solution.model.quantized, floats)
+    data = pack(model, search.packing)
+    if len(data) > limit:
+        say(f"floats tuned after the last block do not fit: {len(data):,} of {limit:,} bytes; those before it stay")
+        return solution
+    return replace(solution, model=model, data=data)
 
 
 def _tuned_model(builder: Builder, text: CalibrationSet, tokens_between: int, ranks: Ranks) -> TunedModel:
@@ -118,6 +157,7 @@ def _finished(
     solution: Solution,
     rounded: Mapping[str, QuantizedTensor],
     weights: Mapping[str, Tensor],  # of the last block
+    floats: Mapping[str, np.ndarray],  # that were tuned, as stored
     constant: float,
     limit: int,
 ) -> Solution | None:
@@ -126,7 +166,7 @@ def _finished(
     builds: list[Build] = []
     for _ in range(LAST_BUILDS):
         last = builder.quantize(constants_of(weights, constant, search.kappa), weights)
-        model = builder.model({**rounded, **last})
+        model = builder.model({**rounded, **last}, floats)
         data = pack(model, search.packing)
         builds.append(Build(constant, len(data), True, builder.settings.trellis_states))
         if len(data) <= limit and (best is None or len(data) > len(best.data)):

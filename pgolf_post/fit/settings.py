@@ -52,7 +52,8 @@ class FitSettings(PrecisionIdentity):
     )
     tune_optimizer: Literal["adam", "preconditioned"] = Field(
         "preconditioned",
-        description="Steps of fine-tuning: small ones along gradients preconditioned by the sensitivities, or Adam's.",
+        description="Steps of fine-tuning: along gradients preconditioned by the sensitivities, with non-matrix "
+        "parameters tuned as well; or Adam's, of matrices alone.",
     )
     tune_precision: Precision = Field(
         "fp32",

@@ -1,8 +1,8 @@
 """Interrupted fine-tuning goes on after the last block that it finished.
 
 One file in a `.partial` folder beside the artifact to be holds the weights that every rounded matrix was rounded from,
-those of the others as tuned so far, the number of blocks that were tuned after, and the seconds spent, which count as
-training. Rounding is replayed from them (replay.py); tuning, which takes long, is not.
+those of the others and of the floats as tuned so far, the number of blocks that were tuned after, and the seconds
+spent, which count as training. Rounding is replayed from them (replay.py); tuning, which takes long, is not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Done:
 
     blocks: int = 0  # after which matrices were tuned
     seconds: float = 0.0
-    weights: Mapping[str, Tensor] = field(default_factory=dict)  # of every matrix
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # of every matrix, and of floats that are tuned
 
 
 class TunePartial:

@@ -2,13 +2,13 @@
 
 Rounding, packing and searching run on rank 0 alone. Before each call of `tune` it says what is to be tuned, and adds
 its weights to the zeros of the others, so that all replicas start alike. Each rank then reads its share of a batch's
-windows, gradients are added up, and all take the same step of Adam. The order of additions is all that the number of
+windows, gradients are added up, and all take the same step. The order of additions is all that the number of
 ranks decides. The helpers wait in between, and leave when they are told that nothing more will be tuned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pgolf_post.base.ranks import Ranks
@@ -28,6 +28,7 @@ class Call:
     rates: Mapping[str, float]
     label: str
     preconditioned: bool = False
+    floats: Sequence[str] = ()
 
 
 class SharedTuning(TunedModel):
@@ -45,12 +46,12 @@ class SharedTuning(TunedModel):
         super().__init__(view, text, tokens_between, precision, ranks, roots)
         self.tokens_between = tokens_between
 
-    def tune(self, rates: Mapping[str, float], label: str) -> None:
+    def tune(self, rates: Mapping[str, float], label: str, floats: Sequence[str] = ()) -> None:
         """Tune as TunedModel does, with the help of all other ranks."""
-        _tell(self.ranks, Call(self.tokens_between, self.taken, rates, label, self.roots is not None))
+        _tell(self.ranks, Call(self.tokens_between, self.taken, rates, label, self.roots is not None, floats))
         self.share_weights()
         self.share_roots(rates)
-        super().tune(rates, label)
+        super().tune(rates, label, floats)
 
 
 def help_tune(view: View, text: CalibrationSet, precision: Precision, ranks: Ranks) -> None:
@@ -60,7 +61,7 @@ def help_tune(view: View, text: CalibrationSet, precision: Precision, ranks: Ran
         tuned.pass_over(call.taken)
         tuned.share_weights()
         tuned.share_roots(call.rates)
-        tuned.tune(call.rates, call.label)
+        tuned.tune(call.rates, call.label, call.floats)
 
 
 def end_help(ranks: Ranks) -> None:

@@ -257,7 +257,7 @@ def to_stored(name: str, values: Tensor, like: np.ndarray) -> np.ndarray:
     if not torch.isfinite(rounded).all():
         largest = float(values.abs().max())
         raise NumericsError(
-            f"{name}: distillation brought it to {largest:.4g}, which {str(kind).removeprefix('torch.')} cannot hold",
+            f"{name}: tuning brought it to {largest:.4g}, which {str(kind).removeprefix('torch.')} cannot hold",
             hint=LOWER_RATE,
         )
     array: np.ndarray = (rounded.view(torch.uint16) if kind is torch.bfloat16 else rounded).contiguous().numpy()

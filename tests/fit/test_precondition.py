@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pgolf_post.calibrate.text import draw_training_text
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.families import train_seq_len
-from pgolf_post.fit import precondition
+from pgolf_post.fit import precondition, replay
 from pgolf_post.fit.artifact import fit_key
 from pgolf_post.fit.build import constants_of
 from pgolf_post.fit.precondition import PreconditionedMomentum, Roots, empty_roots, roots_of
@@ -116,7 +117,7 @@ def test_it_is_the_default_and_no_id_names_it_where_nothing_is_tuned() -> None:
 def test_adam_is_what_it_was(view: View, pico_data: DataFolder, fitter: Fitter, limit: int) -> None:
     adam = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_optimizer": "adam"}))
     assert set(adam.identity["tune"]) == {"tokens", "text_sha256"}
-    assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned"}
+    assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned", "floats": "tuned"}
     assert fit_key(adam, limit, "rans").folder != fit_key(fitter, limit, "rans").folder
 
 
@@ -127,24 +128,67 @@ def test_an_interrupted_one_ends_alike(
     search, own = Search(fitter.builder, fitter.kappa), TunedModel.tune
     solution = search.solve(limit)
 
-    def tuned(name: str) -> str:
+    def tuned(name: str) -> tuple[str, bytes]:  # symbols, floats
         partial, clock = TunePartial(tmp_path / name), TrainingClock()
         model = fine_tuned(fitter.builder, search, solution, limit, fitter.texts[0], 8192, clock, partial)  # type: ignore[index]
         assert model is not None
-        return model.model.symbols_sha256()
+        return model.model.symbols_sha256(), b"".join(array.tobytes() for array in model.model.passthrough.values())
 
     whole, calls = tuned("whole"), list[str]()
 
-    def interrupted(model: TunedModel, rates: dict[str, float], label: str) -> None:
+    def interrupted(model: TunedModel, rates: dict[str, float], label: str, floats: Sequence[str]) -> None:
         calls.append(label)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        own(model, rates, label)
+        own(model, rates, label, floats)
 
     monkeypatch.setattr(TunedModel, "tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuned("interrupted")
-    assert tuned("interrupted") == whole != solution.model.symbols_sha256()
+    assert tuned("interrupted") == whole
+    assert whole[0] != solution.model.symbols_sha256()
+
+
+def test_floats_learn_with_the_matrices_and_alone_at_the_end(
+    fitter: Fitter, view: View, pico_data: DataFolder, limit: int, tmp_path: Path
+) -> None:
+    calls, own = list[tuple[int, int]](), TunedModel.tune
+
+    class Watched(TunedModel):
+        def tune(self, rates: Mapping[str, float], label: str, floats: Sequence[str] = ()) -> None:
+            before = {name: parameter.clone() for name, parameter in self.parameters.items()}
+            own(self, rates, label, floats)
+            moved = {name for name, parameter in self.parameters.items() if not torch.equal(parameter, before[name])}
+            assert set(rates) <= moved <= {*rates, *floats}
+            calls.append((len(rates), len(moved & set(floats))))
+
+    assert fitter.texts
+    search = Search(fitter.builder, fitter.kappa)
+    solution = search.solve(limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "TunedModel", Watched)
+        partial = TunePartial(tmp_path / "partial")
+        tuned = fine_tuned(fitter.builder, search, solution, limit, fitter.texts[0], 8192, TrainingClock(), partial)
+    assert tuned is not None
+    assert [bool(matrices) for matrices, _ in calls] == [True] * (len(calls) - 1) + [False]
+    assert all(floats > 0 for _, floats in calls)
+    assert len(tuned.data) <= limit
+    before, after = solution.model.passthrough, tuned.model.passthrough
+    assert {name: (array.dtype, array.shape) for name, array in after.items()} == {
+        name: (array.dtype, array.shape) for name, array in before.items()
+    }
+    assert any((after[name] != before[name]).any() for name in after)
+
+
+def test_floats_that_do_not_fit_stay_as_they_were(
+    fitter: Fitter, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Search(fitter.builder, fitter.kappa)
+    solution = search.solve(limit)
+    other = {name: array[::-1].copy() for name, array in fitter.builder.passthrough.items()}
+    assert replay._with_floats(fitter.builder, search, solution, other, 10) is solution
+    assert "those before it stay" in capsys.readouterr().err
+    assert replay._with_floats(fitter.builder, search, solution, other, limit).model.passthrough.keys() == other.keys()
 
 
 def test_empty_roots_have_the_shapes_of_a_parameter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +271,13 @@ try:
     if ranks.is_main:
         rates = {"blocks.1.mlp.fc.weight": 1e-4, "blocks.2.attn.q.weight": 3e-4}
         sides = {name: [torch.linspace(1, 2, n).double() for n in view.tensors[name].shape] for name in rates}
+        floats = ["blocks.1.attn_scale"] if sys.argv[4] == "preconditioned" else []
         roots = {name: roots_of(Sensitivity(torch.diag(columns), rows)) for name, (rows, columns) in sides.items()}
         tuned = SharedTuning(view, text, 960, "fp32", ranks, roots if sys.argv[4] == "preconditioned" else None)
         swap_weights(tuned.module, {"blocks.0.mlp.fc.weight": 1.3 * view.tensors["blocks.0.mlp.fc.weight"]})
         tuned.tune(rates, "1")
-        tuned.tune(dict(list(rates.items())[:1]), "2")
-        save_file(tuned.weights(list(rates)), out / f"{ranks.world_size}.safetensors")
+        tuned.tune(dict(list(rates.items())[:1]), "2", floats)
+        save_file(tuned.weights([*rates, *floats]), out / f"{ranks.world_size}.safetensors")
         end_help(ranks)
     else:
         help_tune(view, text, "fp32", ranks)
@@ -319,11 +321,11 @@ def test_an_interrupted_one_goes_on(
     calls: list[str] = []
     own = TunedModel.tune
 
-    def interrupted(tuned: TunedModel, rates: dict[str, float], label: str) -> None:
+    def interrupted(tuned: TunedModel, rates: dict[str, float], label: str, floats: Sequence[str]) -> None:
         calls.append(label)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        own(tuned, rates, label)
+        own(tuned, rates, label, floats)
 
     monkeypatch.setattr(TunedModel, "tune", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -224,8 +224,10 @@ def tuning_peak(precision: str) -> float:
     def work() -> None:
         tuned = TunedModel(FakeView(), fake_text(64), MOST_STEPS * MICRO_TOKENS["cuda"], precision)  # type: ignore[arg-type]
         assert tuned.batch == tuned.micro == 8
-        chosen = [parameter.requires_grad_(True) for parameter in tuned.parameters.values() if parameter.ndim == 2]
-        optimizer = tuned.optimizer([{"params": chosen}])
+        matrices = {name: parameter for name, parameter in tuned.parameters.items() if parameter.ndim == 2}
+        for parameter in matrices.values():
+            parameter.requires_grad_(True)
+        (optimizer,) = tuned.optimizers(dict.fromkeys(matrices, 1e-4))
         for _ in range(2):  # moments are there from the first one on
             optimizer.zero_grad(set_to_none=True)
             tuned.backward(torch.zeros(tuned.batch, dtype=torch.int64))
