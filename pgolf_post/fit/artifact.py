@@ -25,7 +25,7 @@ from pgolf_post.derived import require_writable_result
 from pgolf_post.errors import SettingsError
 from pgolf_post.fit.limits import require_less_than_fp16
 from pgolf_post.fit.prepare import DISTILL, Fitter, prepare
-from pgolf_post.fit.probe import Probe, decoded, probe_text
+from pgolf_post.fit.probe import Probe, as_stored, probe_text
 from pgolf_post.fit.regularize import regularized
 from pgolf_post.fit.replay import fine_tuned
 from pgolf_post.fit.settings import FitSettings
@@ -130,17 +130,17 @@ def _fine_tuned(
     partial: TunePartial,
 ) -> tuple[Solution, dict[str, Any]]:
     """Fine-tune the blocks of a solution; keep that if it fits and lowers the divergence on held-out text."""
-    tokens, (tune_text, held_out) = fitter.settings.tune_tokens, texts
+    tokens, (_, held_out) = fitter.settings.tune_tokens, texts
     # Text that the model wrote is no training data: its seconds are said, and not counted.
     own = fitter.settings.tune_source == "self"
     clock = TrainingClock() if own else fitter.clock
-    tuned = fine_tuned(fitter.builder, search, solution, limit, tune_text, tokens, clock, partial, fitter.ranks)
+    tuned = fine_tuned(fitter.builder, search, solution, limit, texts, tokens, clock, partial, fitter.ranks)
     source = {"source": "self", "seconds": clock.total} if own else {}
     if tuned is None:
         return solution, {"kept": False, "tokens": tokens, **source}
     with clock.step("held-out text"):
         probe = Probe(fitter.view, held_out)
-        before, after = (probe.divergence(decoded(one.model)).mean for one in (solution, tuned))
+        before, after = (probe.divergence(as_stored(one.model)).mean for one in (solution, tuned))
     kept = after < before
     say(f"held-out divergence {before:.6f}, fine-tuned {after:.6f}: {'kept' if kept else 'NOT kept'}")
     if own:

@@ -58,7 +58,7 @@ class Fitter:
         }
         chosen: dict[str, Any] = {name: value for name, (value, before) in choices.items() if value != before}
         if self.settings.tune_optimizer != "adam":
-            chosen["floats"] = "tuned"  # as they were not at first
+            chosen["version"] = 2  # floats are tuned, and held-out text says how far a stage goes
         tuning = (
             {"tokens": self.settings.tune_tokens, "text_sha256": [text.sha256 for text in self.texts], **chosen}
             if self.texts

@@ -28,13 +28,13 @@ from torch import Tensor
 from pgolf_post.base.copying import to_device
 from pgolf_post.base.divergence import divergences_of
 from pgolf_post.base.ranks import ALONE, Ranks
-from pgolf_post.calibrate.text import CalibrationSet, draw_windows
+from pgolf_post.calibrate.text import CalibrationSet, draw_windows, training_tokens
 from pgolf_post.checkpoint import View
 from pgolf_post.data import DataFolder
 from pgolf_post.errors import NumericsError
 from pgolf_post.families import load_module, swap_weights
 from pgolf_post.fit.shared_calls import SharedCalls
-from pgolf_post.quantize.tensor import QuantizedModel
+from pgolf_post.quantize.tensor import QuantizedModel, QuantizedTensor
 from pgolf_post.score.pool import CompiledModel
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -126,13 +126,17 @@ def _measured(windows: np.ndarray) -> Measured:  # (windows,) nats per token
     return Measured(float(windows.mean()), error)
 
 
-def decoded(model: QuantizedModel) -> dict[str, Tensor]:
-    """Return a model's quantized matrices as they decode."""
-    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in model.quantized.items()}
+def decoded(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Return quantized matrices as they decode."""
+    return {name: torch.from_numpy(tensor.dequantize()) for name, tensor in quantized.items()}
+
+
+def as_stored(model: QuantizedModel) -> dict[str, Tensor]:
+    """Return all of a model's tensors as they decode, floats too."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in model.tensors().items()}
 
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:
     """Draw training text by another seed than the statistics'; never more than there is."""
     seq_len = view.train_seq_len
-    available = sum(len(shard) // seq_len for _, shard in data.shards("train")) * seq_len
-    return draw_windows(data, min(tokens, available), seed + 1, seq_len)
+    return draw_windows(data, min(tokens, training_tokens(data, seq_len)), seed + 1, seq_len)

@@ -86,7 +86,7 @@ def least_divergent(
     for settings in choices:
         builder = Builder(view, stats, settings)
         rough = Search(builder, kappa, codec).rough(limit, trials[-1].constant if trials else None)
-        divergence = probe.divergence(decoded(rough.model)).mean * 4 ** spare_bits(builder, rough)
+        divergence = probe.divergence(decoded(rough.model.quantized)).mean * 4 ** spare_bits(builder, rough)
         trials.append(Trial(settings.coupling, settings.ridge, divergence, rough.constant))
         say(
             f"C × {settings.coupling:g} off its diagonal, ridge {settings.ridge:g}: divergence {divergence:.6f} on "

@@ -2,10 +2,10 @@
 
 GPTQ feeds the error of a column into later columns of its matrix, and from both sides into later rows. Here it goes
 into later matrices: blocks are rounded in the order of the forward pass, and between two of them everything that is
-still float is tuned (tune.py). Gains, mixes and gates are never rounded; once all blocks are, they are tuned alone.
-(QuIP#, arXiv 2402.04396, tunes the rest of a block like this, against the block's own
-output.) Parameters outside the blocks (embedding, head, projections) are rounded with the first. No byte is spent: the
-same steps round other weights.
+still float is tuned (tune.py), as far as held-out text agrees (shrink.py). Gains, mixes and gates are never rounded;
+once all blocks are, they are tuned alone. (QuIP#, arXiv 2402.04396, tunes the rest of a block like this, against the
+block's own output.) Parameters outside the blocks (embedding, head, projections) are rounded with the first. No byte is
+spent: the same steps round other weights.
 
 Bytes come out slightly different than without tuning, so c of the blocks that remain follows the bytes of those that
 are done, and the last block's c is searched until the artifact fills its budget again.
@@ -17,7 +17,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,8 @@ from pgolf_post.calibrate.text import CalibrationSet
 from pgolf_post.checkpoint import View
 from pgolf_post.families import load_module
 from pgolf_post.fit.build import Builder, constants_of
+from pgolf_post.fit.probe import Probe, decoded
+from pgolf_post.fit.shrink import agreed_share, part_of_way
 from pgolf_post.fit.solve import WINDOW_BYTES, Build, Search, Solution
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel, learning_rates
@@ -59,7 +61,7 @@ def fine_tuned(
     search: Search,
     solution: Solution,  # without fine-tuning
     limit: int,  # bytes
-    text: CalibrationSet,
+    texts: tuple[CalibrationSet, CalibrationSet],  # to tune on, and held out
     tokens: int,
     clock: TrainingClock,
     partial: TunePartial,
@@ -72,8 +74,9 @@ def fine_tuned(
     groups = groups_in_order(builder.view, list(builder.matrices))
     floats = _tuned_floats(builder)
     stages = len(groups) if floats else len(groups) - 1
-    tuned = _tuned_model(builder, text, tokens // max(1, stages), ranks)
+    tuned = _tuned_model(builder, texts[0], tokens // max(1, stages), ranks)
     tuned.load(builder.zeros, list(builder.zeros))
+    stage = Stage(tuned, floats, Probe(builder.view, texts[1]) if floats else None)
     unpredicted = len(solution.data) - search.predictor.predict_bytes(solution.model)  # bytes it does not see
 
     # What an interrupted attempt came to.
@@ -103,7 +106,7 @@ def fine_tuned(
         with clock.step(STEP_NAME) as step:
             step.add(spent_seconds)
             rates = learning_rates(builder, constants_of(rest, constant, search.kappa))
-            tuned.tune(rates, f"{number + 1} of {len(groups)}", floats)
+            stage.run(rates, f"{number + 1} of {len(groups)}", {**builder.zeros, **rounded})
         spent_seconds = clock.seconds[STEP_NAME]
         partial.save(Done(number + 1, spent_seconds, {**targets, **tuned.weights([*rest, *floats])}))
 
@@ -115,8 +118,29 @@ def fine_tuned(
     tuned.load(finished.model.quantized, groups[-1])
     with clock.step(STEP_NAME) as step:
         step.add(spent_seconds)
-        tuned.tune({}, f"{len(groups)} of {len(groups)}", floats)
+        stage.run({}, f"{len(groups)} of {len(groups)}", finished.model.quantized)
     return _with_floats(builder, search, finished, _stored(builder, tuned.weights(floats)), limit)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Fine-tuning between two roundings, or after the last, and back as far as held-out text wants it."""
+
+    tuned: TunedModel
+    floats: Sequence[str]
+    probe: Probe | None  # of held-out text; None: all of the way, as Adam did before
+
+    def run(self, rates: Mapping[str, float], label: str, rounded: Mapping[str, QuantizedTensor]) -> None:
+        """Tune some matrices and the floats beside those that are rounded. Raises NumericsError as `tune` does."""
+        names = [*rates, *self.floats]
+        before = self.tuned.weights(names)
+        self.tuned.tune(rates, label, self.floats)
+        if self.probe is None:
+            return
+        after = self.tuned.weights(names)
+        share = agreed_share(self.probe, decoded(rounded), before, after)
+        say(f"{share:.2f} of the way is kept")
+        self.tuned.put(part_of_way(before, after, share))
 
 
 def _tuned_floats(builder: Builder) -> list[str]:

@@ -51,7 +51,7 @@ def _limit_for_gap(fitter: Fitter, gap_bpb: float, codec: str) -> int:
     before: tuple[float, float] | None = None  # c and its divergence
     for _ in range(GAP_BUILDS):
         model = fitter.builder.model(fitter.builder.quantize(search.constants(constant)))
-        measured = probe.divergence(decoded(model))
+        measured = probe.divergence(decoded(model.quantized))
         spread = f"{measured.mean:.5f} ± {2 * measured.error:.5f}"
         say(f"c {constant:.3e}: {spread} nats/token on training text, {wanted:.5f} wanted")
         if abs(measured.mean / wanted - 1) <= GAP_CLOSE or measured.mean <= 0:

@@ -95,9 +95,13 @@ class TunedModel:
         decoded = {name: torch.from_numpy(np.ascontiguousarray(quantized[name].dequantize())) for name in names}
         swap_weights(self.module, decoded)
 
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Put other weights in."""
+        swap_weights(self.module, weights)
+
     def skip(self, weights: Mapping[str, Tensor]) -> None:
         """Take over the weights that an earlier call of `tune` came to, and pass over the batches that it read."""
-        swap_weights(self.module, weights)
+        self.put(weights)
         self.pass_over(self.steps)
 
     def pass_over(self, batches: int) -> None:

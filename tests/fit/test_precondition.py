@@ -117,7 +117,7 @@ def test_it_is_the_default_and_no_id_names_it_where_nothing_is_tuned() -> None:
 def test_adam_is_what_it_was(view: View, pico_data: DataFolder, fitter: Fitter, limit: int) -> None:
     adam = prepare(view, pico_data, CALIBRATION, SETTINGS.model_copy(update={"tune_optimizer": "adam"}))
     assert set(adam.identity["tune"]) == {"tokens", "text_sha256"}
-    assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned", "floats": "tuned"}
+    assert fitter.identity["tune"] == {**adam.identity["tune"], "optimizer": "preconditioned", "version": 2}
     assert fit_key(adam, limit, "rans").folder != fit_key(fitter, limit, "rans").folder
 
 
@@ -130,7 +130,7 @@ def test_an_interrupted_one_ends_alike(
 
     def tuned(name: str) -> tuple[str, bytes]:  # symbols, floats
         partial, clock = TunePartial(tmp_path / name), TrainingClock()
-        model = fine_tuned(fitter.builder, search, solution, limit, fitter.texts[0], 8192, clock, partial)  # type: ignore[index]
+        model = fine_tuned(fitter.builder, search, solution, limit, fitter.texts, 8192, clock, partial)  # type: ignore[index]
         assert model is not None
         return model.model.symbols_sha256(), b"".join(array.tobytes() for array in model.model.passthrough.values())
 
@@ -168,7 +168,7 @@ def test_floats_learn_with_the_matrices_and_alone_at_the_end(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "TunedModel", Watched)
         partial = TunePartial(tmp_path / "partial")
-        tuned = fine_tuned(fitter.builder, search, solution, limit, fitter.texts[0], 8192, TrainingClock(), partial)
+        tuned = fine_tuned(fitter.builder, search, solution, limit, fitter.texts, 8192, TrainingClock(), partial)
     assert tuned is not None
     assert [bool(matrices) for matrices, _ in calls] == [True] * (len(calls) - 1) + [False]
     assert all(floats > 0 for _, floats in calls)
