@@ -71,7 +71,7 @@ def test_an_artifact_by_a_plan_keeps_its_id(
         ),
         (
             {"trellis_states": 64, "tune_tokens": 5},
-            "d88e90f1cf8bedc9e92144fe43a3ab44c1b4d8656bc24d1cd1f11d1f4d888ba2",
+            "ffa1da6e0019e297de8a952b137d34da0fd2fd0686a219d820e0ef58cca191ac",
             None,
         ),
     ],

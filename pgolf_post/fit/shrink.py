@@ -1,4 +1,4 @@
-"""How far a stage of fine-tuning goes: as far as held-out text agrees.
+"""The share of a stage of fine-tuning that is kept: as far as held-out text agrees.
 
 One rate does not suit all. The fewer tokens a stage reads for each weight that it moves, the more of a step is noise,
 and noise adds up. So what a stage came to is taken back towards where it began. The share that is kept is the least of
