@@ -79,7 +79,7 @@ def test_an_artifact_by_a_plan_keeps_its_id(
 def test_a_fitted_artifact_and_kappa_by_tensor_keep_their_ids(
     settings: dict[str, Any], artifact_id: str, kappa_id: str | None
 ) -> None:
-    chosen = FitSettings(**settings)
+    chosen = FitSettings(lookup_frequency="counted", **settings)
     builder: Any = SimpleNamespace(matrices={"w": SimpleNamespace(role="q")}, identity={})
     texts: Any = (SimpleNamespace(sha256="1" * 64), SimpleNamespace(sha256="2" * 64)) if chosen.tune_tokens else None
     unread: Any = None

@@ -68,6 +68,7 @@ FIT_FLAGS = {
     "floats": "--floats",
     "kappa_seed": "--kappa-seed",
     "coupling": "--coupling",
+    "lookup_frequency": "--lookup-frequency",
     "regularize": "--regularize",
 }
 

@@ -10,7 +10,7 @@ the Kronecker factoring of the Fisher information with the token weights kept (G
 group of rows); each visit of a looped layer brings its own δ to its own x. C (out, out) is the second moment of δ, also
 relative: it couples rows whose errors act together (YAQA, arXiv 2505.22988). A tied embedding is used twice, and the
 sensitivities of both uses are added: as the head, where a row's δ² is p(1 - p)·cap'², and as a lookup table, where an
-error enters as often as its row is looked up; its rows are not coupled.
+error enters as often as its row will be looked up (lookup_rows.py); its rows are not coupled.
 
 All are estimates from little text, so all are shrunk: a ridge on the Hessians' diagonals (and off-diagonal entries of
 either side multiplied by a share, if asked for), row statistics towards their mean in the logarithm and to within a
@@ -29,6 +29,7 @@ from torch import Tensor
 from pgolf_post.calibrate import Stats
 from pgolf_post.errors import MismatchError, NumericsError
 from pgolf_post.families import Site
+from pgolf_post.fit.lookup_rows import expected_sums
 from pgolf_post.fit.settings import FitSettings
 
 LARGEST_ROW_RATIO = 16.0  # of sensitivities; of step sizes 4
@@ -72,6 +73,8 @@ def sensitivity(name: str, site: Site | None, stats: Stats, settings: FitSetting
         sides.append((_product_moments(name, site, stats, settings), fisher.mean_rows(name)))
     if name in fisher.lookup_rows:
         lookup_rows = fisher.lookup_rows[name]  # Σ over lookups is shared out among them
+        if settings.lookup_frequency == "expected":
+            lookup_rows = expected_sums(fisher.lookup_counts[name], lookup_rows)
         sides.append((fisher.lookup_hessians[name] / fisher.num_tokens / len(lookup_rows), lookup_rows))
     num_rows = len(sides[0][1])
     moments = torch.zeros_like(sides[0][0])

@@ -72,6 +72,11 @@ class FitSettings(PrecisionIdentity):
         "loses least (rate). Nothing is tried where either is given, where κ is off, or with fixed.",
     )
     row_trust: float = Field(0.8, ge=0, le=1, description="Exponent of the row statistics; 0 gives every row the mean.")
+    lookup_frequency: Literal["counted", "expected"] = Field(
+        "expected",
+        description="How often a row of a lookup table is taken to be looked up: as often as in the text of the "
+        "statistics, or as often as such counts let expect of other text.",
+    )
     lookup_floor: float = Field(
         0.03, gt=0, le=1, description="Least sensitivity of a row of a lookup table, relative to the mean."
     )
@@ -80,7 +85,8 @@ class FitSettings(PrecisionIdentity):
     def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what results are older than, where it is as it was before there was a choice or does nothing."""
         values = PrecisionIdentity._identity(self, own_values)
-        idle = {"tune_source": "train", "tune_optimizer": "adam" if self.tune_tokens else self.tune_optimizer}
+        optimizer = "adam" if self.tune_tokens else self.tune_optimizer
+        idle = {"tune_source": "train", "tune_optimizer": optimizer, "lookup_frequency": "counted"}
         return {key: value for key, value in values.items() if idle.get(key) != value}
 
     @field_validator("trellis_states")

@@ -15,7 +15,9 @@ from pgolf_post.families import Site, build_module, get_family
 from pgolf_post.fit.sensitivity import LARGEST_ROW_RATIO, sensitivities, sensitivity
 from pgolf_post.fit.settings import FitSettings
 
-RAW = FitSettings(weighted=1.0, hessian_share=1.0, ridge=1e-9, row_trust=1.0, lookup_floor=1e-9)
+RAW = FitSettings(
+    weighted=1.0, hessian_share=1.0, ridge=1e-9, row_trust=1.0, lookup_frequency="counted", lookup_floor=1e-9
+)
 
 
 @pytest.fixture
