@@ -12,7 +12,7 @@ Moments that a real run would have gathered beforehand are gathered first, at th
 fitted at bits × weights ÷ 8 bytes (plain and decay at all, the others at their own) and scored on validation windows. A
 fit ends within 2,000 bytes of its limit, so expected gaps are brought to the limit by 4^(bits a weight). One JSON line
 a row goes to FOLDER/rows.jsonl; `python -m benchmarks.bench_expecting table FOLDER/rows.jsonl` prints means and paired
-differences from plain.
+differences from plain. The same command after a crash makes the rows that are missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -78,14 +79,24 @@ def main(arguments: Sequence[str] = ()) -> None:
         moments: dict[str, Tensor] = {}
         for arm in given.arms.split(","):
             for bits in (None,) if arm in ("plain", "decay") else all_bits:
+                facts = {"arm": arm, "seed": seed, "rate": given.rate, "decay": given.decay}
+                missing = missing_bits(given.out / "rows.jsonl", facts, all_bits if bits is None else [bits])
+                if not missing:
+                    continue
                 recipe = recipe_of(given, arm, bits, seed)
                 final, seconds = trained(recipe, given, arm, moments)
-                for row in fitted(final, recipe, all_bits if bits is None else [bits], given.windows):
-                    facts = {"arm": arm, "seed": seed, "rate": given.rate, "decay": given.decay}
+                for row in fitted(final, recipe, missing, given.windows):
                     line = json.dumps({**facts, "step_cpu_seconds": round(seconds, 3), **row})
                     with (given.out / "rows.jsonl").open("a") as rows:
                         rows.write(line + "\n")
                     print(line, flush=True)
+
+
+def missing_bits(path: Path, facts: dict[str, Any], all_bits: Sequence[float]) -> list[float]:
+    """Return the bits at which an arm has no row yet."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    made = {row["bits"] for row in rows if facts.items() <= row.items()}
+    return [bits for bits in all_bits if bits not in made]
 
 
 def recipe_of(given: argparse.Namespace, arm: str, bits: float | None, seed: int) -> Recipe:
@@ -112,6 +123,9 @@ def trained(
     """Return the end of one arm, and the processor seconds of a step; 0 where it was made before."""
     if made := sorted(recipe.run.folder.glob("*-final")):
         return Checkpoint.open(made[-1]), 0.0
+    if recipe.run.folder.exists():
+        say(f"{recipe.run.folder} is of a run that was interrupted: it begins anew")
+        shutil.rmtree(recipe.run.folder)
     run = Trainer(recipe)
     run.resume(given.start)
     before, expectation = run.state.step, run.rounding
