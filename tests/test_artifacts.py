@@ -88,7 +88,7 @@ def test_a_fitted_artifact_and_kappa_by_tensor_keep_their_ids(
     assert fit_key(fitter, 1000, "rans").id == artifact_id
     if kappa_id:
         identity = {
-            **chosen.model_dump(mode="json", exclude={"distill", "tune_tokens", "regularize"}),
+            **chosen.identity({"distill", "tune_tokens", "regularize"}),
             "text_sha256": "e" * 64,
         }
         assert KAPPA_STAGES["tensor"].id([VIEW_ID, STATS_ID], identity) == kappa_id

@@ -30,7 +30,7 @@ def cached_kappas(
     """
     view, started = builder.view, time.perf_counter()
     text = probe_text(view, data, settings.kappa_tokens, settings.kappa_seed)
-    identity = settings.model_dump(mode="json", exclude=TUNING_FIELDS | {"regularize"})
+    identity = settings.identity(TUNING_FIELDS | {"regularize"})
     identity |= {"text_sha256": text.sha256, **builder.identity}
     stage = STAGES[settings.kappa]
     folder = view.checkpoint.derived(stage.name, stage.id([view.id, builder.stats.id], identity))

@@ -51,7 +51,7 @@ class Fitter:
     @property
     def identity(self) -> dict[str, Any]:
         """Settings and measurements that decide the symbols, beside view, statistics and bytes."""
-        settings = self.settings.model_dump(mode="json", exclude=TUNING_FIELDS)
+        settings = self.settings.identity(TUNING_FIELDS)
         choices = {
             "precision": (self.settings.tune_precision, "fp32"),
             "optimizer": (self.settings.tune_optimizer, "adam"),

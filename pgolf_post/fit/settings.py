@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -11,6 +12,7 @@ from pgolf_post.settings import LARGEST_SEED, Precision, PrecisionIdentity
 
 # An id names what they lead to, not their values.
 TUNING_FIELDS = {"distill", "tune_tokens", "tune_precision", "tune_source", "tune_optimizer"}
+BEFORE = {"lookup_frequency": "counted", "tune_optimizer": "adam"}  # there was a choice; ids are older and lack them
 
 
 class FitSettings(PrecisionIdentity):
@@ -83,11 +85,26 @@ class FitSettings(PrecisionIdentity):
 
     @model_serializer(mode="wrap")
     def _identity(self, own_values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what results are older than, where it is as it was before there was a choice or does nothing."""
+        """Leave out what ids are older than, where it is at its default and does nothing."""
         values = PrecisionIdentity._identity(self, own_values)
-        optimizer = "adam" if self.tune_tokens else self.tune_optimizer
-        idle = {"tune_source": "train", "tune_optimizer": optimizer, "lookup_frequency": "counted"}
+        idle = (
+            {"tune_source": "train"}
+            if self.tune_tokens
+            else {"tune_source": "train", "tune_optimizer": "preconditioned"}
+        )
         return {key: value for key, value in values.items() if idle.get(key) != value}
+
+    def identity(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return what ids are made of: not what is as it was before there was a choice, nor a choice that is idle."""
+        values = self.model_dump(mode="json", exclude=set(exclude))
+        if not self.tune_tokens:
+            values.pop("tune_optimizer", None)
+        return {key: value for key, value in values.items() if BEFORE.get(key) != value}
+
+    @classmethod
+    def of_identity(cls, identity: Mapping[str, Any]) -> FitSettings:
+        """Return the settings that an id was made of; what it lacks is as it was before there was a choice."""
+        return cls(**{**BEFORE, **identity})
 
     @field_validator("trellis_states")
     @classmethod

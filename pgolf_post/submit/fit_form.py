@@ -44,7 +44,7 @@ def load_module(config, tensors, source, copy):
 
 def choices_of(seed: Seed) -> list[FitSettings]:
     """Return the settings that the fit was tried with: one, or one for each pair of regularisation."""
-    settings = FitSettings(**seed.settings["fit"])
+    settings = FitSettings.of_identity(seed.settings["fit"])
     return pairs_of(settings) if "regularized" in seed.meta else [settings]
 
 

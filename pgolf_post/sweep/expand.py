@@ -96,7 +96,7 @@ def content_of(settings: TrialSettings) -> bytes:
     """Return what settings come to, however they are written. Raises SettingsError for a plan that cannot be read."""
     rest = settings.model_dump(mode="json", exclude={"plan", "set", "fit"})
     if settings.method == "fit":
-        return canonical_json({**rest, "fit": (settings.fit or FitStage()).model_dump(mode="json")})
+        return canonical_json({**rest, "fit": (settings.fit or FitStage()).identity()})
     return canonical_json({**rest, "plan": trial_plan(settings).identity()})
 
 

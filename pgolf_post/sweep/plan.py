@@ -185,7 +185,7 @@ def _is_quantized(spec: SweepSpec, settings: TrialSettings, view: View, stats_id
 
 def _is_fitted(spec: SweepSpec, settings: TrialSettings, view: View, stats_id: str) -> bool:
     """Whether there is an artifact of the trial's fit. Its id has κ in it, which are not measured to find out."""
-    fit = fit_stage(settings).settings().model_dump(mode="json", exclude=TUNING_FIELDS)
+    fit = fit_stage(settings).settings().identity(TUNING_FIELDS)
     wanted = {"stats_id": stats_id, "fit": fit, "artifact_limit": limit_of(spec, settings)}
     wanted |= {"codec": settings.codec, "jitter_seed": settings.jitter_seed or None}
     others = {"distill": fit_stage(settings).distill, "tune": fit_stage(settings).tune_tokens > 0}

@@ -143,5 +143,5 @@ def identity(spec: SweepSpec, settings: TrialSettings) -> dict[str, Any]:
     """Return what a trial's id says of how it is quantized."""
     if settings.method == "plan":
         return trial_plan(settings).identity()
-    fit = fit_stage(settings).settings().model_dump(mode="json")
+    fit = fit_stage(settings).settings().identity()
     return {"method": "fit", "fit": fit, "artifact_limit": limit_of(spec, settings)}

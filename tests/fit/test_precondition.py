@@ -26,6 +26,7 @@ from pgolf_post.fit.solve import Search
 from pgolf_post.fit.training_clock import TrainingClock
 from pgolf_post.fit.tune import TunedModel, learning_rates
 from pgolf_post.fit.tune_partial import TunePartial
+from pgolf_post.sweep.settings import FitStage, TrialSettings
 
 CALIBRATION = CalibrationSettings(tokens=4096)
 SETTINGS = FitSettings(kappa="off", trellis_states=4, tune_tokens=8192)
@@ -109,9 +110,10 @@ def test_its_batches_are_small(view: View, pico_data: DataFolder) -> None:
 
 
 def test_it_is_the_default_and_no_id_names_it_where_nothing_is_tuned() -> None:
-    assert FitSettings(tune_tokens=1).model_dump(mode="json")["tune_optimizer"] == "preconditioned"
-    assert "tune_optimizer" not in FitSettings(tune_tokens=1, tune_optimizer="adam").model_dump(mode="json")
-    assert FitSettings().model_dump() == FitSettings(tune_optimizer="adam").model_dump()
+    assert FitSettings(tune_tokens=1).identity()["tune_optimizer"] == "preconditioned"
+    assert "tune_optimizer" not in FitSettings(tune_tokens=1, tune_optimizer="adam").identity()
+    assert FitSettings().identity() == FitSettings(tune_optimizer="adam").identity()
+    assert "tune_optimizer" not in FitSettings().model_dump()
 
 
 def test_adam_is_what_it_was(view: View, pico_data: DataFolder, fitter: Fitter, limit: int) -> None:
@@ -194,3 +196,18 @@ def test_floats_that_do_not_fit_stay_as_they_were(
 def test_empty_roots_have_the_shapes_of_a_parameter() -> None:
     roots = empty_roots(torch.zeros(3, 4, 5))
     assert (roots.outputs.shape, roots.inputs.shape) == ((3, 3), (20, 20))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "preconditioned"])
+@pytest.mark.parametrize("frequency", ["counted", "expected"])
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_settings_are_read_back_as_they_were_given(optimizer: str, frequency: str, tokens: int) -> None:
+    given = {"tune_tokens": tokens, "tune_optimizer": optimizer, "lookup_frequency": frequency, "coupling": 0.9}
+    stage = FitStage(budget=7, **given)  # type: ignore[arg-type]
+    assert FitStage.model_validate(stage.model_dump(mode="json")) == stage
+    assert stage.settings() == FitSettings(**given)  # type: ignore[arg-type]
+    trial = TrialSettings(method="fit", fit=stage).with_change("fit.tune_tokens", 16)
+    assert trial.fit == stage.model_copy(update={"tune_tokens": 16})
+    read = FitSettings.of_identity(stage.settings().identity())
+    assert read.lookup_frequency == frequency
+    assert read.tune_optimizer == optimizer or not tokens
