@@ -39,7 +39,6 @@ def expected_counts(counts: Tensor) -> Tensor:  # (rows,) float64 → the same
 def likeliest_shape(counts: Tensor) -> Tensor:  # (rows,) float64 → ()
     """Return the shape α of a negative binomial of the counts' mean under which they are likeliest."""
     values, rows = counts.unique(return_counts=True)
-    shapes, mean = SHAPES[:, None], counts.mean()
-    each = (values + shapes).lgamma() - shapes.lgamma() + shapes * (shapes / (shapes + mean)).log()
-    each = each + values * (mean / (mean + shapes)).log()
+    total = values + (shapes := SHAPES[:, None])
+    each = total.lgamma() - shapes.lgamma() + shapes * shapes.log() - total * (shapes + counts.mean()).log()
     return SHAPES[(each * rows).sum(1).argmax()]

@@ -133,7 +133,7 @@ def decoded(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
 
 def as_stored(model: QuantizedModel) -> dict[str, Tensor]:
     """Return all of a model's tensors as they decode, floats too."""
-    return {name: torch.from_numpy(np.asarray(array, order="C")) for name, array in model.tensors().items()}
+    return {name: torch.from_numpy(array) for name, array in model.tensors().items()}
 
 
 def probe_text(view: View, data: DataFolder, tokens: int, seed: int) -> CalibrationSet:

@@ -39,7 +39,7 @@ from tests.submit.project import placeholders
 from trainer.config import Recipe
 
 MOST_BYTES = 37_000  # of a whole form; 40,000 are aimed at, and the trainer grows
-MOST_BYTES_OF_A_FIT = 41_000  # 40,000 are aimed at
+MOST_BYTES_OF_A_FIT = 40_500  # 40,000 are aimed at
 HIDING = {"eval", "exec", "globals", "locals", "vars"}  # before these the minifier renames nothing at all
 OFF = (None, False, 0, (), "none", "off")
 MANY_MEANINGS = {  # words that other things have for a name too
